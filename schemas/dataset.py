@@ -1,0 +1,154 @@
+"""A dataset on disk: the manifest (`dataset.json`) and the index (`index.arrow`).
+
+    folder/shard-000000.tar ...   plain WebDataset, one sample = one episode (or a piece of a long one)
+    folder/index.arrow            one row a sample: where its members lie, what episode it is
+    folder/rejected.jsonl         one line an episode or file that could not be used
+    folder/dataset.json           written last; without it there is no dataset
+
+Invariant: the manifest names size and sha256 of every other file, so a folder is
+whole exactly when its manifest says so. Nothing in it depends on the clock, the
+machine or the runner.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pydantic import TypeAdapter, ValidationError
+
+from schemas.episode import STRICT, TaskSpec
+from schemas.vocabulary import Vocabulary
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "dataset.json"
+INDEX_NAME = "index.arrow"
+REJECTED_NAME = "rejected.jsonl"
+
+MEMBERS = ("tokens", "patches", "reward", "observation", "action")
+
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("task", pa.int32()),  # ordinal in Manifest.tasks
+        pa.field("shard", pa.int32()),  # ordinal in Manifest.shards
+        pa.field("episode", pa.int64()),  # ordinal in the task, shared by the pieces of one episode
+        pa.field("start", pa.int32()),  # first timestep of this piece in its episode
+        pa.field("timesteps", pa.int32()),  # timesteps of this piece (tokens of a text document)
+        pa.field("episode_timesteps", pa.int32()),
+        pa.field("episode_return", pa.float64()),  # of the whole episode, as logged
+        pa.field("terminated", pa.bool_()),
+        pa.field("truncated", pa.bool_()),  # neither: the log's end cut the episode
+        pa.field("held_out", pa.bool_()),
+        pa.field("file", pa.string()),  # source file's name
+        pa.field("position", pa.int64()),  # ordinal of the episode in that file
+        pa.field("row", pa.int64()),  # first row of the episode in that file
+    ]
+    # byte offset of each member's array data (behind its .npy header) in the shard, and its bytes; -1, 0: absent
+    + [pa.field(f"{member}_{what}", pa.int64()) for member in MEMBERS for what in ("offset", "bytes")]
+)
+
+
+class DatasetError(ValueError):
+    """A dataset folder cannot be used; the message names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    __pydantic_config__ = STRICT
+    name: str
+    bytes: int
+    sha256: str
+    samples: int
+    timesteps: int
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    __pydantic_config__ = STRICT
+    name: str
+    bytes: int
+    sha256: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class TaskSummary:
+    """A task and what the dataset holds of it. Returns are raw, over whole (not cut) episodes;
+    `returns` is (min, 25 %, median, 75 %, max)."""
+
+    __pydantic_config__ = STRICT
+    spec: TaskSpec
+    episodes: int
+    cut_episodes: int
+    held_out_episodes: int
+    rejected_episodes: int
+    timesteps: int
+    tokens: int
+    return_mean: float | None
+    return_std: float | None
+    returns: tuple[float, ...] | None
+    out_of_range_actions: int
+    clipped_observations: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`dataset.json`. `config` holds the build's options that shape its bytes."""
+
+    __pydantic_config__ = STRICT
+    schema: str
+    schema_version: int
+    name: str
+    vocabulary: Vocabulary
+    vocabulary_fingerprint: str
+    text_tokenizer: str | None
+    tasks: tuple[TaskSummary, ...]
+    shards: tuple[Shard, ...]
+    index: FileDigest
+    rejected: FileDigest
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over everything above but the name: equal for equal content."""
+        body = asdict(self) | {"name": ""}
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+
+
+_MANIFEST: TypeAdapter[Manifest] = TypeAdapter(Manifest)
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read and check `folder`/dataset.json. DatasetError for a folder without one, another schema
+    version, an unknown key or a vocabulary that does not match its fingerprint."""
+    path = Path(folder) / MANIFEST_NAME
+    if not path.exists():
+        raise DatasetError(
+            f"{folder}: no {MANIFEST_NAME}, so no finished dataset; build it with python -m etl.build --output {folder}"
+        )
+    try:
+        raw = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path}: not JSON ({error}); rebuild the dataset with python -m etl.build") from None
+    if not isinstance(raw, dict) or raw.get("schema") != "gato.dataset":
+        raise DatasetError(f"{path}: not a Gato dataset manifest; point at a folder that python -m etl.build wrote")
+    version = raw.get("schema_version")
+    if version != SCHEMA_VERSION:
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        remedy = "update this package" if newer else "rebuild the dataset with python -m etl.build"
+        raise DatasetError(f"{path}: schema version {version}, this package reads {SCHEMA_VERSION}; {remedy}")
+    try:
+        manifest = _MANIFEST.validate_python(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DatasetError(f"{path}: field '{where}': {first['msg']}; rebuild it with python -m etl.build") from None
+    manifest.vocabulary.require(manifest.vocabulary_fingerprint, str(path))
+    return manifest

@@ -1,0 +1,89 @@
+"""The tokens of one timestep: how many, in which order, which role each plays (paper §2.1).
+
+A timestep is text, then patches in raster order, then tensor tokens (keys in
+lexicographic order, row-major), then a separator, then actions. Every timestep of
+a task has the same length K, so a sequence of one task is a regular (timestep,
+column) grid, and roles, positions and loss mask follow from the column alone.
+Only text, tensor and action tokens are stored; patches are stored as pixels.
+
+A text document is the degenerate layout K = 1: one text token a "timestep".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from schemas.episode import TaskSpec
+
+PAD, TEXT, PATCH, OBSERVATION, SEPARATOR, ACTION = range(6)
+ROLE_NAMES = ("pad", "text", "patch", "observation", "separator", "action")
+PATCH_SIZE = 16
+
+
+@dataclass(frozen=True)
+class TimestepLayout:
+    """Token counts of one timestep. `patch_rows` x `patch_columns` patches of 16x16x`channels` uint8."""
+
+    text: int
+    patch_rows: int
+    patch_columns: int
+    channels: int
+    observation: int
+    action: int
+
+    @property
+    def patches(self) -> int:
+        return self.patch_rows * self.patch_columns
+
+    @property
+    def stored(self) -> int:
+        """Tokens a timestep in the `tokens` member: text, observation, action."""
+        return self.text + self.observation + self.action
+
+    @property
+    def length(self) -> int:
+        """K: tokens a timestep in a training sequence."""
+        return self.text + self.patches + self.observation + (1 + self.action if self.action else 0)
+
+    @cached_property
+    def roles(self) -> np.ndarray:
+        """Role of each column, uint8 (K,)."""
+        counts = [self.text, self.patches, self.observation, int(self.action > 0), self.action]
+        return np.repeat(np.array([TEXT, PATCH, OBSERVATION, SEPARATOR, ACTION], np.uint8), counts)
+
+    @cached_property
+    def local_positions(self) -> np.ndarray:
+        """Index of each column within the timestep, int16 (K,)."""
+        return np.arange(self.length, dtype=np.int16)
+
+    @cached_property
+    def stored_columns(self) -> np.ndarray:
+        """Columns that the stored tokens fill, in stored order, int64 (stored,)."""
+        return np.flatnonzero(np.isin(self.roles, (TEXT, OBSERVATION, ACTION)))
+
+    @cached_property
+    def patch_columns_of_timestep(self) -> np.ndarray:
+        """Columns that hold patches, int64 (P,)."""
+        return np.flatnonzero(self.roles == PATCH)
+
+
+def layout_of(task: TaskSpec) -> TimestepLayout:
+    """The layout that a task's fields imply. ValueError for image sizes that 16 does not divide,
+    or more than one image field of different sizes."""
+    text = observation = rows = columns = channels = 0
+    for spec in task.observation:
+        if spec.kind == "text":
+            text += spec.shape[0]
+        elif spec.kind == "image":
+            height, width = spec.resized or spec.shape[:2]
+            if height % PATCH_SIZE or width % PATCH_SIZE:
+                raise ValueError(f"task '{task.name}': image '{spec.key}' is {height}x{width}, not multiples of 16")
+            if rows:
+                raise ValueError(f"task '{task.name}': more than one image field")
+            rows, columns, channels = height // PATCH_SIZE, width // PATCH_SIZE, spec.shape[2]
+        else:
+            observation += int(np.prod(spec.shape, dtype=np.int64))
+    return TimestepLayout(text, rows, columns, channels, observation, task.action.size if task.action else 0)
