@@ -21,6 +21,7 @@ from schemas.episode import TaskSpec
 PAD, TEXT, PATCH, OBSERVATION, SEPARATOR, ACTION = range(6)
 ROLE_NAMES = ("pad", "text", "patch", "observation", "separator", "action")
 PATCH_SIZE = 16
+POSITION_BINS = 128
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,26 @@ class TimestepLayout:
         return np.flatnonzero(np.isin(self.roles, (TEXT, OBSERVATION, ACTION)))
 
     @cached_property
-    def patch_columns_of_timestep(self) -> np.ndarray:
+    def patch_slots(self) -> np.ndarray:
         """Columns that hold patches, int64 (P,)."""
         return np.flatnonzero(self.roles == PATCH)
+
+    @cached_property
+    def patch_intervals(self) -> np.ndarray:
+        """Row and column interval of each patch among the 128 position bins (appendix C.3),
+        int64 (P, 2, 2): [patch, row or column, first bin or one behind the last]."""
+        rows, columns = (
+            np.stack([np.arange(n) * POSITION_BINS // n, -(-np.arange(1, n + 1) * POSITION_BINS // n)], axis=1)
+            for n in (max(1, self.patch_rows), max(1, self.patch_columns))
+        )
+        return np.stack([np.repeat(rows, self.patch_columns, axis=0), np.tile(columns, (self.patch_rows, 1))], axis=1)[
+            : self.patches
+        ]
+
+    @cached_property
+    def patch_centres(self) -> np.ndarray:
+        """Rounded mean of each interval, used in evaluation, int64 (P, 2)."""
+        return self.patch_intervals.sum(axis=2) // 2
 
 
 def layout_of(task: TaskSpec) -> TimestepLayout:

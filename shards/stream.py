@@ -1,0 +1,158 @@
+"""The stream: training sequence i of a mixture of datasets, and batches of them in order.
+
+    StreamConfig + dataset folders -> Stream.sequence(i) -> Stream.batches(start, ...) -> Batch
+
+Threads of the trainer's own process assemble ahead; order and content do not depend
+on them. The state of a run is the next i, an integer.
+
+Invariant: global batch n holds sequences [n G, (n + 1) G); a rank takes a contiguous
+slice of it, so the same global batch is seen at any world size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from schemas.dataset import DatasetError
+from schemas.vocabulary import Vocabulary
+from shards.assembly import Timeline
+from shards.batch import Batch
+from shards.reader import Dataset, Verify
+from shards.sampler import Sampler, random
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How sequences are made. `weights`: task name -> mixture weight, 1 where not named."""
+
+    sequence_length: int = 1024
+    weights: dict[str, float] = field(default_factory=dict)
+    mixture_block: int = 256
+    prompt_probability: float = 0.25
+    """Share of sequences that start with a piece of another episode (paper §2.2)."""
+    prompt_end_share: float = 0.5
+    """Share of the prompts taken from an episode's end."""
+    prompt_max_share: float = 0.5
+    """Longest prompt, as a share of the window's timesteps; the length is drawn uniformly from 1 up to it."""
+    prompt_loss: bool = True
+    """Whether prompt tokens carry loss; the paper leaves it open."""
+
+
+class Stream:
+    """Sequences of all tasks of `folders`, training split or held-out split."""
+
+    def __init__(
+        self, folders: list[Path], config: StreamConfig, seed: int, held_out: bool = False, verify: Verify = "auto"
+    ):
+        if not folders:
+            raise DatasetError("no dataset given; build one with python -m etl.build and name its folder")
+        datasets = [Dataset(folder, verify) for folder in sorted(folders)]
+        self.vocabulary: Vocabulary = datasets[0].manifest.vocabulary
+        for dataset in datasets[1:]:
+            self.vocabulary.require(dataset.manifest.vocabulary_fingerprint, str(dataset.folder))
+        self.config, self.seed, self.held_out, self.datasets = config, seed, held_out, datasets
+        timelines = [
+            Timeline(dataset, task, held_out, config.sequence_length)
+            for dataset in datasets
+            for task in range(len(dataset.manifest.tasks))
+        ]
+        self.timelines = [timeline for timeline in timelines if timeline.total]
+        if not self.timelines:
+            raise DatasetError(
+                f"no {'held-out' if held_out else 'training'} episodes in {', '.join(map(str, folders))}"
+            )
+        self.tasks = [timeline.name for timeline in self.timelines]
+        twice = sorted({name for name in self.tasks if self.tasks.count(name) > 1})
+        if twice:
+            raise DatasetError(f"task '{twice[0]}' is in more than one dataset folder; name only one of them")
+        unknown = sorted(set(config.weights) - {timeline.name for timeline in timelines})
+        if unknown:
+            raise DatasetError(f"mixture weight for unknown task '{unknown[0]}'; tasks: {', '.join(self.tasks)}")
+        weights = [config.weights.get(name, 1.0) for name in self.tasks]
+        self.sampler = Sampler([t.windows for t in self.timelines], weights, seed, config.mixture_block)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of all that decides sequence i; a resumed run must match it."""
+        body = [[d.manifest.fingerprint for d in self.datasets], asdict(self.config), self.seed, self.held_out]
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+    def sequence(self, i: int) -> Batch:
+        """Training sequence i, a batch of one."""
+        place = self.sampler.place(i)
+        timeline = self.timelines[place.task]
+        phase = int(random(self.seed, "phase", place.epoch, place.task).integers(timeline.total))
+        rng = random(self.seed, "prompt", i)
+        body = timeline.pieces(phase + place.window * timeline.width, timeline.width)
+        prompt = []
+        if rng.random() < self.config.prompt_probability:
+            longest = max(1, int(timeline.width * self.config.prompt_max_share))
+            length, from_end = int(rng.integers(1, longest + 1)), bool(rng.random() < self.config.prompt_end_share)
+            prompt = timeline.prompt(body[0], min(length, timeline.width - 1), from_end, rng)
+        if prompt:
+            body = timeline.pieces(phase + place.window * timeline.width, timeline.width - len_of(prompt))
+        patch_rng = random(self.seed, "patch", i)
+        return self._finish(
+            i,
+            place.task,
+            timeline.sequence(i, body, prompt, patch_rng, self.config.prompt_loss, self.vocabulary.separator),
+        )
+
+    def evaluation_sequence(self, task: int, window: int) -> Batch:
+        """Window `window` of a task (modulo its count), no prompt, no phase, mean patch positions."""
+        timeline = self.timelines[task]
+        body = timeline.pieces((window % timeline.windows) * timeline.width, timeline.width)
+        return self._finish(window, task, timeline.sequence(window, body, [], None, True, self.vocabulary.separator))
+
+    def _finish(self, i: int, task: int, sequence: Batch) -> Batch:
+        sequence.tasks[:] = task
+        return sequence
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Sequences [first, first + count)."""
+        return Batch.stack([self.sequence(i) for i in range(first, first + count)])
+
+    def batches(
+        self, start: int, global_batch: int, micro_batch: int, rank: int = 0, world: int = 1, threads: int = 1
+    ) -> Iterator[list[Batch]]:
+        """Endless steps from sequence `start` on: this rank's micro-batches of each global batch."""
+        if global_batch % (world * micro_batch):
+            raise ValueError(
+                f"global batch {global_batch} is not a multiple of world size {world} x micro-batch {micro_batch}"
+            )
+        share = global_batch // world
+
+        def step(first: int) -> list[Batch]:
+            own = first + rank * share
+            return [self.batch(own + offset, micro_batch) for offset in range(0, share, micro_batch)]
+
+        with ThreadPoolExecutor(threads, "stream") as pool:
+            ahead: deque[Future[list[Batch]]] = deque()
+            try:
+                while True:
+                    while len(ahead) < threads + 1:
+                        ahead.append(pool.submit(step, start))
+                        start += global_batch
+                    yield ahead.popleft().result()
+            finally:
+                for future in ahead:
+                    future.cancel()
+
+
+def len_of(pieces: list) -> int:
+    """Timesteps in a list of pieces."""
+    return sum(piece.stop - piece.start for piece in pieces)
+
+
+def find_datasets(root: Path) -> list[Path]:
+    """All finished dataset folders in `root`, itself included, sorted."""
+    root = Path(root)
+    if (root / "dataset.json").is_file():
+        return [root]
+    return sorted(path.parent for path in root.glob("*/dataset.json"))

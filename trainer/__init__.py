@@ -1,0 +1,1 @@
+"""Training: `main` (the command), `model` (plain modules), `loss`, `engine` (all DeepSpeed), `checkpoint`."""

@@ -1,0 +1,114 @@
+"""Gato: embed a batch, run the transformer, score tokens with the embedding table itself.
+
+tokens, roles, positions, patches -> x (B, L, W) -> blocks -> norm -> hidden (B, L, W) -> logits (paper §2.2, §2.3)
+
+Invariant: hidden at place p depends on places <= p of p's segment alone, so the
+logits that predict an action never see it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from schemas.layout import ACTION, OBSERVATION, PATCH, TEXT
+from schemas.vocabulary import Vocabulary, bin_centres
+from shards.batch import Batch
+from trainer.model.patch import PatchEmbedding
+from trainer.model.presets import ModelConfig
+from trainer.model.transformer import Block, Cache, causal_segment_mask
+
+
+class Gato(nn.Module):
+    """One network for all tasks of a vocabulary."""
+
+    def __init__(self, config: ModelConfig, vocabulary: Vocabulary):
+        super().__init__()
+        self.config, self.vocabulary = config, vocabulary
+        self.tokens = nn.Embedding(vocabulary.padded_size, config.width)
+        # local positions of observation tokens, then the action tokens' shared one, then zeros for the rest
+        self.positions = nn.Embedding(config.local_positions + 1, config.width)
+        self.patches = PatchEmbedding(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
+        self.norm = nn.LayerNorm(config.width)
+
+    def initialise(self, seed: int) -> Gato:
+        """GPT-2's start: normal 0.02, residual outputs by 1 / sqrt(2 blocks), zero biases. A function of the seed."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                nn.init.constant_(parameter, float("norm" in name and name.endswith("weight")))
+            elif "patches" in name and parameter.ndim == 4:
+                fan_in = math.prod(parameter.shape[1:])
+                parameter.data.normal_(0.0, fan_in**-0.5, generator=generator)
+            else:
+                residual = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
+                std = 0.02 / math.sqrt(2 * self.config.blocks) if residual else 0.02
+                parameter.data.normal_(0.0, std, generator=generator)
+        if self.config.smooth_bins:
+            self._smooth_bins(generator)
+        return self
+
+    @torch.no_grad()
+    def _smooth_bins(self, generator: torch.Generator) -> None:
+        """Bins of a continuous value start close to their neighbours: random mixtures of sines and cosines
+        of the bin's centre, periods from the whole range down to 8 bins, plus half as much independent noise."""
+        count = self.vocabulary.bins
+        centres = torch.as_tensor(bin_centres(count), dtype=torch.float32)
+        frequencies = torch.logspace(0, math.log2(count / 16), 16, base=2.0) * math.pi
+        waves = torch.cat([(centres[:, None] * frequencies).sin(), (centres[:, None] * frequencies).cos()], dim=1)
+        mixture = torch.randn(waves.shape[1], self.config.width, generator=generator)
+        smooth = waves @ mixture * (0.02 / 4.0)
+        starts = {self.vocabulary.observation_continuous.start, self.vocabulary.action_continuous.start}
+        for start in sorted(starts):
+            rows = self.tokens.weight[start : start + count]
+            rows.copy_(smooth.to(rows) + rows * 0.5)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """(B, L, W): token, or patch, plus local position (paper §2.2, appendix C.3)."""
+        roles, positions = batch.roles, batch.positions.int()
+        observed = (roles == TEXT) | (roles == PATCH) | (roles == OBSERVATION)
+        x = self.tokens(batch.tokens.int())
+        if len(batch.patches):
+            embedded = self.patches(batch.patches, batch.patch_positions).to(x.dtype)
+            x = x.flatten(0, 1).index_copy(0, batch.patch_index, embedded).view_as(x)
+        x = x + self.positions(positions.clamp(max=self.config.local_positions - 1)) * observed[..., None]
+        if self.config.action_position == "shared":
+            x = x + self.positions.weight[self.config.local_positions] * (roles == ACTION)[..., None]
+        return x
+
+    def forward(self, batch: Batch, keep: Tensor | None = None) -> Tensor:
+        """Hidden states (B, L, W) behind the last norm. `keep` (B, blocks, 2): stochastic depth's scales."""
+        x = self.embed(batch)
+        # one segment a sequence needs no mask: the plain causal kernel is the same function, faster
+        single = bool((batch.segments == batch.segments[:, :1]).all())
+        mask = None if single else causal_segment_mask(batch.segments)
+        for number, block in enumerate(self.blocks):
+            x = block(x, mask, None if keep is None else keep[:, number])
+        return self.norm(x)
+
+    def step(self, batch: Batch, cache: Cache, slots: Tensor, valid: Tensor) -> Tensor:
+        """Hidden states (B, T, W) of new tokens, written to cache `slots` (T,) int64; they attend to the
+        slots marked in `valid` (B, S) bool and, causally, to one another."""
+        x = self.embed(batch)
+        T = len(slots)
+        mask = valid[:, None, None, :].repeat(1, 1, T, 1)
+        mask[..., slots] = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
+        for number, block in enumerate(self.blocks):
+            x = block(x, mask, None, (cache.keys[number], cache.values[number]), slots)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., W) -> (..., vocabulary size): the embedding table is the head (paper, appendix C.1)."""
+        return F.linear(hidden, self.tokens.weight[: self.vocabulary.size])
+
+    def parameter_counts(self) -> dict[str, int]:
+        """True counts: embedding (tied with the head, padded rows included), vision, transformer, total."""
+        vision = sum(p.numel() for p in self.patches.parameters())
+        embedding = self.tokens.weight.numel() + self.positions.weight.numel()
+        total = sum(p.numel() for p in self.parameters())
+        counts = {"embedding": embedding, "vision": vision, "transformer": total - vision - embedding}
+        return counts | {"total": total}

@@ -1,0 +1,41 @@
+"""Patches to vectors: one ResNet v2 block and two position tables (paper §2.2, appendices C.2, C.3).
+
+uint8 (M, 16, 16, C) -> [-1, 1] / sqrt(16) -> 3x3 stem, stride 2 -> GroupNorm, GELU, conv
+(stride 2) -> GroupNorm, GELU, conv, + 1x1 skip -> flatten 4x4 -> linear (M, width)
++ row table[row bin] + column table[column bin]
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from schemas.layout import PATCH_SIZE, POSITION_BINS
+from trainer.model.presets import ModelConfig
+
+
+class PatchEmbedding(nn.Module):
+    """patches uint8 (M, 16, 16, C), C of 1 or 3 (grey is repeated), positions (M, 2) -> (M, width)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        channels, groups = config.patch_channels, config.patch_groups
+        if channels % groups or channels == groups:
+            raise ValueError(f"patch_channels {channels} must be a multiple, at least twice, of patch_groups {groups}")
+        self.stem = nn.Conv2d(3, channels, 3, stride=2, padding=1)
+        self.norm_1 = nn.GroupNorm(groups, channels)
+        self.conv_1 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.norm_2 = nn.GroupNorm(groups, channels)
+        self.conv_2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.skip = nn.Conv2d(channels, channels, 1, stride=2)
+        self.out = nn.Linear(channels * (PATCH_SIZE // 4) ** 2, config.width)
+        self.row = nn.Embedding(POSITION_BINS, config.width)
+        self.column = nn.Embedding(POSITION_BINS, config.width)
+
+    def forward(self, patches: Tensor, positions: Tensor) -> Tensor:
+        dtype = self.out.weight.dtype
+        x = (patches.to(dtype) / 127.5 - 1.0) / PATCH_SIZE**0.5
+        x = self.stem(x.permute(0, 3, 1, 2).expand(-1, 3, -1, -1))
+        h = self.conv_1(F.gelu(self.norm_1(x)))
+        h = self.conv_2(F.gelu(self.norm_2(h))) + self.skip(x)
+        return self.out(h.flatten(1)) + self.row(positions[:, 0]) + self.column(positions[:, 1])

@@ -1,0 +1,56 @@
+"""Model shapes: the paper's three (appendix C.1) and `tiny` for one CPU core.
+
+The paper's labels do not add up under any one reading; `Gato.parameter_counts`
+gives the true counts, and docs/model.md lists them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the network. Widths in numbers, not in bytes."""
+
+    blocks: int = 4
+    heads: int = 4
+    width: int = 128
+    feed_forward: int = 512
+    head_size: int = 32
+    feed_forward_form: Literal["gelu", "geglu"] = "gelu"
+    """gelu: two matrices, the usual GPT; geglu: three, the paper's."""
+    action_position: Literal["shared", "none"] = "shared"
+    """One encoding shared by all action tokens, or none: versions of the paper differ."""
+    local_positions: int = 512
+    patch_channels: int = 32
+    """Channels of the patch ResNet; the paper does not give them."""
+    patch_groups: int = 8
+    """Groups of its GroupNorm (paper: 32)."""
+    stochastic_depth: float = 0.0
+    """Probability of skipping a sub-layer, for each sequence on its own (paper: 0.1)."""
+    smooth_bins: bool = True
+    """Start the embeddings of ordered bins as smooth functions of the value (False: the paper's plain start)."""
+
+
+def _paper(blocks: int, heads: int, width: int, feed_forward: int, head_size: int) -> ModelConfig:
+    return ModelConfig(
+        blocks=blocks,
+        heads=heads,
+        width=width,
+        feed_forward=feed_forward,
+        head_size=head_size,
+        patch_channels=96,
+        patch_groups=32,
+        stochastic_depth=0.1,
+        smooth_bins=False,
+    )
+
+
+PRESETS = {
+    "tiny": ModelConfig(),
+    "79m": _paper(8, 24, 768, 3072, 32),
+    "364m": _paper(12, 12, 1536, 6144, 128),
+    "1.18b": _paper(24, 16, 2048, 8192, 128),
+}

@@ -1,0 +1,98 @@
+"""Decoder-only, pre-norm transformer with causal segment attention and a static key/value cache.
+
+Shape suffixes: B sequences, T tokens in, S tokens attended to, H heads, D head size, W width.
+
+Attention has no position term, so a cache may hold its keys in any order: slots of
+evicted timesteps are simply written anew.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer.model.presets import ModelConfig
+
+
+class Cache:
+    """Keys and values of `slots` tokens for each block: (blocks, B, H, S, D)."""
+
+    def __init__(self, config: ModelConfig, batch: int, slots: int, device: torch.device | str, dtype: torch.dtype):
+        shape = (config.blocks, batch, config.heads, slots, config.head_size)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; `mask` bool (B, 1, T, S), True where attended, or None for plain causal."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads, self.head_size = config.heads, config.head_size
+        inner = config.heads * config.head_size
+        self.qkv = nn.Linear(config.width, 3 * inner, bias=False)
+        self.out = nn.Linear(inner, config.width, bias=False)
+
+    def forward(
+        self,
+        x_BTW: Tensor,
+        mask: Tensor | None,
+        cache: tuple[Tensor, Tensor] | None = None,
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        B, T, _ = x_BTW.shape
+        q, k, v = self.qkv(x_BTW).view(B, T, 3, self.heads, self.head_size).permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            assert slots is not None
+            keys_BHSD, values_BHSD = cache
+            keys_BHSD.index_copy_(2, slots, k)
+            values_BHSD.index_copy_(2, slots, v)
+            k, v = keys_BHSD, values_BHSD
+        y_BHTD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+        return self.out(y_BHTD.transpose(1, 2).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    """gelu: W2 gelu(W1 x); geglu: W2 (gelu(W1 x) * W3 x) (appendix C.1)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gated = config.feed_forward_form == "geglu"
+        self.up = nn.Linear(config.width, config.feed_forward * (2 if self.gated else 1), bias=False)
+        self.down = nn.Linear(config.feed_forward, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        if self.gated:
+            x, gate = x.chunk(2, dim=-1)
+            return self.down(F.gelu(x) * gate)
+        return self.down(F.gelu(x))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x)). `keep` (B, 2) scales the two branches."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.norm_1, self.attention = nn.LayerNorm(config.width), Attention(config)
+        self.norm_2, self.feed_forward = nn.LayerNorm(config.width), FeedForward(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        keep: Tensor | None = None,
+        cache: tuple[Tensor, Tensor] | None = None,
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        branch = self.attention(self.norm_1(x), mask, cache, slots)
+        x = x + (branch if keep is None else branch * keep[:, 0, None, None])
+        branch = self.feed_forward(self.norm_2(x))
+        return x + (branch if keep is None else branch * keep[:, 1, None, None])
+
+
+def causal_segment_mask(segments: Tensor) -> Tensor:
+    """segments (B, L) -> bool (B, 1, L, L): earlier or same place, and same segment."""
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    return same & torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
