@@ -139,7 +139,7 @@ def beam_flags(arguments: list[str], workers: int) -> list[str]:
     """Beam's arguments with our defaults; ValueError for a flag that neither we nor Beam know."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
     for options in {PipelineOptions, *PipelineOptions.__subclasses__()}:
-        options._add_argparse_args(parser)  # Beam offers no public way to list its flags
+        options._add_argparse_args(parser)  # type: ignore[attr-defined]  # Beam has no public list of its flags
     unknown = parser.parse_known_args(arguments)[1]
     if unknown:
         raise ValueError(f"unknown option {unknown[0]}; see python -m etl.build --help, or Beam's own pipeline options")

@@ -14,12 +14,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from schemas.dataset import DatasetError
+from schemas.episode import STRICT
 from schemas.vocabulary import Vocabulary
 from shards.assembly import Timeline
 from shards.batch import Batch
@@ -30,6 +31,8 @@ from shards.sampler import Sampler, random
 @dataclass(frozen=True)
 class StreamConfig:
     """How sequences are made. `weights`: task name -> mixture weight, 1 where not named."""
+
+    __pydantic_config__ = STRICT
 
     sequence_length: int = 1024
     weights: dict[str, float] = field(default_factory=dict)
@@ -120,7 +123,7 @@ class Stream:
 
     def batches(
         self, start: int, global_batch: int, micro_batch: int, rank: int = 0, world: int = 1, threads: int = 1
-    ) -> Iterator[list[Batch]]:
+    ) -> Generator[list[Batch]]:
         """Endless steps from sequence `start` on: this rank's micro-batches of each global batch."""
         if global_batch % (world * micro_batch):
             raise ValueError(

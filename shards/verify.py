@@ -77,9 +77,8 @@ def main() -> int:
             print(f"error: {error}", file=sys.stderr)
             return 1
         manifest = dataset.manifest
-        print(
-            f"{folder}: whole, {len(manifest.shards)} shards, {dataset.index.num_rows} samples, {len(manifest.tasks)} tasks"
-        )
+        counts = f"{len(manifest.shards)} shards, {dataset.index.num_rows} samples, {len(manifest.tasks)} tasks"
+        print(f"{folder}: whole, {counts}")
     return 0
 
 

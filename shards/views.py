@@ -45,16 +45,16 @@ def _join(dataset: Dataset, task: int, rows: np.ndarray) -> Trajectory:
         grid = patches.reshape(-1, layout.patch_rows, layout.patch_columns, PATCH_SIZE, PATCH_SIZE, layout.channels)
         height, width = layout.patch_rows * PATCH_SIZE, layout.patch_columns * PATCH_SIZE
         frames = grid.transpose(0, 1, 3, 2, 4, 5).reshape(-1, height, width, layout.channels)
-    observations = [dataset.observation(int(row)) for row in rows]
+    observations = [o for row in rows if (o := dataset.observation(int(row))) is not None]
     if spec.action.kind == "continuous":
-        action = np.concatenate([dataset.action(int(row)) for row in rows])
+        action = np.concatenate([a for row in rows if (a := dataset.action(int(row))) is not None])
     else:
         ids: IdRange = vocabulary.action_discrete
         action = np.concatenate([dataset.tokens(int(row))[:, -layout.action :] for row in rows]).astype(np.int64)
         action = action[:, 0] - ids.start if layout.action == 1 else action - ids.start
     terminated, truncated = (bool(dataset.column(name)[rows[-1]]) for name in ("terminated", "truncated"))
     return Trajectory(
-        observation=None if observations[0] is None else np.concatenate(observations),
+        observation=np.concatenate(observations) if observations else None,
         frames=frames,
         action=action,
         reward=np.concatenate([dataset.reward(int(row)) for row in rows]),

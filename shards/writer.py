@@ -37,7 +37,7 @@ class ShardWriter:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        self.file = open(self.temporary, "wb")
+        self.file = open(self.temporary, "wb")  # noqa: SIM115
         self.digest = hashlib.sha256()
         self.offset = self.samples = self.timesteps = 0
 

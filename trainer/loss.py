@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from schemas.episode import STRICT
 from schemas.vocabulary import IdRange
 from shards.batch import Batch
 from trainer.model import Gato
@@ -21,6 +22,8 @@ from trainer.model import Gato
 @dataclass(frozen=True)
 class LossConfig:
     """What a continuous action's target is."""
+
+    __pydantic_config__ = STRICT
 
     soft_bins: float = 0.0
     """Standard deviation, in bins, of the Gaussian that spreads a continuous target over its neighbours."""

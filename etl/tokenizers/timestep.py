@@ -49,7 +49,7 @@ class TimestepTokenizer:
         for spec in self.fields:
             values = np.asarray(observation[spec.key])
             if spec.kind == "image":
-                patches = image.to_patches(image.resize(values, spec.resized or spec.shape[:2]))
+                patches = image.to_patches(image.resize(values, spec.resized or (spec.shape[0], spec.shape[1])))
                 continue
             flat = values.reshape(len(values), -1)
             if spec.kind == "continuous":

@@ -9,10 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from schemas.episode import STRICT
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of the network. Widths in numbers, not in bytes."""
+
+    __pydantic_config__ = STRICT
 
     blocks: int = 4
     heads: int = 4

@@ -1,0 +1,242 @@
+"""D4RL's HDF5 logs (arXiv 2004.07219): one file, one task.
+
+observations (N, D), actions (N, A), rewards (N,) or (N, 1), terminals (N,), timeouts (N,) if there are any
+    -> episodes: rows up to and with one where terminals or timeouts is set
+
+Without `timeouts` a trajectory ends at a terminal or at the time limit. Rows behind the last end are an episode
+too, cut by the log. `scan` reads the flags and the shapes; `read` slices one episode at a time.
+
+Invariant: the episodes of a file are disjoint, in order, and cover all its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import cache
+from itertools import groupby, pairwise
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from etl.download import fetch
+from etl.sources import EpisodeRef, Rejection, ScanOptions, SourceError, TaskScan, _catalogue
+from schemas.episode import ActionSpec, EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, TaskSpec
+
+SUFFIXES = (".hdf5", ".h5")
+REQUIRED = ("observations", "actions", "rewards", "terminals")
+CHUNK_CACHE = 64 * 2**20  # compressed chunks span many episodes: keep them unpacked between slices
+
+
+class D4RL:
+    """Source of D4RL HDF5 files, D4RL's own or written in its layout."""
+
+    name = "d4rl"
+    default_dataset = "hopper-medium-v2"
+
+    def resolve(self, input: Path | None, dataset: str | None, cache: Path) -> list[Path]:
+        """The input file, or all HDF5 files below the input folder (`dataset` picks one of them), sorted;
+        without an input, `dataset` is downloaded. SourceError where there is none."""
+        if input is None:
+            return [self._download(dataset or self.default_dataset, cache)]
+        found = [input] if input.is_file() else sorted(p for p in input.rglob("*") if p.suffix in SUFFIXES)
+        if not found:
+            raise SourceError(f"{input}: no .hdf5 file in it; give --input a folder of D4RL logs, or leave it out")
+        files = [p for p in found if dataset is None or task_name(p) == dataset]
+        if not files:
+            names = [task_name(p) for p in found]
+            raise SourceError(
+                f"{input}: no dataset '{dataset}' in it{_catalogue.suggest(str(dataset), names)} (of {len(names)} files)"
+            )
+        return files
+
+    def scan(self, files: list[Path], options: ScanOptions) -> list[TaskScan]:
+        """One TaskScan a file, by task name. SourceError where two files have one name."""
+        named: dict[str, Path] = {}
+        for path in sorted(map(Path, files)):
+            name = task_name(path)
+            if name in named:
+                raise SourceError(f"{named[name]} and {path} are both dataset '{name}'; rename one or leave it out")
+            named[name] = path
+        return [_scan_file(name, path, options) for name, path in sorted(named.items())]
+
+    def read(self, task: TaskSpec, refs: Iterable[EpisodeRef]) -> Iterator[RawEpisode | Rejection]:
+        """Episodes in the order of refs: observation {'observation': (T, D)} float32, action (T, A) float32."""
+        for file, group in groupby(refs, key=lambda ref: ref.file):
+            try:
+                log = _Log(Path(file))
+            except EpisodeError as error:
+                yield from (_rejection(task.name, ref, error) for ref in group)
+                continue
+            with log.file:
+                for ref in group:
+                    yield _read_episode(log, task, ref)
+
+    def _download(self, dataset: str, cache: Path) -> Path:
+        known = _catalogue.d4rl_datasets()
+        if dataset not in known:
+            raise SourceError(f"unknown D4RL dataset '{dataset}'{_catalogue.suggest(dataset, known)}")
+        return fetch(known[dataset].url, cache / self.name)
+
+
+SOURCE = D4RL()
+
+
+def task_name(path: Path) -> str:
+    """D4RL's id where the file has the name of its download or of the id ('hopper_medium-v2.hdf5' is
+    'hopper-medium-v2'), else the file's stem."""
+    return _downloads().get(path.stem, path.stem)
+
+
+def episode_stops(terminals: np.ndarray, timeouts: np.ndarray | None, limit: int | None) -> list[int]:
+    """Row behind each episode's last one, ascending, the final one is N. terminals, timeouts: (N,) bool;
+    `limit` is the time limit in timesteps, used where timeouts is None."""
+    ends = terminals if timeouts is None else terminals | timeouts
+    stops = [int(row) + 1 for row in np.flatnonzero(ends)]
+    if not stops or stops[-1] < len(ends):
+        stops.append(len(ends))
+    if timeouts is not None or limit is None:
+        return stops
+    return [row for start, stop in pairwise([0, *stops]) for row in [*range(start + limit, stop, limit), stop]]
+
+
+class _Log:
+    """One open file whose keys, dtypes and shapes were checked. EpisodeError says what is wrong with it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.file = _open(path)
+        try:
+            self._check()
+            self.terminals = self._flags("terminals")
+            self.timeouts = self._flags("timeouts") if "timeouts" in self.file else None
+        except OSError as error:
+            self.file.close()
+            raise EpisodeError("corrupt HDF5", f"{error}; download or record the file again") from error
+        except EpisodeError:
+            self.file.close()
+            raise
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Observation and action values a timestep."""
+        return self.file["observations"].shape[1], self.file["actions"].shape[1]
+
+    def rows(self, key: str, ref: EpisodeRef) -> np.ndarray:
+        """(T, ...) float32."""
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused as such
+            return self.file[key][ref.start : ref.stop].astype(np.float32)
+
+    def _check(self) -> None:
+        keys = (*REQUIRED, "timeouts") if "timeouts" in self.file else REQUIRED
+        for key in keys:
+            if not isinstance(self.file.get(key), h5py.Dataset):
+                raise EpisodeError(
+                    "missing key", f"no dataset '{key}'; D4RL logs hold {', '.join(REQUIRED)} (and timeouts)"
+                )
+        rows = self.file["observations"].shape[:1]
+        for key in keys:
+            shape, dtype = self.file[key].shape, self.file[key].dtype
+            matrix = key in ("observations", "actions")
+            if dtype.kind not in ("f" if matrix else "fiub"):
+                raise EpisodeError("wrong dtype", f"'{key}' is {dtype}; record it as float32")
+            if matrix and (len(shape) != 2 or shape[1] == 0):
+                raise EpisodeError("wrong shape", f"'{key}' is {shape}, expected (N, size)")
+            if not matrix and shape[1:] not in ((), (1,)):
+                raise EpisodeError("wrong shape", f"'{key}' is {shape}, expected (N,) or (N, 1)")
+            if shape[:1] != rows:
+                raise EpisodeError(
+                    "wrong length",
+                    f"'{key}' has {shape[0]} rows, 'observations' {rows[0]}; download or record the file again",
+                )
+        if rows == (0,):
+            raise EpisodeError("empty", "no row in 'observations'; download or record the file again")
+
+    def _flags(self, key: str) -> np.ndarray:
+        return self.file[key][:].reshape(-1) != 0
+
+
+def _open(path: Path) -> h5py.File:
+    try:
+        if path.stat().st_size == 0:
+            raise EpisodeError("empty", "0 bytes; download or record the file again")
+        if not h5py.is_hdf5(path):
+            raise EpisodeError("not HDF5", "no HDF5 signature; download or record the file again")
+        return h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE)
+    except OSError as error:
+        raise EpisodeError("truncated HDF5", f"{error}; download or record the file again") from error
+
+
+def _scan_file(name: str, path: Path, options: ScanOptions) -> TaskScan:
+    known = _catalogue.d4rl_datasets().get(name)
+    try:
+        log = _Log(path)
+        with log.file:
+            environment = _environment(log.file.attrs.get("env_id"), known.environment if known else None, options)
+            limit = options.max_episode_steps or (known.max_episode_steps if known else None)
+            if limit is None and environment is not None:
+                limit = _catalogue.time_limit(environment.id)
+            if limit is None and log.timeouts is None:
+                raise EpisodeError("no time limit", "no 'timeouts', and no known time limit; give --max-episode-steps")
+            bounds = list(pairwise([0, *episode_stops(log.terminals, log.timeouts, limit)]))
+            observation_size, action_size = log.sizes
+    except EpisodeError as error:
+        return TaskScan(None, (), (Rejection(name, path.name, -1, 0, error.reason, error.detail),))
+    score = known.score if known else _catalogue.body_reference(environment.id) if environment else None
+    task = TaskSpec(
+        name,
+        D4RL.name,
+        (FieldSpec("observation", "continuous", (observation_size,)),),
+        ActionSpec("continuous", action_size),
+        environment,
+        score,
+        limit or max(stop - start for start, stop in bounds),
+    )
+    refs = tuple(EpisodeRef(str(path), number, start, stop) for number, (start, stop) in enumerate(bounds))
+    return TaskScan(task, refs)
+
+
+def _environment(
+    attribute: str | bytes | None, known: EnvironmentSpec | None, options: ScanOptions
+) -> EnvironmentSpec | None:
+    """What the file says, else what the catalogue knows, else what the command line says."""
+    if attribute is not None:
+        return _catalogue.environment(attribute.decode() if isinstance(attribute, bytes) else str(attribute))
+    if known is None and options.environment:
+        return _catalogue.environment(options.environment)
+    return known
+
+
+def _read_episode(log: _Log, task: TaskSpec, ref: EpisodeRef) -> RawEpisode | Rejection:
+    try:
+        terminated = bool(log.terminals[ref.stop - 1])
+        if log.timeouts is None:
+            truncated = not terminated and ref.timesteps == task.max_episode_steps
+        else:
+            truncated = bool(log.timeouts[ref.stop - 1])
+        episode = RawEpisode(
+            observation={"observation": log.rows("observations", ref)},
+            action=log.rows("actions", ref),
+            reward=log.rows("rewards", ref).reshape(-1),
+            terminated=terminated,
+            truncated=truncated,
+            file=log.path.name,
+            position=ref.position,
+            row=ref.start,
+        )
+        episode.check(task)
+    except OSError as error:
+        return _rejection(task.name, ref, EpisodeError("corrupt HDF5", f"{error}; download or record the file again"))
+    except EpisodeError as error:
+        return _rejection(task.name, ref, error)
+    return episode
+
+
+def _rejection(task: str, ref: EpisodeRef, error: EpisodeError) -> Rejection:
+    return Rejection(task, Path(ref.file).name, ref.position, ref.start, error.reason, error.detail)
+
+
+@cache
+def _downloads() -> dict[str, str]:
+    """File stem -> dataset id, for the names of D4RL's downloads."""
+    return {Path(dataset.url).stem: dataset.id for dataset in _catalogue.d4rl_datasets().values()}

@@ -1,0 +1,129 @@
+"""Playing episodes: one policy, one task, a batch of simulators that start together.
+
+seeds -> simulators -> {key: (B, ...)} -> policy.act -> actions -> ... until every episode has ended
+
+An environment that raises ends its own episode with an error; the others go on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from etl import simulators
+from schemas.episode import TaskSpec
+
+
+class Policy(Protocol):
+    """What Gato, the baselines and the random policy have in common; see eval/agent.py for the shapes."""
+
+    def reset(self, batch: int) -> None: ...
+
+    def act(
+        self, observations: dict[str, np.ndarray], previous_reward: np.ndarray, active: np.ndarray, rng: np.random.Generator
+    ) -> np.ndarray: ...
+
+
+class RandomPolicy:
+    """Uniform over the action space."""
+
+    def __init__(self, task: TaskSpec):
+        assert task.action is not None
+        self.spec = task.action
+        self.batch = 0
+
+    def reset(self, batch: int) -> None:
+        self.batch = batch
+
+    def act(
+        self, observations: dict[str, np.ndarray], previous_reward: np.ndarray, active: np.ndarray, rng: np.random.Generator
+    ) -> np.ndarray:
+        if self.spec.kind == "continuous":
+            return rng.uniform(self.spec.low, self.spec.high, (self.batch, self.spec.size)).astype(np.float32)
+        shape = (self.batch,) if self.spec.size == 1 else (self.batch, self.spec.size)
+        return rng.integers(0, self.spec.choices, shape)
+
+
+@dataclass
+class Played:
+    """One episode: raw return, timesteps, how it ended, pictures where asked for."""
+
+    seed: int
+    total: float = 0.0
+    timesteps: int = 0
+    ending: str = ""
+    error: str = ""
+    seconds: float = 0.0
+    frames: list[np.ndarray] = field(default_factory=list)
+
+
+def play(
+    policy: Policy,
+    task: TaskSpec,
+    seeds: list[int],
+    step_limit: int | None = None,
+    policy_seed: int = 0,
+    film: int = 0,
+    film_every: int = 1,
+    progress: Callable[[int], None] = lambda timesteps: None,
+) -> list[Played]:
+    """One episode a seed, all at once. `film`: how many pictures of the first episode to keep, one every
+    `film_every` timesteps. SimulatorError where the simulator cannot be made at all or its spaces differ from
+    the task's."""
+    assert task.environment is not None
+    played = [Played(seed) for seed in seeds]
+    begun = time.monotonic()
+    environments = [simulators.make(task.environment) for _ in seeds]
+    try:
+        _check_spaces(task, environments[0])
+        rng = np.random.default_rng(policy_seed)
+        latest = [environment.reset(seed=seed)[0] for environment, seed in zip(environments, seeds)]
+        active = np.ones(len(seeds), bool)
+        reward = np.zeros(len(seeds), np.float32)
+        policy.reset(len(seeds))
+        while active.any():
+            observations = {key: np.stack([o[key] for o in latest]) for key in latest[0]}
+            actions = policy.act(observations, reward, active, rng)
+            reward = np.zeros(len(seeds), np.float32)
+            for n in np.flatnonzero(active):
+                one = played[n]
+                if n == 0 and one.timesteps % film_every == 0 and len(one.frames) < film:
+                    one.frames.append(simulators.frame(environments[0]))
+                try:
+                    latest[n], gained, terminated, truncated, _ = environments[n].step(actions[n])
+                    if not all(np.isfinite(value).all() for value in latest[n].values()):
+                        raise FloatingPointError("the simulator returned an observation that is not finite")
+                except Exception as error:  # a simulator may raise anything; its episode says so, others go on
+                    one.ending, one.error = "error", f"{type(error).__name__}: {error}"
+                    latest[n] = {key: np.zeros_like(value) for key, value in latest[n].items()}
+                else:
+                    reward[n] = gained
+                    one.total += float(gained)
+                    one.timesteps += 1
+                    limit = step_limit is not None and one.timesteps >= step_limit
+                    one.ending = "terminated" if terminated else "truncated" if truncated else "step limit" if limit else ""
+                if one.ending:
+                    active[n] = False
+                    one.seconds = time.monotonic() - begun
+            progress(int(active.sum()))
+    finally:
+        for environment in environments:
+            environment.close()
+    return played
+
+
+def _check_spaces(task: TaskSpec, environment: simulators.gymnasium.Env) -> None:
+    fields, action = simulators.observation_fields(environment), simulators.action_spec(environment)
+    have = {spec.key: spec.shape for spec in fields}
+    wanted = {spec.key: spec.shape for spec in task.observation}
+    kinds = [(spec.kind, spec.size, spec.choices) for spec in (action, task.action) if spec is not None]
+    if have != wanted or kinds[0] != kinds[1]:
+        raise simulators.SimulatorError(
+            f"task '{task.name}': logged with observations {wanted} and actions {kinds[1]}, but "
+            f"{task.environment.id if task.environment else '?'} has {have} and {kinds[0]}; "
+            "rebuild the dataset with --environment naming the right one"
+        )

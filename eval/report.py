@@ -1,0 +1,321 @@
+"""Result rows in, the comparison out: a Markdown table, a console table, one HTML file.
+
+    rows -> scores.aggregate -> comparison (cells and footnotes, once) -> markdown | console | html
+
+A cell is text and its footnotes are numbers into one list, so all three forms say the same.
+Published figures stand in a table of their own: they were measured on other simulators with
+other kinds of ±. Invariant: nothing here depends on the clock or the network; the HTML file
+holds its pictures as data URIs and loads nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.table import Table as RichTable
+
+from eval.charts import LABELS, curves_chart, describe, image_uri, number, read_metrics, returns_chart
+from eval.scores import CONFIDENCE, RESAMPLES, Aggregate, ResultError, aggregate, is_error, overall
+from schemas.dataset import Manifest
+from schemas.episode import TaskSpec
+from schemas.files import atomic_write
+from schemas.result import RESULT_SCHEMA, RESULT_SCHEMA_VERSION
+
+TEMPLATE = Path(__file__).with_name("report.html")
+PUBLISHED = Path(__file__).with_name("published.json")
+COLUMNS = ("dt", "tt", "gato", "random", "behaviour")
+HEADER = ("Dataset", "Environment", *(LABELS[model] for model in COLUMNS))
+SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+SCORES = {"d4rl": "D4RL-normalised", "human": "human-normalised"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A header, rows of as many cells, numbered footnotes (the first is 1), and a caption."""
+
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    notes: list[str]
+    caption: str
+
+
+def save_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write result rows as Parquet in RESULT_SCHEMA; `schema_version` is filled in where it is left out.
+    ResultError for a field that is missing or unknown."""
+    names = set(RESULT_SCHEMA.names)
+    full = [{"schema_version": RESULT_SCHEMA_VERSION} | row for row in rows]
+    for ordinal, row in enumerate(full):
+        if wrong := sorted(names ^ set(row)):
+            what = "unknown field" if wrong[0] in row else "missing field"
+            raise ResultError(f"{path}: row {ordinal}: {what} '{wrong[0]}'; write every field of RESULT_SCHEMA")
+    with atomic_write(path) as file:
+        pq.write_table(pa.Table.from_pylist(full, schema=RESULT_SCHEMA), file)
+
+
+def load_rows(path: Path) -> pa.Table:
+    """Read what `save_rows` wrote. ResultError for another file or schema version."""
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise ResultError(f"{path}: no such results file; run python -m eval.compare") from None
+    except pa.ArrowInvalid as error:
+        raise ResultError(f"{path}: not a Parquet file ({error}); run python -m eval.compare again") from None
+    versions = table["schema_version"].unique().to_pylist() if "schema_version" in table.schema.names else [None]
+    if wrong := [version for version in versions if version != RESULT_SCHEMA_VERSION]:
+        raise ResultError(
+            f"{path}: field 'schema_version' is {wrong[0]}, this package reads {RESULT_SCHEMA_VERSION}; "
+            "run python -m eval.compare again"
+        )
+    if not table.schema.equals(RESULT_SCHEMA):
+        odd = sorted(set(table.schema.names) ^ set(RESULT_SCHEMA.names)) or ["a column's type"]
+        raise ResultError(f"{path}: not in RESULT_SCHEMA ({', '.join(odd)}); run python -m eval.compare again")
+    return table
+
+
+def comparison(aggregates: Sequence[Aggregate], tasks: Mapping[str, TaskSpec] | None = None) -> Comparison:
+    """The main table: a row a (dataset, environment), the behaviour's returns beside each environment of
+    its dataset. `tasks` (by dataset name) tell a model that cannot play a task from one that was not run."""
+    found = {(one.dataset, one.environment, one.model): one for one in aggregates}
+    trained = {one.unit for one in aggregates if one.model in ("dt", "tt", "gato") and one.episodes}
+    notes: list[str] = []
+
+    def cell(dataset: str, environment: str, model: str) -> str:
+        one = found.get((dataset, "" if model == "behaviour" else environment, model))
+        one = one or found.get((dataset, environment, model))
+        if one is None:
+            if model == "tt" and _has_images(dataset, environment, tasks or {}):
+                return "—" + _mark(notes, "TT is not defined on images: it models each observation value as a token.")
+            return "—" + _mark(notes, "Not run.")
+        marks = []
+        if one.unit == "episodes" and len(trained) > 1 and model in ("dt", "tt", "gato"):
+            marks.append(_mark(notes, "One model seed: ± is over its episodes."))
+        if one.errors:
+            marks.append(
+                _mark(notes, f"{one.errors} of {one.errors + one.episodes} episodes ended in an error; left out.")
+            )
+        return (_figures(one) if one.episodes else "—") + "\u2009".join(marks)
+
+    played: dict[str, set[str]] = {}
+    for one in aggregates:
+        played.setdefault(one.dataset, set()).update({one.environment} - {""})
+    rows = [
+        (dataset, environment or "—", *(cell(dataset, environment, model) for model in COLUMNS))
+        for dataset, environments in sorted(played.items())
+        for environment in sorted(environments or {""})
+    ]
+    return Comparison(HEADER, rows, notes, _caption(aggregates, trained))
+
+
+def published(aggregates: Sequence[Aggregate]) -> Comparison | None:
+    """Published D4RL-normalised scores for the datasets of the same body and level; None where there are
+    none. They are of the v2 datasets on the simulators of their time, which a footnote says."""
+    figures = json.loads(PUBLISHED.read_text())
+    columns, version = figures["columns"], figures["version"]
+    notes: list[str] = []
+    labels = [column["label"] + _mark(notes, f"{column['source']}; {column['plus_minus']}.") for column in columns]
+    rows = []
+    for dataset in sorted({one.dataset for one in aggregates}):
+        level, _, ours = dataset.rpartition("-")
+        if level not in figures["scores"]:
+            continue
+        if ours == version:
+            note = "Same dataset; played on the simulator versions of the time, which score differently from ours."
+        else:
+            note = (
+                f"Published on {version}; ours is another recording on another simulator version: for orientation, "
+                "not for comparison."
+            )
+        cells = (figures["scores"][level][column["key"]] for column in columns)
+        rows.append((dataset, f"{level}-{version}{_mark(notes, note)}", *cells))
+    header = ("Dataset", f"Published on {version} as", *labels)
+    return Comparison(header, rows, notes, figures["unit"] + ".") if rows else None
+
+
+def markdown(aggregates: Sequence[Aggregate], tasks: Mapping[str, TaskSpec] | None = None) -> str:
+    """Both tables as GitHub Markdown; the first line is the main table's header."""
+    parts = [_markdown_table(comparison(aggregates, tasks))]
+    if figures := published(aggregates):
+        parts += ["**Published figures, not ours**\n", _markdown_table(figures)]
+    return "\n".join(parts)
+
+
+def console(aggregates: Sequence[Aggregate], tasks: Mapping[str, TaskSpec] | None = None) -> RichTable:
+    """The main table for a terminal."""
+    body = comparison(aggregates, tasks)
+    notes = [f"{_superscript(ordinal)} {note}" for ordinal, note in enumerate(body.notes, 1)]
+    table = RichTable(caption="\n".join([body.caption, *notes]), caption_justify="left")
+    for name in HEADER:
+        table.add_column(name, justify="left" if name in HEADER[:2] else "right", overflow="fold")
+    for row in body.rows:
+        table.add_row(*row)
+    return table
+
+
+def html(
+    table: pa.Table,
+    manifests: Sequence[Manifest],
+    metrics: Mapping[str, Path],
+    rollouts: Mapping[tuple[str, str], Path],
+    title: str,
+) -> str:
+    """The whole report as one HTML document without external resources."""
+    aggregates, rows = aggregate(table), table.to_pylist()
+    tasks = {task.spec.name: task.spec for manifest in manifests for task in manifest.tasks}
+    behaviour = {one.dataset: one for one in aggregates if one.model == "behaviour"}
+    groups: dict[tuple[str, str], list[Aggregate]] = {}
+    for one in aggregates:
+        if one.environment or not any(other.environment for other in aggregates if other.dataset == one.dataset):
+            groups.setdefault((one.dataset, one.environment), []).append(one)
+    charts = []
+    for (dataset, environment), members in sorted(groups.items()):
+        logged = [behaviour[dataset]] if environment and dataset in behaviour else []
+        heading = f"{dataset} on {environment}" if environment else dataset
+        charts.append({"title": heading, "uri": returns_chart(members + logged), "alt": describe(members + logged)})
+    curves = [{"title": run, "uri": curves_chart(read_metrics(path))} for run, path in sorted(metrics.items())]
+    pictures = []
+    for (dataset, model), path in sorted(rollouts.items()):
+        played = [one for one in aggregates if (one.dataset, one.model) == (dataset, model) and one.episodes]
+        returns = "; ".join(f"mean return {number(one.return_mean)} over {one.episodes} episodes" for one in played)
+        label = LABELS.get(model, model)
+        pictures.append({"dataset": dataset, "model": label, "returns": returns, "uri": image_uri(path)})
+    templates = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    templates.filters.update(number=number, superscript=_superscript)
+    return templates.from_string(TEMPLATE.read_text()).render(
+        title=title,
+        comparison=comparison(aggregates, tasks),
+        published=published(aggregates),
+        aggregates=aggregates,
+        overall=overall(table),
+        labels=LABELS,
+        score_names=SCORES,
+        charts=charts,
+        curves=[curve for curve in curves if curve["uri"]],
+        pictures=pictures,
+        errors=_errors(rows),
+        manifests=manifests,
+        run=_run(rows),
+        resamples=RESAMPLES,
+        confidence=f"{100 * CONFIDENCE:.0f} %",
+    )
+
+
+def write_report(
+    out: Path,
+    table: pa.Table,
+    manifests: list[Manifest],
+    metrics: dict[str, Path],
+    rollouts: dict[tuple[str, str], Path],
+    title: str,
+) -> Path:
+    """Write `out`/table.md and `out`/report.html and return the latter's path. `metrics`: run name ->
+    metrics.jsonl; `rollouts`: (dataset, model) -> GIF or PNG."""
+    tasks = {task.spec.name: task.spec for manifest in manifests for task in manifest.tasks}
+    page = html(table, manifests, metrics, rollouts, title)
+    with atomic_write(Path(out) / "table.md") as file:
+        file.write(markdown(aggregate(table), tasks).encode())
+    with atomic_write(Path(out) / "report.html") as file:
+        file.write(page.encode())
+    return Path(out) / "report.html"
+
+
+def _has_images(dataset: str, environment: str, tasks: Mapping[str, TaskSpec]) -> bool:
+    if dataset in tasks:
+        return any(field.kind == "image" for field in tasks[dataset].observation)
+    return environment.startswith("ALE/")
+
+
+def _caption(aggregates: Sequence[Aggregate], trained: set[str]) -> str:
+    kinds = [SCORES.get(kind, kind) for kind in sorted({one.score_kind for one in aggregates} - {""})]
+    score = f", {' or '.join(kinds)} score in brackets (0: random, 100: {{}})" if kinds else ""
+    hundred = {"D4RL-normalised": "expert", "human-normalised": "human"}
+    score = score.format(" or ".join(hundred.get(kind, "reference") for kind in kinds))
+    over = "model seeds" if "seeds" in trained else "episodes of one model seed"
+    return (
+        f"Raw return, mean ± standard deviation{score}. DT, TT and Gato: ± over {over}; random and behaviour: over "
+        "episodes. Behaviour: the returns of the logs themselves."
+    )
+
+
+def _figures(one: Aggregate) -> str:
+    """'1220 ± 359 (38.1)': mean, deviation and score, each where it is known."""
+    if math.isnan(one.return_std):
+        raw = number(one.return_mean)
+    else:
+        raw = f"{number(one.return_mean, one.return_std)} ± {number(one.return_std, one.return_mean)}"
+    return raw if math.isnan(one.score_mean) else f"{raw} ({one.score_mean:z.1f})"
+
+
+def _mark(notes: list[str], note: str) -> str:
+    """The superscript of `note`, which joins `notes` if it is new."""
+    if note not in notes:
+        notes.append(note)
+    return _superscript(notes.index(note) + 1)
+
+
+def _superscript(ordinal: int) -> str:
+    return str(ordinal).translate(SUPERSCRIPTS)
+
+
+def _markdown_table(body: Comparison) -> str:
+    lines = ["| " + " | ".join(body.header) + " |", "|" + "|".join("---" for _ in body.header) + "|"]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in body.rows]
+    lines += ["", body.caption, ""]
+    for ordinal, note in enumerate(body.notes, 1):
+        lines += [f"{_superscript(ordinal)} {note}", ""]
+    return "\n".join(lines)
+
+
+def _errors(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Error rows, one a (dataset, environment, model, message), with the episodes that met it."""
+    grouped: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        if is_error(row):
+            key = (row["dataset"], row["environment"], row["model"], row["error"] or "no message")
+            grouped.setdefault(key, []).append(f"{row['model_seed']}/{row['episode']}")
+    names = ("dataset", "environment", "model", "message")
+    return [dict(zip(names, key)) | {"episodes": met} for key, met in sorted(grouped.items())]
+
+
+def _run(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """What the rows say of their making: distinct commits, hardware, versions, data, and protocol and
+    weights of each model."""
+    distinct: dict[str, set[str]] = {name: set() for name in ("commit", "hardware", "versions")}
+    data: dict[str, set[str]] = {}
+    protocols: dict[tuple[str, str], set[str]] = {}
+    weights: dict[tuple[str, int, str], set[str]] = {}
+    for row in rows:
+        for name, values in distinct.items():
+            values.update({row[name]} - {None, ""})
+        data.setdefault(row["dataset"], set()).add(row["dataset_fingerprint"] or "")
+        protocols.setdefault((row["model"], row["protocol"] or "{}"), set()).add(row["dataset"])
+        if row["model_sha256"]:
+            weights.setdefault((row["model"], row["model_seed"], row["model_sha256"]), set()).add(row["dataset"])
+    return {
+        "commits": sorted(distinct["commit"]),
+        "hardware": sorted(distinct["hardware"]),
+        "versions": [_pairs(text) for text in sorted(distinct["versions"])],
+        "data": sorted((name, sorted(prints)) for name, prints in data.items()),
+        "protocols": [(model, _pairs(text), sorted(names)) for (model, text), names in sorted(protocols.items())],
+        "weights": [(*key, sorted(names)) for key, names in sorted(weights.items())],
+    }
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    """A JSON object as sorted (key, value) text; anything else as one unnamed pair."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return [("", text)]
+    if not isinstance(value, dict):
+        return [("", text)]
+    return sorted((key, one if isinstance(one, str) else json.dumps(one)) for key, one in value.items())

@@ -1,0 +1,229 @@
+"""Result rows in, one aggregate a (dataset, environment, model) out.
+
+    rows -> leave out errors -> units -> mean, std, interquartile mean -> 95 % bootstrap intervals
+
+A unit is what is resampled. With two or more model seeds it is a seed (the mean of
+its episodes), because the spread between trainings is what a claim about a method
+needs; with one seed it is an episode, and the interval says nothing about retraining.
+Intervals are percentile bootstraps stratified over tasks, as in rliable (Agarwal et al.
+2021, arXiv 2108.13264): units are redrawn inside each task, then pooled.
+
+Invariant: equal rows give equal figures, to the last bit, in any order of the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from schemas.episode import ScoreReference
+from schemas.result import MODELS
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+BLOCK = 1 << 22  # values drawn at once, so that a behaviour policy of 10,000 episodes fits in memory
+
+Interval = tuple[float, float]
+Statistic = Callable[[np.ndarray], np.ndarray]
+UNKNOWN: Interval = (float("nan"), float("nan"))
+
+
+class ResultError(ValueError):
+    """Result rows cannot be used; the message names the row or file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """One model on one task. Returns are raw; scores are normalised, NaN where the task has no reference.
+
+    `episodes` were counted, `errors` left out. `unit` says what `return_std` (n - 1) and the intervals
+    are over: 'seeds' or 'episodes'. Figures are NaN without an episode, std and intervals with one unit.
+    The last two are None where no random policy was run, and for the random policy itself.
+    """
+
+    dataset: str
+    environment: str
+    model: str
+    episodes: int
+    errors: int
+    seeds: int
+    unit: str
+    return_mean: float
+    return_std: float
+    return_interval: Interval
+    iqm: float
+    iqm_interval: Interval
+    score_mean: float
+    score_kind: str
+    mean_above_random: bool | None = None  # the mean lies above the upper end of random's interval
+    interval_above_random: bool | None = None  # so does the interval's lower end
+
+    @property
+    def above_random(self) -> bool:
+        """Both hold. False where there is nothing to compare with."""
+        return bool(self.mean_above_random and self.interval_above_random)
+
+
+@dataclass(frozen=True)
+class Overall:
+    """One model over all its tasks of one score kind: interquartile mean of normalised scores."""
+
+    model: str
+    score_kind: str
+    tasks: tuple[str, ...]
+    unit: str
+    iqm: float
+    iqm_interval: Interval
+
+
+def normalised(value: float, reference: ScoreReference) -> float:
+    """100 (R - low) / (high - low) of a raw return R (D4RL, arXiv 2004.07219; human-normalised: Mnih et al. 2015)."""
+    span = reference.high - reference.low
+    if span == 0:
+        raise ResultError(
+            f"score reference '{reference.kind}': low and high are both {reference.low}; correct the task"
+        )
+    return 100.0 * (value - reference.low) / span
+
+
+def mean(values: np.ndarray) -> np.ndarray:
+    """Mean over the last axis."""
+    return np.mean(values, axis=-1)
+
+
+def interquartile_mean(values: np.ndarray) -> np.ndarray:
+    """Mean over the last axis of what is left after floor(n / 4) values are cut from each end."""
+    n = values.shape[-1]
+    cut = n // 4
+    return np.sort(values, axis=-1)[..., cut : n - cut].mean(axis=-1)
+
+
+def bootstrap(
+    strata: Sequence[np.ndarray], statistic: Statistic, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """95 % percentile interval of `statistic` over the pooled `strata` (each float64 (n,)), redrawn with
+    replacement inside each stratum. `statistic` maps (R, N) to (R,). NaN where every stratum has one value
+    or none: nothing was resampled, so the spread is unknown."""
+    if not any(len(stratum) > 1 for stratum in strata):
+        return UNKNOWN
+    generator = np.random.default_rng(seed)
+    block = max(1, BLOCK // sum(len(stratum) for stratum in strata))
+    drawn = []
+    for start in range(0, resamples, block):
+        rows = min(block, resamples - start)
+        redrawn = [stratum[generator.integers(len(stratum), size=(rows, len(stratum)))] for stratum in strata]
+        drawn.append(statistic(np.concatenate(redrawn, axis=1)))
+    tail = 50.0 * (1.0 - CONFIDENCE)
+    low, high = np.percentile(np.concatenate(drawn), [tail, 100.0 - tail])
+    return float(low), float(high)
+
+
+def aggregate(table: pa.Table, resamples: int = RESAMPLES, seed: int = 0) -> list[Aggregate]:
+    """Aggregates of a table in RESULT_SCHEMA, by dataset, environment, then the order of MODELS.
+
+    ResultError for a model that the table has no column for, or a finished episode without a return."""
+    found = {key: _aggregate(key, rows, resamples, seed) for key, rows in _groups(table).items()}
+    for (dataset, environment, model), one in found.items():
+        random = found.get((dataset, environment, "random"))
+        if model == "random" or random is None or np.isnan(random.return_interval[1]):
+            continue
+        ceiling = random.return_interval[1]
+        above = {
+            "mean_above_random": one.return_mean > ceiling,
+            "interval_above_random": one.return_interval[0] > ceiling,
+        }
+        found[dataset, environment, model] = Aggregate(**(vars(one) | above))
+    return sorted(found.values(), key=lambda one: (one.dataset, one.environment, MODELS.index(one.model)))
+
+
+def overall(table: pa.Table, resamples: int = RESAMPLES, seed: int = 0) -> list[Overall]:
+    """Interquartile mean over tasks, one a model and score kind, tasks as strata. Compare models only
+    where `tasks` are the same. Seeds are the units if every task of the model has two or more."""
+    by_model: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for (dataset, environment, model), rows in sorted(_groups(table).items()):
+        scored = [row for row in _finished(rows) if row["score_kind"] and not np.isnan(row["score"])]
+        if scored:
+            task = f"{dataset} on {environment}" if environment else dataset
+            by_model.setdefault((scored[0]["score_kind"], model), {})[task] = scored
+    results = []
+    for (kind, model), tasks in sorted(by_model.items(), key=lambda item: (item[0][0], MODELS.index(item[0][1]))):
+        units = [_units(rows, "score") for rows in tasks.values()]
+        unit = "seeds" if all(name == "seeds" for name, _ in units) else "episodes"
+        strata = [
+            values if unit == "seeds" else _column(rows, "score") for (_, values), rows in zip(units, tasks.values())
+        ]
+        point = float(interquartile_mean(np.concatenate(strata)))
+        interval = bootstrap(strata, interquartile_mean, resamples, seed)
+        results.append(Overall(model, kind, tuple(tasks), unit, point, interval))
+    return results
+
+
+def is_error(row: dict[str, Any]) -> bool:
+    """Whether the row's episode could not be played to an end."""
+    return row["ending"] == "error"
+
+
+def _groups(table: pa.Table) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """Rows by (dataset, environment, model), in an order that the table's own order does not change."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    names = ("dataset", "environment", "model", "model_seed", "episode", "return", "score", "score_kind", "ending")
+    for row in table.select(names).to_pylist():
+        if row["model"] not in MODELS:
+            raise ResultError(f"model '{row['model']}' of dataset '{row['dataset']}': known are {', '.join(MODELS)}")
+        row["score"] = float("nan") if row["score"] is None else row["score"]
+        groups.setdefault((row["dataset"], row["environment"], row["model"]), []).append(row)
+    for rows in groups.values():
+        rows.sort(key=lambda row: (row["model_seed"], row["episode"], row["return"] or 0.0))
+    return groups
+
+
+def _finished(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    finished = [row for row in rows if not is_error(row)]
+    for row in finished:
+        if row["return"] is None or not np.isfinite(row["return"]):
+            raise ResultError(
+                f"{row['dataset']}, {row['model']}, seed {row['model_seed']}, episode {row['episode']}: the return is "
+                f"{row['return']} though the episode ended as '{row['ending']}'; mark it 'error' or play it again"
+            )
+    return finished
+
+
+def _column(rows: list[dict[str, Any]], name: str) -> np.ndarray:
+    return np.array([row[name] for row in rows], np.float64)
+
+
+def _units(rows: list[dict[str, Any]], name: str) -> tuple[str, np.ndarray]:
+    """What is resampled, and its values: ('seeds', one mean a seed) or ('episodes', one value a row)."""
+    values, seeds = _column(rows, name), np.array([row["model_seed"] for row in rows])
+    distinct = np.unique(seeds)
+    if len(distinct) < 2:
+        return "episodes", values
+    return "seeds", np.array([values[seeds == one].mean() for one in distinct])
+
+
+def _aggregate(key: tuple[str, str, str], rows: list[dict[str, Any]], resamples: int, seed: int) -> Aggregate:
+    finished = _finished(rows)
+    unit, values = _units(finished, "return")
+    scored = [row for row in finished if not np.isnan(row["score"])]
+    kinds = {row["score_kind"] for row in scored}
+    if len(kinds) > 1:
+        raise ResultError(f"{key[0]}, {key[2]}: scores of kinds {', '.join(sorted(kinds))} in one group; keep one")
+    nan = float("nan")
+    return Aggregate(
+        *key,
+        episodes=len(finished),
+        errors=len(rows) - len(finished),
+        seeds=len({row["model_seed"] for row in finished}),
+        unit=unit,
+        return_mean=float(values.mean()) if len(values) else nan,
+        return_std=float(values.std(ddof=1)) if len(values) > 1 else nan,
+        return_interval=bootstrap([values], mean, resamples, seed),
+        iqm=float(interquartile_mean(values)) if len(values) else nan,
+        iqm_interval=bootstrap([values], interquartile_mean, resamples, seed),
+        score_mean=float(_units(scored, "score")[1].mean()) if scored else nan,
+        score_kind=kinds.pop() if kinds else "",
+    )

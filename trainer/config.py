@@ -1,0 +1,114 @@
+"""The whole configuration of a training run: one tree of frozen dataclasses.
+
+A recipe names one tree; the command line changes single fields of it; the run
+keeps it as JSON beside its results. Unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
+
+from schemas.episode import STRICT
+from shards.reader import Verify
+from shards.stream import StreamConfig
+from trainer.loss import LossConfig
+from trainer.model.presets import ModelConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which shards, and how they become batches."""
+
+    __pydantic_config__ = STRICT
+
+    folders: tuple[Path, ...] = ()
+    """Dataset folders; all finished ones in `root` where none is named."""
+    root: Path = Path("data/shards")
+    """Where python -m etl.build puts datasets."""
+    verify: Verify = "auto"
+    """Hash shards on opening: auto (up to 2 GiB), size (sizes only) or full."""
+    global_batch: int = 512
+    """Sequences a step, over all ranks."""
+    micro_batch: int = 8
+    """Sequences a rank runs at once; the rest is accumulated."""
+    threads: int = 1
+    """Threads a rank assembles batches with."""
+    stream: StreamConfig = field(default_factory=StreamConfig)
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """AdamW with warm-up and cosine decay (paper, appendix C.2)."""
+
+    __pydantic_config__ = STRICT
+
+    peak_lr: float = 1e-4
+    start_lr: float = 1e-7
+    final_lr_share: float = 0.1
+    """The cosine ends at this share of the peak."""
+    warmup_steps: int = 15_000
+    decay_steps: int = 1_000_000
+    beta_1: float = 0.9
+    beta_2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    """On matrices; norms and biases have none."""
+    gradient_clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where results go and how often."""
+
+    __pydantic_config__ = STRICT
+
+    output: Path = Path("runs/gato")
+    resume: Literal["auto", "never"] = "auto"
+    """auto: the same command run again goes on where it was; never: refuse a folder with checkpoints."""
+    log_every: int = 10
+    evaluate_every: int = 200
+    evaluate_sequences: int = 16
+    """Held-out sequences of each task at every evaluation."""
+    save_every: int = 200
+    keep_last: int = 2
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    __pydantic_config__ = STRICT
+
+    steps: int = 1_000_000
+    seed: int = 0
+    deepspeed: str = "zero0_cpu"
+    """A file of deepspeed_configs/, by name, or a path."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+_TRAIN: TypeAdapter[TrainConfig] = TypeAdapter(TrainConfig)
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """JSON-able form; paths become strings."""
+    return _TRAIN.dump_python(config, mode="json")
+
+
+def from_dict(raw: dict[str, Any]) -> TrainConfig:
+    """Inverse of `to_dict`; pydantic's ValidationError names an unknown or wrong key."""
+    return _TRAIN.validate_python(raw)
+
+
+def deciding(config: TrainConfig) -> dict[str, Any]:
+    """The part that decides losses and weights: a resumed run must agree on it. Where and how often
+    things are written, and how long the run is, may change."""
+    raw = asdict(config)
+    return {name: raw[name] for name in ("seed", "model", "loss", "optimiser")}

@@ -1,0 +1,172 @@
+"""All of DeepSpeed: start-up, one training step, save, load, weights for export.
+
+Model and loss know nothing of ranks. The loss of a step is the mean over all
+supervised tokens of the global batch, whatever rank they fell on, so it is the
+same function at any world size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from shards.batch import Batch
+from shards.sampler import random
+from trainer.config import OptimiserConfig, TrainConfig
+from trainer.loss import cross_entropy, predict
+from trainer.model import Gato
+
+CONFIGS = Path(__file__).resolve().parent.parent / "deepspeed_configs"
+
+
+def learning_rate(step: int, config: OptimiserConfig) -> float:
+    """Linear warm-up, then cosine to a share of the peak (paper, appendix C.2). `step` counts from 0."""
+    if step < config.warmup_steps:
+        return config.start_lr + (config.peak_lr - config.start_lr) * step / config.warmup_steps
+    span = max(1, config.decay_steps - config.warmup_steps)
+    done = min(1.0, (step - config.warmup_steps) / span)
+    floor = config.final_lr_share * config.peak_lr
+    return floor + (config.peak_lr - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def start(local_rank: int) -> torch.device:
+    """Join the process group and choose the device. Call once a process, before anything else here."""
+    _die_with_launcher()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", max(local_rank, 0)))
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, local_world)))
+        # Serves inference only, and would compile for half a minute on every CPU.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return device
+
+
+def _die_with_launcher() -> None:
+    """A killed launcher must not leave its ranks behind: the kernel sends them SIGTERM (Linux)."""
+    if os.name == "posix" and hasattr(ctypes.CDLL(None), "prctl"):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of one optimiser step over the global batch: mean loss, supervised tokens, gradient norm (clipped from)."""
+
+    loss: float
+    supervised: int
+    gradient_norm: float
+    stop_requested: bool
+
+
+class Engine:
+    """A model under DeepSpeed. `continuous` (tasks,) bool: tasks whose action tokens are ordered bins."""
+
+    def __init__(self, model: Gato, config: TrainConfig, device: torch.device, continuous: list[bool]):
+        self.config, self.device = config, device
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.continuous = torch.tensor(continuous, device=device)
+        accumulation = config.data.global_batch // (self.world * config.data.micro_batch)
+        body = read_config(config.deepspeed) | {
+            "train_batch_size": config.data.global_batch,
+            "train_micro_batch_size_per_gpu": config.data.micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": config.optimiser.gradient_clip,
+            "steps_per_print": 10**9,
+        }
+        decayed = [p for p in model.parameters() if p.ndim >= 2]
+        plain = [p for p in model.parameters() if p.ndim < 2]
+        optimiser = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": config.optimiser.weight_decay},
+                {"params": plain, "weight_decay": 0.0},
+            ],
+            lr=config.optimiser.start_lr,
+            betas=(config.optimiser.beta_1, config.optimiser.beta_2),
+            eps=config.optimiser.epsilon,
+        )
+        self.engine, self.optimiser, _, _ = deepspeed.initialize(model=model, optimizer=optimiser, config=body)
+
+    def train_step(self, step: int, batches: list[Batch], stop: bool) -> StepResult:
+        """One optimiser step on this rank's micro-batches. `stop`: this rank was asked to end; the result
+        says whether any rank was."""
+        counted = sum(int(batch.supervised.sum()) for batch in batches)
+        totals = torch.tensor([counted, float(stop)], dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        supervised = max(1, int(totals[0]))
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.config.optimiser)
+        summed = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.engine.train()
+        for batch in batches:
+            loss = self.loss(batch.to(self.device)).sum()
+            summed += loss.detach()
+            # DeepSpeed divides by world size and by accumulation steps; the mean is over tokens.
+            self.engine.backward(loss * (self.world * len(batches) / supervised))
+            self.engine.step()
+        dist.all_reduce(summed)
+        norm = self.engine.get_global_grad_norm()
+        return StepResult(float(summed) / supervised, supervised, float(norm or 0.0), bool(totals[1]))
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Cross-entropy of every supervised token of a micro-batch (N,)."""
+        keep = stochastic_depth(
+            batch.sequence, self.config.model.blocks, self.config.model.stochastic_depth, self.config.seed
+        )
+        hidden = self.engine(batch, None if keep is None else keep.to(self.device))
+        model: Gato = self.engine.module
+        ids = model.vocabulary.action_continuous
+        return cross_entropy(predict(model, hidden, batch), self.config.loss, self.continuous, ids)
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Every rank writes its part; returns on all ranks after the last has finished."""
+        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        dist.barrier()
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Load what `checkpoint.latest` has checked."""
+        path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise RuntimeError(f"{folder / tag}: DeepSpeed found nothing to load")
+
+    def weights(self) -> dict[str, torch.Tensor] | None:
+        """Full weights on rank 0, None elsewhere. Collective under ZeRO 3."""
+        parameters = list(self.engine.module.parameters())
+        if self.engine.zero_optimization_partition_weights():
+            with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
+                state = {name: value.detach().cpu().clone() for name, value in self.engine.module.state_dict().items()}
+        else:
+            state = dict(self.engine.module.state_dict())
+        return state if self.rank == 0 else None
+
+
+def stochastic_depth(sequence: Any, blocks: int, probability: float, seed: int) -> torch.Tensor | None:
+    """Scales of the residual branches (B, blocks, 2) float32: 0 with `probability`, else 1 / (1 - it); a
+    function of seed and sequence number alone. None where the probability is 0 (paper, appendix C.2)."""
+    if probability == 0:
+        return None
+    draws = np.stack([random(seed, "depth", int(i)).random((blocks, 2)) for i in sequence])
+    return torch.from_numpy(((draws >= probability) / (1.0 - probability)).astype(np.float32))
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """A DeepSpeed configuration by name or path; ValueError lists the names."""
+    path = Path(name) if name.endswith(".json") else CONFIGS / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.json")))
+        raise ValueError(f"no DeepSpeed configuration '{name}'; known: {known}, or give a path to a .json file")
+    return json.loads(path.read_text())

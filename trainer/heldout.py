@@ -1,0 +1,45 @@
+"""Held-out loss, accuracy and action error of each task: the first windows of episodes never trained on."""
+
+from __future__ import annotations
+
+import torch
+
+from schemas.vocabulary import bin_centres
+from shards.batch import Batch
+from shards.stream import Stream
+from trainer.loss import predict
+from trainer.model import Gato
+
+
+@torch.no_grad()
+def evaluate(model: Gato, stream: Stream, sequences: int, micro_batch: int, device: torch.device) -> dict[str, float]:
+    """`held_out/TASK/{loss, accuracy, action_error}` over at most `sequences` windows a task.
+
+    loss: nats a token against the exact bin, whatever the training targets are; accuracy: share of tokens
+    whose most likely id is the logged one; action_error: mean |greedy bin centre - logged one|, in units of
+    the action space scaled to [-1, 1], continuous actions only."""
+    training, ids = model.training, model.vocabulary.action_continuous
+    centres = torch.as_tensor(bin_centres(ids.size), dtype=torch.float32, device=device)
+    model.eval()
+    figures: dict[str, float] = {}
+    for task, (name, timeline) in enumerate(zip(stream.tasks, stream.timelines)):
+        windows = min(sequences, timeline.windows)
+        loss = correct = error = count = 0.0
+        for first in range(0, windows, micro_batch):
+            numbers = range(first, min(first + micro_batch, windows))
+            batch = Batch.stack([stream.evaluation_sequence(task, n) for n in numbers]).to(device)
+            predictions = predict(model, model(batch), batch)
+            logits, targets = predictions.logits.float(), predictions.targets
+            loss += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+            best = logits.argmax(dim=1)
+            correct += float((best == targets).sum())
+            count += len(targets)
+            restricted = logits[:, ids.start : ids.stop].argmax(dim=1)
+            error += float((centres[restricted] - centres[(targets - ids.start).clamp(0, ids.size - 1)]).abs().sum())
+        figures[f"held_out/{name}/loss"] = loss / max(1.0, count)
+        figures[f"held_out/{name}/accuracy"] = correct / max(1.0, count)
+        action = timeline.dataset.manifest.tasks[timeline.task].spec.action
+        if action and action.kind == "continuous":
+            figures[f"held_out/{name}/action_error"] = error / max(1.0, count)
+    model.train(training)
+    return figures
