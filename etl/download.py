@@ -16,7 +16,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -25,7 +25,15 @@ from urllib.parse import unquote, urlsplit
 import requests
 import urllib3
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from etl.sources import SourceError
 from schemas.files import atomic_write, sha256_of, sync_folder
@@ -52,7 +60,7 @@ def fetch(url: str, cache: Path, sha256: str | None = None) -> Path:
         return _checked(path, sha256)
     cache.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    with open(part, "ab") as file:
+    with open(part, "ab") as file, _without_leftover(part):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -105,17 +113,17 @@ def _download(url: str, path: Path, file: BinaryIO) -> None:
             time.sleep(BACKOFF_SECONDS * 2 ** (failures - 1))
 
 
-def _attempt(url: str, path: Path, file: BinaryIO, report) -> None:
+def _attempt(url: str, path: Path, file: BinaryIO, report: Callable[[int, int | None], None]) -> None:
     """One request, resuming where `file` ends if the server still holds the same bytes."""
     validator = _validator(path)
     if file.tell() and not validator.is_file():
-        file.truncate(0)  # nothing says which version of the file these bytes were
+        _restart(file)  # nothing says which version of the file these bytes were
     headers = {"Accept-Encoding": "identity"}
     if file.tell():
         headers |= {"Range": f"bytes={file.tell()}-", "If-Range": validator.read_text()}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
         if response.status_code == 416:
-            file.truncate(0)
+            _restart(file)
             raise _Retry("the server cannot resume")
         if response.status_code == 429 or response.status_code >= 500:
             raise _Retry(f"status {response.status_code}")
@@ -125,9 +133,11 @@ def _attempt(url: str, path: Path, file: BinaryIO, report) -> None:
                 "or record logs offline with python -m etl.record"
             )
         if response.status_code != 206:
-            file.truncate(0)
+            _restart(file)
             if stamp := response.headers.get("ETag") or response.headers.get("Last-Modified"):
                 validator.write_text(stamp)
+            else:
+                validator.unlink(missing_ok=True)
         total = _total(response, file.tell())
         for piece in response.raw.stream(PIECE, decode_content=False):
             file.write(piece)
@@ -137,8 +147,13 @@ def _attempt(url: str, path: Path, file: BinaryIO, report) -> None:
     file.flush()
     expected = _md5(response)
     if expected is not None and _md5_of(path.with_name(f"{path.name}.part")) != expected:
-        file.truncate(0)
+        _restart(file)
         raise _Retry("md5 differs from the server's")
+
+
+def _restart(file: BinaryIO) -> None:
+    file.seek(0)
+    file.truncate()
 
 
 def _total(response: requests.Response, start: int) -> int | None:
@@ -192,7 +207,16 @@ def _brief(error: Exception) -> str:
 
 
 @contextmanager
-def _progress(name: str) -> Iterator[tuple[Progress, object]]:
+def _without_leftover(part: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if part.is_file() and part.stat().st_size == 0:
+            part.unlink()
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[tuple[Progress, TaskID]]:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
     with Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         yield bar, bar.add_task(name, total=None)

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 PIXELS_PER_METRE = 110
-# columns: which world axis points right, which up, and how far a point is from the eye
-VIEWS = {"side": (0, 2, -1), "above": (0, 1, 2)}
+# world axes that point right and up, and the sign that makes the third one grow towards the eye
+VIEWS = {"side": (0, 2, -1), "above": (0, 1, 1)}
 SKY, FLOOR, TICK, OUTLINE = (196, 214, 232), (120, 124, 118), (90, 94, 90), (40, 40, 48)
 PLANE, HEIGHT_FIELD, SPHERE, CAPSULE, ELLIPSOID, CYLINDER, BOX, MESH = range(8)
 COLLISION_ONLY_GROUP = 3

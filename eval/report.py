@@ -101,7 +101,7 @@ def comparison(aggregates: Sequence[Aggregate], tasks: Mapping[str, TaskSpec] | 
             marks.append(
                 _mark(notes, f"{one.errors} of {one.errors + one.episodes} episodes ended in an error; left out.")
             )
-        return (_figures(one) if one.episodes else "—") + "\u2009".join(marks)
+        return (_figures(one) if one.episodes else "—") + "\u202f".join(marks)
 
     played: dict[str, set[str]] = {}
     for one in aggregates:

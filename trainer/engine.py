@@ -24,7 +24,7 @@ import torch.distributed as dist
 from shards.batch import Batch
 from shards.sampler import random
 from trainer.config import OptimiserConfig, TrainConfig
-from trainer.loss import cross_entropy, predict
+from trainer.loss import Objective
 from trainer.model import Gato
 
 CONFIGS = Path(__file__).resolve().parent.parent / "deepspeed_configs"
@@ -79,7 +79,6 @@ class Engine:
     def __init__(self, model: Gato, config: TrainConfig, device: torch.device, continuous: list[bool]):
         self.config, self.device = config, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.continuous = torch.tensor(continuous, device=device)
         accumulation = config.data.global_batch // (self.world * config.data.micro_batch)
         body = read_config(config.deepspeed) | {
             "train_batch_size": config.data.global_batch,
@@ -99,7 +98,9 @@ class Engine:
             betas=(config.optimiser.beta_1, config.optimiser.beta_2),
             eps=config.optimiser.epsilon,
         )
-        self.engine, self.optimiser, _, _ = deepspeed.initialize(model=model, optimizer=optimiser, config=body)
+        self.engine, self.optimiser, _, _ = deepspeed.initialize(
+            model=Objective(model, config.loss, continuous), optimizer=optimiser, config=body
+        )
 
     def train_step(self, step: int, batches: list[Batch], stop: bool) -> StepResult:
         """One optimiser step on this rank's micro-batches. `stop`: this rank was asked to end; the result
@@ -113,7 +114,7 @@ class Engine:
         summed = torch.zeros((), dtype=torch.float64, device=self.device)
         self.engine.train()
         for batch in batches:
-            loss = self.loss(batch.to(self.device)).sum()
+            loss = self.loss(batch.to(self.device))
             summed += loss.detach()
             # DeepSpeed divides by world size and by accumulation steps; the mean is over tokens.
             self.engine.backward(loss * (self.world * len(batches) / supervised))
@@ -123,14 +124,15 @@ class Engine:
         return StepResult(float(summed) / supervised, supervised, float(norm or 0.0), bool(totals[1]))
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """Cross-entropy of every supervised token of a micro-batch (N,)."""
-        keep = stochastic_depth(
-            batch.sequence, self.config.model.blocks, self.config.model.stochastic_depth, self.config.seed
-        )
-        hidden = self.engine(batch, None if keep is None else keep.to(self.device))
-        model: Gato = self.engine.module
-        ids = model.vocabulary.action_continuous
-        return cross_entropy(predict(model, hidden, batch), self.config.loss, self.continuous, ids)
+        """Summed cross-entropy of a micro-batch's supervised tokens."""
+        model, seed = self.config.model, self.config.seed
+        keep = stochastic_depth(batch.sequence, model.blocks, model.stochastic_depth, seed)
+        return self.engine(batch, None if keep is None else keep.to(self.device))
+
+    @property
+    def gato(self) -> Gato:
+        """The bare model, for evaluation between steps."""
+        return self.engine.module.gato
 
     def save(self, folder: Path, tag: str) -> None:
         """Every rank writes its part; returns on all ranks after the last has finished."""
@@ -145,12 +147,9 @@ class Engine:
 
     def weights(self) -> dict[str, torch.Tensor] | None:
         """Full weights on rank 0, None elsewhere. Collective under ZeRO 3."""
-        parameters = list(self.engine.module.parameters())
-        if self.engine.zero_optimization_partition_weights():
-            with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
-                state = {name: value.detach().cpu().clone() for name, value in self.engine.module.state_dict().items()}
-        else:
-            state = dict(self.engine.module.state_dict())
+        gathered = self.engine.zero_optimization_partition_weights()
+        with deepspeed.zero.GatheredParameters(list(self.gato.parameters()), enabled=gathered):
+            state = {name: value.detach().cpu().clone() for name, value in self.gato.state_dict().items()}
         return state if self.rank == 0 else None
 
 

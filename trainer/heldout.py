@@ -7,7 +7,7 @@ import torch
 from schemas.vocabulary import bin_centres
 from shards.batch import Batch
 from shards.stream import Stream
-from trainer.loss import predict
+from trainer.loss import held_out_logits
 from trainer.model import Gato
 
 
@@ -28,8 +28,7 @@ def evaluate(model: Gato, stream: Stream, sequences: int, micro_batch: int, devi
         for first in range(0, windows, micro_batch):
             numbers = range(first, min(first + micro_batch, windows))
             batch = Batch.stack([stream.evaluation_sequence(task, n) for n in numbers]).to(device)
-            predictions = predict(model, model(batch), batch)
-            logits, targets = predictions.logits.float(), predictions.targets
+            logits, targets = held_out_logits(model, batch)
             loss += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
             best = logits.argmax(dim=1)
             correct += float((best == targets).sum())

@@ -3,15 +3,19 @@
 The head is applied to the places that predict a supervised token and to no other.
 Targets of continuous actions may be softened over neighbouring bins; 0 bins is the
 paper's form.
+
+`cross_entropy` on whole logits is the plain form. `FusedCrossEntropy` is the same sum and
+the same gradients, a few rows at a time in one reused buffer: N x V logits of a large
+vocabulary never exist, which on a CPU costs more than the arithmetic.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from schemas.episode import STRICT
 from schemas.vocabulary import IdRange
@@ -21,44 +25,100 @@ from trainer.model import Gato
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What a continuous action's target is."""
+    """What a continuous action's target is, and how the sum is computed."""
 
     __pydantic_config__ = STRICT
 
     soft_bins: float = 0.0
     """Standard deviation, in bins, of the Gaussian that spreads a continuous target over its neighbours."""
+    chunk: int = 128
+    """Rows of logits in memory at a time; 0 for all at once (the plain form)."""
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """Of N supervised tokens: logits (N, V), targets (N,) int64, tasks (N,) int64."""
-
-    logits: Tensor
-    targets: Tensor
-    tasks: Tensor
-
-
-def predict(model: Gato, hidden: Tensor, batch: Batch) -> Predictions:
-    """The logits at p - 1 for every supervised place p; supervised[:, 0] is never set."""
+def select(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states (N, W) at p - 1, targets (N,) int64 at p and tasks (N,) of every supervised place p;
+    supervised[:, 0] is never set."""
     chosen = batch.supervised[:, 1:]
-    logits = model.logits(hidden[:, :-1][chosen])
-    return Predictions(logits, batch.tokens[:, 1:][chosen].long(), batch.tasks[:, None].expand_as(chosen)[chosen])
+    return hidden[:, :-1][chosen], batch.tokens[:, 1:][chosen].long(), batch.tasks[:, None].expand_as(chosen)[chosen]
 
 
-def cross_entropy(predictions: Predictions, config: LossConfig, continuous: Tensor, ids: IdRange) -> Tensor:
-    """Cross-entropy of each supervised token (N,), float32. `continuous` (tasks,) bool says which tasks'
-    actions are ordered bins of the range `ids`."""
-    logits, targets = predictions.logits.float(), predictions.targets
-    loss = F.cross_entropy(logits, targets, reduction="none")
-    if config.soft_bins == 0:
-        return loss
-    reach = int(3 * config.soft_bins)
+def soft_targets(targets: Tensor, ordered: Tensor, ids: IdRange, soft_bins: float) -> tuple[Tensor, Tensor]:
+    """Token ids (N, R) int64 and their probabilities (N, R) float32: a Gaussian over the neighbouring bins
+    of `ids` where `ordered`, all on the target elsewhere."""
+    reach = int(3 * soft_bins)
     offsets = torch.arange(-reach, reach + 1, device=targets.device)
     neighbours = targets[:, None] + offsets
     inside = (neighbours >= ids.start) & (neighbours < ids.stop)
-    weights = torch.exp(-0.5 * (offsets / config.soft_bins) ** 2) * inside
-    weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-9)
-    near = logits.gather(1, neighbours.clamp(0, logits.shape[1] - 1))
-    soft = logits.logsumexp(dim=1) - (weights * near).sum(dim=1)
-    ordered = continuous[predictions.tasks] & (targets >= ids.start) & (targets < ids.stop)
-    return torch.where(ordered, soft, loss)
+    spread = torch.exp(-0.5 * (offsets / max(soft_bins, 1e-9)) ** 2) * inside
+    weights = torch.where(ordered[:, None], spread, (offsets == 0).float())
+    neighbours = torch.where(inside, neighbours, targets[:, None])
+    return neighbours, weights / weights.sum(dim=1, keepdim=True)
+
+
+def cross_entropy(logits: Tensor, neighbours: Tensor, weights: Tensor) -> Tensor:
+    """The plain form: cross-entropy of each row (N,), float32, of logits (N, V) against soft targets."""
+    logits = logits.float()
+    return logits.logsumexp(dim=1) - (weights * logits.gather(1, neighbours)).sum(dim=1)
+
+
+class FusedCrossEntropy(torch.autograd.Function):
+    """Sum over rows of cross_entropy(hidden @ weight.T, ...), gradients made in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, neighbours: Tensor, weights: Tensor, size: int, chunk: int
+    ) -> Tensor:
+        rows, table = len(hidden), weight[:size]
+        hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.zeros_like(weight)
+        buffer = torch.empty(min(chunk, rows), size, dtype=hidden.dtype, device=hidden.device)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for first in range(0, rows, chunk):
+            part = slice(first, min(first + chunk, rows))
+            logits = torch.mm(hidden[part], table.T, out=buffer[: part.stop - first])
+            peak = logits.amax(dim=1, keepdim=True)
+            near = logits.gather(1, neighbours[part]).float()
+            mass = logits.sub_(peak).exp_().sum(dim=1, keepdim=True, dtype=torch.float32)
+            total += (mass.log() + peak.float()).sum() - (weights[part] * near).sum()
+            gradient = logits.div_(mass.to(logits.dtype))
+            gradient.scatter_add_(1, neighbours[part], -weights[part].to(logits.dtype))
+            torch.mm(gradient, table, out=hidden_gradient[part])
+            weight_gradient[:size].addmm_(gradient.T, hidden[part])
+        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        scale = upstream[0].to(hidden_gradient.dtype)
+        return hidden_gradient.mul_(scale), weight_gradient.mul_(scale), None, None, None, None
+
+
+class Objective(nn.Module):
+    """Gato and its loss as one module: batch -> summed cross-entropy, so that all parameters are used
+    inside one forward (as ZeRO 3 needs). `continuous`: for each task, whether its actions are ordered bins."""
+
+    def __init__(self, gato: Gato, config: LossConfig, continuous: list[bool]):
+        super().__init__()
+        self.gato, self.config = gato, config
+        self.continuous: Tensor
+        self.register_buffer("continuous", torch.tensor(continuous), persistent=False)
+
+    def forward(self, batch: Batch, keep: Tensor | None = None) -> Tensor:
+        hidden, targets, tasks = select(self.gato(batch, keep), batch)
+        ids = self.gato.vocabulary.action_continuous
+        ordered = self.continuous[tasks] & (targets >= ids.start) & (targets < ids.stop)
+        neighbours, weights = soft_targets(targets, ordered, ids, self.config.soft_bins)
+        if self.config.chunk == 0:
+            return cross_entropy(self.gato.logits(hidden), neighbours, weights).sum()
+        weight = self.gato.tokens.weight
+        if torch.is_autocast_enabled(hidden.device.type):
+            weight = weight.to(hidden.dtype)
+        size = self.gato.vocabulary.size
+        return FusedCrossEntropy.apply(hidden, weight, neighbours, weights, size, self.config.chunk)
+
+
+@torch.no_grad()
+def held_out_logits(gato: Gato, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits (N, V) float32 and targets (N,) of a batch's supervised places, for evaluation."""
+    hidden, targets, _ = select(gato(batch), batch)
+    return gato.logits(hidden).float(), targets

@@ -115,7 +115,7 @@ def train(recipe: str, config: TrainConfig, device: torch.device) -> None:
             interval, first, waited, losses = now, step, 0.0, []
         if held_out and (step % config.run.evaluate_every == 0 or last):
             figures |= evaluate(
-                run.engine.module, held_out, config.run.evaluate_sequences, config.data.micro_batch, device
+                run.gato, held_out, config.run.evaluate_sequences, config.data.micro_batch, device
             )
         if metrics and figures:
             metrics.write(step, step * G * L, time.monotonic() - begun, figures)

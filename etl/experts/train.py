@@ -48,9 +48,11 @@ class TrainOptions:
     """tanh or relu"""
     learning_rate: float = 3e-4
     """falls linearly to zero"""
+    copies: int = 8
+    """simulators that play side by side"""
     rollout: int = 2048
-    """timesteps between updates"""
-    minibatch: int = 64
+    """timesteps between updates, all copies together"""
+    minibatch: int = 128
     epochs: int = 10
     discount: float = 0.99
     gae: float = 0.95
@@ -66,17 +68,19 @@ def train(options: TrainOptions, console: Console) -> dict[str, str]:
     try:
         from stable_baselines3 import PPO
         from stable_baselines3.common.callbacks import BaseCallback
+        from stable_baselines3.common.monitor import Monitor
         from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
     except ImportError:
         raise PolicyError("training an expert needs stable-baselines3; pip install 'gato-open[sb3]'") from None
     torch.set_num_threads(1)
-    body = DummyVecEnv([lambda: FlattenObservation(simulators.make(simulators.environment_spec(options.environment)))])
+    spec = simulators.environment_spec(options.environment)
+    body = DummyVecEnv([lambda: Monitor(FlattenObservation(simulators.make(spec)))] * options.copies)
     world = VecNormalize(body, gamma=options.discount, clip_obs=CLIP, epsilon=VARIANCE_EPSILON)
     agent = PPO(
         "MlpPolicy",
         world,
         learning_rate=lambda remaining: options.learning_rate * remaining,
-        n_steps=options.rollout,
+        n_steps=options.rollout // options.copies,
         batch_size=options.minibatch,
         n_epochs=options.epochs,
         gamma=options.discount,
@@ -108,7 +112,7 @@ def train(options: TrainOptions, console: Console) -> dict[str, str]:
             returns = play(_perceptron(tensors, options.activation), options.environment, seed=1000, episodes=10)
             # the lower half decides: an expert that sometimes falls is worth less than its mean says
             score = float(np.mean(np.sort(returns)[: len(returns) // 2]) + np.mean(returns))
-            console.log(f"{self.num_timesteps:>9,} steps: return {np.mean(returns):.0f} ± {np.std(returns):.0f}")
+            console.print(f"{self.num_timesteps:>9,} steps: return {np.mean(returns):.0f} ± {np.std(returns):.0f}")
             if score > best:
                 best = score
                 header = _header(options, self.num_timesteps)

@@ -45,9 +45,7 @@ class D4RL:
         files = [p for p in found if dataset is None or task_name(p) == dataset]
         if not files:
             names = [task_name(p) for p in found]
-            raise SourceError(
-                f"{input}: no dataset '{dataset}' in it{_catalogue.suggest(str(dataset), names)} (of {len(names)} files)"
-            )
+            raise SourceError(f"{input}: no dataset '{dataset}' in it{_catalogue.suggest(str(dataset), names)}")
         return files
 
     def scan(self, files: list[Path], options: ScanOptions) -> list[TaskScan]:
