@@ -152,7 +152,8 @@ def beam_flags(arguments: list[str], workers: int) -> list[str]:
 
 
 def main() -> int:
-    console = Console(stderr=True)
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
+    logging.getLogger().setLevel(logging.ERROR)
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     options, rest = tyro.cli(Options, prog="python -m etl.build", return_unknown_args=True)
     try:

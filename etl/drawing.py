@@ -18,7 +18,7 @@ PIXELS_PER_METRE = 110
 VIEWS = {"side": (0, 2, -1), "above": (0, 1, 1)}
 SKY, FLOOR, TICK, OUTLINE = (196, 214, 232), (120, 124, 118), (90, 94, 90), (40, 40, 48)
 PLANE, HEIGHT_FIELD, SPHERE, CAPSULE, ELLIPSOID, CYLINDER, BOX, MESH = range(8)
-COLLISION_ONLY_GROUP = 3
+HIDDEN_GROUP = 3  # MuJoCo's viewer hides groups 3 and up too
 
 
 def draw(
@@ -29,19 +29,16 @@ def draw(
     height, width = size
     right, up, depth_sign = VIEWS[view]
     depth = 3 - right - up
-    shapes = []
-    for geom in range(model.ngeom):
-        points = _surface(model, geom)
-        if points is None or model.geom_rgba[geom, 3] == 0 or model.geom_group[geom] >= COLLISION_ONLY_GROUP:
-            continue
-        world = points @ data.geom_xmat[geom].reshape(3, 3).T + data.geom_xpos[geom]
-        shapes.append((depth_sign * world[:, depth].mean(), world[:, [right, up]], _colour(model, geom)))
+    shapes = _shapes(model, data, "geom")
+    if view == "above":
+        # point mazes show body and goal as sites
+        shapes += _shapes(model, data, "site")
     if not shapes:
         return np.full((height, width, 3), SKY, np.uint8)
     if view == "side":
         centre, scale = np.array([data.xpos[min(1, model.nbody - 1), right], 0.9]), float(PIXELS_PER_METRE)
     else:
-        everything = np.concatenate([outline for _, outline, _ in shapes])
+        everything = np.concatenate([points[:, [right, up]] for points, _ in shapes])
         low, high = everything.min(0), everything.max(0)
         centre, scale = (low + high) / 2, 0.95 * float(np.min(np.array([width, height]) / (high - low + 1e-6)))
 
@@ -58,8 +55,8 @@ def draw(
         for tick in np.arange(np.ceil(2 * (centre[0] - reach)), 2 * (centre[0] + reach)):
             x = width / 2 + (tick / 2 - centre[0]) * scale
             canvas.line((x, ground, x - 12, height), fill=TICK, width=3 if tick % 2 == 0 else 1)
-    for _, outline, colour in sorted(shapes, key=lambda shape: shape[0]):
-        canvas.polygon(pixels(convex_hull(outline)), fill=colour, outline=OUTLINE)
+    for points, colour in sorted(shapes, key=lambda shape: depth_sign * shape[0][:, depth].mean()):
+        canvas.polygon(pixels(convex_hull(points[:, [right, up]])), fill=colour, outline=OUTLINE)
     return np.asarray(image)
 
 
@@ -81,15 +78,29 @@ def convex_hull(points: np.ndarray) -> np.ndarray:
     return np.array(chain(ordered) + chain(ordered[::-1]))
 
 
-def _surface(model: Any, geom: int) -> np.ndarray | None:
-    """Points (N, 3) on a geom's surface in its own frame; None for the floor and for terrain."""
-    kind, size = int(model.geom_type[geom]), model.geom_size[geom]
-    if kind in (PLANE, HEIGHT_FIELD):
-        return None
-    if kind == MESH:
-        mesh = model.geom_dataid[geom]
-        start, count = model.mesh_vertadr[mesh], model.mesh_vertnum[mesh]
-        return model.mesh_vert[start : start + count].astype(np.float64)
+def _shapes(model: Any, data: Any, what: Literal["geom", "site"]) -> list[tuple[np.ndarray, tuple[int, int, int]]]:
+    """Surface points (N, 3) in the world and colour of every visible geom or site."""
+    kinds, sizes, groups = (getattr(model, f"{what}_{name}") for name in ("type", "size", "group"))
+    positions, rotations = getattr(data, f"{what}_xpos"), getattr(data, f"{what}_xmat")
+    shapes = []
+    for n, kind in enumerate(kinds):
+        material = getattr(model, f"{what}_matid")[n]
+        rgba = model.mat_rgba[material] if material >= 0 else getattr(model, f"{what}_rgba")[n]
+        if kind in (PLANE, HEIGHT_FIELD) or rgba[3] == 0 or groups[n] >= HIDDEN_GROUP:
+            continue
+        if kind == MESH:
+            mesh = model.geom_dataid[n]
+            start, count = model.mesh_vertadr[mesh], model.mesh_vertnum[mesh]
+            points = model.mesh_vert[start : start + count].astype(np.float64)
+        else:
+            points = _surface(kind, sizes[n])
+        red, green, blue = (int(255 * value) for value in np.clip(rgba[:3], 0, 1))
+        shapes.append((points @ rotations[n].reshape(3, 3).T + positions[n], (red, green, blue)))
+    return shapes
+
+
+def _surface(kind: int, size: np.ndarray) -> np.ndarray:
+    """Points (N, 3) on a primitive's surface in its own frame."""
     if kind == BOX:
         return _CORNERS * size
     if kind == CYLINDER:
@@ -97,13 +108,6 @@ def _surface(model: Any, geom: int) -> np.ndarray | None:
     if kind == CAPSULE:
         return np.concatenate([_BALL * size[0] + [0, 0, z] for z in (-size[1], size[1])])
     return _BALL * (size if kind == ELLIPSOID else size[0])
-
-
-def _colour(model: Any, geom: int) -> tuple[int, int, int]:
-    material = model.geom_matid[geom]
-    rgba = model.mat_rgba[material] if material >= 0 else model.geom_rgba[geom]
-    red, green, blue = (int(255 * value) for value in np.clip(rgba[:3], 0, 1))
-    return red, green, blue
 
 
 def _ball(rings: int = 9, around: int = 16) -> np.ndarray:

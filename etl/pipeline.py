@@ -78,7 +78,8 @@ def make_plan(source: str, scans: list[TaskScan], config: BuildConfig) -> list[d
             refs.append(ref)
             size += ref.timesteps * bytes_each
             if size >= config.shard_megabytes * 2**20 or number + 1 == len(scan.episodes):
-                stamps = sorted({(r.file, *_stamp(Path(r.file))) for r in refs})
+                read = {part for file in {r.file for r in refs} for part in sources.load(source).parts(file)}
+                stamps = sorted((str(part), *_stamp(part)) for part in read)
                 plan.append(
                     {
                         "number": len(plan),
@@ -289,8 +290,9 @@ def gather(
 
 
 def inputs_of(plan: list[dict[str, Any]]) -> list[list]:
-    """[name, bytes] of every source file of a plan, sorted."""
-    return [list(pair) for pair in sorted({(Path(s[0]).name, s[1]) for item in plan for s in item["stamps"]})]
+    """[task, name, bytes] of every source file of a plan, sorted."""
+    found = {(item["task"]["name"], Path(s[0]).name, s[1]) for item in plan for s in item["stamps"]}
+    return [list(entry) for entry in sorted(found)]
 
 
 def _first(rejected: list[dict]) -> str:

@@ -24,7 +24,11 @@ class Policy(Protocol):
     def reset(self, batch: int) -> None: ...
 
     def act(
-        self, observations: dict[str, np.ndarray], previous_reward: np.ndarray, active: np.ndarray, rng: np.random.Generator
+        self,
+        observations: dict[str, np.ndarray],
+        previous_reward: np.ndarray,
+        active: np.ndarray,
+        rng: np.random.Generator,
     ) -> np.ndarray: ...
 
 
@@ -40,7 +44,11 @@ class RandomPolicy:
         self.batch = batch
 
     def act(
-        self, observations: dict[str, np.ndarray], previous_reward: np.ndarray, active: np.ndarray, rng: np.random.Generator
+        self,
+        observations: dict[str, np.ndarray],
+        previous_reward: np.ndarray,
+        active: np.ndarray,
+        rng: np.random.Generator,
     ) -> np.ndarray:
         if self.spec.kind == "continuous":
             return rng.uniform(self.spec.low, self.spec.high, (self.batch, self.spec.size)).astype(np.float32)
@@ -69,7 +77,7 @@ def play(
     policy_seed: int = 0,
     film: int = 0,
     film_every: int = 1,
-    progress: Callable[[int], None] = lambda timesteps: None,
+    progress: Callable[[int, int], None] = lambda timesteps, active: None,
 ) -> list[Played]:
     """One episode a seed, all at once. `film`: how many pictures of the first episode to keep, one every
     `film_every` timesteps. SimulatorError where the simulator cannot be made at all or its spaces differ from
@@ -105,11 +113,13 @@ def play(
                     one.total += float(gained)
                     one.timesteps += 1
                     limit = step_limit is not None and one.timesteps >= step_limit
-                    one.ending = "terminated" if terminated else "truncated" if truncated else "step limit" if limit else ""
+                    one.ending = (
+                        "terminated" if terminated else "truncated" if truncated else "step limit" if limit else ""
+                    )
                 if one.ending:
                     active[n] = False
                     one.seconds = time.monotonic() - begun
-            progress(int(active.sum()))
+            progress(max(one.timesteps for one in played), int(active.sum()))
     finally:
         for environment in environments:
             environment.close()

@@ -4,6 +4,7 @@ A source module defines `SOURCE`, an object of the `Source` protocol:
 
     files = SOURCE.resolve(input, dataset, cache)   paths on disk, downloading where there is no input
     scans = SOURCE.scan(files, options)             tasks and where each episode lies; reads lengths, not payloads
+    SOURCE.parts(file)                              every file on disk that a ref's `file` stands for
     SOURCE.read(task, refs)                         the episodes themselves, or why one is unusable
 
 Invariant: `scan` is a pure function of the files' contents and the options, in
@@ -76,6 +77,8 @@ class Source(Protocol):
     def resolve(self, input: Path | None, dataset: str | None, cache: Path) -> list[Path]: ...
 
     def scan(self, files: list[Path], options: ScanOptions) -> list[TaskScan]: ...
+
+    def parts(self, file: str) -> list[Path]: ...
 
     def read(self, task: TaskSpec, refs: Iterable[EpisodeRef]) -> Iterator[RawEpisode | Rejection]: ...
 

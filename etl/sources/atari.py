@@ -82,6 +82,10 @@ class Atari:
             scans.append(_scan_run(checkpoints, options))
         return scans
 
+    def parts(self, file: str) -> list[Path]:
+        """The four arrays of a checkpoint."""
+        return [Path(file.replace("_action_", f"_{array}_")) for array in ARRAYS]
+
     def read(self, task: TaskSpec, refs: Iterable[EpisodeRef]) -> Iterator[RawEpisode | Rejection]:
         """Episodes in the order of refs: observation {'frame': (T, 84, 84, 1) uint8}, action (T,) int32, reward
         (T,) float32 as logged (clipped to [-1, 1] in DQN-Replay)."""

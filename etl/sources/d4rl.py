@@ -58,6 +58,10 @@ class D4RL:
             named[name] = path
         return [_scan_file(name, path, options) for name, path in sorted(named.items())]
 
+    def parts(self, file: str) -> list[Path]:
+        """The file itself."""
+        return [Path(file)]
+
     def read(self, task: TaskSpec, refs: Iterable[EpisodeRef]) -> Iterator[RawEpisode | Rejection]:
         """Episodes in the order of refs: observation {'observation': (T, D)} float32, action (T, A) float32."""
         for file, group in groupby(refs, key=lambda ref: ref.file):

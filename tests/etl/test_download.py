@@ -130,12 +130,17 @@ def test_a_part_of_unknown_version_is_not_resumed(server, tmp_path):
     assert server.requests == [("/a/b.bin", None)]
 
 
-@pytest.mark.parametrize(
-    "faults", [[503], [503, 500, 429, 503], ["long"], ["flip"], ["drop", "shifted"], ["drop", 416]]
-)
+@pytest.mark.parametrize("faults", [[503], [503, 500, 429, 503], ["long"], ["flip"], ["drop", 416]])
 def test_faults_that_pass(server, tmp_path, faults):
     server.faults = faults
     assert get(server, tmp_path).read_bytes() == CONTENT
+
+
+def test_a_server_that_resumes_elsewhere_is_asked_again(server, tmp_path):
+    server.faults = ["drop", "shifted"]
+    assert get(server, tmp_path).read_bytes() == CONTENT
+    first, second, third = [r for _, r in server.requests]
+    assert first is None and second == third
 
 
 def test_faults_that_stay(server, tmp_path):

@@ -1,0 +1,110 @@
+"""Scripted experts: short programs that read what the agent reads and play well.
+
+    frame (84, 84, 1) -> paddle and ball by their pixels -> where the ball will cross the paddle's line -> move there
+
+Each is a deterministic function of this frame and the one before it, so that a small sequence model can imitate it.
+Pixel positions are those of `etl.simulators`' frames: area-averaged 84x84.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+
+import numpy as np
+
+NOOP, FIRE, RIGHT, LEFT = range(4)  # minimal action sets of Pong and Breakout; RIGHT is up in Pong
+
+
+class PaddleFollower:
+    """Moves a paddle to where the ball will arrive. Subclasses find ball and paddle in a frame.
+
+    `along` is the coordinate in which the paddle moves, `across` the one in which the ball approaches;
+    both in pixels. `walls`: where the ball bounces along; `line`: where the paddle's face lies across.
+    """
+
+    algorithm = "scripted"
+    walls: tuple[float, float]
+    line: float
+    increase: int  # action that raises the paddle's coordinate
+    decrease: int
+    tolerance = 2.0  # pixels between paddle and target that are good enough
+    coasting = 1.0  # how many of its last moves the paddle glides on
+    aim = 0.0  # where on the paddle the ball should land, pixels from its centre
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self._ball: tuple[float, float] | None = None
+        self._paddle: float | None = None
+
+    def locate(self, frame: np.ndarray) -> tuple[tuple[float, float] | None, float | None]:
+        """((along, across) of the ball, along of the paddle's centre) in a frame (84, 84); None where not in sight."""
+        raise NotImplementedError
+
+    def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
+        """{"frame": uint8 (84, 84, 1)} -> action, int64 ()."""
+        ball, paddle = self.locate(observation["frame"][..., 0])
+        before, paddle_before = self._ball, self._paddle
+        self._ball, self._paddle = ball, paddle
+        if ball is None:
+            return np.array(FIRE)
+        if paddle is None:
+            return np.array(NOOP)
+        target = self._target(ball, before)
+        reached = paddle + self.coasting * (paddle - (paddle if paddle_before is None else paddle_before))
+        if abs(target - reached) <= self.tolerance:
+            return np.array(NOOP)
+        return np.array(self.increase if target > reached else self.decrease)
+
+    def _target(self, ball: tuple[float, float], before: tuple[float, float] | None) -> float:
+        """Where the paddle's centre should be: below a receding ball, else at the crossing after all bounces."""
+        along, across = ball
+        if before is None:
+            return along
+        speed_along, speed_across = along - before[0], across - before[1]
+        if speed_across <= 0.2:
+            return along
+        low, high = self.walls
+        landing = along + speed_along * max(self.line - across, 0.0) / speed_across
+        folded = (landing - low) % (2 * (high - low))
+        landing = low + min(folded, 2 * (high - low) - folded)
+        return landing + (self.aim if landing < (low + high) / 2 else -self.aim)
+
+
+class Pong(PaddleFollower):
+    """The right paddle (green); ball and frame lines are white."""
+
+    walls = (15.0, 76.0)
+    line = 72.5
+    increase, decrease = LEFT, RIGHT
+    tolerance = 2.0
+    coasting = 1.0
+    aim = 3.0
+
+    TOP, BOTTOM, PADDLE_COLUMN, WHITE = 14, 77, 74, 155
+
+    def locate(self, frame: np.ndarray) -> tuple[tuple[float, float] | None, float | None]:
+        court = frame[self.TOP : self.BOTTOM]
+        rows, columns = np.nonzero(court > self.WHITE)
+        ball = (float(rows.mean()) + self.TOP, float(columns.mean())) if len(rows) else None
+        paddle = np.flatnonzero((court[:, self.PADDLE_COLUMN] > 120) & (court[:, self.PADDLE_COLUMN] < self.WHITE))
+        return ball, float(paddle.mean()) + self.TOP if len(paddle) else None
+
+
+class Breakout(PaddleFollower):
+    """The paddle at the bottom; the ball is followed only between bricks and paddle."""
+
+    walls = (5.0, 79.0)
+    line = 75.0
+    increase, decrease = RIGHT, LEFT
+
+    TOP, BOTTOM, PADDLE_ROW, LEFT_WALL, RIGHT_WALL, LIT = 38, 75, 76, 5, 79, 40
+
+    def locate(self, frame: np.ndarray) -> tuple[tuple[float, float] | None, float | None]:
+        field = frame[self.TOP : self.BOTTOM, self.LEFT_WALL : self.RIGHT_WALL]
+        rows, columns = np.nonzero(field > self.LIT)
+        ball = (float(columns.mean()) + self.LEFT_WALL, float(rows.mean()) + self.TOP) if len(rows) else None
+        paddle = np.flatnonzero(frame[self.PADDLE_ROW, self.LEFT_WALL : self.RIGHT_WALL] > self.LIT)
+        return ball, float(paddle.mean()) + self.LEFT_WALL if len(paddle) else None

@@ -1,0 +1,43 @@
+"""Logs recorded from the real simulators and datasets built from them, once a session."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def run(*arguments: str | Path, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
+    """A command of the project, as a user types it: python -m ARGUMENTS."""
+    command = [sys.executable, "-m", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, **kwargs)
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory) -> Path:
+    """d4rl/hopper-random-v4.hdf5 and dqn_replay/Pong/1: some 1,500 and 300 timesteps."""
+    folder = tmp_path_factory.mktemp("logs")
+    hopper, pong = folder / "d4rl", folder / "dqn_replay"
+    run("etl.record", "--environment", "Hopper-v4", "--policy", "random", "--steps", "1500", "--output", hopper)
+    run("etl.record", "--environment", "ALE/Pong-v5", "--policy", "expert", "--steps", "300", "--output", pong)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hopper(logs, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shards") / "hopper"
+    run("etl.build", "--source", "d4rl", "--input", logs / "d4rl", "--output", folder, "--shard-megabytes", "0.05")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pong(logs, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shards") / "pong"
+    arguments = ("--source", "atari", "--input", logs / "dqn_replay", "--output", folder)
+    run("etl.build", *arguments, "--piece-timesteps", "100")
+    return folder

@@ -1,0 +1,95 @@
+"""Tokens against an independent slow reference, written from the paper's formulas in plain Python."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from etl.tokenizers import continuous, discrete, image
+from etl.tokenizers.timestep import TimestepTokenizer
+from schemas.episode import ActionSpec, FieldSpec, TaskSpec
+from schemas.vocabulary import PAPER, SEED, IdRange
+
+finite = st.floats(-1e6, 1e6, allow_nan=False)
+
+
+def slow_bin(y: float) -> int:
+    y = max(-1.0, min(1.0, y))
+    return min(1023, math.floor((y + 1) / 2 * 1024))
+
+
+def slow_observation(x: float) -> int:
+    sign = (x > 0) - (x < 0)
+    return 32000 + slow_bin(sign * math.log(abs(x) * 100 + 1.0) / math.log(256 * 100 + 1.0))
+
+
+@given(st.lists(finite, min_size=1, max_size=50))
+def test_observations_match_the_slow_reference(values):
+    tokens, clipped = continuous.encode_observation(np.array(values), SEED)
+    assert tokens.tolist() == [slow_observation(x) for x in values]
+    assert clipped == sum(abs(x) > 256.0000001 for x in values) or any(256 < abs(x) < 256.001 for x in values)
+
+
+@given(st.lists(st.floats(-1.5, 1.5), min_size=1, max_size=50))
+def test_actions_match_the_slow_reference(values):
+    tokens, outside = continuous.encode_action(np.array(values), -1.0, 1.0, SEED)
+    assert tokens.tolist() == [33024 + slow_bin(a) for a in values]
+    assert outside == sum(abs(a) > 1 for a in values)
+
+
+@given(st.lists(st.floats(-256, 256), min_size=1, max_size=50))
+def test_decoding_lies_within_half_a_bin(values):
+    x = np.array(values)
+    tokens, _ = continuous.encode_observation(x, SEED)
+    back = continuous.compand(continuous.decode_observation(tokens, SEED), SEED)
+    assert np.abs(back - continuous.compand(x, SEED)).max() <= 1 / 1024 + 1e-12
+    a = x / 256
+    tokens, _ = continuous.encode_action(a, -1.0, 1.0, SEED)
+    assert np.abs(continuous.decode_action(tokens, -1.0, 1.0, SEED) - a).max() <= 1 / 1024 + 1e-12
+
+
+def test_a_float32_log_gives_the_tokens_of_its_float64_values():
+    x = np.random.default_rng(0).normal(0, 5, 10_000).astype(np.float32)
+    tokens, _ = continuous.encode_observation(x, SEED)
+    assert tokens.tolist() == [slow_observation(float(value)) for value in x]
+
+
+def test_scaled_action_ranges_round_trip():
+    a = np.linspace(-3, 3, 101)
+    tokens, outside = continuous.encode_action(a, -3.0, 3.0, SEED)
+    assert outside == 0
+    assert np.abs(continuous.decode_action(tokens, -3.0, 3.0, SEED) - a).max() <= 3 / 1024 + 1e-12
+
+
+def test_discrete_values_move_into_their_range():
+    assert discrete.encode(np.array([0, 5]), SEED.action_discrete).tolist() == [33024, 33029]
+    assert discrete.encode(np.array([0, 5]), PAPER.action_discrete).tolist() == [0, 5]
+    with pytest.raises(ValueError, match="outside"):
+        discrete.encode(np.array([1024]), IdRange(0, 1024))
+
+
+def test_patches_are_in_raster_order_and_come_back():
+    frames = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8)
+    patches = image.to_patches(frames)
+    assert patches.shape == (2, 6, 16, 16, 3)
+    for row in range(2):
+        for column in range(3):
+            wanted = frames[:, row * 16 : row * 16 + 16, column * 16 : column * 16 + 16]
+            assert (patches[:, row * 3 + column] == wanted).all()
+    assert (image.from_patches(patches, 2, 3) == frames).all()
+
+
+def test_fields_are_ordered_by_key_and_actions_decode():
+    task = TaskSpec(
+        "t",
+        "d4rl",
+        (FieldSpec("b", "discrete", (), choices=9), FieldSpec("a", "continuous", (2,))),
+        ActionSpec("discrete", 1, choices=4),
+    )
+    tokenizer = TimestepTokenizer(task, SEED)
+    encoded = tokenizer.encode_observation({"b": np.array([7]), "a": np.array([[0.5, -2.0]])})
+    assert encoded.tokens.tolist() == [[slow_observation(0.5), slow_observation(-2.0), 32007]]
+    assert tokenizer.action_ids == IdRange(33024, 4)
+    assert tokenizer.decode_action(np.array([[33026]])).tolist() == [2]
