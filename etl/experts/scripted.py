@@ -30,13 +30,18 @@ class PaddleFollower:
     decrease: int
     tolerance = 2.0  # pixels between paddle and target that are good enough
     coasting = 1.0  # how many of its last moves the paddle glides on
+    glide = 8.0
+    moving_tolerance = 5.0
+    memory = 5  # sightings of the ball since its last bounce that its speed is taken from
+    rest: float | None = None  # where to wait while the ball recedes; None: stay level with it
     aim = 0.0  # where on the paddle the ball should land, pixels from its centre
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        self._ball: tuple[float, float] | None = None
+        self._flight: deque[tuple[float, float]] = deque(maxlen=self.memory)
+        self._target: float | None = None
         self._paddle: float | None = None
 
     def locate(self, frame: np.ndarray) -> tuple[tuple[float, float] | None, float | None]:
@@ -46,31 +51,40 @@ class PaddleFollower:
     def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
         """{"frame": uint8 (84, 84, 1)} -> action, int64 ()."""
         ball, paddle = self.locate(observation["frame"][..., 0])
-        before, paddle_before = self._ball, self._paddle
-        self._ball, self._paddle = ball, paddle
+        speed = 0.0 if paddle is None or self._paddle is None else paddle - self._paddle
+        self._paddle = paddle
         if ball is None:
+            self._flight.clear()
             return np.array(FIRE)
-        if paddle is None:
+        self._follow(ball)
+        if paddle is None or self._target is None:
             return np.array(NOOP)
-        target = self._target(ball, before)
-        reached = paddle + self.coasting * (paddle - (paddle if paddle_before is None else paddle_before))
-        if abs(target - reached) <= self.tolerance:
+        ahead = self._target - paddle - min(max(self.coasting * speed, -self.glide), self.glide)
+        if abs(ahead) <= (self.tolerance if abs(speed) < 1.0 else self.moving_tolerance):
             return np.array(NOOP)
-        return np.array(self.increase if target > reached else self.decrease)
+        return np.array(self.increase if ahead > 0 else self.decrease)
 
-    def _target(self, ball: tuple[float, float], before: tuple[float, float] | None) -> float:
-        """Where the paddle's centre should be: below a receding ball, else at the crossing after all bounces."""
+    def _follow(self, ball: tuple[float, float]) -> None:
+        """Add a sighting; move the target to where the ball will cross the paddle's line, bounces folded in."""
+        flight = self._flight
+        if len(flight) > 1:
+            (a0, c0), (a1, c1) = flight[-2], flight[-1]
+            if (a1 - a0) * (ball[0] - a1) < 0 or (c1 - c0) * (ball[1] - c1) < 0:
+                # a bounce: what the ball did before says nothing about where it goes
+                flight.clear()
+        flight.append(ball)
+        if len(flight) == 1:
+            return
         along, across = ball
-        if before is None:
-            return along
-        speed_along, speed_across = along - before[0], across - before[1]
+        steps = len(flight) - 1
+        speed_along, speed_across = (along - flight[0][0]) / steps, (across - flight[0][1]) / steps
         if speed_across <= 0.2:
-            return along
+            self._target = along if self.rest is None else self.rest
+            return
         low, high = self.walls
-        landing = along + speed_along * max(self.line - across, 0.0) / speed_across
-        folded = (landing - low) % (2 * (high - low))
+        folded = (along + speed_along * max(self.line - across, 0.0) / speed_across - low) % (2 * (high - low))
         landing = low + min(folded, 2 * (high - low) - folded)
-        return landing + (self.aim if landing < (low + high) / 2 else -self.aim)
+        self._target = landing + (self.aim if landing < (low + high) / 2 else -self.aim)
 
 
 class Pong(PaddleFollower):
@@ -79,9 +93,9 @@ class Pong(PaddleFollower):
     walls = (15.0, 76.0)
     line = 72.5
     increase, decrease = LEFT, RIGHT
-    tolerance = 2.0
-    coasting = 1.0
-    aim = 3.0
+    tolerance = 4.0
+    coasting = 1.5
+    rest = 45.0
 
     TOP, BOTTOM, PADDLE_COLUMN, WHITE = 14, 77, 74, 155
 

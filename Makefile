@@ -1,0 +1,38 @@
+# make quickstart | make test | make bench | make setup | make slow
+PYTHON ?= python3.11
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup quickstart test slow bench lint
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $(READY)
+
+# Logs from the simulators, shards, one set of weights, the table and its report.
+quickstart: setup
+	$(BIN)/python -m etl.record --environment Hopper-v4 --policy expert --steps 20000 --noise 0.1 --output data/quickstart/logs/d4rl
+	$(BIN)/python -m etl.record --environment ALE/Pong-v5 --policy expert --steps 10000 --noise 0.05 --output data/quickstart/logs/dqn_replay
+	$(BIN)/python -m etl.build --source d4rl --input data/quickstart/logs/d4rl --output data/quickstart/shards/d4rl
+	$(BIN)/python -m etl.build --source atari --input data/quickstart/logs/dqn_replay --output data/quickstart/shards/atari
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed trainer/main.py --recipe quickstart
+	$(BIN)/python -m eval.compare --gato runs/quickstart/export --root data/quickstart/shards --episodes 5 --output results/quickstart
+	@echo "Open results/quickstart/report.html"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+slow: setup
+	$(BIN)/python -m pytest -m slow
+
+bench: setup
+	$(BIN)/python -m benchmarks

@@ -1,0 +1,173 @@
+"""True sizes, no leak, masks, packing, cache: the model against slower forms of itself."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from schemas.layout import ACTION
+from schemas.vocabulary import SEED
+from shards.batch import Batch
+from shards.stream import Stream, StreamConfig
+from trainer.loss import FusedCrossEntropy, LossConfig, Objective, cross_entropy, select, soft_targets
+from trainer.model import PRESETS, Gato, ModelConfig
+from trainer.model.transformer import causal_segment_mask
+
+SMALL = ModelConfig(blocks=2, heads=2, width=32, feed_forward=64, head_size=16, patch_channels=16)
+
+
+@pytest.fixture(scope="module")
+def batch(hopper, pong):
+    stream = Stream([hopper, pong], StreamConfig(sequence_length=120, mixture_block=8), seed=3)
+    return stream.batch(0, 8).to("cpu")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Gato(SMALL, SEED).initialise(0).eval()
+
+
+@pytest.mark.parametrize(
+    ("preset", "embedding", "vision", "transformer"),
+    [
+        ("tiny", 4_440_192, 119_008, 788_736),
+        ("79m", 26_641_152, 1_555_488, 56_649_216),
+        ("364m", 53_282_304, 2_932_512, 339_815_424),
+        ("1.18b", 71_043_072, 3_850_528, 1_208_160_256),
+    ],
+)
+def test_parameter_counts(preset, embedding, vision, transformer):
+    with torch.device("meta"):
+        counts = Gato(PRESETS[preset], SEED).parameter_counts()
+    assert counts == {
+        "embedding": embedding,
+        "vision": vision,
+        "transformer": transformer,
+        "total": embedding + vision + transformer,
+    }
+    config = PRESETS[preset]
+    blocks = 4 * config.width * config.heads * config.head_size + 2 * config.width * config.feed_forward
+    norms = 4 * config.width * config.blocks + 2 * config.width
+    assert transformer == blocks * config.blocks + norms  # the formula, counted by hand
+
+
+def test_geglu_has_three_matrices():
+    with torch.device("meta"):
+        plain = Gato(SMALL, SEED).parameter_counts()["transformer"]
+        gated = Gato(replace(SMALL, feed_forward_form="geglu"), SEED).parameter_counts()["transformer"]
+    assert gated - plain == SMALL.blocks * SMALL.width * SMALL.feed_forward
+
+
+@torch.no_grad()
+def test_changing_an_action_never_changes_the_logits_that_predict_it(model, batch):
+    before = model(batch)
+    for row in range(len(batch.tokens)):
+        places = torch.nonzero(batch.roles[row] == ACTION).flatten().tolist()
+        for place in (places[0], places[len(places) // 2], places[-1]):
+            changed = replace(batch, tokens=batch.tokens.clone())
+            changed.tokens[row, place] = 33024 + (changed.tokens[row, place] - 33024 + 511) % 1024
+            after = model(changed)
+            assert torch.equal(before[row, :place], after[row, :place])
+            assert not torch.allclose(before[row, place:], after[row, place:])  # but it is seen behind itself
+
+
+@torch.no_grad()
+def test_packed_equals_separate(model, batch):
+    hidden = model(batch)
+    checked = 0
+    for row in range(len(batch.tokens)):
+        for segment in batch.segments[row].unique().tolist():
+            places = torch.nonzero(batch.segments[row] == segment).flatten()
+            flat = places + row * batch.tokens.shape[1]
+            mine = torch.isin(batch.patch_index, flat)
+            alone = Batch(
+                **{n: getattr(batch, n)[row : row + 1, places] for n in ("tokens", "roles", "positions", "supervised")},
+                segments=batch.segments[row : row + 1, places],
+                patches=batch.patches[mine],
+                patch_index=batch.patch_index[mine] - flat[0],
+                patch_positions=batch.patch_positions[mine],
+                tasks=batch.tasks[row : row + 1],
+                sequence=batch.sequence[row : row + 1],
+            )
+            assert torch.allclose(model(alone)[0], hidden[row, places], atol=1e-5)
+            checked += 1
+    assert checked > len(batch.tokens), "no sequence held two segments"
+
+
+def test_the_mask_is_causal_and_keeps_to_segments():
+    segments = torch.tensor([[0, 0, 1, 1, -1]])
+    mask = causal_segment_mask(segments)[0, 0]
+    for q in range(5):
+        for k in range(5):
+            assert mask[q, k] == (k <= q and segments[0, q] == segments[0, k])
+
+
+def slow_attention(q, k, v, allowed):
+    """Softmax attention written out, (T, D) each."""
+    scores = (q @ k.T) / q.shape[1] ** 0.5
+    scores = np.where(allowed, scores, -np.inf)
+    odds = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return (odds / odds.sum(axis=1, keepdims=True)) @ v
+
+
+@torch.no_grad()
+def test_attention_matches_the_slow_reference(model, batch):
+    attention = model.blocks[0].attention
+    x = torch.randn(1, 120, SMALL.width, generator=torch.Generator().manual_seed(0))
+    mask = causal_segment_mask(batch.segments[:1])
+    got = attention(x, mask)[0].numpy()
+    q, k, v = attention.qkv(x)[0].reshape(120, 3, 2, 16).permute(1, 2, 0, 3).numpy().astype(np.float64)
+    heads = [slow_attention(q[h], k[h], v[h], mask[0, 0].numpy()) for h in range(2)]
+    assert np.allclose(np.concatenate(heads, axis=1) @ attention.out.weight.numpy().T, got, atol=1e-5)
+
+
+def test_fused_loss_equals_the_plain_one_with_its_gradients():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(50, 16, generator=generator)
+    table = torch.randn(SEED.padded_size, 16, generator=generator) * 0.3
+    targets = torch.randint(33024, 34048, (50,), generator=generator)
+    ordered = torch.rand(50, generator=generator) < 0.5
+    upstream = torch.tensor(0.37)
+    gradients = []
+    for chunk in (None, 7, 50, 999):
+        h, w = hidden.clone().requires_grad_(), table.clone().requires_grad_()
+        soft = soft_targets(targets, ordered, SEED.action_continuous, 3.0)
+        if chunk is None:
+            loss = cross_entropy(h @ w[: SEED.size].T, *soft).sum()
+        else:
+            loss = FusedCrossEntropy.apply(h, w, *soft, SEED.size, chunk)
+        (loss * upstream).backward()
+        gradients.append((loss.item(), h.grad, w.grad))
+    for loss, h_gradient, w_gradient in gradients[1:]:
+        assert loss == pytest.approx(gradients[0][0], rel=1e-6)
+        assert torch.allclose(h_gradient, gradients[0][1], atol=1e-6)
+        assert torch.allclose(w_gradient, gradients[0][2], atol=1e-6)
+
+
+def test_soft_targets_match_the_slow_reference():
+    targets, ordered = torch.tensor([33024, 33500, 34047, 33500]), torch.tensor([True, True, True, False])
+    neighbours, weights = soft_targets(targets, ordered, SEED.action_continuous, 2.0)
+    for n, target in enumerate(targets.tolist()):
+        want = {target: 1.0}
+        if ordered[n]:
+            near = [b for b in range(target - 6, target + 7) if 33024 <= b < 34048]
+            odds = [np.exp(-0.5 * ((b - target) / 2) ** 2) for b in near]
+            want = {b: o / sum(odds) for b, o in zip(near, odds)}
+        got: dict[int, float] = {}
+        for b, weight in zip(neighbours[n].tolist(), weights[n].tolist()):
+            got[b] = got.get(b, 0.0) + weight
+        assert {b for b, w in got.items() if w > 0} == set(want)
+        assert all(abs(got[b] - want[b]) < 1e-6 for b in want)
+    hard, one = soft_targets(targets, ordered, SEED.action_continuous, 0.0)
+    assert hard.tolist() == targets[:, None].tolist() and one.unique().tolist() == [1.0]
+
+
+def test_loss_sees_exactly_the_supervised_tokens(model, batch):
+    hidden, targets, _ = select(model(batch), batch)
+    wanted = [int(t) for row, on in zip(batch.tokens, batch.supervised) for t in row[on]]
+    assert targets.tolist() == wanted and len(hidden) == len(wanted) > 0
+    objective = Objective(model, LossConfig(), [True, False])
+    # the loss does not move when an observation's own logits would: only places before actions count
+    plain = cross_entropy(model.logits(hidden), targets[:, None], torch.ones(len(targets), 1)).sum()
+    assert objective(batch).item() == pytest.approx(plain.item(), rel=1e-5)
