@@ -21,7 +21,11 @@ def run(*arguments: str | Path, check: bool = True, **kwargs) -> subprocess.Comp
 @pytest.fixture(scope="session")
 def logs(tmp_path_factory) -> Path:
     """d4rl/hopper-random-v4.hdf5 and dqn_replay/Pong/1: some 1,500 and 300 timesteps."""
-    return Path("/tmp/minilogs")
+    folder = tmp_path_factory.mktemp("logs")
+    hopper, pong = folder / "d4rl", folder / "dqn_replay"
+    run("etl.record", "--environment", "Hopper-v4", "--policy", "random", "--steps", "1500", "--output", hopper)
+    run("etl.record", "--environment", "ALE/Pong-v5", "--policy", "expert", "--steps", "300", "--output", pong)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -28,41 +28,46 @@ class PaddleFollower:
     line: float
     increase: int  # action that raises the paddle's coordinate
     decrease: int
-    tolerance = 2.0  # pixels between paddle and target that are good enough
-    coasting = 1.0  # how many of its last moves the paddle glides on
-    glide = 8.0
-    moving_tolerance = 5.0
-    memory = 5  # sightings of the ball since its last bounce that its speed is taken from
+    glide: tuple[float, ...]  # pixels still to come from the last action, the one before, ...
+    fine = 1.5  # distance to the target that is good enough while there is time
+    coarse = 4.5  # and when the ball is about to arrive: the paddle's reach
+    hurry = 5.0  # timesteps before arrival from which the paddle only makes sure of hitting
+    memory = 6  # sightings of the ball since its last bounce that its speed is taken from
     rest: float | None = None  # where to wait while the ball recedes; None: stay level with it
-    aim = 0.0  # where on the paddle the ball should land, pixels from its centre
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         self._flight: deque[tuple[float, float]] = deque(maxlen=self.memory)
+        self._moves: deque[int] = deque([0] * len(self.glide), maxlen=len(self.glide))
         self._target: float | None = None
-        self._paddle: float | None = None
+        self._tolerance = self.coarse
 
     def locate(self, frame: np.ndarray) -> tuple[tuple[float, float] | None, float | None]:
         """((along, across) of the ball, along of the paddle's centre) in a frame (84, 84); None where not in sight."""
         raise NotImplementedError
 
+    def aim(self, landing: float) -> float:
+        """Where the paddle's centre should meet a ball that lands at `landing`."""
+        return landing
+
     def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
         """{"frame": uint8 (84, 84, 1)} -> action, int64 ()."""
         ball, paddle = self.locate(observation["frame"][..., 0])
-        speed = 0.0 if paddle is None or self._paddle is None else paddle - self._paddle
-        self._paddle = paddle
         if ball is None:
             self._flight.clear()
+        else:
+            self._follow(ball)
+        move = 0
+        if ball is not None and paddle is not None and self._target is not None:
+            arriving = paddle + sum(pixels * move for pixels, move in zip(self.glide, self._moves))
+            if abs(self._target - arriving) > self._tolerance:
+                move = 1 if self._target > arriving else -1
+        self._moves.appendleft(move)
+        if ball is None:
             return np.array(FIRE)
-        self._follow(ball)
-        if paddle is None or self._target is None:
-            return np.array(NOOP)
-        ahead = self._target - paddle - min(max(self.coasting * speed, -self.glide), self.glide)
-        if abs(ahead) <= (self.tolerance if abs(speed) < 1.0 else self.moving_tolerance):
-            return np.array(NOOP)
-        return np.array(self.increase if ahead > 0 else self.decrease)
+        return np.array({-1: self.decrease, 0: NOOP, 1: self.increase}[move])
 
     def _follow(self, ball: tuple[float, float]) -> None:
         """Add a sighting; move the target to where the ball will cross the paddle's line, bounces folded in."""
@@ -79,25 +84,39 @@ class PaddleFollower:
         steps = len(flight) - 1
         speed_along, speed_across = (along - flight[0][0]) / steps, (across - flight[0][1]) / steps
         if speed_across <= 0.2:
-            self._target = along if self.rest is None else self.rest
+            self._target, self._tolerance = along if self.rest is None else self.rest, self.coarse
             return
         low, high = self.walls
-        folded = (along + speed_along * max(self.line - across, 0.0) / speed_across - low) % (2 * (high - low))
+        arrival = max(self.line - across, 0.0) / speed_across
+        folded = (along + speed_along * arrival - low) % (2 * (high - low))
         landing = low + min(folded, 2 * (high - low) - folded)
-        self._target = landing + (self.aim if landing < (low + high) / 2 else -self.aim)
+        early = arrival > self.hurry
+        self._target = self.aim(landing) if early else landing
+        self._tolerance = self.fine if early else self.coarse
 
 
 class Pong(PaddleFollower):
-    """The right paddle (green); ball and frame lines are white."""
+    """The right paddle (green); ball and frame lines are white.
+
+    A steep return across the court beats the opponent, and the paddle's ends give one: balls that land high are
+    met with the lower end, those that land in the lower middle with the upper end.
+    """
 
     walls = (15.0, 76.0)
-    line = 72.5
+    line = 74.0
     increase, decrease = LEFT, RIGHT
-    tolerance = 4.0
-    coasting = 1.5
+    glide = (7.0, 2.2)
+    coarse = 4.0
+    hurry = 6.0
     rest = 45.0
+    edge = 3.0  # pixels from the paddle's centre to where its end meets the ball
 
     TOP, BOTTOM, PADDLE_COLUMN, WHITE = 14, 77, 74, 155
+
+    def aim(self, landing: float) -> float:
+        if landing > 62.0:
+            return landing
+        return landing - self.edge if landing < 40.0 else landing + self.edge
 
     def locate(self, frame: np.ndarray) -> tuple[tuple[float, float] | None, float | None]:
         court = frame[self.TOP : self.BOTTOM]
@@ -113,6 +132,9 @@ class Breakout(PaddleFollower):
     walls = (5.0, 79.0)
     line = 75.0
     increase, decrease = RIGHT, LEFT
+    glide = (8.0, 0.5)
+    coarse = 5.0
+    hurry = np.inf
 
     TOP, BOTTOM, PADDLE_ROW, LEFT_WALL, RIGHT_WALL, LIT = 38, 75, 76, 5, 79, 40
 

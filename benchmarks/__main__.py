@@ -1,0 +1,140 @@
+"""`make bench`: ratios, each measured side by side in one run.
+
+Every pair does the same work on the same data in turn, A B A B ...; the ratio is that of
+the best times, and above 1 means that the first one is faster.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from etl import sources
+from eval.agent import AgentConfig, GatoAgent, best_demonstration
+from schemas.vocabulary import SEED
+from shards.reader import Dataset
+from shards.stream import Stream, StreamConfig
+from trainer.checkpoint import ExportInfo
+from trainer.loss import LossConfig, Objective
+from trainer.model import PRESETS, Gato
+
+REPEATS = 3
+
+
+def pair(name: str, first: Callable[[], object], second: Callable[[], object], unit: str, amount: float) -> None:
+    """Print `amount` / best time of both, and their ratio."""
+    best = [float("inf"), float("inf")]
+    for _ in range(REPEATS):
+        for n, work in enumerate((first, second)):
+            begun = time.perf_counter()
+            work()
+            best[n] = min(best[n], time.perf_counter() - begun)
+    print(
+        f"{name}: {amount / best[0]:,.1f} against {amount / best[1]:,.1f} {unit}, ratio {best[1] / best[0]:.2f}",
+        flush=True,
+    )
+
+
+def command(*arguments: str | Path) -> None:
+    subprocess.run([sys.executable, "-m", *map(str, arguments)], check=True, capture_output=True)
+
+
+def bench_build(folder: Path) -> None:
+    """The build command against a loop that only reads the episodes and writes as many bytes, one core each."""
+    source = sources.load("d4rl")
+    scan = source.scan(source.resolve(folder / "d4rl", None, folder), sources.ScanOptions())[0]
+    size = sum(path.stat().st_size for path in (folder / "shards").glob("shard-*.tar"))
+
+    def floor() -> None:
+        assert scan.task is not None
+        episodes = list(source.read(scan.task, scan.episodes))
+        (folder / "floor").write_bytes(bytes(size))
+        assert episodes
+
+    def build() -> None:
+        from etl.pipeline import BuildConfig, make_plan, write_shard
+
+        for item in make_plan("d4rl", [scan], BuildConfig()):
+            write_shard(item, Path(tempfile.mkdtemp(dir=folder)))
+
+    steps = sum(ref.timesteps for ref in scan.episodes)
+    pair("etl: tokenize and write shards / read and write only", build, floor, "timesteps/s", steps)
+
+
+def bench_stream(folder: Path, name: str) -> None:
+    """Finished training batches against a sequential read of the same shard bytes."""
+    stream = Stream([folder / name], StreamConfig(sequence_length=1024), seed=0)
+    shards = [folder / name / shard.name for shard in stream.datasets[0].manifest.shards]
+    batch = stream.batch(0, 64)
+    needed = batch.patches.nbytes + 2 * batch.tokens.size
+    whole = np.concatenate([np.memmap(path, np.uint8, "r") for path in shards])
+    buffer = np.empty(needed, np.uint8)
+
+    def sequential() -> None:
+        for start in range(0, needed, len(whole)):
+            part = whole[: needed - start]
+            buffer[start : start + len(part)] = part
+
+    pair(f"stream, {name}: 64 finished sequences / memory copy of the bytes", lambda: stream.batch(0, 64), sequential,
+         "million tokens/s", 64 * 1024 / 1e6)  # fmt: skip
+
+
+def bench_loss(folder: Path) -> None:
+    """Forward and backward of `tiny` with the fused loss against whole logits."""
+    stream = Stream([folder / "shards"], StreamConfig(sequence_length=256), seed=0)
+    batch = stream.batch(0, 16).to("cpu")
+
+    def step(chunk: int) -> Callable[[], None]:
+        objective = Objective(Gato(PRESETS["tiny"], SEED).initialise(0), LossConfig(soft_bins=8.0, chunk=chunk), [True])
+        return lambda: objective(batch).backward()
+
+    pair("model: fused loss / plain loss, forward and backward", step(128), step(0), "tokens/s", 16 * 256)
+
+
+def bench_agent(folder: Path) -> None:
+    """Control with the cache against recomputing the window, both at full context."""
+    dataset = Dataset(folder / "shards")
+    task, vocabulary = dataset.manifest.tasks[0].spec, dataset.manifest.vocabulary
+    info = ExportInfo("gato.model", 1, PRESETS["tiny"], vocabulary, vocabulary.fingerprint, 1024, 0, (task,), {}, {})
+    model = Gato(PRESETS["tiny"], vocabulary).initialise(0).eval()
+    observation = {"observation": np.zeros((1, 11), np.float32)}
+
+    def steps(window: str) -> Callable[[], None]:
+        config = AgentConfig(window=window, prompt_share=1.0)  # type: ignore[arg-type]
+        agent = GatoAgent(model, info, task, config, best_demonstration(dataset, 0))
+        agent.reset(1)
+        rng, active = np.random.default_rng(0), np.ones(1, bool)
+
+        def run() -> None:
+            for _ in range(10):
+                agent.act(observation, np.zeros(1), active, rng)
+
+        return run
+
+    pair("agent: cached / recomputed window of 1024 tokens", steps("rolling"), steps("exact"), "timesteps/s", 10)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        command("etl.record", "-e", "Hopper-v4", "--steps", "10000", "-o", folder / "d4rl")
+        command("etl.record", "-e", "ALE/Breakout-v5", "--steps", "2000", "-o", folder / "dqn")
+        command("etl.build", "--source", "d4rl", "-i", folder / "d4rl", "-o", folder / "shards")
+        command("etl.build", "--source", "atari", "-i", folder / "dqn", "-o", folder / "atari")
+        bench_build(folder)
+        bench_stream(folder, "shards")
+        bench_stream(folder, "atari")
+        bench_loss(folder)
+        bench_agent(folder)
+
+
+if __name__ == "__main__":
+    main()

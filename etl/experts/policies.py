@@ -1,0 +1,71 @@
+"""Which policy plays: the shipped expert of an environment, a file, or uniform random actions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from etl.experts import PolicyError, perceptron, scripted
+from etl.experts.sb3 import StableBaselines
+from schemas.episode import ActionSpec
+
+HERE = Path(__file__).resolve().parent
+EXPERTS: dict[str, Any] = {
+    "Hopper-": lambda: perceptron.load(HERE / "hopper.safetensors"),
+    "ALE/Pong-": scripted.Pong,
+    "ALE/Breakout-": scripted.Breakout,
+}
+
+
+class Policy(Protocol):
+    """Plays one environment. `algorithm` names it in the log."""
+
+    @property
+    def algorithm(self) -> str: ...
+
+    def reset(self) -> None: ...
+
+    def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray: ...
+
+
+class Random:
+    """Uniform over the action space."""
+
+    algorithm = "random"
+
+    def __init__(self, action: ActionSpec):
+        self.action = action
+
+    def reset(self) -> None:
+        """Nothing is kept between timesteps."""
+
+    def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
+        return noise_action(self.action, rng)
+
+
+def noise_action(action: ActionSpec, rng: np.random.Generator) -> np.ndarray:
+    """One uniformly random action."""
+    if action.kind == "continuous":
+        return rng.uniform(action.low, action.high, action.size).astype(np.float32)
+    return rng.integers(action.choices, size=() if action.size == 1 else action.size)
+
+
+def load(name: str, environment: str, observation_size: int, action: ActionSpec) -> Policy:
+    """`name` is 'expert', 'random' or a policy file. PolicyError names what does not fit and the remedy."""
+    if name == "random":
+        return Random(action)
+    if name == "expert":
+        for prefix, make in EXPERTS.items():
+            if environment.startswith(prefix):
+                return make()
+        known = ", ".join(f"{prefix}v*" for prefix in EXPERTS)
+        raise PolicyError(f"no expert of {environment} is shipped (there are {known}); give --policy a file, or random")
+    path = Path(name)
+    if not path.is_file():
+        raise PolicyError(f"{name}: no such policy file; give one, or 'expert', or 'random'")
+    policy = StableBaselines(path) if path.suffix == ".zip" else perceptron.load(path)
+    policy.check(observation_size, action.size, environment)
+    return policy
