@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import h5py
 import numpy as np
@@ -95,15 +95,18 @@ def _state(env: Any) -> dict[str, np.ndarray]:
     return {} if data is None else {"infos/qpos": data.qpos.copy(), "infos/qvel": data.qvel.copy()}
 
 
-class Columns:
-    """Named columns that grow on disk, CHUNK rows at a time."""
+class Columns(Protocol):
+    """Named columns that grow on disk under a temporary name; `close` gives them their name, `discard` removes
+    them."""
 
     def append(self, row: dict[str, Any]) -> None: ...
 
     def close(self) -> None: ...
 
+    def discard(self) -> None: ...
 
-class Hdf5Log(Columns):
+
+class Hdf5Log:
     """D4RL's layout: one growing dataset a key, attribute env_id, metadata as datasets."""
 
     def __init__(self, path: Path, environment: str, algorithm: str):
@@ -140,8 +143,12 @@ class Hdf5Log(Columns):
         os.replace(self.temporary, self.path)
         sync_folder(self.path.parent)
 
+    def discard(self) -> None:
+        self.file.close()
+        self.temporary.unlink(missing_ok=True)
 
-class ReplayLog(Columns):
+
+class ReplayLog:
     """The DQN-Replay layout: gzipped .npy files in lockstep. Rows are spooled raw and packed at the end, when
     their number is known."""
 
@@ -163,12 +170,17 @@ class ReplayLog(Columns):
             self._pack(f"$store$_{name}_ckpt.0.gz", np.dtype(dtype), shape, self.spools[name])
             self.spools[name].close()
             (self.temporary / f"{name}.raw").unlink()
-        for name, value in (("add_count", np.array(self.count)), ("invalid_range", np.zeros(0, np.int64))):
+        for name, value in (("add_count", np.array(self.count)), ("invalid_range", np.zeros(5, np.int64))):
             with self._gzip(f"{name}_ckpt.0.gz") as packed:
                 np.lib.format.write_array(packed, value)
         shutil.rmtree(self.folder, ignore_errors=True)
         os.replace(self.temporary, self.folder)
         sync_folder(self.folder.parent)
+
+    def discard(self) -> None:
+        for spool in self.spools.values():
+            spool.close()
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
     def _pack(self, name: str, dtype: np.dtype, shape: tuple[int, ...], spool: Any) -> None:
         spool.seek(0)
@@ -198,22 +210,27 @@ def record(options: Options, console: Console) -> Path:
     atari = spec.suite == "atari"
     log: Columns = ReplayLog(path) if atari else Hdf5Log(path, options.environment, policy.algorithm)
     returns, running, done = [], 0.0, 0
-    with Progress(console=console) as progress:
-        bar = progress.add_task(options.environment, total=options.steps)
-        for step in play(options, env, policy):
-            done += 1
-            running += step.reward
-            ended = step.terminated or step.truncated
-            last = (done >= options.steps and ended) or done >= options.steps + options.steps // 10
-            log.append(_atari_row(step) if atari else _d4rl_row(step))
-            if ended:
-                returns.append(running)
-                running = 0.0
-            progress.update(bar, completed=done)
-            if last:
-                break
-    log.close()
-    env.close()
+    try:
+        with Progress(console=console) as progress:
+            bar = progress.add_task(options.environment, total=options.steps)
+            for step in play(options, env, policy):
+                done += 1
+                running += step.reward
+                ended = step.terminated or step.truncated
+                last = (done >= options.steps and ended) or done >= options.steps + options.steps // 10
+                log.append(_atari_row(step) if atari else _d4rl_row(step))
+                if ended:
+                    returns.append(running)
+                    running = 0.0
+                progress.update(bar, completed=done)
+                if last:
+                    break
+        log.close()
+    except BaseException:
+        log.discard()
+        raise
+    finally:
+        env.close()
     mean = f"{np.mean(returns):.1f} ± {np.std(returns):.1f}" if returns else "-"
     cut = "" if ended else ", the last one cut by the log's end"
     console.print(

@@ -4,7 +4,8 @@
 
 MuJoCo bodies give {"observation": float32 (D,)}, gymnasium-robotics tasks their own keys, Atari
 {"frame": uint8 (84, 84, 1)}: four emulator frames an action, sticky actions with probability 0.25, the maximum of
-the last two grey screens, area-averaged to 84x84 (the convention of the DQN-Replay logs). Pillow's box filter is
+the last two grey screens, box-filtered to 84x84 (the convention of the DQN-Replay logs, but for the filter's
+treatment of pixels that two output pixels share: OpenCV splits them, Pillow gives them to one). Pillow's filter is
 integer arithmetic, so a frame has the same bytes on every processor.
 
 Invariant: an agent sees in evaluation exactly what the recorder writes into logs, because both call `make`.
@@ -104,7 +105,9 @@ class FloatFields(gymnasium.Wrapper):
         fields = dict(space.spaces) if isinstance(space, spaces.Dict) else {"observation": space}
         for key, field in fields.items():
             if not isinstance(field, spaces.Box) or field.dtype.kind != "f":
-                raise SimulatorError(f"{_id(env)}: observation '{key}' is {field}, only real-valued arrays are supported")
+                raise SimulatorError(
+                    f"{_id(env)}: observation '{key}' is {field}, only real-valued arrays are supported"
+                )
         self.observation_space = spaces.Dict(
             {key: spaces.Box(-np.inf, np.inf, fields[key].shape, np.float32) for key in sorted(fields)}
         )
@@ -148,14 +151,14 @@ class AtariFrames(gymnasium.Wrapper):
         return self._frame(screen), info
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        total, last, previous = 0.0, None, None
+        total, screens = 0.0, []
         for _ in range(FRAMES_PER_ACTION):
-            previous = last
-            last, reward, terminated, truncated, info = self.env.step(int(action))
+            screen, reward, terminated, truncated, info = self.env.step(int(action))
+            screens.append(screen)
             total += float(reward)
             if terminated or truncated:
                 break
-        return self._frame(last if previous is None else np.maximum(last, previous)), total, terminated, truncated, info
+        return self._frame(np.maximum.reduce(screens[-2:])), total, bool(terminated), bool(truncated), info
 
     def render(self) -> Any:
         return frame(self)
@@ -233,7 +236,8 @@ def _register(suite: str) -> None:
     except ImportError as error:
         raise SimulatorError(f"suite '{suite}' needs the package {module} ({error}); {remedy}") from None
     if suite == "atari":
-        importlib.import_module("ale_py").ALEInterface.setLoggerMode(importlib.import_module("ale_py").LoggerMode.Error)
+        ale_py = importlib.import_module(module)
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
 
 
 def _require_known(environment: str, suite: str) -> None:
@@ -244,9 +248,8 @@ def _require_known(environment: str, suite: str) -> None:
     near = get_close_matches(environment, gymnasium.registry, n=3, cutoff=0.4)
     if not near:
         near = get_close_matches(f"ALE/{environment}", gymnasium.registry, n=3, cutoff=0.4)
-    raise SimulatorError(
-        f"unknown environment '{environment}'; use a gymnasium id with its version, e.g. {', '.join(near) or 'Hopper-v4'}"
-    )
+    examples = ", ".join(near) or "Hopper-v4"
+    raise SimulatorError(f"unknown environment '{environment}'; use a gymnasium id with its version, e.g. {examples}")
 
 
 def _id(env: gymnasium.Env) -> str:

@@ -59,7 +59,7 @@ class Options:
     root: Path = Path("data/shards")
     tasks: tuple[str, ...] = ()
     """Only these tasks of the datasets."""
-    models: tuple[Literal["random", "behaviour", "dt", "tt", "gato"], ...] = MODELS
+    models: tuple[Literal["random", "behaviour", "dt", "tt", "gato"], ...] = ("random", "behaviour", "dt", "tt", "gato")
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("results/compare")
     baselines: Path = Path("runs/baselines")
     """Where trained baselines are kept."""
@@ -180,7 +180,7 @@ class Comparison:
             for number, one in enumerate(episodes)
         ]
         report.save_rows(part, rows)
-        done = [row["return"] for row in rows if row["ending"] != "error"]
+        done = [one.total for one in episodes if one.ending != "error"]
         mean = f"{np.mean(done):.1f}" if done else "-"
         self.console.print(f"{job.name}: return {mean} over {len(done)} episodes", highlight=False)
         return rows

@@ -54,7 +54,7 @@ class ShardWriter:
                 continue
             header = BytesIO()
             np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-            payload = memoryview(np.ascontiguousarray(array)).cast("B") if array.size else memoryview(b"")
+            payload = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
             start = self._member(f"{key}.{name}.npy", header.getvalue(), payload)
             where |= {f"{name}_offset": start + len(header.getvalue()), f"{name}_bytes": len(payload)}
         self._member(f"{key}.meta.json", json.dumps(meta, sort_keys=True).encode(), memoryview(b""))

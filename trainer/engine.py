@@ -65,7 +65,7 @@ def _die_with_launcher() -> None:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimiser step over the global batch: mean loss, supervised tokens, gradient norm (clipped from)."""
+    """Of one optimiser step over the global batch: mean loss, supervised tokens, gradient norm before clipping."""
 
     loss: float
     supervised: int
@@ -118,10 +118,18 @@ class Engine:
             summed += loss.detach()
             # DeepSpeed divides by world size and by accumulation steps; the mean is over tokens.
             self.engine.backward(loss * (self.world * len(batches) / supervised))
+            norm = self._plain_norm() if self.engine.is_gradient_accumulation_boundary() else None
             self.engine.step()
         dist.all_reduce(summed)
-        norm = self.engine.get_global_grad_norm()
-        return StepResult(float(summed) / supervised, supervised, float(norm or 0.0), bool(totals[1]))
+        norm = self.engine.get_global_grad_norm() if norm is None else norm
+        return StepResult(float(summed) / supervised, supervised, float(norm or math.nan), bool(totals[1]))
+
+    def _plain_norm(self) -> float | None:
+        """Norm of the reduced gradients before clipping at ZeRO 0, where DeepSpeed does not tell it."""
+        if self.engine.zero_optimization_stage() > 0:
+            return None
+        gradients = [p.grad for p in self.gato.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Summed cross-entropy of a micro-batch's supervised tokens."""

@@ -162,9 +162,12 @@ def _load_npz(path: Path) -> Perceptron:
     )
 
 
-def _layers(path: Path, tensors: Mapping[str, np.ndarray], weight: str, bias: str) -> tuple[list, list]:
+def _layers(
+    path: Path, tensors: Mapping[str, np.ndarray], weight: str, bias: str
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Weights and biases 0, 1, ... as float64; a layer without bias gets zeros."""
-    weights, biases = [], []
+    weights: list[np.ndarray] = []
+    biases: list[np.ndarray] = []
     while (key := weight.format(len(weights))) in tensors:
         matrix = np.atleast_2d(tensors[key]).astype(np.float64)
         biases.append(tensors.get(bias.format(len(weights)), np.zeros(len(matrix))).astype(np.float64))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+import gymnasium
 import numpy as np
 
 from etl.experts import PolicyError, perceptron, scripted
@@ -13,10 +14,13 @@ from etl.experts.sb3 import StableBaselines
 from schemas.episode import ActionSpec
 
 HERE = Path(__file__).resolve().parent
-EXPERTS: dict[str, Any] = {
-    "Hopper-": lambda: perceptron.load(HERE / "hopper.safetensors"),
-    "ALE/Pong-": scripted.Pong,
-    "ALE/Breakout-": scripted.Breakout,
+# beginning of a gymnasium id -> maker of its expert, given the whole id
+EXPERTS: dict[str, Callable[[str], Policy]] = {
+    "Hopper-": lambda environment: perceptron.load(HERE / "hopper.safetensors"),
+    "ALE/Pong-": lambda environment: scripted.Pong(),
+    "ALE/Breakout-": lambda environment: scripted.Breakout(),
+    "ALE/Freeway-": lambda environment: scripted.Freeway(),
+    "PointMaze_": lambda environment: scripted.Waypoints(gymnasium.spec(environment).kwargs["maze_map"]),
 }
 
 
@@ -60,7 +64,7 @@ def load(name: str, environment: str, observation_size: int, action: ActionSpec)
     if name == "expert":
         for prefix, make in EXPERTS.items():
             if environment.startswith(prefix):
-                return make()
+                return make(environment)
         known = ", ".join(f"{prefix}v*" for prefix in EXPERTS)
         raise PolicyError(f"no expert of {environment} is shipped (there are {known}); give --policy a file, or random")
     path = Path(name)

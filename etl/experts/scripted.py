@@ -2,14 +2,14 @@
 
     frame (84, 84, 1) -> paddle and ball by their pixels -> where the ball will cross the paddle's line -> move there
 
-Each is a deterministic function of this frame and the one before it, so that a small sequence model can imitate it.
-Pixel positions are those of `etl.simulators`' frames: area-averaged 84x84.
+A paddle's player is a deterministic function of the last few frames and its own last actions, so that a small
+sequence model can imitate it. Pixel positions are those of `etl.simulators`' frames: box-filtered 84x84.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -144,3 +144,60 @@ class Breakout(PaddleFollower):
         ball = (float(columns.mean()) + self.LEFT_WALL, float(rows.mean()) + self.TOP) if len(rows) else None
         paddle = np.flatnonzero(frame[self.PADDLE_ROW, self.LEFT_WALL : self.RIGHT_WALL] > self.LIT)
         return ball, float(paddle.mean()) + self.LEFT_WALL if len(paddle) else None
+
+
+class Freeway:
+    """Always up: the score is the number of crossings, and waiting for a gap costs more than being pushed back."""
+
+    algorithm = "scripted"
+    UP = 1
+
+    def reset(self) -> None:
+        """Nothing is kept between timesteps."""
+
+    def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
+        """{"frame": uint8 (84, 84, 1)} -> action, int64 ()."""
+        return np.array(self.UP)
+
+
+class Waypoints:
+    """Steers a point through a maze: towards the next free cell on a shortest path to the goal, then to the goal."""
+
+    algorithm = "scripted"
+    PULL, DAMPING = 10.0, 1.0
+
+    def __init__(self, maze: Sequence[Sequence[int | str]]):
+        """`maze`: rows of cells, 1 is a wall; cells are 1 x 1 and the maze is centred on the origin."""
+        self.wall = np.array([[cell == 1 for cell in row] for row in maze])
+
+    def reset(self) -> None:
+        """Nothing is kept between timesteps."""
+
+    def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
+        """{"achieved_goal": (2,), "desired_goal": (2,), "observation": (4,)} -> force (2,) float32 in [-1, 1]."""
+        position, goal = observation["achieved_goal"], observation["desired_goal"]
+        step = self._next(self._cell(position), self._cell(goal))
+        target = goal if step is None else self._centre(step)
+        force = self.PULL * (target - position) - self.DAMPING * observation["observation"][2:4]
+        return np.clip(force, -1.0, 1.0).astype(np.float32)
+
+    def _next(self, start: tuple[int, int], goal: tuple[int, int]) -> tuple[int, int] | None:
+        """The cell behind `start` on a shortest path to `goal`, by breadth-first search from the goal; None there."""
+        frontier, seen = deque([goal]), {goal}
+        while frontier and start != goal:
+            row, column = frontier.popleft()
+            for near in ((row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)):
+                if near == start:
+                    return row, column
+                if near not in seen and not self.wall[near]:
+                    seen.add(near)
+                    frontier.append(near)
+        return None
+
+    def _cell(self, place: np.ndarray) -> tuple[int, int]:
+        rows, columns = self.wall.shape
+        return int(np.floor(rows / 2 - place[1])), int(np.floor(place[0] + columns / 2))
+
+    def _centre(self, cell: tuple[int, int]) -> np.ndarray:
+        rows, columns = self.wall.shape
+        return np.array([cell[1] + 0.5 - columns / 2, rows / 2 - cell[0] - 0.5])

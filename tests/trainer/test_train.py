@@ -159,3 +159,8 @@ def test_bad_input_is_one_clear_line(finished, hopper, tmp_path):
         assert len(lines) == 1 and message in lines[0], done.stderr
     unknown = train(tmp_path / "b", [hopper], "--model.colour", "red", check=False)
     assert unknown.returncode != 0 and "colour" in unknown.stdout + unknown.stderr
+
+
+def test_the_gradient_norm_is_told(finished):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert all(0.01 < line["train/gradient_norm"] < 1000 for line in lines)

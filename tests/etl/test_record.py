@@ -1,0 +1,177 @@
+"""Recording: the layouts, determinism, and that a log replays in the simulator."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from rich.console import Console
+
+from etl import record, simulators
+from etl.experts import PolicyError
+
+QUIET = Console(quiet=True)
+
+
+def recorded(folder: Path, **options) -> Path:
+    return record.record(record.Options(output=folder, **options), QUIET)
+
+
+def load_d4rl(path: Path) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    with h5py.File(path) as file:
+        for key in ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations"):
+            found[key] = file[key][()]
+        found |= {f"infos/{key}": values[()] for key, values in file.get("infos", {}).items()}
+        assert set(file) <= {key.split("/")[0] for key in found} | {"metadata"}
+    return found
+
+
+def algorithm_of(path: Path) -> bytes:
+    with h5py.File(path) as file:
+        return file["metadata/algorithm"][()]
+
+
+def load_replay(folder: Path) -> dict[str, np.ndarray]:
+    found = {}
+    for path in sorted(folder.iterdir()):
+        with gzip.open(path) as file:
+            found[path.name] = np.lib.format.read_array(file, allow_pickle=False)
+    return found
+
+
+@pytest.fixture(scope="module")
+def hopper(tmp_path_factory) -> Path:
+    return recorded(tmp_path_factory.mktemp("logs"), environment="Hopper-v4", policy="random", steps=300, noise=0.1)
+
+
+@pytest.fixture(scope="module")
+def pong(tmp_path_factory) -> Path:
+    return recorded(tmp_path_factory.mktemp("logs"), environment="ALE/Pong-v5", steps=200, noise=0.1)
+
+
+def test_d4rl_keys_dtypes_and_name(hopper):
+    assert hopper.name == "hopper-random-v4.hdf5"
+    log = load_d4rl(hopper)
+    rows = len(log["rewards"])
+    assert 300 <= rows <= 330
+    expected = {
+        "observations": (np.float32, (rows, 11)),
+        "next_observations": (np.float32, (rows, 11)),
+        "actions": (np.float32, (rows, 3)),
+        "rewards": (np.float32, (rows,)),
+        "terminals": (np.bool_, (rows,)),
+        "timeouts": (np.bool_, (rows,)),
+        "infos/qpos": (np.float64, (rows, 6)),
+        "infos/qvel": (np.float64, (rows, 6)),
+    }
+    assert {key: (value.dtype, value.shape) for key, value in log.items()} == expected
+    assert algorithm_of(hopper) == b"random"
+    with h5py.File(hopper) as file:
+        assert file.attrs["env_id"] == "Hopper-v4"
+
+
+def test_a_timestep_is_followed_by_the_next_unless_the_episode_ended(hopper):
+    log = load_d4rl(hopper)
+    ended = log["terminals"] | log["timeouts"]
+    assert ended.any() and not (log["terminals"] & log["timeouts"]).any()
+    goes_on = ~ended[:-1]
+    np.testing.assert_array_equal(log["next_observations"][:-1][goes_on], log["observations"][1:][goes_on])
+    assert (log["next_observations"][:-1][~goes_on] != log["observations"][1:][~goes_on]).any(axis=1).all()
+
+
+def test_logged_actions_replayed_from_logged_states_give_the_logged_outcome(hopper):
+    log = load_d4rl(hopper)
+    env = simulators.make(simulators.environment_spec("Hopper-v4"), seed=0)
+    for row in range(0, len(log["rewards"]), 7):
+        env.reset()
+        env.unwrapped.set_state(log["infos/qpos"][row], log["infos/qvel"][row])
+        observation, reward, terminated, *_ = env.step(log["actions"][row])
+        np.testing.assert_allclose(observation["observation"], log["next_observations"][row], atol=1e-4)
+        assert reward == pytest.approx(log["rewards"][row], abs=1e-4)
+        assert terminated == log["terminals"][row]
+
+
+def test_noise_is_in_the_log_and_in_range(tmp_path):
+    path = recorded(tmp_path / "clean", steps=50, seed=1)
+    clean = load_d4rl(path)
+    noisy = load_d4rl(recorded(tmp_path / "noisy", steps=50, seed=1, noise=0.2))
+    assert algorithm_of(path) == b"ppo"
+    np.testing.assert_array_equal(clean["observations"][0], noisy["observations"][0])
+    assert (clean["actions"][0] != noisy["actions"][0]).any()
+    assert np.abs(noisy["actions"]).max() <= 1.0
+
+
+def test_a_time_limit_is_a_timeout(tmp_path):
+    path = recorded(tmp_path, environment="PointMaze_UMaze-v3", policy="random", steps=301)
+    log = load_d4rl(path)
+    assert np.flatnonzero(log["timeouts"]).tolist() == [299] and not log["terminals"].any()
+
+
+def test_dqn_replay_layout(pong):
+    assert pong.parts[-3:] == ("Pong", "1", "replay_logs")
+    log = load_replay(pong)
+    rows = int(log["add_count_ckpt.0.gz"])
+    assert 200 <= rows <= 220
+    shapes = {name.removeprefix("$store$_"): (array.dtype, array.shape) for name, array in log.items()}
+    assert shapes == {
+        "observation_ckpt.0.gz": (np.uint8, (rows, 84, 84)),
+        "action_ckpt.0.gz": (np.int32, (rows,)),
+        "reward_ckpt.0.gz": (np.float32, (rows,)),
+        "terminal_ckpt.0.gz": (np.uint8, (rows,)),
+        "add_count_ckpt.0.gz": (np.int64, ()),
+        "invalid_range_ckpt.0.gz": (np.int64, (5,)),
+    }
+    assert set(np.unique(log["$store$_action_ckpt.0.gz"])) <= set(range(6))
+    assert len(np.unique(log["$store$_observation_ckpt.0.gz"].reshape(rows, -1), axis=0)) > rows // 2
+
+
+@pytest.mark.parametrize("environment", ["Hopper-v4", "ALE/Pong-v5"])
+def test_same_arguments_same_arrays_and_another_seed_others(tmp_path, environment):
+    load = load_replay if environment.startswith("ALE/") else load_d4rl
+    options = {"environment": environment, "policy": "random", "steps": 60, "noise": 0.1}
+    first, again = (load(recorded(tmp_path / name, **options)) for name in "ab")
+    assert {key: value.tobytes() for key, value in first.items()} == {k: v.tobytes() for k, v in again.items()}
+    other = load(recorded(tmp_path / "c", **options, seed=1))
+    assert any(first[key].tobytes() != other[key].tobytes() for key in first if "action" in key)
+
+
+def test_a_policy_of_another_body_is_refused(tmp_path):
+    path = tmp_path / "cheetah.npz"
+    np.savez(path, W0=np.zeros((6, 17), np.float32), b0=np.zeros(6, np.float32))
+    with pytest.raises(PolicyError, match=r"cheetah.npz: input \(layer 0\) has size 17, Hopper-v4 needs 11"):
+        recorded(tmp_path, policy=str(path))
+    np.savez(path, W0=np.zeros((6, 11), np.float32), b0=np.zeros(6, np.float32))
+    with pytest.raises(PolicyError, match=r"cheetah.npz: output \(layer 0\) has size 6, Hopper-v4 needs 3"):
+        recorded(tmp_path, policy=str(path))
+
+
+def test_what_cannot_be_recorded_is_said_and_leaves_nothing(tmp_path):
+    with pytest.raises(PolicyError, match="no expert of Walker2d-v4 is shipped"):
+        recorded(tmp_path, environment="Walker2d-v4")
+    with pytest.raises(PolicyError, match="nowhere.npz: no such policy file"):
+        recorded(tmp_path, policy="nowhere.npz")
+    assert not list(tmp_path.iterdir())
+    recorded(tmp_path, policy="random", steps=5)
+    with pytest.raises(ValueError, match="already there.*--overwrite"):
+        recorded(tmp_path, policy="random", steps=5)
+    recorded(tmp_path, policy="random", steps=5, overwrite=True)
+
+
+@pytest.mark.parametrize("environment", ["Hopper-v4", "ALE/Pong-v5"])
+def test_an_interrupted_recording_leaves_no_log(tmp_path, monkeypatch, environment):
+    play = record.play
+
+    def interrupted(*arguments):
+        for n, step in enumerate(play(*arguments)):
+            if n == 20:
+                raise KeyboardInterrupt
+            yield step
+
+    monkeypatch.setattr(record, "play", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        recorded(tmp_path, environment=environment, policy="random", steps=100)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

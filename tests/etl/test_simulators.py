@@ -1,0 +1,178 @@
+"""Simulators as recorder and agent see them; the policies that play them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from etl import simulators
+from etl.experts import PolicyError, perceptron, policies
+from etl.experts.train import play
+from schemas.episode import ActionSpec, EnvironmentSpec
+
+PONG = EnvironmentSpec("atari", "ALE/Pong-v5")
+
+
+def trajectory(spec, seed, steps=30):
+    env = simulators.make(spec)
+    observation, _ = env.reset(seed=seed)
+    rng, seen = np.random.default_rng(seed), [observation]
+    action = simulators.action_spec(env)
+    for _ in range(steps):
+        seen.append(env.step(policies.noise_action(action, rng))[0])
+    env.close()
+    return seen
+
+
+@pytest.mark.parametrize("spec", [PONG, simulators.environment_spec("Hopper-v4")], ids=lambda spec: spec.id)
+def test_same_seed_same_observations(spec):
+    first, again, other = trajectory(spec, 3), trajectory(spec, 3), trajectory(spec, 4)
+    for a, b in zip(first, again):
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+    assert any((a[key] != b[key]).any() for a, b in zip(first, other) for key in a)
+
+
+def test_atari_frame_is_the_box_filtered_maximum_of_the_last_two_screens():
+    steady = EnvironmentSpec("atari", "ALE/Pong-v5", {"repeat_action_probability": 0.0, "noop_max": 0})
+    env, emulator = simulators.make(steady), simulators.make(steady).unwrapped
+    env.reset(seed=0)
+    emulator.reset(seed=0)
+    for action in [0] * 10 + [2, 3] * 10:
+        observation, *_ = env.step(action)
+        screens = [emulator.step(action)[0] for _ in range(4)]
+    # a box filter by hand: the mean of the whole pixels whose centres lie under an output pixel
+    pooled = np.maximum(screens[2], screens[3]).astype(np.float64)
+    rows, columns = (
+        [slice(int(n * size / 84 + 0.5), int((n + 1) * size / 84 + 0.5)) for n in range(84)] for size in (210, 160)
+    )
+    expected = np.array([[pooled[row, column].mean() for column in columns] for row in rows])
+    assert observation["frame"].shape == (84, 84, 1) and observation["frame"].dtype == np.uint8
+    assert np.abs(observation["frame"][..., 0] - expected).max() <= 1.0
+
+
+def test_atari_time_limit_and_noops_come_from_the_kwargs():
+    env = simulators.make(EnvironmentSpec("atari", "ALE/Pong-v5", {"max_episode_steps": 5, "noop_max": 0}))
+    env.reset(seed=0)
+    assert env.unwrapped.ale.getEpisodeFrameNumber() == 0
+    ends = [env.step(0)[2:4] for _ in range(5)]
+    assert ends == [(False, False)] * 4 + [(False, True)]
+    starts = set()
+    env = simulators.make(PONG)
+    for seed in range(8):
+        env.reset(seed=seed)
+        starts.add(env.unwrapped.ale.getEpisodeFrameNumber())
+    assert len(starts) > 2 and max(starts) <= simulators.NOOP_MAX
+
+
+def test_specs_of_each_suite():
+    hopper, pong = simulators.make(simulators.environment_spec("Hopper-v5")), simulators.make(PONG)
+    maze = simulators.make(simulators.environment_spec("PointMaze_UMaze-v3"))
+    assert simulators.action_spec(hopper) == ActionSpec("continuous", 3)
+    assert simulators.action_spec(pong) == ActionSpec("discrete", 1, choices=6)
+    assert [(f.key, f.kind, f.shape, f.resized) for f in simulators.observation_fields(pong)] == [
+        ("frame", "image", (84, 84, 1), (64, 80))
+    ]
+    observation, _ = maze.reset(seed=0)
+    assert list(observation) == [f.key for f in simulators.observation_fields(maze)]
+    assert list(observation) == ["achieved_goal", "desired_goal", "observation"]
+    assert all(value.dtype == np.float32 for value in observation.values())
+
+
+@pytest.mark.parametrize("environment", ["Hopper-v4", "PointMaze_UMaze-v3", "ALE/Pong-v5"])
+def test_a_picture_on_any_machine_that_changes_with_the_state(environment, monkeypatch):
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    env = simulators.make(simulators.environment_spec(environment), seed=0, render=True)
+    before = simulators.frame(env)
+    assert before.dtype == np.uint8 and before.ndim == 3 and before.shape[2] == 3
+    for _ in range(30):
+        env.step(env.action_space.sample())
+    after = env.render()
+    assert after.shape == before.shape and (after != before).any()
+
+
+@pytest.mark.parametrize("wrong", ["Hopper-v99", "Pong-v99", "NoSuchBody-v1", "ALE/NoSuchGame-v5"])
+def test_unknown_ids_are_named(wrong):
+    with pytest.raises(simulators.SimulatorError, match=f"unknown environment '{wrong}'"):
+        simulators.environment_spec(wrong)
+
+
+def test_a_missing_package_and_wrong_arguments_are_named(monkeypatch):
+    monkeypatch.setitem(simulators.SUITES, "robotics", ("a_package_that_is_not_there", "pip install it"))
+    with pytest.raises(simulators.SimulatorError, match="a_package_that_is_not_there.*pip install it"):
+        simulators.make(EnvironmentSpec("robotics", "PointMaze_UMaze-v3"))
+    with pytest.raises(simulators.SimulatorError, match="Hopper-v4.*no_such_argument"):
+        simulators.make(EnvironmentSpec("mujoco", "Hopper-v4", {"no_such_argument": 1}))
+
+
+def mlp(inputs=11, hidden=8, outputs=3):
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Linear(inputs, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, outputs), torch.nn.Tanh()
+    )
+
+
+def test_safetensors_and_npz_agree_with_torch(tmp_path):
+    network, rng = mlp(), np.random.default_rng(0)
+    mean, variance = rng.normal(size=11), rng.uniform(0.001, 2.0, 11)
+    tensors = {"observation.mean": mean, "observation.variance": variance}
+    arrays = {"mean": mean, "std": np.sqrt(variance), "clip": 10.0, "hidden": "relu", "out": "tanh"}
+    for n, layer in enumerate((network[0], network[2])):
+        weight, bias = layer.weight.detach().numpy(), layer.bias.detach().numpy()
+        tensors |= {f"layers.{n}.weight": weight, f"layers.{n}.bias": bias}
+        arrays |= {f"W{n}": weight, f"b{n}": bias}
+    header = {"hidden_activation": "relu", "output_activation": "tanh", "observation_clip": "10"}
+    perceptron.save_safetensors(tmp_path / "policy.safetensors", tensors, header)
+    np.savez(tmp_path / "policy.npz", **arrays)
+    loaded = [perceptron.load(tmp_path / name) for name in ("policy.safetensors", "policy.npz")]
+    for _ in range(20):
+        observation = rng.normal(0, 5, 11).astype(np.float32)
+        normal = np.clip((observation - mean) / np.sqrt(variance), -10, 10)
+        expected = network(torch.tensor(normal, dtype=torch.float32)).detach().numpy()
+        for policy in loaded:
+            action = policy.act({"observation": observation}, rng)
+            assert action.dtype == np.float32
+            np.testing.assert_allclose(action, expected, atol=1e-5)
+
+
+def test_layers_that_do_not_fit_are_refused(tmp_path):
+    path = tmp_path / "broken.npz"
+    np.savez(path, W0=np.zeros((8, 11)), b0=np.zeros(8), W1=np.zeros((3, 9)), b1=np.zeros(3))
+    with pytest.raises(PolicyError, match=r"broken.npz: layer 1 has weight \(3, 9\)"):
+        perceptron.load(path)
+    np.savez(path, other=np.zeros(3))
+    with pytest.raises(PolicyError, match="broken.npz: no field 'W0'.*other"):
+        perceptron.load(path)
+    path.write_bytes(b"not an archive")
+    with pytest.raises(PolicyError, match="broken.npz: not a readable"):
+        perceptron.load(path)
+
+
+def test_the_shipped_hopper_stands_and_says_where_it_is_from():
+    policy = perceptron.load(policies.HERE / "hopper.safetensors")
+    assert policy.metadata["algorithm"] == "ppo" and policy.metadata["licence"] == "MIT"
+    assert float(policy.metadata["return_mean"]) > 3000
+    assert play(policy, "Hopper-v4", seed=0, episodes=1)[0] > 2500
+
+
+def score(environment, name, steps, seed=0):
+    env = simulators.make(simulators.environment_spec(environment))
+    policy = policies.load(name, environment, 0, simulators.action_spec(env))
+    rng = np.random.default_rng(seed)
+    observation, _ = env.reset(seed=seed)
+    total = 0.0
+    for _ in range(steps):
+        observation, reward, terminated, truncated, _ = env.step(policy.act(observation, rng))
+        total += float(reward)
+        if terminated or truncated:
+            break
+    return total
+
+
+@pytest.mark.parametrize(
+    "environment, steps, margin",
+    [("ALE/Pong-v5", 600, 5), ("ALE/Breakout-v5", 400, 8), ("ALE/Freeway-v5", 400, 3), ("PointMaze_UMaze-v3", 300, 50)],
+)
+def test_scripted_experts_beat_random_by_far(environment, steps, margin):
+    assert score(environment, "expert", steps) >= score(environment, "random", steps) + margin
