@@ -1,54 +1,146 @@
-"""The baselines of the comparison, a single file each, and the one export form that both use.
+"""The baselines of the comparison, a single file each, and what both share: one training loop, one export.
 
-FOLDER/weights.safetensors, then FOLDER/config.json, which vouches for it by hash; nothing is unpickled
+episodes -> train -> FOLDER/weights.safetensors, then FOLDER/config.json -> load -> policy
+
+Invariant: config.json is written last and vouches for the weights by hash; nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save
 
-from schemas.episode import TaskSpec
+from schemas.episode import STRICT, TaskSpec
 from schemas.files import atomic_write, sha256_of
+from shards.views import Trajectory
 
 VERSION = 1
+CURVE_POINTS = 200
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class Training:
+    """Optimisation, the same fields for both baselines. Learning rate: linear over `warmup` steps, then constant,
+    or a cosine down to a tenth at step `decay`, and a tenth from there on."""
+
+    __pydantic_config__ = STRICT
+    steps: int = 100_000
+    batch: int = 64
+    lr: float = 1e-4
+    warmup: int = 10_000
+    decay: int | None = None
+    weight_decay: float = 1e-4
+    beta_2: float = 0.999
+    clip: float = 0.25
+    dropout: float = 0.1
+
+
+def device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def whole(trajectories: Sequence[Trajectory], task: TaskSpec) -> list[Trajectory]:
+    """The episodes that the log did not cut, since only their returns are known; all, where it cut every one.
+    ValueError where there are none."""
+    if not trajectories:
+        raise ValueError(f"task '{task.name}': no training episodes; build its shards with python -m etl.build")
+    return [episode for episode in trajectories if episode.complete] or list(trajectories)
+
+
+def flatten(observations: dict[str, np.ndarray]) -> np.ndarray:
+    """{key: (B, ...)} -> (B, D), keys in lexicographic order, as the shards' `observation` member."""
+    return np.concatenate(
+        [observations[key].reshape(len(observations[key]), -1) for key in sorted(observations)], axis=1
+    )
+
+
+def optimise(
+    model: torch.nn.Module, config: Training, loss: Callable[[], torch.Tensor], progress: Callable[[dict], None] | None
+) -> list[tuple[int, float]]:
+    """AdamW over `config.steps` draws of `loss`; weight decay on matrices of linear and convolutional layers alone.
+    The training curve: (step, mean loss since the point before). FloatingPointError once the loss is not finite."""
+    inputs = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    tables = {id(p) for p in inputs}
+    decayed = [p for p in model.parameters() if p.ndim > 1 and id(p) not in tables]
+    plain = [p for p in model.parameters() if p.ndim <= 1 or id(p) in tables]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta_2))
+
+    def rate(step: int) -> float:
+        if step < config.warmup or config.decay is None:
+            return min(1.0, (step + 1) / max(1, config.warmup))
+        done = min(1.0, (step - config.warmup) / max(1, config.decay - config.warmup))
+        return max(0.1, 0.5 * (1 + math.cos(math.pi * done)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
+    every = max(1, config.steps // CURVE_POINTS)
+    curve: list[tuple[int, float]] = []
+    recent: list[float] = []
+    model.train()
+    for step in range(1, config.steps + 1):
+        value = loss()
+        optimiser.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimiser.step()
+        schedule.step()
+        recent.append(value.item())
+        if not math.isfinite(recent[-1]):
+            raise FloatingPointError(f"the loss is {recent[-1]} at step {step}; lower lr ({config.lr})")
+        if step % every == 0 or step == config.steps:
+            curve.append((step, float(np.mean(recent))))
+            recent.clear()
+            if progress:
+                progress({"step": step, "of": config.steps, "loss": curve[-1][1]})
+    return curve
 
 
 def save_folder(
     out: Path, form: str, model: torch.nn.Module, config: Any, task: TaskSpec, seed: int, extra: dict[str, Any]
 ) -> Path:
-    """Write weights first and the JSON that names their hash last."""
+    """Write the weights, then the JSON that names their hash: form, version, seed, config, task and `extra`."""
     with atomic_write(out / "weights.safetensors") as file:
-        file.write(save({name: value.contiguous() for name, value in model.state_dict().items()}))
-    body = {
-        "format": form,
-        "version": VERSION,
-        "seed": seed,
-        "config": asdict(config),
-        "task": asdict(task),
-        "weights_sha256": sha256_of(out / "weights.safetensors"),
-        "extra": extra,
-    }
+        file.write(save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}))
+    body = {"format": form, "version": VERSION, "seed": seed, "config": asdict(config), "task": asdict(task)}
+    body |= {"weights_sha256": sha256_of(out / "weights.safetensors"), "extra": extra}
     with atomic_write(out / "config.json") as file:
-        file.write((json.dumps(body) + "\n").encode())
+        file.write((json.dumps(body, allow_nan=False) + "\n").encode())
     return out
 
 
-def load_folder(folder: Path, form: str, config: type) -> tuple[dict[str, Any], Any, TaskSpec, dict[str, torch.Tensor]]:
-    """(JSON body, config, task, weights) of a trained baseline. ValueError names the file and the remedy."""
-    path, weights = folder / "config.json", folder / "weights.safetensors"
+def load_folder(
+    folder: Path, form: str, config: type[C]
+) -> tuple[C, TaskSpec, dict[str, Any], dict[str, torch.Tensor]]:
+    """(config, task, extra, weights) of a trained baseline. ValueError names the file and the remedy."""
+    path, weights = Path(folder) / "config.json", Path(folder) / "weights.safetensors"
+    remedy = f"remove {folder}, and python -m eval.compare trains it again"
     if not path.is_file():
-        raise ValueError(f"{folder}: no config.json, so no trained baseline; run python -m eval.compare to train it")
-    body = json.loads(path.read_text())
-    if (body.get("format"), body.get("version")) != (form, VERSION):
-        raise ValueError(f"{path}: format {body.get('format')} {body.get('version')}, expected {form} {VERSION}")
-    if not weights.is_file() or sha256_of(weights) != body["weights_sha256"]:
-        raise ValueError(f"{weights}: missing or damaged; remove {folder} and it is trained again")
-    parsed = TypeAdapter(config).validate_python(body["config"])
-    return body, parsed, TypeAdapter(TaskSpec).validate_python(body["task"]), load_file(weights)
+        raise ValueError(f"{folder}: no config.json, so no finished baseline; {remedy}")
+    try:
+        body = json.loads(path.read_text())
+        if (body["format"], body["version"]) != (form, VERSION):
+            raise ValueError(f"{path}: format {body['format']} {body['version']}, expected {form} {VERSION}; {remedy}")
+        parsed = TypeAdapter(config).validate_python(body["config"])
+        task, digest, extra = TypeAdapter(TaskSpec).validate_python(body["task"]), body["weights_sha256"], body["extra"]
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); {remedy}") from None
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: field {error} is missing; {remedy}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{path}: field '{'.'.join(map(str, first['loc']))}': {first['msg']}; {remedy}") from None
+    if not weights.is_file() or sha256_of(weights) != digest:
+        raise ValueError(f"{weights}: missing or changed since {path.name} was written; {remedy}")
+    return parsed, task, extra, load_file(weights)
