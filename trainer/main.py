@@ -114,9 +114,7 @@ def train(recipe: str, config: TrainConfig, device: torch.device) -> None:
             metrics.progress(step, f"loss {figures['train/loss']:.4f}  {rate:,.0f} tokens/s  data wait {wait:.1f} %")
             interval, first, waited, losses = now, step, 0.0, []
         if held_out and (step % config.run.evaluate_every == 0 or last):
-            figures |= evaluate(
-                run.gato, held_out, config.run.evaluate_sequences, config.data.micro_batch, device
-            )
+            figures |= evaluate(run.gato, held_out, config.run.evaluate_sequences, config.data.micro_batch, device)
         if metrics and figures:
             metrics.write(step, step * G * L, time.monotonic() - begun, figures)
         if step % config.run.save_every == 0 or last:

@@ -186,7 +186,7 @@ class Windows:
 
 
 def stack_frames(frames: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """(T, H, W, C) uint8 at timesteps (K,) to (K, 4 C, H, W): each behind its three predecessors, the first repeated."""
+    """(T, H, W, C) uint8 at timesteps (K,) to (K, 4 C, H, W): each behind its three predecessors."""
     stacked = frames[np.maximum(index[:, None] - np.arange(STACK - 1, -1, -1), 0)]
     return stacked.transpose(0, 1, 4, 2, 3).reshape(len(index), -1, *frames.shape[1:3])
 

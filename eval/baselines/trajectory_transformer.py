@@ -185,6 +185,7 @@ class TrajectoryTransformer(nn.Module):
         x = F.dropout(self.embed(tokens, places), self.config.dropout if self.training else 0.0)
         cache = []
         for block in self.blocks:
+            assert isinstance(block, Block)
             q, k, v = block.heads_of(x)
             x = block.attend(x, q, k, v, mask)
             cache.append((k[:, :, visible], v[:, :, visible]))
@@ -196,6 +197,7 @@ class TrajectoryTransformer(nn.Module):
         value = place % self.dimensions == self.dimensions - 1
         x = self.embed(token[:, None], torch.tensor([place], device=token.device))
         for block, (keys, values) in zip(self.blocks, cache):
+            assert isinstance(block, Block)
             q, k, v = block.heads_of(x)
             if not value:
                 keys[:, :, filled : filled + 1], values[:, :, filled : filled + 1] = k, v
@@ -353,10 +355,10 @@ class Policy:
         rng: np.random.Generator,
     ) -> np.ndarray:
         """{key: (E, ...)} -> actions (E, A) float32, those of inactive environments meaningless."""
-        O, A = self.model.observations, self.model.actions
+        D, A = self.model.observations, self.model.actions
         observed = self.discretiser.encode(flatten(observations))
         if self.last is not None:
-            reward = self.discretiser.encode(np.asarray(previous_reward, np.float64)[:, None], O + A)
+            reward = self.discretiser.encode(np.asarray(previous_reward, np.float64)[:, None], D + A)
             # any bin will do for the value, which is never attended to; the paper's code takes the highest
             value = np.full_like(reward, self.config.bins - 1)
             transition = np.concatenate([self.last, reward, value], axis=1)[:, None]
@@ -367,11 +369,11 @@ class Policy:
         chosen = np.zeros((len(observed), A), np.int64)
         chosen[active] = self.plan(torch.from_numpy(prefix[active]).to(device()), rng).cpu().numpy()
         self.last = np.concatenate([observed, chosen], axis=1)
-        return self.discretiser.centres[np.arange(O, O + A), chosen].clip(self.low, self.high).astype(np.float32)
+        return self.discretiser.centres[np.arange(D, D + A), chosen].clip(self.low, self.high).astype(np.float32)
 
     @torch.inference_mode()
     def plan(self, prefix: Tensor, rng: np.random.Generator) -> Tensor:
-        """Beam search from tokens (E, T) that end behind an observation: bins (E, A) of the best plan's first action."""
+        """Beam search from tokens (E, T) behind an observation: bins (E, A) of the best plan's first action."""
         config, model, E = self.config, self.model, len(prefix)
         rows = Rows(model, prefix, self.cached)
         beams = torch.arange(E, device=prefix.device)[:, None]  # (E, beams): the row of each beam
