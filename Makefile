@@ -15,12 +15,12 @@ $(READY): requirements.lock pyproject.toml
 
 # Logs from the simulators, shards, one set of weights, the table and its report.
 quickstart: setup
-	$(BIN)/python -m etl.record --environment Hopper-v4 --policy expert --steps 20000 --noise 0.1 --output data/quickstart/logs/d4rl
-	$(BIN)/python -m etl.record --environment ALE/Pong-v5 --policy expert --steps 10000 --noise 0.05 --output data/quickstart/logs/dqn_replay
+	$(BIN)/python -m etl.record -e Hopper-v4 --policy expert --steps 20000 --noise 0.1 -o data/quickstart/logs/d4rl --overwrite
+	$(BIN)/python -m etl.record -e ALE/Freeway-v5 --policy expert --steps 8000 --noise 0.05 -o data/quickstart/logs/dqn_replay --overwrite
 	$(BIN)/python -m etl.build --source d4rl --input data/quickstart/logs/d4rl --output data/quickstart/shards/d4rl
 	$(BIN)/python -m etl.build --source atari --input data/quickstart/logs/dqn_replay --output data/quickstart/shards/atari
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed trainer/main.py --recipe quickstart
-	$(BIN)/python -m eval.compare --gato runs/quickstart/export --root data/quickstart/shards --episodes 5 --output results/quickstart
+	$(BIN)/python -m eval.compare --gato runs/quickstart/export --root data/quickstart/shards --baselines runs/quickstart/baselines --episodes 5 --output results/quickstart
 	@echo "Open results/quickstart/report.html"
 
 lint: setup

@@ -36,8 +36,14 @@ TINY = TrainConfig(
 # expected  see docs/log.md
 QUICKSTART = replace(
     TINY,
-    steps=600,
-    optimiser=replace(TINY.optimiser, decay_steps=600, warmup_steps=50),
+    steps=400,
+    optimiser=replace(TINY.optimiser, decay_steps=400, warmup_steps=50),
+    data=replace(
+        TINY.data,
+        root=Path("data/quickstart/shards"),
+        global_batch=16,
+        stream=replace(TINY.data.stream, weights={"hopper-expert-v4": 3.0, "freeway-run1": 1.0}),
+    ),
     run=RunConfig(output=Path("runs/quickstart"), evaluate_every=100, save_every=200),
 )
 

@@ -266,8 +266,8 @@ def train(
             f"task '{task.name}': Trajectory Transformer plays vectors of real observations and actions, not images, "
             "text or discrete values; leave 'tt' out of --models"
         )
-    if not 1 <= config.context <= config.transitions:
-        raise ValueError(f"context {config.context} is not in [1, transitions = {config.transitions}]")
+    if not 2 <= config.context <= config.transitions:
+        raise ValueError(f"context {config.context} is not in [2, transitions = {config.transitions}]")
     episodes = whole(trajectories, task)
     rows = [transition_rows(episode, config) for episode in episodes]
     discretiser = Discretiser.fit(np.concatenate(rows), config)

@@ -1,0 +1,262 @@
+"""Decision Transformer: causality, padding, windows, determinism, export, and that it learns what returns mean."""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from eval.baselines import decision_transformer as dt
+from schemas.episode import ActionSpec, EnvironmentSpec, FieldSpec, TaskSpec
+
+VECTORS = (FieldSpec("observation", "continuous", (3,)),)
+CONTROL = TaskSpec("line-v0", "d4rl", VECTORS, ActionSpec("continuous", 2, low=-2.0, high=2.0))
+FRAMES = (FieldSpec("frame", "image", (84, 84, 1), resized=(64, 80)),)
+GAME = TaskSpec("Pong", "atari", FRAMES, ActionSpec("discrete", 1, choices=3), EnvironmentSpec("atari", "ALE/Pong-v5"))
+SMALL = dict(context=4, layers=2, heads=2, width=16, steps=3, batch=4, warmup=1, dropout=0.1)
+
+
+@dataclass(frozen=True)
+class Episode:
+    observation: np.ndarray | None
+    frames: np.ndarray | None
+    action: np.ndarray
+    reward: np.ndarray
+    terminated: bool = True
+    complete: bool = True
+
+
+def control_episode(rng, T, reward=1.0):
+    observation = rng.normal(3.0, 5.0, (T, 3)).astype(np.float32)
+    return Episode(observation, None, rng.uniform(-2, 2, (T, 2)).astype(np.float32), np.full(T, reward, np.float32))
+
+
+def game_episode(rng, T):
+    frames = rng.integers(0, 256, (T, 64, 80, 1), np.uint8)
+    return Episode(None, frames, rng.integers(0, 3, T), rng.choice([-1, 0, 1], T).astype(np.float32))
+
+
+def trained(task, out, seed=0, **config):
+    rng = np.random.default_rng(0)
+    make = control_episode if task is CONTROL else game_episode
+    episodes = [make(rng, T) for T in (9, 3, 14)]
+    return dt.train(episodes, task, dt.Config(**SMALL | config), seed, out)
+
+
+def observations(task, rng, batch):
+    if task is CONTROL:
+        return {"observation": rng.normal(size=(batch, 3)).astype(np.float32)}
+    return {"frame": rng.integers(0, 256, (batch, 84, 84, 1), np.uint8)}
+
+
+def inputs(model, task, B, K):
+    g = torch.Generator().manual_seed(1)
+    if task is CONTROL:
+        states, actions = torch.randn(B, K, 3, generator=g), torch.randn(B, K, 2, generator=g)
+    else:
+        states = torch.randint(0, 256, (B, K, 4, 64, 80), generator=g, dtype=torch.uint8)
+        actions = torch.randint(0, 3, (B, K), generator=g)
+    return torch.randn(B, K, generator=g), states, actions, torch.arange(K).expand(B, K).clone()
+
+
+@pytest.mark.parametrize("task", [CONTROL, GAME], ids=["control", "game"])
+def test_a_prediction_sees_its_return_and_state_but_no_later_ones_nor_its_action(task):
+    torch.manual_seed(0)
+    model = dt.DecisionTransformer(dt.Config(**SMALL), task, 20).eval()
+    for p in model.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+
+    def predict(to_go, states, actions, times):
+        with torch.no_grad():
+            return model(to_go, model.embed(states), actions, times)
+
+    original = inputs(model, task, 2, 4)
+    base, t = predict(*original), 2
+    for which, first_changed in ((0, t), (1, t), (2, t + 1)):
+        changed = [column.clone() for column in original]
+        changed[which][:, t] = changed[which][:, t] + (7 if changed[which].is_floating_point() else 1)
+        if which == 2 and task is GAME:
+            changed[which] %= 3
+        difference = (predict(*changed) - base).abs().amax(dim=(0, 2))
+        assert (difference[:first_changed] == 0).all()
+        assert (difference[first_changed:] > 1e-6).all()
+
+
+@pytest.mark.parametrize("task", [CONTROL, GAME], ids=["control", "game"])
+def test_windows_hold_the_episode_and_mark_its_end(task):
+    rng = np.random.default_rng(0)
+    episode = control_episode(rng, 6) if task is CONTROL else game_episode(rng, 6)
+    scaling = dt.Scaling(np.array([1.0, 2.0, 3.0]), np.array([2.0, 2.0, 4.0]), -2.0, 2.0)
+    windows = dt.Windows([episode], dt.Config(context=4, return_scale=2.0), scaling)
+    to_go, states, actions, times, valid = windows.window(0, 3)
+    assert valid.tolist() == [True, True, True, False] and times.tolist() == [3, 4, 5, 6]
+    assert np.allclose(to_go[:3], [episode.reward[t:].sum() / 2 for t in (3, 4, 5)])
+    if task is CONTROL:
+        assert np.allclose(states[:3] * [2, 2, 4] + [1, 2, 3], episode.observation[3:], atol=1e-5)
+        assert np.allclose(actions[:3] * 2, episode.action[3:], atol=1e-6)
+        assert np.allclose(scaling.undo_action(actions)[:3], episode.action[3:], atol=1e-6)
+    else:
+        assert np.array_equal(states[1], episode.frames[1:5, ..., 0])
+        assert np.array_equal(windows.window(0, 0)[1][1], episode.frames[[0, 0, 0, 1], ..., 0])
+        assert actions[:3].tolist() == episode.action[3:].tolist()
+
+
+def test_episodes_are_drawn_by_length_and_timesteps_uniformly():
+    rng = np.random.default_rng(0)
+    episodes = [control_episode(rng, T) for T in (10, 30)]
+    scaling = dt.Scaling(np.zeros(3), np.ones(3), -2.0, 2.0)
+    windows = dt.Windows(episodes, dt.Config(context=1, batch=8000), scaling)
+    to_go = windows.batch(rng)[0].numpy()[:, 0] * 1000
+    counts = np.bincount(to_go.round().astype(int), minlength=31)[1:]
+    # returns-to-go 1..10 lie in both episodes, 11..30 in the longer one alone: 200 draws a timestep
+    assert abs(counts[:10].mean() - 400) < 30 and abs(counts[10:].mean() - 200) < 15
+
+
+@pytest.mark.parametrize("task", [CONTROL, GAME], ids=["control", "game"])
+def test_play_equals_the_training_forward_over_the_last_window(task, tmp_path):
+    policy = dt.load(trained(task, tmp_path))
+    rng, seen, chosen = np.random.default_rng(3), [], []
+    policy.reset(2)
+    rewards = np.concatenate([np.zeros((1, 2)), rng.normal(size=(6, 2))])
+    for reward in rewards:
+        seen.append(observations(task, rng, 2))
+        chosen.append(policy.act(seen[-1], reward, np.ones(2, bool), rng))
+    if task is CONTROL:
+        frames, values = None, np.stack([o["observation"] for o in seen])
+    else:
+        frames, values = np.stack([dt.resize(o["frame"], (64, 80)) for o in seen]), None
+    gained = np.clip(rewards, -1, 1) if task is GAME else rewards
+    T, first = len(seen), len(seen) - 4
+    to_go = (policy.target - gained.cumsum(axis=0)) / policy.config.return_scale
+    for b in range(2):
+        if task is CONTROL:
+            states, actions = policy.scaling.state(values[:, b]), policy.scaling.action(np.stack(chosen)[:, b])
+        else:
+            states, actions = dt.stack_frames(frames[:, b], np.arange(T)), np.stack(chosen)[:, b]
+        columns = [to_go[:, b].astype(np.float32), states, actions, np.arange(T)]
+        to_go_b, states_b, actions_b, times_b = (torch.from_numpy(c[first:][None]) for c in columns)
+        with torch.no_grad():
+            out = policy.model(to_go_b, policy.model.embed(states_b), actions_b, times_b)[0, -1].numpy()
+        if task is CONTROL:
+            assert np.allclose(policy.scaling.undo_action(out), chosen[-1][b], atol=1e-5)
+        else:
+            last = policy.history[-1]
+            assert last[2][b].item() == chosen[-1][b]
+            again = policy.model(*(torch.stack(c, dim=1) for c in zip(*policy.history)))[b, -1].detach().numpy()
+            assert np.allclose(again, out, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", [CONTROL, GAME], ids=["control", "game"])
+def test_actions_have_the_type_and_range_of_the_task_and_rows_do_not_mix(task, tmp_path):
+    policy, rng = dt.load(trained(task, tmp_path)), np.random.default_rng(0)
+    seen = [observations(task, rng, 3) for _ in range(6)]
+
+    def play(rows):
+        policy.reset(len(rows))
+        uniform = type("Fixed", (), {"random": lambda self, shape: np.full(shape, 0.4)})()
+        active = np.ones(len(rows), bool)
+        return np.stack(
+            [policy.act({k: v[rows] for k, v in o.items()}, np.ones(len(rows)), active, uniform) for o in seen]
+        )
+
+    together = play([0, 1, 2])
+    if task is CONTROL:
+        assert together.dtype == np.float32 and together.shape == (6, 3, 2) and np.abs(together).max() <= 2
+    else:
+        assert together.dtype == np.int64 and together.shape == (6, 3) and set(np.unique(together)) <= {0, 1, 2}
+    for n in range(3):
+        assert np.allclose(together[:, n], play([n])[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("task", [CONTROL, GAME], ids=["control", "game"])
+def test_training_is_a_function_of_its_seed(task, tmp_path):
+    state = torch.random.get_rng_state()
+    bodies = [
+        json.loads((trained(task, tmp_path / str(n), seed) / "config.json").read_text())
+        for n, seed in enumerate((1, 1, 2))
+    ]
+    hashes = [body["weights_sha256"] for body in bodies]
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert bodies[0]["extra"]["losses"] == bodies[1]["extra"]["losses"]
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_target_is_the_best_whole_episode_unless_given(tmp_path):
+    rng = np.random.default_rng(0)
+    cut = control_episode(rng, 50)
+    episodes = [control_episode(rng, 5), control_episode(rng, 8), Episode(**{**vars(cut), "complete": False})]
+    assert dt.load(dt.train(episodes, CONTROL, dt.Config(**SMALL), 0, tmp_path)).target == 8
+    config = dt.Config(**SMALL, target_return=77.0)
+    assert dt.load(dt.train(episodes, CONTROL, config, 0, tmp_path)).target == 77
+
+
+def test_conditioning_on_a_return_picks_the_behaviour_that_earned_it(tmp_path):
+    rng = np.random.default_rng(0)
+    episodes = []
+    for n in range(40):
+        good, noise = n % 2 == 0, rng.normal(size=(10, 3)).astype(np.float32)
+        action = np.full((10, 2), 1.5 if good else -1.5, np.float32)
+        episodes.append(Episode(noise, None, action, np.full(10, float(good), np.float32)))
+    means = []
+    for target in (10.0, 0.0):
+        sizes = dict(context=3, layers=1, width=32, dropout=0.0, return_scale=10.0, clip=1.0)
+        config = dt.Config(**sizes, steps=150, batch=32, lr=3e-3, warmup=10, target_return=target)
+        policy = dt.load(dt.train(episodes, CONTROL, config, 0, tmp_path))
+        policy.reset(4)
+        means.append(policy.act(observations(CONTROL, rng, 4), np.zeros(4), np.ones(4, bool), rng).mean())
+    assert means[0] > 1.2 and means[1] < -1.2
+
+
+def test_a_damaged_or_unfinished_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no config.json"):
+        dt.load(tmp_path)
+    trained(CONTROL, tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    for wrong, message in (
+        (text.replace('"gato.baseline.dt"', '"gato.baseline.tt"'), "format gato.baseline.tt"),
+        (text.replace('"context"', '"contexts"'), "contexts"),
+        (text[:50], "not JSON"),
+        ("{}", "'format' is missing"),
+    ):
+        (tmp_path / "config.json").write_text(wrong)
+        with pytest.raises(ValueError, match=message):
+            dt.load(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    weights = bytearray((tmp_path / "weights.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / "weights.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match="changed since"):
+        dt.load(tmp_path)
+
+
+def test_what_it_cannot_play_is_refused(tmp_path):
+    several = TaskSpec("several", "d4rl", VECTORS, ActionSpec("discrete", 2, choices=3))
+    with pytest.raises(ValueError, match="one discrete action"):
+        dt.train([control_episode(np.random.default_rng(0), 5)], several, dt.Config(**SMALL), 0, tmp_path)
+    with pytest.raises(ValueError, match="no training episodes"):
+        dt.train([], CONTROL, dt.Config(**SMALL), 0, tmp_path)
+
+
+def test_published_settings():
+    paper = dt.Config.paper(
+        TaskSpec("hopper-medium-v2", "d4rl", VECTORS, CONTROL.action, EnvironmentSpec("mujoco", "Hopper-v4"))
+    )
+    assert (paper.context, paper.layers, paper.heads, paper.width, paper.lr, paper.warmup) == (
+        20,
+        3,
+        1,
+        128,
+        1e-4,
+        10_000,
+    )
+    assert (paper.target_return, paper.clip, paper.return_scale, paper.steps, paper.batch) == (
+        3600,
+        0.25,
+        1000,
+        100_000,
+        64,
+    )
+    game = dt.Config.paper(GAME)
+    assert (game.context, game.layers, game.heads, game.width, game.lr, game.target_return) == (30, 6, 8, 128, 6e-4, 20)
+    assert dt.Config.quick(CONTROL).target_return is None
