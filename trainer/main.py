@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
@@ -19,6 +20,9 @@ from types import FrameType
 if __package__ in (None, ""):
     # Run as a file by the launcher: imports start at the root of the checkout, not at trainer/.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+# Threads that spin while they wait lose most of a core to any other busy process. Read when torch loads OpenMP.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.distributed as dist
