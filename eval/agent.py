@@ -35,7 +35,7 @@ class AgentConfig:
     """How actions are decoded."""
 
     decoding: Literal["auto", "sample", "greedy", "mean"] = "auto"
-    """sample from the restricted softmax; greedy; mean of bins (continuous actions only); auto: greedy for
+    """sample from the restricted softmax; greedy; mean of bins (continuous actions only); auto: mean for
     continuous actions, sample for discrete ones."""
     temperature: float = 1.0
     prompt_share: float = 0.5
@@ -72,7 +72,7 @@ class GatoAgent:
         if self.window < 2:
             raise ValueError(f"task '{task.name}': two timesteps do not fit a context of {info.sequence_length} tokens")
         continuous = task.action is not None and task.action.kind == "continuous"
-        self.decoding = config.decoding if config.decoding != "auto" else ("greedy" if continuous else "sample")
+        self.decoding = config.decoding if config.decoding != "auto" else ("mean" if continuous else "sample")
         if self.decoding == "mean" and not continuous:
             raise ValueError(f"task '{task.name}': the mean of bins has no meaning for discrete actions")
         self.ids = self.tokenizer.action_ids

@@ -23,7 +23,7 @@ from trainer.model.presets import PRESETS
 TINY = TrainConfig(
     steps=4000,
     model=PRESETS["tiny"],
-    loss=LossConfig(soft_bins=8.0),
+    loss=LossConfig(soft_bins=24.0),
     optimiser=OptimiserConfig(peak_lr=2e-3, warmup_steps=100, decay_steps=4000),
     data=DataConfig(global_batch=32, micro_batch=16, stream=StreamConfig(sequence_length=256)),
     run=RunConfig(output=Path("runs/tiny")),
@@ -36,8 +36,8 @@ TINY = TrainConfig(
 # expected  see docs/log.md
 QUICKSTART = replace(
     TINY,
-    steps=400,
-    optimiser=replace(TINY.optimiser, decay_steps=400, warmup_steps=50),
+    steps=500,
+    optimiser=replace(TINY.optimiser, decay_steps=500, warmup_steps=50),
     data=replace(
         TINY.data,
         root=Path("data/quickstart/shards"),

@@ -55,7 +55,7 @@ class Gato(nn.Module):
     @torch.no_grad()
     def _smooth_bins(self, generator: torch.Generator) -> None:
         """Bins of a continuous value start close to their neighbours: random mixtures of sines and cosines
-        of the bin's centre, periods from the whole range down to 8 bins, plus half as much independent noise."""
+        of the bin's centre, periods from the whole range down to 16 bins, plus a tenth as much independent noise."""
         count = self.vocabulary.bins
         centres = torch.as_tensor(bin_centres(count), dtype=torch.float32)
         frequencies = torch.logspace(0, math.log2(count / 16), 16, base=2.0) * math.pi
@@ -65,7 +65,7 @@ class Gato(nn.Module):
         starts = {self.vocabulary.observation_continuous.start, self.vocabulary.action_continuous.start}
         for start in sorted(starts):
             rows = self.tokens.weight[start : start + count]
-            rows.copy_(smooth.to(rows) + rows * 0.5)
+            rows.copy_(smooth.to(rows) + rows * 0.1)
 
     def embed(self, batch: Batch) -> Tensor:
         """(B, L, W): token, or patch, plus local position (paper §2.2, appendix C.3)."""
