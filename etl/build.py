@@ -73,9 +73,12 @@ def build(options: Options, beam_arguments: list[str], console: Console) -> Mani
     if (output / "dataset.json").exists():
         standing = load_manifest(output)
         if standing.config == asdict(options.config) | {"inputs": pipeline.inputs_of(plan)}:
-            console.print(f"{output}: already built from these files with these options")
-            return standing
-        if not options.overwrite:
+            damaged = pipeline.damaged_file(output, standing)
+            if damaged is None:
+                console.print(f"{output}: already built from these files with these options")
+                return standing
+            console.print(f"{output / damaged}: missing or damaged; building the dataset again")
+        elif not options.overwrite:
             raise DatasetError(f"{output}: holds another dataset; give another --output, or --overwrite to replace it")
         pipeline.remove_dataset(output)
     if not plan:
@@ -161,6 +164,9 @@ def main() -> int:
     except (sources.SourceError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: no dataset yet; the same command again keeps the finished shards", file=sys.stderr)
+        return 130
     summarise(manifest, console)
     return 0
 

@@ -346,6 +346,15 @@ def _summary(
     )
 
 
+def damaged_file(folder: Path, manifest: Manifest) -> str | None:
+    """Name of the first file that is missing or differs from the manifest's hash, or None."""
+    files: list[Shard | FileDigest] = [*manifest.shards, manifest.index, manifest.rejected]
+    for file in files:
+        if not (folder / file.name).is_file() or sha256_of(folder / file.name) != file.sha256:
+            return file.name
+    return None
+
+
 def remove_dataset(folder: Path) -> None:
     """Take back a finished dataset: manifest first, so that no half-removed folder looks whole."""
     (folder / MANIFEST_NAME).unlink(missing_ok=True)

@@ -277,6 +277,9 @@ def main() -> int:
     except (simulators.SimulatorError, PolicyError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing was recorded", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -258,7 +258,7 @@ class Comparison:
         for job in self.jobs():
             try:
                 rows += self.rows(job)
-            except simulators.SimulatorError as error:
+            except (simulators.SimulatorError, FloatingPointError) as error:
                 self.console.print(f"[red]{job.name}[/]: {error}", highlight=False)
                 rows.append(self._failure(job, str(error)))
             picture = self.options.output / "rollouts" / f"{job.spec.name}-{job.model}.gif"
@@ -354,9 +354,12 @@ def main() -> int:
     console = Console(stderr=True)
     try:
         path = Comparison(options, console).run()
-    except (DatasetError, CheckpointError, VocabularyMismatch, scores.ResultError, ValueError) as error:
+    except (DatasetError, CheckpointError, VocabularyMismatch, scores.ResultError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command again keeps what was played", file=sys.stderr)
+        return 130
     print((path.parent / "table.md").read_text())
     print(f"report: {path}")
     return 0

@@ -201,9 +201,13 @@ def main() -> int:
     try:
         device = engine.start(local_rank)
         train(recipe, config, device)
-    except (DatasetError, VocabularyMismatch, ValueError) as error:
+    except (DatasetError, VocabularyMismatch, ValueError, OSError) as error:
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(f"error: {error}", file=sys.stderr)
+        return 1
+    except dist.DistNetworkError as error:
+        remedy = "another training may hold the port: give deepspeed --master_port another number"
+        print(f"error: {str(error).splitlines()[0]}; {remedy}", file=sys.stderr)
         return 1
     finally:
         if dist.is_initialized():

@@ -107,6 +107,13 @@ def test_building_again_is_nothing_to_do_and_other_data_is_refused(inputs, built
     assert done.returncode == 1 and "--overwrite" in done.stderr
 
 
+def test_a_damaged_dataset_is_made_whole_again(inputs, built, tmp_path):
+    copy = shutil.copytree(built, tmp_path / "d")
+    (copy / "shard-000001.tar").unlink()
+    assert "building the dataset again" in run("etl.build", "--input", inputs, "--output", copy, *SMALL).stderr
+    assert digests(copy) == digests(built)
+
+
 def nan_at(row):
     observations = np.random.default_rng(0).normal(size=(240, 4)).astype(np.float32)
     observations[row] = np.nan
