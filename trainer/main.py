@@ -93,6 +93,10 @@ def train(recipe: str, config: TrainConfig, device: torch.device) -> None:
         )
     G, L = config.data.global_batch, config.data.stream.sequence_length
     batches = stream.batches(step * G, G, config.data.micro_batch, run.rank, run.world, config.data.threads)
+    if held_out and step == 0:
+        untrained = evaluate(run.gato, held_out, config.run.evaluate_sequences, config.data.micro_batch, device)
+        if metrics:
+            metrics.write(0, 0, 0.0, untrained)
     begun = interval = time.monotonic()
     waited, first, losses = 0.0, step, []
     while step < config.steps:

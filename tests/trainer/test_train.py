@@ -47,7 +47,7 @@ def train(*arguments, check=True, **options):
 
 def losses(output) -> list[float]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [line["train/loss"] for line in lines]
+    return [line["train/loss"] for line in lines if line["step"] > 0]
 
 
 @pytest.fixture(scope="module")
@@ -163,4 +163,4 @@ def test_bad_input_is_one_clear_line(finished, hopper, tmp_path):
 
 def test_the_gradient_norm_is_told(finished):
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert all(0.01 < line["train/gradient_norm"] < 1000 for line in lines)
+    assert all(0.01 < line["train/gradient_norm"] < 1000 for line in lines if line["step"] > 0)
