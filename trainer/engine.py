@@ -98,9 +98,11 @@ class Engine:
             betas=(config.optimiser.beta_1, config.optimiser.beta_2),
             eps=config.optimiser.epsilon,
         )
-        self.engine, self.optimiser, _, _ = deepspeed.initialize(
-            model=Objective(model, config.loss, continuous), optimizer=optimiser, config=body
-        )
+        objective = Objective(model, config.loss, continuous)
+        self.engine, self.optimiser, _, _ = deepspeed.initialize(model=objective, optimizer=optimiser, config=body)
+        if self.engine.zero_optimization_partition_weights():
+            # the head is the embedding table, used outside the module that owns it
+            deepspeed.zero.register_external_parameter(objective, model.tokens.weight)
 
     def train_step(self, step: int, batches: list[Batch], stop: bool) -> StepResult:
         """One optimiser step on this rank's micro-batches. `stop`: this rank was asked to end; the result
@@ -153,10 +155,14 @@ class Engine:
         if path is None:
             raise RuntimeError(f"{folder / tag}: DeepSpeed found nothing to load")
 
+    def gathered(self) -> Any:
+        """Context in which the whole weights are at hand on every rank; collective under ZeRO 3."""
+        whole = self.engine.zero_optimization_partition_weights()
+        return deepspeed.zero.GatheredParameters(list(self.gato.parameters()), enabled=whole)
+
     def weights(self) -> dict[str, torch.Tensor] | None:
         """Full weights on rank 0, None elsewhere. Collective under ZeRO 3."""
-        gathered = self.engine.zero_optimization_partition_weights()
-        with deepspeed.zero.GatheredParameters(list(self.gato.parameters()), enabled=gathered):
+        with self.gathered():
             state = {name: value.detach().cpu().clone() for name, value in self.gato.state_dict().items()}
         return state if self.rank == 0 else None
 

@@ -72,13 +72,13 @@ class Gato(nn.Module):
         roles, positions = batch.roles, batch.positions.int()
         observed = (roles == TEXT) | (roles == PATCH) | (roles == OBSERVATION)
         x = self.tokens(batch.tokens.int())
-        if len(batch.patches):
-            embedded = self.patches(batch.patches, batch.patch_positions).to(x.dtype)
-            x = x.flatten(0, 1).index_copy(0, batch.patch_index, embedded).view_as(x)
-        x = x + self.positions(positions.clamp(max=self.config.local_positions - 1)) * observed[..., None]
-        if self.config.action_position == "shared":
-            x = x + self.positions.weight[self.config.local_positions] * (roles == ACTION)[..., None]
-        return x
+        # also where a batch has no patches: every rank must make the same gradients, or their reduction jams
+        embedded = self.patches(batch.patches, batch.patch_positions).to(x.dtype)
+        x = x.flatten(0, 1).index_copy(0, batch.patch_index, embedded).view_as(x)
+        last, action = self.config.local_positions, roles == ACTION
+        shown = observed | action if self.config.action_position == "shared" else observed
+        index = torch.where(action, last, positions.clamp(max=last - 1))
+        return x + self.positions(index) * shown[..., None]
 
     def forward(self, batch: Batch, keep: Tensor | None = None) -> Tensor:
         """Hidden states (B, L, W) behind the last norm. `keep` (B, blocks, 2): stochastic depth's scales."""
