@@ -160,6 +160,16 @@ class Engine:
         whole = self.engine.zero_optimization_partition_weights()
         return deepspeed.zero.GatheredParameters(list(self.gato.parameters()), enabled=whole)
 
+    def whole_model(self) -> Gato:
+        """The model for evaluation: itself, or under ZeRO 3 a copy, since there its layers let go of their weights
+        after each use. Collective under ZeRO 3."""
+        if not self.engine.zero_optimization_partition_weights():
+            return self.gato
+        copy = Gato(self.config.model, self.gato.vocabulary).to(self.device)
+        with self.gathered():
+            copy.load_state_dict({name: value.detach().clone() for name, value in self.gato.state_dict().items()})
+        return copy
+
     def weights(self) -> dict[str, torch.Tensor] | None:
         """Full weights on rank 0, None elsewhere. Collective under ZeRO 3."""
         with self.gathered():

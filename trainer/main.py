@@ -94,8 +94,9 @@ def train(recipe: str, config: TrainConfig, device: torch.device) -> None:
     G, L = config.data.global_batch, config.data.stream.sequence_length
     batches = stream.batches(step * G, G, config.data.micro_batch, run.rank, run.world, config.data.threads)
     if held_out and step == 0:
-        with run.gathered():
-            untrained = evaluate(run.gato, held_out, config.run.evaluate_sequences, config.data.micro_batch, device)
+        untrained = evaluate(
+            run.whole_model(), held_out, config.run.evaluate_sequences, config.data.micro_batch, device
+        )
         if metrics:
             metrics.write(0, 0, 0.0, untrained)
     begun = interval = time.monotonic()
@@ -123,8 +124,9 @@ def train(recipe: str, config: TrainConfig, device: torch.device) -> None:
             metrics.progress(step, f"loss {figures['train/loss']:.4f}  {rate:,.0f} tokens/s  data wait {wait:.1f} %")
             interval, first, waited, losses = now, step, 0.0, []
         if held_out and (step % config.run.evaluate_every == 0 or last):
-            with run.gathered():
-                figures |= evaluate(run.gato, held_out, config.run.evaluate_sequences, config.data.micro_batch, device)
+            figures |= evaluate(
+                run.whole_model(), held_out, config.run.evaluate_sequences, config.data.micro_batch, device
+            )
         if metrics and figures:
             metrics.write(step, step * G * L, time.monotonic() - begun, figures)
         if step % config.run.save_every == 0 or last:
