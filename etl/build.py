@@ -1,6 +1,6 @@
 """`python -m etl.build --source d4rl`: logs to a dataset of shards.
 
-resolve files -> scan -> plan -> Beam pipeline (progress by finished shards) -> gather -> summary
+resolve files -> scan -> filter -> plan -> Beam pipeline (progress by finished shards) -> gather -> summary
 
 Exit status 0 when a dataset was made or already stood there; 1, with one line that
 names file and remedy, when nothing useful could be made.
@@ -12,20 +12,27 @@ import argparse
 import logging
 import os
 import sys
-import threading
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from apache_beam.options.pipeline_options import PipelineOptions
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from etl import pipeline, sources
-from schemas.dataset import DatasetError, Manifest, load_manifest
+from etl import filters, pipeline, remote, sources, summary
+from etl.gather import gather
+from etl.plan import BuildConfig, Item, described, make_plan
+from etl.sources import Source, SourceError, TaskScan
+from etl.tokenizers import text as texts
+from schemas.dataset import MANIFEST_NAME, TEXT_MODEL_NAME, DatasetError, Manifest, parse_manifest
+from schemas.episode import Document
+from schemas.layout import layout_of
 from schemas.vocabulary import by_name
+from shards.folder import Folder, is_url
+
+IN_MEMORY = "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 
 
 @dataclass(frozen=True)
@@ -36,106 +43,128 @@ class Options:
     """
 
     source: str = "d4rl"
-    """Log format: d4rl (HDF5 files) or atari (DQN-Replay folders)."""
-    input: Annotated[Path | None, tyro.conf.arg(aliases=["-i"])] = None
-    """A file, or a folder of logs. Without it, --dataset is downloaded to the cache."""
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """Dataset folder to write; data/shards/SOURCE where not given."""
+    """Log format: d4rl (HDF5 files), minari, atari (DQN-Replay folders), babyai, text."""
+    input: Annotated[str | None, tyro.conf.arg(aliases=["-i"])] = None
+    """A file or a folder of logs, or the fsspec URL of one (s3://bucket/logs). Without it, --dataset is downloaded."""
+    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Dataset folder to write, or its fsspec URL; data/shards/SOURCE where not given."""
     dataset: str | None = None
-    """Dataset to download: a D4RL id such as hopper-medium-v2, or an Atari GAME/RUN such as Pong/1."""
+    """A dataset by name, such as hopper-medium-v2, Pong/1 or D4RL/hopper/medium-v0; see --list."""
+    list: bool = False
+    """Show the datasets that --dataset knows, and which of them are in the cache; build nothing."""
     cache: Path = Path(os.environ.get("GATO_CACHE", "~/.cache/gato"))
     """Where downloads are kept."""
-    environment: str | None = None
-    """gymnasium id, for logs that name none."""
-    max_episode_steps: int | None = None
-    """Time limit, for logs without timeouts."""
     workers: int = 1
     """Processes on this machine (Beam's multi_processing mode when above 1)."""
     max_rejected_share: float = 0.1
     """The build fails when more than this share of the episodes had to be rejected."""
     overwrite: bool = False
     """Replace a different dataset that stands in the output folder."""
-    config: tyro.conf.OmitArgPrefixes[pipeline.BuildConfig] = field(default_factory=pipeline.BuildConfig)
+    text_model: Path = texts.DEFAULT_MODEL
+    """SentencePiece model of text tokens; one of 32,000 pieces ships."""
+    train_tokenizer: bool = False
+    """Train a SentencePiece model on the input's own texts first; it is kept in the dataset as text.model."""
+    tokenizer_pieces: int = 32_000
+    """Pieces of the model that --train-tokenizer makes."""
+    scan: tyro.conf.OmitArgPrefixes[sources.ScanOptions] = field(default_factory=sources.ScanOptions)
+    config: tyro.conf.OmitArgPrefixes[BuildConfig] = field(default_factory=BuildConfig)
 
 
 def build(options: Options, beam_arguments: list[str], console: Console) -> Manifest:
     """Make the dataset. DatasetError or SourceError name what is wrong."""
     by_name(options.config.vocabulary)
     source = sources.load(options.source)
-    output = options.output or Path("data/shards") / options.source
-    if options.input is not None and not options.input.exists():
-        raise sources.SourceError(f"{options.input}: no such file or folder; give --input an existing one")
-    files = source.resolve(options.input, options.dataset, options.cache.expanduser())
-    scans = source.scan(files, sources.ScanOptions(options.environment, options.max_episode_steps))
-    plan = pipeline.make_plan(options.source, scans, options.config)
+    folder = Folder(options.output or f"data/shards/{options.source}")
+    files, origins = _inputs(options, source, console)
+    scans = [filters.apply(source, scan, options.config.filter) for scan in source.scan(files, options.scan)]
+    text = _text_model(options, source, scans)
+    plan = make_plan(options.source, scans, options.config, text.fingerprint if text else None, origins)
     for rejection in (r for scan in scans for r in scan.rejected if r.position < 0):
         console.print(f"[yellow]rejected[/] {rejection.file}: {rejection.reason}: {rejection.detail}", highlight=False)
-    if (output / "dataset.json").exists():
-        standing = load_manifest(output)
-        if standing.config == asdict(options.config) | {"inputs": pipeline.inputs_of(plan)}:
-            damaged = pipeline.damaged_file(output, standing)
-            if damaged is None:
-                console.print(f"{output}: already built from these files with these options")
-                return standing
-            console.print(f"{output / damaged}: missing or damaged; building the dataset again")
-        elif not options.overwrite:
-            raise DatasetError(f"{output}: holds another dataset; give another --output, or --overwrite to replace it")
-        pipeline.remove_dataset(output)
     if not plan:
-        lines = [r for scan in scans for r in scan.rejected]
-        why = f"{lines[0].file}: {lines[0].reason}: {lines[0].detail}" if lines else "it holds no episode"
-        raise DatasetError(f"nothing usable in the input: {why}")
-    output.mkdir(parents=True, exist_ok=True)
-    with _progress(plan, output, console):
-        pipeline.run(plan, output, beam_arguments)
-    return pipeline.gather(output.name, plan, scans, output, options.config, options.max_rejected_share)
+        raise DatasetError(f"nothing usable in the input: {_why_nothing(scans)}")
+    standing = _standing(options, folder, plan, console)
+    if standing is not None:
+        return standing
+    with pipeline.exclusive(folder):
+        pipeline.remove_dataset(folder)
+        if text is not None:
+            folder.write(TEXT_MODEL_NAME, text.bytes)
+        look = pipeline.LOOK_SECONDS[folder.local is None]
+        with summary.Progress(plan, lambda: pipeline.finished_numbers(folder), console, look) as progress:
+            pipeline.run(plan, folder, beam_arguments, progress.message)
+        return gather(plan, scans, folder, options.config, options.max_rejected_share, text)
 
 
-class _progress:
-    """A bar that counts finished shards, whatever runner makes them."""
-
-    def __init__(self, plan: list, output: Path, console: Console):
-        columns = (TextColumn("shards"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=console)
-        self.task = self.bar.add_task("shards", total=len(plan))
-        self.output, self.stop = output, threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-
-    def _watch(self) -> None:
-        while not self.stop.wait(0.2):
-            self.bar.update(self.task, completed=pipeline.finished_shards(self.output))
-
-    def __enter__(self) -> None:
-        self.bar.start()
-        self.thread.start()
-
-    def __exit__(self, *exception: object) -> None:
-        self.stop.set()
-        self.thread.join()
-        self.bar.update(self.task, completed=pipeline.finished_shards(self.output))
-        self.bar.stop()
+def _inputs(options: Options, source: Source, console: Console) -> tuple[list[Path], dict[str, str]]:
+    """Files to read, and where those that were fetched came from."""
+    cache, origins, place = options.cache.expanduser(), {}, None
+    if options.input is not None and is_url(options.input):
+        place, origins = remote.fetch(options.input, cache, console)
+    elif options.input is not None:
+        place = Path(options.input)
+        if not place.exists():
+            raise SourceError(f"{place}: no such file or folder; give --input an existing one")
+    return source.resolve(place, options.dataset, cache), origins
 
 
-def summarise(manifest: Manifest, console: Console) -> None:
-    """Print what the dataset holds, a line a task."""
-    table = Table("task", "episodes", "cut", "held out", "rejected", "timesteps", "tokens", "return (whole episodes)")
-    for task in manifest.tasks:
-        returns = "-" if task.return_mean is None else f"{task.return_mean:.2f} ± {task.return_std:.2f}"
-        counts = (task.episodes, task.cut_episodes, task.held_out_episodes, task.rejected_episodes)
-        table.add_row(task.spec.name, *map(str, counts), f"{task.timesteps:,}", f"{task.tokens:,}", returns)
-        if task.out_of_range_actions or task.clipped_observations:
-            console.print(
-                f"[yellow]{task.spec.name}[/]: {task.out_of_range_actions} action values outside the declared range "
-                f"and {task.clipped_observations} observation values beyond the mu-law's range were clipped"
-            )
-    console.print(table)
-    size = sum(shard.bytes for shard in manifest.shards)
-    cut = sum(task.cut_episodes for task in manifest.tasks)
-    console.print(
-        f"{len(manifest.shards)} shards, {size / 2**20:.1f} MiB; {manifest.rejected.rows} lines in rejected.jsonl"
-    )
-    if cut:
-        console.print(f"{cut} episodes were cut by the end of their log: kept for training, left out of the returns")
+def _text_model(options: Options, source: Source, scans: list[TaskScan]) -> texts.TextTokenizer | None:
+    """The text model, where any task holds text; trained first where asked."""
+    holding = [scan for scan in scans if scan.task and scan.episodes and layout_of(scan.task).text]
+    if options.train_tokenizer and not any(scan.task and scan.task.action is None for scan in holding):
+        raise SourceError(f"--train-tokenizer needs documents to train on, and source '{source.name}' gave none")
+    if not holding:
+        return None
+    vocabulary = by_name(options.config.vocabulary)
+    if not options.train_tokenizer:
+        return texts.TextTokenizer(options.text_model, vocabulary)
+
+    def documents() -> Iterator[str]:
+        for scan in holding:
+            assert scan.task is not None
+            read = source.read(scan.task, scan.episodes)
+            yield from (document.text for document in read if isinstance(document, Document))
+
+    return texts.TextTokenizer(texts.train(documents(), options.tokenizer_pieces), vocabulary)
+
+
+def _standing(options: Options, folder: Folder, plan: list[Item], console: Console) -> Manifest | None:
+    """The dataset that stands in the folder, if it is whole and this plan would make it again. DatasetError where
+    it is another one, unless it may be overwritten."""
+    data = folder.read(MANIFEST_NAME)
+    if data is None:
+        return None
+    try:
+        standing = parse_manifest(data, folder.path(MANIFEST_NAME))
+    except ValueError:
+        if options.overwrite:
+            return None
+        raise
+    if standing.config == described(plan, options.config) and not _newer(plan, folder):
+        damaged = pipeline.damaged_file(folder, standing)
+        if damaged is None:
+            console.print(f"{folder}: already built from these files with these options", highlight=False)
+            return standing
+        console.print(f"{folder.path(damaged)}: missing or damaged; building the dataset again", highlight=False)
+    elif not options.overwrite:
+        raise DatasetError(f"{folder}: holds another dataset; give another --output, or --overwrite to replace it")
+    return None
+
+
+def _newer(plan: list[Item], folder: Folder) -> bool:
+    """Whether an input file was changed after the dataset was finished."""
+    if folder.local is None:
+        return False
+    made = (folder.local / MANIFEST_NAME).stat().st_mtime_ns
+    return any(stamp[2] > made for item in plan for stamp in item["stamps"] if stamp[0] not in item["origins"])
+
+
+def _why_nothing(scans: list[TaskScan]) -> str:
+    lines = [r for scan in scans for r in scan.rejected]
+    if lines:
+        return f"{lines[0].file}: {lines[0].reason}: {lines[0].detail}"
+    filtered = sum(scan.filtered for scan in scans)
+    return f"the filters left out all of its {filtered} episodes" if filtered else "it holds no episode"
 
 
 def beam_flags(arguments: list[str], workers: int) -> list[str]:
@@ -148,7 +177,7 @@ def beam_flags(arguments: list[str], workers: int) -> list[str]:
         raise ValueError(f"unknown option {unknown[0]}; see python -m etl.build --help, or Beam's own pipeline options")
     if not any(flag.split("=")[0] == "--runner" for flag in arguments):
         # Named outright: DirectRunner would first try to download another runner.
-        arguments = [*arguments, "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"]
+        arguments = [*arguments, IN_MEMORY]
     if workers > 1:
         arguments = [*arguments, "--direct_running_mode=multi_processing", f"--direct_num_workers={workers}"]
     return arguments
@@ -160,16 +189,23 @@ def main() -> int:
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     options, rest = tyro.cli(Options, prog="python -m etl.build", return_unknown_args=True)
     try:
-        manifest = build(options, beam_flags(rest, options.workers), console)
-    except (sources.SourceError, ValueError, OSError) as error:
+        flags = beam_flags(rest, options.workers)
+        if options.list:
+            summary.datasets(sources.load(options.source), options.cache.expanduser(), Console())
+            return 0
+        manifest = build(options, flags, console)
+    except (SourceError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: no dataset yet; the same command again keeps the finished shards", file=sys.stderr)
         return 130
-    summarise(manifest, console)
+    summary.show(manifest, console)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # a runner whose worker was lost leaves threads behind that never end

@@ -3,6 +3,7 @@
     folder/shard-000000.tar ...   plain WebDataset, one sample = one episode (or a piece of a long one)
     folder/index.arrow            one row a sample: where its members lie, what episode it is
     folder/rejected.jsonl         one line an episode or file that could not be used
+    folder/text.model             the SentencePiece model, where a task holds text
     folder/dataset.json           written last; without it there is no dataset
 
 Invariant: the manifest names size and sha256 of every other file, so a folder is
@@ -24,10 +25,11 @@ from pydantic import TypeAdapter, ValidationError
 from schemas.episode import STRICT, TaskSpec
 from schemas.vocabulary import Vocabulary
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "dataset.json"
 INDEX_NAME = "index.arrow"
 REJECTED_NAME = "rejected.jsonl"
+TEXT_MODEL_NAME = "text.model"
 
 MEMBERS = ("tokens", "patches", "reward", "observation", "action")
 
@@ -76,9 +78,20 @@ class FileDigest:
 
 
 @dataclass(frozen=True)
+class TextModel:
+    """The SentencePiece model that made the text tokens. `padding`: the id that fills a timestep's text up to its
+    length, which no loss falls on."""
+
+    __pydantic_config__ = STRICT
+    file: FileDigest
+    pieces: int
+    padding: int
+
+
+@dataclass(frozen=True)
 class TaskSummary:
     """A task and what the dataset holds of it. Returns are raw, over whole (not cut) episodes;
-    `returns` is (min, 25 %, median, 75 %, max)."""
+    `returns` is (min, 25 %, median, 75 %, max). `filtered_episodes`: good ones that the build's filters left out."""
 
     __pydantic_config__ = STRICT
     spec: TaskSpec
@@ -86,13 +99,16 @@ class TaskSummary:
     cut_episodes: int
     held_out_episodes: int
     rejected_episodes: int
+    filtered_episodes: int
     timesteps: int
     tokens: int
+    bytes: int
     return_mean: float | None
     return_std: float | None
     returns: tuple[float, ...] | None
     out_of_range_actions: int
     clipped_observations: int
+    cut_texts: int
 
 
 @dataclass(frozen=True)
@@ -105,12 +121,18 @@ class Manifest:
     name: str
     vocabulary: Vocabulary
     vocabulary_fingerprint: str
-    text_tokenizer: str | None
+    text_model: TextModel | None
     tasks: tuple[TaskSummary, ...]
     shards: tuple[Shard, ...]
     index: FileDigest
     rejected: FileDigest
     config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def files(self) -> list[Shard | FileDigest]:
+        """Every file of the dataset but the manifest itself."""
+        text = [self.text_model.file] if self.text_model else []
+        return [*self.shards, self.index, self.rejected, *text]
 
     @property
     def fingerprint(self) -> str:
@@ -133,8 +155,13 @@ def load_manifest(folder: Path) -> Manifest:
         raise DatasetError(
             f"{folder}: no {MANIFEST_NAME}, so no finished dataset; build it with python -m etl.build --output {folder}"
         )
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def parse_manifest(data: bytes, path: str) -> Manifest:
+    """The manifest in the bytes of a dataset.json, which `path` names in errors; see `load_manifest`."""
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(data.decode())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path}: not JSON ({error}); rebuild the dataset with python -m etl.build") from None
     if not isinstance(raw, dict) or raw.get("schema") != "gato.dataset":
@@ -150,5 +177,5 @@ def load_manifest(folder: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise DatasetError(f"{path}: field '{where}': {first['msg']}; rebuild it with python -m etl.build") from None
-    manifest.vocabulary.require(manifest.vocabulary_fingerprint, str(path))
+    manifest.vocabulary.require(manifest.vocabulary_fingerprint, path)
     return manifest

@@ -17,6 +17,8 @@ import numpy as np
 from pydantic import ConfigDict
 
 STRICT = ConfigDict(extra="forbid")
+# Policies with unclipped noise overshoot their range; nothing but damage lies this many half-ranges out.
+ACTION_REACH = 10.0
 
 
 class EpisodeError(ValueError):
@@ -43,8 +45,9 @@ class FieldSpec:
     """One observation field. `shape` is that of one timestep in the log: (11,), (84, 84, 1).
 
     kind 'continuous': any real, mu-law companded. 'discrete': integers in [0, choices).
-    'image': uint8 (H, W, C), resized to `resized` (H', W'), multiples of 16. 'text': `shape` is
-    (N,), the number of text tokens a timestep, padded.
+    'image': uint8 (H, W, C), brought to `resized` (H', W'), multiples of 16, as `fit` says: filtered to that
+    size, or padded with zeros at the bottom and the right. 'text': a string a timestep; `shape` is (N,), the
+    tokens that it is cut or padded to.
     """
 
     __pydantic_config__ = STRICT
@@ -53,6 +56,7 @@ class FieldSpec:
     shape: tuple[int, ...]
     choices: int = 0
     resized: tuple[int, int] | None = None
+    fit: Literal["resize", "pad"] = "resize"
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ class TaskSpec:
 class RawEpisode:
     """One episode of T timesteps: action[t] and reward[t] follow observation[t].
 
-    observation: key -> (T, *shape); action: (T, size) float32 or (T,) integers; reward: (T,) float32.
+    observation: key -> (T, *shape), strings (T,) for text; action: (T, size) float32 or (T,) integers; reward:
+    (T,) float32.
     terminated: the environment ended it; truncated: its time limit did. Neither: `cut` by the log's end.
     `file`, `position` (ordinal in that file) and `row` (first row) say where it came from.
     """
@@ -129,13 +134,20 @@ class RawEpisode:
         for spec in task.observation:
             if spec.key not in self.observation:
                 raise EpisodeError("missing key", f"observation '{spec.key}' is absent")
-            kind = {"continuous": "f", "discrete": "iu", "image": "u", "text": "iuU"}[spec.kind]
+            kind = {"continuous": "f", "discrete": "iu", "image": "u", "text": "U"}[spec.kind]
             values = self.observation[spec.key]
-            _check_values(spec.key, values, (T, *spec.shape), kind)
+            _check_values(spec.key, values, (T,) if spec.kind == "text" else (T, *spec.shape), kind)
             if spec.kind == "discrete" and (values.min() < 0 or values.max() >= spec.choices):
                 raise EpisodeError("out of range", f"'{spec.key}' outside [0, {spec.choices})")
         if task.action.kind == "continuous":
             _check_values("action", self.action, (T, task.action.size), "f")
+            middle, half = (task.action.high + task.action.low) / 2, (task.action.high - task.action.low) / 2
+            furthest = float(np.abs(self.action - middle).max())
+            if furthest > ACTION_REACH * half:
+                raise EpisodeError(
+                    "out of range",
+                    f"an action lies {furthest:g} from the middle of [{task.action.low:g}, {task.action.high:g}]",
+                )
             return
         shape = (T,) if task.action.size == 1 else (T, task.action.size)
         _check_values("action", self.action, shape, "iu")
@@ -144,6 +156,17 @@ class RawEpisode:
             raise EpisodeError(
                 "out of range", f"actions span [{low}, {high}], the environment has {task.action.choices}"
             )
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of a text task. `file`, `position` (ordinal in that file) and `row` (first byte or row) say where
+    it came from."""
+
+    text: str
+    file: str
+    position: int
+    row: int = 0
 
 
 def _check_values(name: str, values: np.ndarray, shape: tuple[int, ...], kinds: str) -> None:

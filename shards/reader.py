@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from schemas.dataset import INDEX_NAME, INDEX_SCHEMA, DatasetError, FileDigest, Shard, load_manifest
+from schemas.dataset import INDEX_NAME, INDEX_SCHEMA, DatasetError, load_manifest
 from schemas.files import sha256_of
 from schemas.layout import PATCH_SIZE, layout_of
 
@@ -93,7 +93,7 @@ class Dataset:
         return np.ndarray(size // np.dtype(dtype).itemsize, dtype, buffer=self._maps[shard], offset=offset)
 
     def _check_files(self, verify: Verify) -> None:
-        files: list[Shard | FileDigest] = [*self.manifest.shards, self.manifest.index, self.manifest.rejected]
+        files = self.manifest.files
         full = verify == "full" or (verify == "auto" and sum(file.bytes for file in files) <= AUTO_LIMIT)
         for file in files:
             path = self.folder / file.name

@@ -15,13 +15,12 @@ import json
 import os
 import tarfile
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from schemas.dataset import INDEX_NAME, INDEX_SCHEMA, MANIFEST_NAME, MEMBERS, FileDigest, Manifest, Shard
-from schemas.files import atomic_write, sync_folder
+from shards.folder import Folder, digest_of
 
 BLOCK = 512
 
@@ -33,10 +32,9 @@ def shard_name(number: int) -> str:
 class ShardWriter:
     """One shard, written to a temporary name; `close` makes it durable and gives it its name."""
 
-    def __init__(self, path: Path):
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+    def __init__(self, folder: Folder, name: str):
+        self.folder, self.name = folder, name
+        self.temporary = folder.temporary(name)
         self.file = open(self.temporary, "wb")  # noqa: SIM115
         self.digest = hashlib.sha256()
         self.offset = self.samples = self.timesteps = 0
@@ -68,9 +66,8 @@ class ShardWriter:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-        os.replace(self.temporary, self.path)
-        sync_folder(self.path.parent)
-        return Shard(self.path.name, self.offset, self.digest.hexdigest(), self.samples, self.timesteps)
+        self.folder.publish(self.temporary, self.name)
+        return Shard(self.name, self.offset, self.digest.hexdigest(), self.samples, self.timesteps)
 
     def abort(self) -> None:
         """Leave nothing behind."""
@@ -94,23 +91,21 @@ class ShardWriter:
         self.offset += len(data)
 
 
-def write_index(folder: Path, columns: dict[str, list]) -> FileDigest:
+def write_index(folder: Folder, columns: dict[str, list]) -> FileDigest:
     """Write index.arrow, an Arrow IPC file of a single record batch, so that it maps without a copy."""
     table = pa.table(columns, schema=INDEX_SCHEMA).combine_chunks()
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
         writer.write_table(table, max_chunksize=max(1, table.num_rows))
-    return write_file(Path(folder) / INDEX_NAME, sink.getvalue().to_pybytes(), table.num_rows)
+    return write_file(folder, INDEX_NAME, sink.getvalue().to_pybytes(), table.num_rows)
 
 
-def write_file(path: Path, data: bytes, rows: int) -> FileDigest:
-    """Write a whole small file atomically and describe it for the manifest."""
-    with atomic_write(path) as file:
-        file.write(data)
-    return FileDigest(path.name, len(data), hashlib.sha256(data).hexdigest(), rows)
+def write_file(folder: Folder, name: str, data: bytes, rows: int) -> FileDigest:
+    """Write a whole small file in one step and describe it for the manifest."""
+    folder.write(name, data)
+    return FileDigest(name, len(data), digest_of(data), rows)
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Folder, manifest: Manifest) -> None:
     """The last act of a build."""
-    with atomic_write(Path(folder) / MANIFEST_NAME) as file:
-        file.write(manifest.to_json().encode())
+    folder.write(MANIFEST_NAME, manifest.to_json().encode())

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {
     "schemas": set(),
     "shards": {"schemas"},
-    "etl": {"schemas", "shards.writer"},
+    "etl": {"schemas", "shards.writer", "shards.folder", "shards.reader"},
     "trainer": {"schemas", "shards"},
     "eval": {"schemas", "shards", "etl.tokenizers", "etl.simulators", "trainer.model", "trainer.checkpoint"},
 }

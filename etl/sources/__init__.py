@@ -4,6 +4,7 @@ A source module defines `SOURCE`, an object of the `Source` protocol:
 
     files = SOURCE.resolve(input, dataset, cache)   paths on disk, downloading where there is no input
     scans = SOURCE.scan(files, options)             tasks and where each episode lies; reads lengths, not payloads
+    SOURCE.known(cache)                             datasets that can be asked for by name, for --list
     SOURCE.parts(file)                              every file on disk that a ref's `file` stands for
     SOURCE.read(task, refs)                         the episodes themselves, or why one is unusable
 
@@ -18,9 +19,9 @@ import pkgutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
-from schemas.episode import RawEpisode, TaskSpec
+from schemas.episode import Document, RawEpisode, TaskSpec
 
 
 class SourceError(ValueError):
@@ -29,12 +30,14 @@ class SourceError(ValueError):
 
 @dataclass(frozen=True)
 class EpisodeRef:
-    """Rows [start, stop) of `file` (a full path), the `position`-th episode in it."""
+    """Rows [start, stop) of `file` (a full path), the `position`-th episode in it (of a text document: its place in
+    bytes). `total`: its raw return, None where its log has no rewards or they cannot be read."""
 
     file: str
     position: int
     start: int
     stop: int
+    total: float | None = None
 
     @property
     def timesteps(self) -> int:
@@ -55,24 +58,46 @@ class Rejection:
 
 @dataclass(frozen=True)
 class TaskScan:
-    """One task, its usable episodes in log order, and what `scan` already had to reject."""
+    """One task, its usable episodes in log order, what `scan` already had to reject, and how many good episodes
+    a filter left out."""
 
     task: TaskSpec | None
     episodes: tuple[EpisodeRef, ...] = ()
     rejected: tuple[Rejection, ...] = ()
+    filtered: int = 0
 
 
 @dataclass(frozen=True)
 class ScanOptions:
-    """What the command line may override. `environment`: a gymnasium id where the log names none."""
+    """What the command line says about the logs."""
 
     environment: str | None = None
+    """gymnasium id, for logs that name none."""
     max_episode_steps: int | None = None
+    """Time limit, for logs without timeouts."""
+    frames: Literal["80x64", "84x84"] = "80x64"
+    """Atari frames: filtered to 80x64 (20 patches), or kept at 84x84 and padded to 96x96 (36 patches)."""
+    text_tokens: int = 16
+    """Tokens of a text inside a timestep; longer ones are cut, and counted."""
+    text_field: str = "text"
+    """Field of JSON lines and column of Parquet files that holds the text."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """A dataset that can be asked for by name. `where`: its address; `cached`: the file, if it is here."""
+
+    id: str
+    environment: str
+    where: str
+    cached: Path | None
 
 
 class Source(Protocol):
     name: str
     default_dataset: str
+
+    def known(self, cache: Path) -> list[Known]: ...
 
     def resolve(self, input: Path | None, dataset: str | None, cache: Path) -> list[Path]: ...
 
@@ -80,7 +105,7 @@ class Source(Protocol):
 
     def parts(self, file: str) -> list[Path]: ...
 
-    def read(self, task: TaskSpec, refs: Iterable[EpisodeRef]) -> Iterator[RawEpisode | Rejection]: ...
+    def read(self, task: TaskSpec, refs: Iterable[EpisodeRef]) -> Iterator[RawEpisode | Document | Rejection]: ...
 
 
 def names() -> list[str]:

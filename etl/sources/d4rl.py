@@ -3,8 +3,10 @@
 observations (N, D), actions (N, A), rewards (N,) or (N, 1), terminals (N,), timeouts (N,) if there are any
     -> episodes: rows up to and with one where terminals or timeouts is set
 
-Without `timeouts` a trajectory ends at a terminal or at the time limit. Rows behind the last end are an episode
-too, cut by the log. `scan` reads the flags and the shapes; `read` slices one episode at a time.
+Without `timeouts` (v0 files) a trajectory ends at a terminal or at the time limit. Rows behind the last end are an
+episode too, cut by the log. The mazes' `infos/goal` (N, G), which their observations leave out, is a field of its
+own, before `observation`; the kitchen's goal is a part of its observations; other `infos` and `metadata` are not
+read. `scan` reads flags, rewards and shapes; `read` slices one episode at a time.
 
 Invariant: the episodes of a file are disjoint, in order, and cover all its rows.
 """
@@ -20,11 +22,14 @@ import h5py
 import numpy as np
 
 from etl.download import fetch
-from etl.sources import EpisodeRef, Rejection, ScanOptions, SourceError, TaskScan, _catalogue
+from etl.sources import EpisodeRef, Known, Rejection, ScanOptions, SourceError, TaskScan, _catalogue
 from schemas.episode import ActionSpec, EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, TaskSpec
 
 SUFFIXES = (".hdf5", ".h5")
 REQUIRED = ("observations", "actions", "rewards", "terminals")
+GOAL = "infos/goal"
+WIDEST = 2**16  # values a timestep: more is damage, and would not fit any context
+LONGEST = 2**16  # timesteps an episode: a log without any end is cut here, so that memory stays bounded
 CHUNK_CACHE = 64 * 2**20  # compressed chunks span many episodes: keep them unpacked between slices
 
 
@@ -33,6 +38,15 @@ class D4RL:
 
     name = "d4rl"
     default_dataset = "hopper-medium-v2"
+
+    def known(self, cache: Path) -> list[Known]:
+        """D4RL's own datasets."""
+        rows = []
+        for one in _catalogue.d4rl_datasets().values():
+            file = cache / self.name / one.url.rsplit("/", 1)[-1]
+            environment = one.environment.id if one.environment else "-"
+            rows.append(Known(one.id, environment, one.url, file if file.is_file() else None))
+        return rows
 
     def resolve(self, input: Path | None, dataset: str | None, cache: Path) -> list[Path]:
         """The input file, or all HDF5 files below the input folder (`dataset` picks one of them), sorted;
@@ -63,7 +77,8 @@ class D4RL:
         return [Path(file)]
 
     def read(self, task: TaskSpec, refs: Iterable[EpisodeRef]) -> Iterator[RawEpisode | Rejection]:
-        """Episodes in the order of refs: observation {'observation': (T, D)} float32, action (T, A) float32."""
+        """Episodes in the order of refs: observation {'observation': (T, D)} float32, for mazes also 'goal' (T, G),
+        action (T, A) float32."""
         for file, group in groupby(refs, key=lambda ref: ref.file):
             try:
                 log = _Log(Path(file))
@@ -98,7 +113,7 @@ def episode_stops(terminals: np.ndarray, timeouts: np.ndarray | None, limit: int
     if not stops or stops[-1] < len(ends):
         stops.append(len(ends))
     if timeouts is not None or limit is None:
-        return stops
+        limit = LONGEST
     return [row for start, stop in pairwise([0, *stops]) for row in [*range(start + limit, stop, limit), stop]]
 
 
@@ -112,6 +127,7 @@ class _Log:
             self._check()
             self.terminals = self._flags("terminals")
             self.timeouts = self._flags("timeouts") if "timeouts" in self.file else None
+            self.fields = self._fields()
         except OSError as error:
             self.file.close()
             raise EpisodeError("corrupt HDF5", f"{error}; download or record the file again") from error
@@ -120,14 +136,28 @@ class _Log:
             raise
 
     @property
-    def sizes(self) -> tuple[int, int]:
-        """Observation and action values a timestep."""
-        return self.file["observations"].shape[1], self.file["actions"].shape[1]
+    def action_size(self) -> int:
+        return self.file["actions"].shape[1]
+
+    def totals(self, bounds: list[tuple[int, int]]) -> list[float]:
+        """Raw return of each episode."""
+        rewards = self.file["rewards"][:].reshape(-1).astype(np.float64)
+        return [float(rewards[start:stop].sum()) for start, stop in bounds]
 
     def rows(self, key: str, ref: EpisodeRef) -> np.ndarray:
         """(T, ...) float32."""
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused as such
             return self.file[key][ref.start : ref.stop].astype(np.float32)
+
+    def _fields(self) -> dict[str, tuple[str, int]]:
+        """Field -> its dataset in the file and values a timestep."""
+        fields = {"observation": ("observations", self.file["observations"].shape[1])}
+        goal = self.file.get(GOAL)
+        if isinstance(goal, h5py.Dataset) and goal.dtype.kind == "f" and goal.ndim == 2 and 0 < goal.shape[1] < WIDEST:
+            if len(goal) != len(self.terminals):
+                raise EpisodeError("wrong length", f"'{GOAL}' has {len(goal)} rows, 'observations' other")
+            fields["goal"] = (GOAL, goal.shape[1])
+        return fields
 
     def _check(self) -> None:
         keys = (*REQUIRED, "timeouts") if "timeouts" in self.file else REQUIRED
@@ -138,11 +168,14 @@ class _Log:
                 )
         rows = self.file["observations"].shape[:1]
         for key in keys:
-            shape, dtype = self.file[key].shape, self.file[key].dtype
+            dataset = self.file[key]
+            shape, dtype = dataset.shape, dataset.dtype
+            if dataset.is_virtual or dataset.external:
+                raise EpisodeError("not plain HDF5", f"'{key}' lies in other files; copy it into this one")
             matrix = key in ("observations", "actions")
             if dtype.kind not in ("f" if matrix else "fiub"):
                 raise EpisodeError("wrong dtype", f"'{key}' is {dtype}; record it as float32")
-            if matrix and (len(shape) != 2 or shape[1] == 0):
+            if matrix and (len(shape) != 2 or not 0 < shape[1] <= WIDEST):
                 raise EpisodeError("wrong shape", f"'{key}' is {shape}, expected (N, size)")
             if not matrix and shape[1:] not in ((), (1,)):
                 raise EpisodeError("wrong shape", f"'{key}' is {shape}, expected (N,) or (N, 1)")
@@ -181,20 +214,25 @@ def _scan_file(name: str, path: Path, options: ScanOptions) -> TaskScan:
             if limit is None and log.timeouts is None:
                 raise EpisodeError("no time limit", "no 'timeouts', and no known time limit; give --max-episode-steps")
             bounds = list(pairwise([0, *episode_stops(log.terminals, log.timeouts, limit)]))
-            observation_size, action_size = log.sizes
+            totals = log.totals(bounds)
+            fields = tuple(FieldSpec(key, "continuous", (size,)) for key, (_, size) in sorted(log.fields.items()))
+            action_size = log.action_size
+    except OSError as error:
+        detail = f"{error}; download or record the file again"
+        return TaskScan(None, (), (Rejection(name, path.name, -1, 0, "corrupt HDF5", detail),))
     except EpisodeError as error:
         return TaskScan(None, (), (Rejection(name, path.name, -1, 0, error.reason, error.detail),))
     score = known.score if known else _catalogue.body_reference(environment.id) if environment else None
     task = TaskSpec(
         name,
         D4RL.name,
-        (FieldSpec("observation", "continuous", (observation_size,)),),
+        fields,
         ActionSpec("continuous", action_size),
         environment,
         score,
         limit or max(stop - start for start, stop in bounds),
     )
-    refs = tuple(EpisodeRef(str(path), number, start, stop) for number, (start, stop) in enumerate(bounds))
+    refs = tuple(EpisodeRef(str(path), n, *bound, total) for n, (bound, total) in enumerate(zip(bounds, totals)))
     return TaskScan(task, refs)
 
 
@@ -217,7 +255,7 @@ def _read_episode(log: _Log, task: TaskSpec, ref: EpisodeRef) -> RawEpisode | Re
         else:
             truncated = bool(log.timeouts[ref.stop - 1])
         episode = RawEpisode(
-            observation={"observation": log.rows("observations", ref)},
+            observation={key: log.rows(name, ref) for key, (name, _) in log.fields.items()},
             action=log.rows("actions", ref),
             reward=log.rows("rewards", ref).reshape(-1),
             terminated=terminated,

@@ -24,6 +24,12 @@ def resize(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return out
 
 
+def pad(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(T, H, W, C) uint8 -> (T, *size, C) uint8, zeros at the bottom and the right."""
+    down, right = size[0] - frames.shape[1], size[1] - frames.shape[2]
+    return np.pad(frames, ((0, 0), (0, down), (0, right), (0, 0)))
+
+
 def to_patches(frames: np.ndarray) -> np.ndarray:
     """(T, H, W, C) uint8 -> (T, P, 16, 16, C) uint8, raster order; H and W are multiples of 16."""
     T, H, W, C = frames.shape

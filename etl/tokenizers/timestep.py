@@ -22,11 +22,13 @@ from schemas.vocabulary import IdRange, Vocabulary
 
 @dataclass(frozen=True)
 class Encoded:
-    """`tokens` (T, n) uint16, `patches` (T, P, 16, 16, C) uint8 or None, `clipped` values beyond the range."""
+    """`tokens` (T, n) uint16, `patches` (T, P, 16, 16, C) uint8 or None, `clipped` values beyond the range, texts
+    `cut` at their length."""
 
     tokens: np.ndarray
     patches: np.ndarray | None
     clipped: int
+    cut: int = 0
 
 
 class TimestepTokenizer:
@@ -36,20 +38,21 @@ class TimestepTokenizer:
         self.task, self.vocabulary, self.text = task, vocabulary, text
         self.layout = layout_of(task)
         order = {"text": 0, "image": 1, "continuous": 2, "discrete": 2}
-        self.fields = sorted(task.observation, key=lambda spec: (order[spec.kind], spec.key))
+        self.fields = sorted(task.observation, key=lambda spec: (order[spec.kind], spec.key.split("/")))
         if task.action and task.action.kind == "discrete" and task.action.choices > vocabulary.action_discrete.size:
             raise ValueError(f"task '{task.name}': {task.action.choices} actions, room for 1024")
         if self.layout.text and text is None:
-            raise ValueError(f"task '{task.name}' holds text: give a SentencePiece model with --text-model")
+            raise ValueError(f"task '{task.name}' holds text: give its tokenizer the dataset's text.model")
 
     def encode_observation(self, observation: dict[str, np.ndarray]) -> Encoded:
         """Tokens of text and tensor fields in layout order, and the image's patches."""
         columns: list[np.ndarray] = []
-        patches, clipped = None, 0
+        patches, clipped, cut = None, 0, 0
         for spec in self.fields:
             values = np.asarray(observation[spec.key])
             if spec.kind == "image":
-                patches = image.to_patches(image.resize(values, spec.resized or (spec.shape[0], spec.shape[1])))
+                fit = image.pad if spec.fit == "pad" else image.resize
+                patches = image.to_patches(fit(values, spec.resized or (spec.shape[0], spec.shape[1])))
                 continue
             flat = values.reshape(len(values), -1)
             if spec.kind == "continuous":
@@ -59,11 +62,32 @@ class TimestepTokenizer:
                 tokens = discrete.encode(flat, self.vocabulary.observation_discrete)
             else:
                 assert self.text is not None
-                tokens = np.stack([self.text.encode(str(line), spec.shape[0]) for line in flat[:, 0]])
+                tokens, short = self.text.encode_lines(flat[:, 0], spec.shape[0])
+                cut += short
             columns.append(tokens)
         T = len(next(iter(observation.values())))
         tokens = np.concatenate(columns, axis=1) if columns else np.empty((T, 0), np.uint16)
-        return Encoded(tokens, patches, clipped)
+        return Encoded(tokens, patches, clipped, cut)
+
+    def decode_observation(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """Stored tokens (T, n), as encode_observation gives them, to {key: (T, *shape)} of every field but images:
+        float64 bin centres, int64, or strings (T,)."""
+        found: dict[str, np.ndarray] = {}
+        column = 0
+        for spec in self.fields:
+            if spec.kind == "image":
+                continue
+            size = int(np.prod(spec.shape, dtype=np.int64))
+            own = tokens[:, column : column + size]
+            column += size
+            if spec.kind == "text":
+                assert self.text is not None
+                found[spec.key] = np.array([self.text.decode(row) for row in own])
+            elif spec.kind == "continuous":
+                found[spec.key] = continuous.decode_observation(own, self.vocabulary).reshape(-1, *spec.shape)
+            else:
+                found[spec.key] = discrete.decode(own, self.vocabulary.observation_discrete).reshape(-1, *spec.shape)
+        return found
 
     def encode_action(self, action: np.ndarray) -> tuple[np.ndarray, int]:
         """Tokens (T, A) uint16 and the number of values outside the declared range."""

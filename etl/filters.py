@@ -1,0 +1,108 @@
+"""Which good episodes a dataset keeps: by return, by number, by size; and exact copies, which it refuses.
+
+    scan -> copies out -> returns -> first episodes -> cap on timesteps -> scan with fewer episodes
+
+Invariant: what stays is a function of the logs and the filters; nothing is drawn at random.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from etl.sources import EpisodeRef, Rejection, Source, SourceError, TaskScan
+from schemas.episode import RawEpisode
+
+DUPLICATE = "duplicate"
+
+
+@dataclass(frozen=True)
+class Filter:
+    """What to keep of each task; everything where nothing is given."""
+
+    min_return: float | None = None
+    """Keep episodes with at least this raw return."""
+    expert_share: float | None = None
+    """Keep episodes with at least this share of the expert's return (the paper's §3 takes 0.8): the highest mean
+    return of a window of min(1000, N / 10) successive episodes of the task's N."""
+    first_episodes: int | None = None
+    """Keep only the first so many episodes of each task that pass the returns' filters."""
+    max_timesteps: int | None = None
+    """Keep episodes of each task up to this many timesteps in all."""
+    keep_duplicates: bool = False
+    """Keep exact copies of an episode; otherwise they are rejected."""
+
+
+def apply(source: Source, scan: TaskScan, filter: Filter) -> TaskScan:
+    """The scan with what the filter keeps; `filtered` counts the rest. SourceError where a filter by return meets
+    episodes that have none."""
+    if scan.task is None:
+        return scan
+    if not filter.keep_duplicates:
+        scan = without_copies(source, scan)
+    kept = list(scan.episodes)
+    if (filter.min_return is not None or filter.expert_share is not None) and kept:
+        totals = [ref.total for ref in kept]
+        returns = np.array([np.nan if total is None else total for total in totals], np.float64)
+        if all(total is None for total in totals):
+            raise SourceError(f"task '{scan.task.name}' has no rewards; leave out --min-return and --expert-share")
+        lowest = -np.inf if filter.min_return is None else filter.min_return
+        if filter.expert_share is not None:
+            lowest = max(lowest, threshold(returns, filter.expert_share))
+        # an episode whose return is not a number is damaged: reading it will say so
+        kept = [ref for ref, value in zip(kept, returns) if not value < lowest]
+    if filter.first_episodes is not None:
+        kept = kept[: filter.first_episodes]
+    if filter.max_timesteps is not None:
+        sizes = np.cumsum([ref.timesteps for ref in kept])
+        kept = kept[: int(np.searchsorted(sizes, filter.max_timesteps, side="right"))]
+    return replace(scan, episodes=tuple(kept), filtered=len(scan.episodes) - len(kept))
+
+
+def expert_return(returns: np.ndarray) -> float:
+    """Paper §3: max over j of the mean of R_j ... R_(j+W-1), W = min(1000, 0.1 N), at least 1. returns: (N,)."""
+    finite = returns[np.isfinite(returns)]
+    if not len(finite):
+        return float("-inf")
+    window = max(1, int(min(1000, 0.1 * len(finite))))
+    sums = np.concatenate([[0.0], np.cumsum(finite)])
+    return float((sums[window:] - sums[:-window]).max() / window)
+
+
+def threshold(returns: np.ndarray, share: float) -> float:
+    """Lowest return kept: `share` of the expert's where that is positive. A negative expert's return is lowered by
+    the same distance, (1 - share) of its size: 80 % of -10 means -12."""
+    expert = expert_return(returns)
+    return expert - (1.0 - share) * abs(expert)
+
+
+def without_copies(source: Source, scan: TaskScan) -> TaskScan:
+    """Exact copies become rejections that name the original. Only episodes equal in length and return are read and
+    compared, so that a log without copies costs next to nothing."""
+    assert scan.task is not None
+    alike = Counter((ref.timesteps, ref.total) for ref in scan.episodes if ref.total is not None)
+    suspects = [ref for ref in scan.episodes if ref.total is not None and alike[ref.timesteps, ref.total] > 1]
+    if not suspects:
+        return scan
+    first: dict[bytes, EpisodeRef] = {}
+    copies: set[EpisodeRef] = set()
+    rejected = list(scan.rejected)
+    for ref, episode in zip(suspects, source.read(scan.task, suspects), strict=True):
+        if isinstance(episode, RawEpisode):
+            original = first.setdefault(_digest(episode), ref)
+            if original is not ref:
+                copies.add(ref)
+                why = f"a copy of episode {original.position} of {Path(original.file).name}; --keep-duplicates keeps it"
+                rejected.append(Rejection(scan.task.name, episode.file, ref.position, ref.start, DUPLICATE, why))
+    return replace(scan, episodes=tuple(ref for ref in scan.episodes if ref not in copies), rejected=tuple(rejected))
+
+
+def _digest(episode: RawEpisode) -> bytes:
+    digest = hashlib.sha256()
+    for array in (*(episode.observation[key] for key in sorted(episode.observation)), episode.action, episode.reward):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.digest()

@@ -1,0 +1,163 @@
+"""From the records of all shards to a dataset: index, rejections, and last the manifest.
+
+.build/shard-*.json -> rejected.jsonl -> index.arrow -> dataset.json -> .build/ goes
+
+Invariant: every episode of the plan is a row of the index or a line of rejected.jsonl, and no folder has a manifest
+before every file that it names is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+
+import numpy as np
+
+from etl.filters import DUPLICATE
+from etl.plan import BuildConfig, Item, described
+from etl.shard import BUILD_FOLDER, COUNTS, finished
+from etl.sources import TaskScan
+from etl.tokenizers.text import TextTokenizer
+from schemas.dataset import (
+    INDEX_SCHEMA,
+    MANIFEST_NAME,
+    REJECTED_NAME,
+    SCHEMA_VERSION,
+    TEXT_MODEL_NAME,
+    DatasetError,
+    FileDigest,
+    Manifest,
+    Shard,
+    TaskSummary,
+    TextModel,
+)
+from schemas.episode import TaskSpec
+from schemas.layout import layout_of
+from schemas.vocabulary import by_name
+from shards.folder import Folder
+from shards.writer import shard_name, write_file, write_index, write_manifest
+
+
+def gather(
+    plan: list[Item],
+    scans: list[TaskScan],
+    folder: Folder,
+    config: BuildConfig,
+    max_rejected_share: float = 1.0,
+    text: TextTokenizer | None = None,
+) -> Manifest:
+    """Records of all shards -> index, rejections, manifest (last). DatasetError if a shard is missing,
+    damaged, nothing at all could be used, or more than `max_rejected_share` of the episodes could not."""
+    records = []
+    for item in plan:
+        record = finished(item, folder)
+        if record is None:
+            name = folder.path(shard_name(item["number"]))
+            raise DatasetError(f"{name}: not written; run the same command again")
+        records.append(record)
+    rejected = [asdict(r) for scan in scans for r in scan.rejected] + [r for rec in records for r in rec["rejected"]]
+    records = [record for record in records if record["shard"]["samples"]]
+    specs = {scan.task.name: scan.task for scan in scans if scan.task}
+    filtered = {scan.task.name: scan.filtered for scan in scans if scan.task}
+    used = sorted({record["task"] for record in records})
+    if not used:
+        raise DatasetError(f"{folder}: no usable episode in the input; {_first(rejected)}")
+    # exact copies are no damage
+    early = sum(r.position >= 0 and r.reason != DUPLICATE for scan in scans for r in scan.rejected)
+    planned = sum(len(item["refs"]) for item in plan) + early
+    lost = sum(r["position"] >= 0 and r["reason"] != DUPLICATE for r in rejected)
+    lines = "".join(json.dumps(r, sort_keys=True) + "\n" for r in rejected).encode()
+    rejected_digest: FileDigest = write_file(folder, REJECTED_NAME, lines, len(rejected))
+    if lost > max_rejected_share * planned:
+        raise DatasetError(
+            f"{folder}: {lost} of {planned} episodes rejected, more than --max-rejected-share "
+            f"{max_rejected_share}; see {folder.path(REJECTED_NAME)}"
+        )
+    columns: dict[str, list] = {name: [] for name in INDEX_SCHEMA.names}
+    for number, record in enumerate(records):
+        count = record["shard"]["samples"]
+        columns["task"] += [used.index(record["task"])] * count
+        columns["shard"] += [number] * count
+        for column, values in record["rows"].items():
+            columns[column] += values
+    columns["held_out"] = _held_out(columns, used, config.held_out_share)
+    vocabulary = by_name(config.vocabulary)
+    manifest = Manifest(
+        schema="gato.dataset",
+        schema_version=SCHEMA_VERSION,
+        name=folder.name,
+        vocabulary=vocabulary,
+        vocabulary_fingerprint=vocabulary.fingerprint,
+        text_model=_text_model(plan, text),
+        tasks=tuple(_summary(specs[t], n, columns, records, rejected, filtered[t]) for n, t in enumerate(used)),
+        shards=tuple(Shard(**record["shard"]) for record in records),
+        index=write_index(folder, columns),
+        rejected=rejected_digest,
+        config=described(plan, config),
+    )
+    known = {shard.name for shard in manifest.shards}
+    for stray in folder.names("shard-*.tar"):
+        if stray not in known:
+            folder.remove(stray)
+    write_manifest(folder, manifest)
+    folder.remove(BUILD_FOLDER)
+    return manifest
+
+
+def _text_model(plan: list[Item], text: TextTokenizer | None) -> TextModel | None:
+    if text is None or not any(item["text_model"] for item in plan):
+        return None
+    return TextModel(FileDigest(TEXT_MODEL_NAME, len(text.bytes), text.fingerprint, 1), text.pieces, text.padding)
+
+
+def _first(rejected: list[dict]) -> str:
+    if not rejected:
+        return "the input holds no episode"
+    first = rejected[0]
+    return f"first of {len(rejected)} rejections: {first['file']}: {first['reason']}: {first['detail']}"
+
+
+def _held_out(columns: dict[str, list], tasks: list[str], share: float) -> list[bool]:
+    """By a hash of task and place in the source, so that adding data moves no episode between splits."""
+    marks: dict[tuple[int, int], int] = {}
+    for task, episode, file, position in zip(*(columns[n] for n in ("task", "episode", "file", "position"))):
+        text = f"{tasks[task]}/{file}/{position}"
+        marks[task, episode] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    chosen = {key for key, mark in marks.items() if mark < share * 2**64}
+    for task in range(len(tasks)):
+        keys = [key for key in marks if key[0] == task]
+        if share > 0 and len(keys) > 1 and not chosen.intersection(keys):
+            chosen.add(min(keys, key=lambda key: marks[key]))
+        if len(keys) == len(chosen.intersection(keys)):
+            chosen.discard(max(keys, key=lambda key: marks[key]))
+    return [key in chosen for key in zip(columns["task"], columns["episode"])]
+
+
+def _summary(
+    spec: TaskSpec, number: int, columns: dict[str, list], records: list[dict], rejected: list[dict], filtered: int
+) -> TaskSummary:
+    episodes: dict[int, int] = {}
+    for row, (task, episode) in enumerate(zip(columns["task"], columns["episode"])):
+        if task == number:
+            episodes.setdefault(episode, row)
+    first = list(episodes.values())
+    whole = [row for row in first if columns["terminated"][row] or columns["truncated"][row]]
+    returns = np.array([columns["episode_return"][row] for row in whole if spec.action], np.float64)
+    timesteps = sum(columns["episode_timesteps"][row] for row in first)
+    own = [record for record in records if record["task"] == spec.name]
+    return TaskSummary(
+        spec=spec,
+        episodes=len(first),
+        cut_episodes=len(first) - len(whole),
+        held_out_episodes=sum(columns["held_out"][row] for row in first),
+        rejected_episodes=sum(r["task"] == spec.name for r in rejected),
+        filtered_episodes=filtered,
+        timesteps=timesteps,
+        bytes=sum(record["shard"]["bytes"] for record in own),
+        tokens=timesteps * layout_of(spec).length,
+        return_mean=float(returns.mean()) if len(returns) else None,
+        return_std=float(returns.std()) if len(returns) else None,
+        returns=tuple(float(q) for q in np.quantile(returns, [0, 0.25, 0.5, 0.75, 1])) if len(returns) else None,
+        **{name: sum(record[name] for record in own) for name in COUNTS},
+    )

@@ -1,0 +1,121 @@
+"""What will be written, decided before anything is: a list of shards, each with its episodes.
+
+scans -> tasks by name, episodes in log order -> cut at the shard size -> items
+
+An item is all that a worker needs, and plain JSON: it crosses to other processes and machines, and its digest
+says whether a shard that already lies there was made by the same plan.
+
+Invariant: the plan is a function of (scans, config), not of the runner, the clock or what is already written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from etl import sources
+from etl.filters import Filter
+from etl.sources import EpisodeRef, TaskScan
+from schemas.layout import PATCH_SIZE, layout_of
+
+Item = dict[str, Any]
+SAMPLE_OVERHEAD = 4096  # tar and .npy headers, padding, meta.json
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Options that shape a dataset's bytes; kept in its manifest."""
+
+    vocabulary: str = "seed"
+    """Token ids: seed, or the paper's own layout."""
+    shard_megabytes: float = 64.0
+    """A shard is closed at the first episode end behind this size."""
+    piece_timesteps: int = 1024
+    """Longer episodes are stored in pieces of this many timesteps (documents in pieces of 64 times as many tokens)."""
+    held_out_share: float = 0.05
+    """Share of episodes, chosen by a hash of where they come from, that are never trained on; at least
+    one of each task that has two."""
+    filter: tyro.conf.OmitArgPrefixes[Filter] = field(default_factory=Filter)
+
+
+def make_plan(
+    source: str,
+    scans: list[TaskScan],
+    config: BuildConfig,
+    text_model: str | None = None,
+    origins: dict[str, str] | None = None,
+) -> list[Item]:
+    """Shards in order. `text_model`: sha256 of the SentencePiece model; `origins`: path -> address of each input
+    file that was fetched from elsewhere, so that a worker on another machine can fetch it too."""
+    plan: list[Item] = []
+    for scan in sorted((s for s in scans if s.task and s.episodes), key=lambda s: s.task.name if s.task else ""):
+        assert scan.task is not None
+        bytes_each = _bytes_of_timestep(scan)
+        refs: list[EpisodeRef] = []
+        size = first = 0.0
+        for number, ref in enumerate(scan.episodes):
+            refs.append(ref)
+            size += ref.timesteps * bytes_each + SAMPLE_OVERHEAD
+            if size >= config.shard_megabytes * 2**20 or number + 1 == len(scan.episodes):
+                parts = sorted({part for file in {r.file for r in refs} for part in sources.load(source).parts(file)})
+                plan.append(
+                    {
+                        "number": len(plan),
+                        "source": source,
+                        "task": asdict(scan.task),
+                        "config": asdict(config),
+                        "text_model": text_model if layout_of(scan.task).text else None,
+                        "first_episode": int(first),
+                        "refs": [asdict(r) for r in refs],
+                        "stamps": [[str(part), *_stamp(part)] for part in parts],
+                        "origins": {str(p): origins[str(p)] for p in parts if origins and str(p) in origins},
+                    }
+                )
+                refs, size, first = [], 0.0, number + 1
+    return plan
+
+
+def _bytes_of_timestep(scan: TaskScan) -> float:
+    task = scan.task
+    assert task is not None
+    if task.action is None:
+        return 0.5  # a document's place is counted in bytes, some four of which make a token of two
+    layout = layout_of(task)
+    values = sum(int(np.prod(f.shape)) for f in task.observation if f.kind == "continuous")
+    values += task.action.size if task.action.kind == "continuous" else 0
+    return 2 * layout.stored + layout.patches * PATCH_SIZE**2 * layout.channels + 4 + 4 * values
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def digest(item: Item) -> str:
+    """sha256 of a plan item, 64 hex digits."""
+    return hashlib.sha256(json.dumps(item, sort_keys=True).encode()).hexdigest()
+
+
+def timesteps_of(item: Item) -> int:
+    """Timesteps (of documents: bytes) that an item plans to write."""
+    return sum(ref["stop"] - ref["start"] for ref in item["refs"])
+
+
+def inputs_of(plan: list[Item]) -> list[list]:
+    """[task, name, bytes] of every source file of a plan, sorted."""
+    found = {(item["task"]["name"], Path(s[0]).name, s[1]) for item in plan for s in item["stamps"]}
+    return [list(entry) for entry in sorted(found)]
+
+
+def described(plan: list[Item], config: BuildConfig) -> dict[str, Any]:
+    """What a manifest keeps of the options: equal for equal builds, whatever the machine."""
+    tasks = sorted({json.dumps(item["task"], sort_keys=True) for item in plan})
+    about = {"source": plan[0]["source"], "text_model": sorted({item["text_model"] or "" for item in plan})}
+    about["tasks"] = hashlib.sha256("\n".join(tasks).encode()).hexdigest()
+    return asdict(config) | about | {"inputs": inputs_of(plan)}

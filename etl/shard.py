@@ -1,0 +1,187 @@
+"""One plan item -> one shard and a record of it: all that a worker does.
+
+refs -> source.read -> check -> tokenize -> ShardWriter -> shard-NNNNNN.tar, then .build/shard-NNNNNN.tar.json
+
+A worker keeps no state between items. A shard whose record matches the item is kept, so that a rerun redoes only
+what is missing. While it works, a heartbeat shows that it lives.
+
+Invariant: a shard's bytes are a function of (source files, item), whatever the runner and the number of attempts.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from etl import remote, sources
+from etl.plan import Item, digest
+from etl.sources import EpisodeRef, Rejection
+from etl.tokenizers.text import TextTokenizer
+from etl.tokenizers.timestep import TimestepTokenizer
+from etl.watch import Heartbeat
+from schemas.dataset import INDEX_SCHEMA, TEXT_MODEL_NAME, DatasetError
+from schemas.episode import Document, EpisodeError, RawEpisode, TaskSpec
+from schemas.vocabulary import by_name
+from shards.folder import Folder
+from shards.writer import ShardWriter, shard_name
+
+BUILD_FOLDER = ".build"
+DOCUMENT_PIECE = 64  # pieces of a document are this many times longer than an episode's, in tokens
+COUNTS = ("clipped_observations", "out_of_range_actions", "cut_texts")
+_TASK: TypeAdapter[TaskSpec] = TypeAdapter(TaskSpec)
+
+
+def record_name(number: int) -> str:
+    return f"{BUILD_FOLDER}/{shard_name(number)}.json"
+
+
+def write_shard(item: Item, place: str) -> dict[str, Any]:
+    """Write one shard and its record into the folder `place`; returns the record. Keeps a finished shard of the
+    same plan item."""
+    folder, name = Folder(place), shard_name(item["number"])
+    kept = finished(item, folder)
+    if kept is not None:
+        return kept
+    with Heartbeat(folder, name):
+        for path, url in item["origins"].items():
+            remote.ensure(Path(path), url)
+        record = _Shard(item, folder).write()
+        folder.write(record_name(item["number"]), json.dumps(record).encode())
+    return record
+
+
+def finished(item: Item, folder: Folder) -> dict[str, Any] | None:
+    """The record of an item's shard, if both are there and whole."""
+    data = folder.read(record_name(item["number"]))
+    if data is None:
+        return None
+    try:
+        record = json.loads(data)
+    except ValueError:
+        return None
+    shard = record["shard"]
+    whole = record["plan"] == digest(item) and folder.holds(shard["name"], shard["bytes"], shard["sha256"])
+    return record if whole else None
+
+
+class _Shard:
+    """The work on one item: rows of the index, counts and rejections collect here."""
+
+    def __init__(self, item: Item, folder: Folder):
+        self.item, self.folder = item, folder
+        self.task = _TASK.validate_python(item["task"])
+        vocabulary = item["config"]["vocabulary"]
+        self.text = _text(str(folder), vocabulary, item["text_model"]) if item["text_model"] else None
+        self.tokenizer = TimestepTokenizer(self.task, by_name(vocabulary), self.text)
+        self.rows: dict[str, list] = {n: [] for n in INDEX_SCHEMA.names if n not in ("shard", "held_out", "task")}
+        self.rejected: list[Rejection] = []
+        self.counts = dict.fromkeys(COUNTS, 0)
+
+    def write(self) -> dict[str, Any]:
+        item, task = self.item, self.task
+        refs = [EpisodeRef(**ref) for ref in item["refs"]]
+        self.writer = ShardWriter(self.folder, shard_name(item["number"]))
+        try:
+            results = sources.load(item["source"]).read(task, refs)
+            for number, (ref, result) in enumerate(zip(refs, results, strict=True), start=item["first_episode"]):
+                try:
+                    if isinstance(result, Rejection):
+                        self.rejected.append(result)
+                    elif isinstance(result, Document):
+                        self._document(number, result)
+                    else:
+                        self._episode(number, result)
+                except EpisodeError as error:
+                    why = (error.reason, error.detail)
+                    self.rejected.append(Rejection(task.name, result.file, ref.position, ref.start, *why))
+            shard = self.writer.close()
+        finally:
+            self.writer.abort()
+        return {
+            "plan": digest(item),
+            "number": item["number"],
+            "task": task.name,
+            "shard": asdict(shard),
+            "rows": self.rows,
+            "rejected": [asdict(r) for r in self.rejected],
+            **self.counts,
+        }
+
+    def _episode(self, number: int, episode: RawEpisode) -> None:
+        task = self.task
+        episode.check(task)
+        encoded = self.tokenizer.encode_observation(episode.observation)
+        actions, outside = self.tokenizer.encode_action(episode.action)
+        for name, count in zip(COUNTS, (encoded.clipped, outside, encoded.cut)):
+            self.counts[name] += count
+        T = episode.timesteps
+        members: dict[str, np.ndarray] = {
+            "tokens": np.concatenate([encoded.tokens, actions], axis=1),
+            "reward": episode.reward.astype(np.float32),
+        }
+        if encoded.patches is not None:
+            members["patches"] = encoded.patches
+        raw = [episode.observation[f.key].reshape(T, -1) for f in self.tokenizer.fields if f.kind == "continuous"]
+        if raw:
+            members["observation"] = np.concatenate(raw, axis=1).astype(np.float32)
+        if task.action and task.action.kind == "continuous":
+            members["action"] = episode.action.reshape(T, -1).astype(np.float32)
+        about = {
+            "episode": number,
+            "episode_timesteps": T,
+            "episode_return": float(episode.reward.astype(np.float64).sum()),
+            "terminated": episode.terminated,
+            "truncated": episode.truncated,
+            "file": episode.file,
+            "position": episode.position,
+            "row": episode.row,
+        }
+        self._pieces(members, about, self.item["config"]["piece_timesteps"])
+
+    def _document(self, number: int, document: Document) -> None:
+        assert self.text is not None
+        if not document.text.strip():
+            raise EpisodeError("empty", "a document without text")
+        tokens = self.text.encode_document(document.text)[:, None]
+        about = {
+            "episode": number,
+            "episode_timesteps": len(tokens),
+            "episode_return": 0.0,
+            "terminated": True,
+            "truncated": False,
+            "file": document.file,
+            "position": document.position,
+            "row": document.row,
+        }
+        self._pieces({"tokens": tokens}, about, DOCUMENT_PIECE * self.item["config"]["piece_timesteps"])
+
+    def _pieces(self, members: dict[str, np.ndarray], about: dict[str, Any], piece: int) -> None:
+        T, number = about["episode_timesteps"], about["episode"]
+        safe = self.task.name.replace(".", "_").replace("/", "_")
+        for start in range(0, T, piece):
+            stop = min(start + piece, T)
+            part = {name: array[start:stop] for name, array in members.items()}
+            here = about | {"start": start, "timesteps": stop - start}
+            key = f"{safe}-{number:07d}-{start:07d}"
+            where = self.writer.add(key, stop - start, part, here | {"task": self.task.name})
+            for name, value in (here | where).items():
+                self.rows[name].append(value)
+
+
+@lru_cache(maxsize=4)
+def _text(place: str, vocabulary: str, fingerprint: str) -> TextTokenizer:
+    """The dataset's own text model, which the build put there before any shard."""
+    folder = Folder(place)
+    data = folder.read(TEXT_MODEL_NAME)
+    if data is None:
+        raise DatasetError(f"{folder.path(TEXT_MODEL_NAME)}: missing; run python -m etl.build again")
+    text = TextTokenizer(data, by_name(vocabulary))
+    if text.fingerprint != fingerprint:
+        raise DatasetError(f"{folder.path(TEXT_MODEL_NAME)}: not this build's text model; run python -m etl.build again")
+    return text

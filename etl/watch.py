@@ -1,0 +1,86 @@
+"""Signs of life: so that a worker that was killed ends a build instead of hanging it.
+
+worker: a heartbeat file a shard, touched every second while the shard is being written
+driver: a heartbeat that stopped with no record behind it, or no sign of anybody for a minute, is a lost worker
+
+Beam's local runners wait for ever for a worker that was killed. Runners of clusters notice by themselves; where
+the driver sees no heartbeat (the workers are on other machines), it waits without a limit.
+
+Invariant: a worker that lives is never taken for dead, however slow its shard is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from shards.folder import Folder
+
+BEAT_SECONDS = 1.0
+PATIENCE_SECONDS = 20.0  # a heartbeat older than this has stopped; a loaded machine delays one by a few seconds
+SILENCE_SECONDS = 45.0  # between one shard and the next, or before the first one
+
+
+class WorkerLost(RuntimeError):
+    """A worker died, and its runner did not notice."""
+
+
+def _place(folder: Folder) -> Path:
+    if folder.local is not None:
+        return folder.local / ".build"
+    return Path(tempfile.gettempdir()) / f"gato-build-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
+
+
+class Heartbeat:
+    """While the block runs, a thread touches the shard's heartbeat file."""
+
+    def __init__(self, folder: Folder, name: str):
+        self.path = _place(folder) / f"{name}.alive"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._beat, daemon=True)
+
+    def _beat(self) -> None:
+        while not self.stop.wait(BEAT_SECONDS):
+            self.path.touch()
+
+    def __enter__(self) -> None:
+        self.path.touch()
+        self.thread.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        self.path.unlink(missing_ok=True)
+
+
+class Watch:
+    """The driver's side. `local`: the workers are on this machine, so their silence means something."""
+
+    def __init__(self, folder: Folder, local: bool):
+        self.place, self.local = _place(folder), local
+        self.place.mkdir(parents=True, exist_ok=True)
+        for path in self.place.glob("*.alive"):  # of an earlier build that was killed
+            path.unlink(missing_ok=True)
+        self.heard = time.time()
+        self.seen = False
+
+    def check(self, finished: int) -> None:
+        """Look once; `finished` is the number of shards that are done. WorkerLost says what is missing."""
+        now, youngest = time.time(), 0.0
+        for path in self.place.glob("*.alive"):
+            try:
+                beat = path.stat().st_mtime
+            except FileNotFoundError:
+                continue  # its shard was finished this moment
+            if now - beat > PATIENCE_SECONDS:
+                raise WorkerLost(f"the worker that wrote {path.stem} gave no sign of life for {now - beat:.0f} s")
+            youngest = max(youngest, beat)
+        if youngest or finished != getattr(self, "finished", finished):
+            self.heard, self.seen = now, True
+        self.finished = finished
+        if (self.local or self.seen) and now - self.heard > SILENCE_SECONDS:
+            raise WorkerLost(f"no worker gave a sign of life for {SILENCE_SECONDS:.0f} s")
