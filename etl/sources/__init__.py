@@ -75,8 +75,8 @@ class ScanOptions:
     """gymnasium id, for logs that name none."""
     max_episode_steps: int | None = None
     """Time limit, for logs without timeouts."""
-    frames: Literal["80x64", "84x84"] = "80x64"
-    """Atari frames: filtered to 80x64 (20 patches), or kept at 84x84 and padded to 96x96 (36 patches)."""
+    frames: Literal["80x64", "padded"] = "80x64"
+    """Atari frames: filtered to 80x64 (20 patches), or kept at 84x84 and padded with zeros to 96x96 (36 patches)."""
     text_tokens: int = 16
     """Tokens of a text inside a timestep; longer ones are cut, and counted."""
     text_field: str = "text"

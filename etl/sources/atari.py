@@ -3,26 +3,29 @@
 $store$_{observation,action,reward,terminal}_ckpt.N.gz, gzipped .npy of N rows each, in lockstep
     -> episodes: rows up to and with one where terminal is set; what is left at the end is cut by the log
 
-`scan` reads terminals, actions and rewards whole and the header of the observations; `read` runs once through the
-four files, forwards, one episode in memory at a time: damage to the observations shows only there.
+Observations are grey (N, H, W), 84x84 in DQN-Replay, or RGB (N, H, W, 3). `scan` reads terminals, actions and
+rewards whole and the header of the observations; `read` streams the four files, one episode in memory at a time:
+damage to the observations shows only there. A process keeps the checkpoint that it reads open from one shard to
+the next, with points to resume from, so that no order of shards makes it decompress a file twice.
 
 What the writer, Dopamine's replay buffer, leaves in the files:
 
 - Each episode starts with three padding rows, all zero in every array. `read` leaves them out: the episode's
   `row` lies that much behind its ref's `start`, and it has that many timesteps fewer.
 - Rows at and behind the write position, `add_count` modulo N, were not written in this round: they are left over
-  from the checkpoint before (in DQN-Replay one row, the last). They are no episode's. `invalid_range` holds the
-  rows whose stack of frames would reach across that position, and is not needed.
-- A terminal marks the time limit too: an episode of that many timesteps counts as truncated.
+  from the checkpoint before (in DQN-Replay one row, the last). They are no episode's. `invalid_range`, the rows
+  around that position whose stack of frames would reach across it, gives it where `add_count` is missing.
+- A terminal marks the time limit too: an episode of that many timesteps counts as truncated, and a longer stretch
+  without a terminal is cut there.
 
 Invariant: checkpoints are separate logs; an episode never runs from one into the next.
 """
 
 from __future__ import annotations
 
-import gzip
 import os
 import re
+import threading
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import groupby, pairwise
@@ -32,15 +35,18 @@ from urllib.parse import quote
 import numpy as np
 
 from etl.download import fetch
-from etl.sources import EpisodeRef, Rejection, ScanOptions, SourceError, TaskScan, _catalogue
+from etl.sources import EpisodeRef, Known, Rejection, ScanOptions, SourceError, TaskScan, _catalogue
 from etl.sources._catalogue import Game
+from etl.sources._gzip import Gunzip
 from schemas.episode import ActionSpec, EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, TaskSpec
+from schemas.layout import PATCH_SIZE
 
 BUCKET = "https://storage.googleapis.com/atari-replay-datasets/dqn"
 RUNS, CHECKPOINTS = 5, 50
 ARRAYS = ("action", "reward", "terminal", "observation")
-FRAME = (84, 84)
 RESIZED = (64, 80)
+SIDES = range(16, 1025)  # pixels
+MOST_ROWS = 2**26  # a checkpoint has 1M
 PADDING = 3  # frames in a stack, less one
 TIME_LIMIT = 27_000  # actions, of four frames each: 30 minutes
 PIECE = 2**20
@@ -53,6 +59,19 @@ class Atari:
 
     name = "atari"
     default_dataset = "Pong/1"
+
+    def known(self, cache: Path) -> list[Known]:
+        """The games of DQN-Replay, run 1 of each, checkpoint 0; GAME/2 to GAME/5 are there too."""
+        rows = []
+        for game in _catalogue.games().values():
+            path = f"{game.name}/1/replay_logs"
+            file = cache / self.name / path / "$store$_action_ckpt.0.gz"
+            where = f"{BUCKET}/{path}/"
+            if game.dqn_replay:
+                rows.append(
+                    Known(f"{game.name}/1", f"ALE/{game.name}-v5", where, file.parent if file.is_file() else None)
+                )
+        return rows
 
     def resolve(self, input: Path | None, dataset: str | None, cache: Path) -> list[Path]:
         """The action file of each checkpoint at or below the input, by game, run and number; `dataset` (GAME/RUN or
@@ -87,15 +106,12 @@ class Atari:
         return [Path(file.replace("_action_", f"_{array}_")) for array in ARRAYS]
 
     def read(self, task: TaskSpec, refs: Iterable[EpisodeRef]) -> Iterator[RawEpisode | Rejection]:
-        """Episodes in the order of refs: observation {'frame': (T, 84, 84, 1) uint8}, action (T,) int32, reward
+        """Episodes in the order of refs: observation {'frame': (T, H, W, C) uint8}, action (T,) int32, reward
         (T,) float32 as logged (clipped to [-1, 1] in DQN-Replay)."""
         for file, group in groupby(refs, key=lambda ref: ref.file):
-            checkpoint = _Checkpoint(Path(file))
-            try:
-                for ref in group:
-                    yield _read_episode(checkpoint, task, ref)
-            finally:
-                checkpoint.close()
+            checkpoint = _opened(Path(file))
+            for ref in group:
+                yield _read_episode(checkpoint, task, ref)
 
     def _download(self, dataset: str, cache: Path) -> Path:
         game, run, number = _parse(dataset)
@@ -108,13 +124,13 @@ SOURCE = Atari()
 
 
 class _Rows:
-    """A gzipped .npy, read forwards: shape and dtype first, then ranges of rows. EpisodeError says what is wrong."""
+    """A gzipped .npy: shape and dtype first, then ranges of rows. EpisodeError says what is wrong."""
 
     def __init__(self, path: Path):
-        self.path, self.row = path, 0
+        self.path = path
         self.error: EpisodeError | None = None
         try:
-            self.file = gzip.GzipFile(path, "rb")
+            self.file = Gunzip(path)
         except OSError as error:
             raise EpisodeError("missing file", f"{path.name} cannot be opened ({error.strerror}); {_AGAIN}") from error
         try:
@@ -122,6 +138,8 @@ class _Rows:
         except EpisodeError:
             self.file.close()
             raise
+        self.first = self.file.position
+        self.row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
 
     def _header(self) -> tuple[tuple[int, ...], np.dtype]:
         try:
@@ -130,28 +148,27 @@ class _Rows:
             shape, column_major, dtype = read(self.file)
         except (OSError, EOFError, zlib.error) as error:
             raise self._corrupt(error) from error
-        except ValueError as error:
-            raise EpisodeError("not npy", f"{self.path.name} holds no .npy array ({error}); {_AGAIN}") from error
-        if dtype.hasobject or (column_major and len(shape) > 1):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError, OverflowError) as error:
+            # numpy evaluates the header as a Python literal
+            why = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+            raise EpisodeError("not npy", f"{self.path.name} holds no .npy array ({why}); {_AGAIN}") from error
+        if dtype.hasobject or (column_major and len(shape) > 1) or any(n < 0 for n in shape):
             raise EpisodeError("not npy", f"{self.path.name} holds {dtype} in an order or form that is not read")
         return shape, dtype
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) as (stop - start, ...); start must not lie before the last stop."""
+        """Rows [start, stop) as (stop - start, ...)."""
         if self.error is not None:
             raise self.error
-        if start < self.row:
-            raise ValueError(f"{self.path.name}: row {start} asked for behind row {self.row}")
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
         try:
-            skip = (start - self.row) * int(np.prod(self.shape[1:])) * self.dtype.itemsize
-            while skip:
-                skip -= self._piece(self.file.read(min(skip, PIECE)), start)
+            self.file.seek(self.first + start * self.row_bytes)
             view = out.data.cast("B") if out.size else memoryview(b"")
             while view:
                 count = self.file.readinto(view[:PIECE])
-                view = view[self._piece(view[:count], stop) :]
-            self.row = stop
+                if not count:
+                    raise EOFError(f"ends before row {stop} of {self.shape[0]}")
+                view = view[count:]
             if stop == self.shape[0] and self.file.read(1):  # at the end, this is what checks the checksum
                 raise OSError("bytes behind the last row")
         except (OSError, EOFError, zlib.error) as error:
@@ -159,10 +176,10 @@ class _Rows:
             raise self.error from error
         return out
 
-    def _piece(self, piece: bytes | memoryview, row: int) -> int:
-        if not len(piece):
-            raise EOFError(f"ends before row {row} of {self.shape[0]}")
-        return len(piece)
+    def scalar(self) -> np.ndarray:
+        """The value of an array without dimensions."""
+        self.shape = (1,)
+        return self.rows(0, 1)
 
     def _corrupt(self, error: Exception) -> EpisodeError:
         return EpisodeError("corrupt gzip", f"{self.path.name}: {error}; {_AGAIN}")
@@ -171,8 +188,23 @@ class _Rows:
         self.file.close()
 
 
+_local = threading.local()
+
+
+def _opened(action_file: Path) -> _Checkpoint:
+    """The checkpoint, kept open by this thread as long as it reads no other one and its files stay as they are."""
+    paths = SOURCE.parts(str(action_file))
+    stamp = [(p.stat().st_ino, p.stat().st_size, p.stat().st_mtime_ns) for p in paths if p.is_file()]
+    held = getattr(_local, "held", None)
+    if held is None or held[:2] != (action_file, stamp):
+        if held is not None:
+            held[2].close()
+        _local.held = held = (action_file, stamp, _Checkpoint(action_file))
+    return held[2]
+
+
 class _Checkpoint:
-    """The arrays of one checkpoint, opened at first use and then read forwards."""
+    """The arrays of one checkpoint, opened at first use."""
 
     def __init__(self, action_file: Path):
         self.action_file = action_file
@@ -188,33 +220,50 @@ class _Checkpoint:
         rows = self["action"].shape[:1]
         kinds = {"action": "iu", "reward": "f", "terminal": "iub", "observation": "u"}
         for array in ARRAYS:
-            shape, dtype = self[array].shape, self[array].dtype
+            name, shape, dtype = self[array].path.name, self[array].shape, self[array].dtype
             if dtype.kind not in kinds[array] or (array == "observation" and dtype != np.uint8):
-                raise EpisodeError("wrong dtype", f"{self[array].path.name} is {dtype}")
-            expected = (*rows, *FRAME) if array == "observation" else rows
-            if shape[1:] != expected[1:] or not rows:
-                raise EpisodeError("wrong shape", f"{self[array].path.name} is {shape}, expected {expected}")
-            if shape != expected:
-                raise EpisodeError(
-                    "wrong length", f"{self[array].path.name} has {shape[0]} rows, actions {rows[0]}; {_AGAIN}"
-                )
+                raise EpisodeError("wrong dtype", f"{name} is {dtype}")
+            if array == "observation":
+                grey = len(shape) == 3 or shape[3:] == (1,)
+                if not ((grey or shape[3:] == (3,)) and shape[1] in SIDES and shape[2] in SIDES):
+                    raise EpisodeError("wrong shape", f"{name} is {shape}, expected (N, 84, 84), or RGB (N, H, W, 3)")
+            elif len(shape) != 1:
+                raise EpisodeError("wrong shape", f"{name} is {shape}, expected (N,)")
+            if shape[:1] != rows:
+                raise EpisodeError("wrong length", f"{name} has {shape[0]} rows, actions {rows[0]}; {_AGAIN}")
+        if rows[0] > MOST_ROWS:
+            raise EpisodeError("wrong length", f"{rows[0]} rows, more than {MOST_ROWS}; {_AGAIN}")
         return rows[0]
 
+    @property
+    def frame(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        height, width, *channels = self["observation"].shape[1:]
+        return height, width, channels[0] if channels else 1
+
     def written(self, rows: int) -> int:
-        """Rows in front of the write position: all where the log has no add_count."""
-        path = _sibling(self.action_file, "add_count")
+        """Rows in front of the write position: all where the log says nothing of it."""
+        count = self._small("add_count")
+        if count is not None and count.size == 1:
+            value = int(count.reshape(-1)[0])
+            return value if 0 <= value < rows else value % rows or rows
+        invalid = self._small("invalid_range")
+        if invalid is not None and invalid.size > 1 and (np.diff(invalid.reshape(-1)) % rows == 1).all():
+            return (int(invalid.reshape(-1)[0]) + 1) % rows or rows  # the range starts one row before the position
+        return rows
+
+    def _small(self, stem: str) -> np.ndarray | None:
+        """One of the few integers beside the arrays, None where the log has none."""
+        path = _sibling(self.action_file, stem)
         if not path.is_file():
-            return rows
-        count = _Rows(path)
+            return None
+        array = _Rows(path)
         try:
-            if count.shape not in ((), (1,)) or count.dtype.kind not in "iu":
-                raise EpisodeError("wrong shape", f"{path.name} is {count.dtype} {count.shape}, expected one integer")
-            value = int(np.frombuffer(count.file.read(), count.dtype)[0])
-        except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
-            raise EpisodeError("corrupt gzip", f"{path.name}: {error}; {_AGAIN}") from error
+            if array.dtype.kind not in "iu" or len(array.shape) > 1 or sum(array.shape) > 64:
+                raise EpisodeError("wrong shape", f"{path.name} is {array.dtype} {array.shape}, expected few integers")
+            return array.rows(0, array.shape[0]) if array.shape else array.scalar()
         finally:
-            count.close()
-        return value if value < rows else value % rows or rows
+            array.close()
 
     def close(self) -> None:
         for array in self.opened.values():
@@ -229,25 +278,19 @@ def _scan_run(files: list[Path], options: ScanOptions) -> TaskScan:
         known = [g.name for g in _catalogue.games().values()]
         detail = f"no Atari game '{game_name}'{_catalogue.suggest(game_name, known)} (folders are GAME/RUN/replay_logs)"
         return TaskScan(None, (), tuple(Rejection(name, _relative(p), -1, 0, "unknown game", detail) for p in files))
-    task = TaskSpec(
-        name,
-        Atari.name,
-        (FieldSpec("frame", "image", (*FRAME, 1), resized=RESIZED),),
-        ActionSpec("discrete", 1, choices=game.actions),
-        EnvironmentSpec("atari", f"ALE/{game.name}-v5"),
-        game.score,
-        options.max_episode_steps or TIME_LIMIT,
-    )
     refs: list[EpisodeRef] = []
     rejected: list[Rejection] = []
+    frame: tuple[int, int, int] | None = None
+    limit = options.max_episode_steps or TIME_LIMIT
     for path in files:
         checkpoint = _Checkpoint(path)
         try:
             rows = checkpoint.check()
-            for array in ("action", "reward"):
-                checkpoint[array].rows(0, rows)  # to the end: the checksum
-            terminals = checkpoint["terminal"].rows(0, rows)
-            written = checkpoint.written(rows)
+            if checkpoint.frame != (frame or checkpoint.frame):
+                raise EpisodeError("wrong shape", f"frames are {checkpoint.frame}, in the checkpoints before {frame}")
+            checkpoint["action"].rows(0, rows)  # to the end: the checksum
+            rewards, terminals = checkpoint["reward"].rows(0, rows), checkpoint["terminal"].rows(0, rows)
+            written = checkpoint.written(rows) if rows else 0
             if written == 0:
                 raise EpisodeError("empty", f"no row was written; {_AGAIN}")
         except EpisodeError as error:
@@ -255,14 +298,41 @@ def _scan_run(files: list[Path], options: ScanOptions) -> TaskScan:
             continue
         finally:
             checkpoint.close()
+        frame = checkpoint.frame
         if rows - written > 1:
             detail = f"rows {written} to {rows - 1} lie behind the write position: left over from the checkpoint before"
             rejected.append(Rejection(name, _relative(path), -1, written, "stale rows", detail))
-        stops = [int(row) + 1 for row in np.flatnonzero(terminals[:written])]
-        if not stops or stops[-1] < written:
-            stops.append(written)
-        refs += [EpisodeRef(str(path), n, *bounds) for n, bounds in enumerate(pairwise([0, *stops]))]
+        for n, (start, stop) in enumerate(_bounds(terminals[:written], limit + PADDING)):
+            total = float(rewards[start:stop].astype(np.float64).sum())
+            refs.append(EpisodeRef(str(path), n, start, stop, total))
+    if frame is None:
+        return TaskScan(None, (), tuple(rejected))
+    task = TaskSpec(
+        name,
+        Atari.name,
+        (_field(frame, options.frames),),
+        ActionSpec("discrete", 1, choices=game.actions),
+        EnvironmentSpec("atari", f"ALE/{game.name}-v5"),
+        game.score,
+        limit,
+    )
     return TaskScan(task, tuple(refs), tuple(rejected))
+
+
+def _field(frame: tuple[int, int, int], fit: str) -> FieldSpec:
+    if fit == "padded":
+        height, width = (-(-side // PATCH_SIZE) * PATCH_SIZE for side in frame[:2])
+        return FieldSpec("frame", "image", frame, resized=(height, width), fit="pad")
+    return FieldSpec("frame", "image", frame, resized=RESIZED)
+
+
+def _bounds(terminals: np.ndarray, limit: int) -> list[tuple[int, int]]:
+    """[start, stop) of each episode: a terminal ends one, and so does the limit."""
+    stops = [int(row) + 1 for row in np.flatnonzero(terminals)]
+    if not stops or stops[-1] < len(terminals):
+        stops.append(len(terminals))
+    stops = [row for start, stop in pairwise([0, *stops]) for row in [*range(start + limit, stop, limit), stop]]
+    return list(pairwise([0, *stops]))
 
 
 def _read_episode(checkpoint: _Checkpoint, task: TaskSpec, ref: EpisodeRef) -> RawEpisode | Rejection:
@@ -272,13 +342,13 @@ def _read_episode(checkpoint: _Checkpoint, task: TaskSpec, ref: EpisodeRef) -> R
         while padding < min(PADDING, len(frames)) and not (action[padding] or reward[padding] or frames[padding].any()):
             padding += 1
         ended = bool(terminal[-1])
-        limit_reached = ref.timesteps - padding >= task.max_episode_steps
+        limit_reached = ref.timesteps - padding >= task.max_episode_steps  # with a terminal at it, or cut there
         episode = RawEpisode(
-            observation={"frame": frames[padding:, ..., None]},
+            observation={"frame": frames[padding:].reshape(-1, *checkpoint.frame)},
             action=action[padding:],
             reward=reward[padding:].astype(np.float32),
             terminated=ended and not limit_reached,
-            truncated=ended and limit_reached,
+            truncated=limit_reached,
             file=_relative(Path(ref.file)),
             position=ref.position,
             row=ref.start + padding,

@@ -1,0 +1,208 @@
+"""Text for the text range of the vocabulary: JSON lines, Parquet, plain text; one file or a folder, one task.
+
+.jsonl   (also .json of lines)  one object a line, its text under --text-field ("text")
+.parquet                        one document a row, in the string column of that name
+.txt .md                        one document between blank lines
+
+JSON lines and Parquet files, with their field, are what text corpora come in (C4, The Pile, Dolma). `scan` reads
+the files once and notes each document's place; `read` goes to it. A place is in bytes (JSON lines, plain text) or
+in characters of a running count (Parquet, where the row is the position).
+
+Invariant: documents come in the order of sorted files and places; an unreadable one is a rejection, not an end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from etl.sources import EpisodeRef, Known, Rejection, ScanOptions, SourceError, TaskScan
+from schemas.episode import Document, FieldSpec, TaskSpec
+
+SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "plain", ".md": "plain"}
+LONGEST = 2**24  # bytes a document: a longer line or paragraph is refused, so that memory stays bounded
+BATCH = 64  # Parquet rows at a time
+
+
+class Text:
+    """Source of text documents."""
+
+    name = "text"
+    default_dataset = ""
+
+    def known(self, cache: Path) -> list[Known]:
+        """None: texts are the user's own."""
+        return []
+
+    def resolve(self, input: Path | None, dataset: str | None, cache: Path) -> list[Path]:
+        """The input file, or all text files below the input folder. SourceError where there is none."""
+        if input is None:
+            raise SourceError("source text has no download; give --input a .jsonl, .parquet or .txt file, or a folder")
+        if dataset is not None:
+            raise SourceError("source text knows no --dataset; give --input the file or folder you want")
+        if input.is_file():
+            if input.suffix not in SUFFIXES:
+                raise SourceError(f"{input}: not a text file; known endings: {', '.join(SUFFIXES)}")
+            return [input]
+        found = sorted(p for p in input.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        if not found:
+            raise SourceError(f"{input}: no text file in it; known endings: {', '.join(SUFFIXES)}")
+        return found
+
+    def scan(self, files: list[Path], options: ScanOptions) -> list[TaskScan]:
+        """One TaskScan of all files, named after the folder or the only file that they lie in."""
+        files = sorted(map(Path, files))
+        name = f"text-{files[0].stem if len(files) == 1 else _common(files).name}"
+        task = TaskSpec(name, self.name, (FieldSpec(options.text_field, "text", (1,)),), None)
+        refs: list[EpisodeRef] = []
+        rejected: list[Rejection] = []
+        for path in files:
+            try:
+                refs += _places(path, options.text_field)
+            except (OSError, pa.ArrowException, ValueError) as error:
+                why = str(error).splitlines()[0][:200]
+                rejected.append(Rejection(name, path.name, -1, 0, "unreadable", f"{why}; write the file again"))
+        return [TaskScan(task if refs else None, tuple(refs), tuple(rejected))]
+
+    def parts(self, file: str) -> list[Path]:
+        """The file itself."""
+        return [Path(file)]
+
+    def read(self, task: TaskSpec, refs: Iterable[EpisodeRef]) -> Iterator[Document | Rejection]:
+        """Documents in the order of refs."""
+        field = task.observation[0].key
+        for file, group in groupby(refs, key=lambda ref: ref.file):
+            path = Path(file)
+            for ref, result in _READERS[SUFFIXES[path.suffix]](path, list(group), field):
+                if isinstance(result, str):
+                    yield Document(result, path.name, ref.position, ref.start)
+                else:
+                    yield Rejection(task.name, path.name, ref.position, ref.start, *result.args)
+
+
+SOURCE = Text()
+
+
+class _Bad(ValueError):
+    """(reason, detail) of a document that cannot be used."""
+
+
+def _places(path: Path, field: str) -> Iterator[EpisodeRef]:
+    """Where each document of a file lies. OSError, ArrowException or ValueError where the file is none."""
+    if SUFFIXES[path.suffix] == "parquet":
+        yield from _rows(path, field)
+        return
+    blank_lines = SUFFIXES[path.suffix] == "plain"
+    position = start = stop = 0
+    with open(path, "rb") as file:
+        while line := file.readline(LONGEST):
+            begin, stop = stop, stop + len(line)
+            if not blank_lines:
+                if line.strip():
+                    yield EpisodeRef(str(path), position, begin, stop)
+                    position += 1
+            elif not line.strip():
+                if begin > start:
+                    yield EpisodeRef(str(path), position, start, begin)
+                    position += 1
+                start = stop
+            elif stop - start > LONGEST:
+                yield EpisodeRef(str(path), position, start, stop)  # a paragraph without end: cut here
+                position, start = position + 1, stop
+    if blank_lines and stop > start:
+        yield EpisodeRef(str(path), position, start, stop)
+
+
+def _rows(path: Path, field: str) -> Iterator[EpisodeRef]:
+    running = 0
+    for first, column in _columns(path, field):
+        sizes = pa.compute.binary_length(column).fill_null(0).to_pylist()
+        for n, size in enumerate(sizes):
+            yield EpisodeRef(str(path), first + n, running, running + max(1, size))
+            running += max(1, size)
+
+
+def _columns(path: Path, field: str, wanted: int = 0) -> Iterator[tuple[int, pa.Array]]:
+    """(first row, texts) of each batch of a Parquet file from the row group of row `wanted` on."""
+    file = pa.parquet.ParquetFile(path)
+    kind = file.schema_arrow.field(field).type if field in file.schema_arrow.names else None
+    if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        names = ", ".join(file.schema_arrow.names)
+        raise ValueError(f"no string column '{field}' (there are {names}); name one with --text-field")
+    first = 0
+    for group in range(file.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        if first + rows <= wanted:
+            first += rows
+            continue
+        for batch in file.iter_batches(BATCH, row_groups=[group], columns=[field]):
+            yield first, batch.column(0)
+            first += len(batch)
+
+
+def _read_bytes(path: Path, refs: list[EpisodeRef], field: str) -> Iterator[tuple[EpisodeRef, str | _Bad]]:
+    with open(path, "rb") as file:
+        for ref in refs:
+            file.seek(ref.start)
+            data = file.read(ref.stop - ref.start)
+            try:
+                text = data.decode()
+            except UnicodeDecodeError as error:
+                yield ref, _Bad("not UTF-8", f"{error.reason} at byte {ref.start + error.start}; save it as UTF-8")
+                continue
+            yield ref, _parsed(text, field) if SUFFIXES[path.suffix] == "json" else text.strip()
+
+
+def _parsed(line: str, field: str) -> str | _Bad:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return _Bad("not JSON", f"{str(error)[:120]}; write one object a line")
+    text = value.get(field) if isinstance(value, dict) else None
+    if not isinstance(text, str):
+        found = ", ".join(list(value)[:8]) if isinstance(value, dict) else type(value).__name__
+        return _Bad("missing key", f"no text under '{field}' (there is {found}); name the field with --text-field")
+    return _clean(text)
+
+
+def _read_rows(path: Path, refs: list[EpisodeRef], field: str) -> Iterator[tuple[EpisodeRef, str | _Bad]]:
+    """Row groups in front of the first wanted row and behind the last one are not read."""
+    wanted = iter(refs)
+    ref = next(wanted, None)
+    try:
+        for first, column in _columns(path, field, refs[0].position):
+            while ref is not None and first <= ref.position < first + len(column):
+                value = column[ref.position - first].as_py()
+                yield ref, _Bad("missing key", f"no text under '{field}'") if value is None else _clean(value)
+                ref = next(wanted, None)
+            if ref is None:
+                return
+    except (OSError, pa.ArrowException, ValueError) as error:
+        while ref is not None:
+            yield ref, _Bad("unreadable", f"{str(error).splitlines()[0][:200]}; write the file again")
+            ref = next(wanted, None)
+
+
+def _clean(text: str) -> str | _Bad:
+    """Half surrogates, which JSON can spell, are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return _Bad("not UTF-8", f"{error.reason} at character {error.start}")
+    return text
+
+
+_READERS = {"json": _read_bytes, "plain": _read_bytes, "parquet": _read_rows}
+
+
+def _common(files: list[Path]) -> Path:
+    """The deepest folder that holds all files."""
+    folder = files[0].parent
+    while not all(path.is_relative_to(folder) for path in files):
+        folder = folder.parent
+    return folder
