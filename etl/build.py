@@ -12,6 +12,8 @@ import argparse
 import logging
 import os
 import sys
+
+logging.getLogger().setLevel(logging.ERROR)  # first of all: Beam warns while it is imported
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +100,9 @@ def build(options: Options, beam_arguments: list[str], console: Console) -> Mani
 
 def _inputs(options: Options, source: Source, console: Console) -> tuple[list[Path], dict[str, str]]:
     """Files to read, and where those that were fetched came from."""
-    cache, origins, place = options.cache.expanduser(), {}, None
+    cache = options.cache.expanduser()
+    origins: dict[str, str] = {}
+    place: Path | None = None
     if options.input is not None and is_url(options.input):
         place, origins = remote.fetch(options.input, cache, console)
     elif options.input is not None:
@@ -184,8 +188,8 @@ def beam_flags(arguments: list[str], workers: int) -> list[str]:
 
 
 def main() -> int:
-    console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
-    logging.getLogger().setLevel(logging.ERROR)
+    # A copy of stderr: while Beam's worker processes run, stderr itself goes to a log file.
+    console = Console(file=os.fdopen(os.dup(2), "w"), width=None if sys.stderr.isatty() else 140)
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     options, rest = tyro.cli(Options, prog="python -m etl.build", return_unknown_args=True)
     try:
@@ -208,4 +212,5 @@ if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
+    pipeline.end_children()
     os._exit(status)  # a runner whose worker was lost leaves threads behind that never end

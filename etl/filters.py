@@ -42,6 +42,7 @@ def apply(source: Source, scan: TaskScan, filter: Filter) -> TaskScan:
     episodes that have none."""
     if scan.task is None:
         return scan
+    name = scan.task.name
     if not filter.keep_duplicates:
         scan = without_copies(source, scan)
     kept = list(scan.episodes)
@@ -49,7 +50,7 @@ def apply(source: Source, scan: TaskScan, filter: Filter) -> TaskScan:
         totals = [ref.total for ref in kept]
         returns = np.array([np.nan if total is None else total for total in totals], np.float64)
         if all(total is None for total in totals):
-            raise SourceError(f"task '{scan.task.name}' has no rewards; leave out --min-return and --expert-share")
+            raise SourceError(f"task '{name}' has no rewards; leave out --min-return and --expert-share")
         lowest = -np.inf if filter.min_return is None else filter.min_return
         if filter.expert_share is not None:
             lowest = max(lowest, threshold(returns, filter.expert_share))

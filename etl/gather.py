@@ -21,7 +21,6 @@ from etl.sources import TaskScan
 from etl.tokenizers.text import TextTokenizer
 from schemas.dataset import (
     INDEX_SCHEMA,
-    MANIFEST_NAME,
     REJECTED_NAME,
     SCHEMA_VERSION,
     TEXT_MODEL_NAME,

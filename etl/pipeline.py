@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import apache_beam as beam
 import psutil
@@ -53,9 +56,11 @@ def run(
     if any("FnApiRunner" in argument for argument in beam_arguments) and not own_workers:
         _write(plan, folder, options)  # in this process: there is no other one to lose
         return
+    log = (folder.local or Path(tempfile.gettempdir())) / BUILD_FOLDER / "workers.log"
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            _watched(plan, folder, options, own_workers or loopback)
+            with _stderr_into(log, own_workers):
+                _watched(plan, folder, options, own_workers or loopback)
             return
         except WorkerLost as error:
             if not own_workers or attempt == ATTEMPTS:
@@ -64,7 +69,10 @@ def run(
                     "command again"
                 ) from None
             message(f"{error}; starting the workers again (attempt {attempt + 1} of {ATTEMPTS})")
-            _end_children()
+            end_children()
+        except (OSError, RuntimeError) as error:  # Beam packs a worker's exception, traceback and all, into one
+            lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            raise DatasetError(f"{folder}: a worker failed: {lines[-1].strip()[:300]}; see {log}") from error
 
 
 def _write(plan: list[Item], folder: Folder, options: PipelineOptions) -> None:
@@ -88,6 +96,7 @@ def _watched(plan: list[Item], folder: Folder, options: PipelineOptions, local: 
             errors.append(error)
 
     watch = Watch(folder, local)
+    threading.excepthook = _quiet
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     while thread.is_alive():
@@ -97,7 +106,33 @@ def _watched(plan: list[Item], folder: Folder, options: PipelineOptions, local: 
         raise errors[0]
 
 
-def _end_children() -> None:
+@contextmanager
+def _stderr_into(log: Path, redirect: bool) -> Iterator[None]:
+    """What Beam's workers and gRPC write to stderr, some twenty lines a worker, goes to a file."""
+    if not redirect:
+        yield
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    kept, file = os.dup(2), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    sys.stderr.flush()
+    os.dup2(file, 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(file)
+
+
+def _quiet(about: threading.ExceptHookArgs) -> None:
+    """Beam's thread that waits for a worker prints a traceback when it was killed: the watch says it in a line."""
+    if about.thread is None or "run_worker" not in about.thread.name:
+        threading.__excepthook__(about)
+
+
+def end_children() -> None:
+    """Kill what worker processes are left."""
     for child in psutil.Process().children(recursive=True):
         try:
             child.kill()
@@ -124,7 +159,9 @@ def exclusive(folder: Folder) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DatasetError(f"{folder}: another build is writing it; wait for it, or give another --output") from None
+            raise DatasetError(
+                f"{folder}: another build is writing it; wait for it, or give another --output"
+            ) from None
         for base in (folder.local, place):
             for path in base.glob(".*.tmp"):
                 path.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """`python -m etl.record`: logs from the real simulators, in the formats users have.
 
-policy + simulator -> timesteps -> D4RL's HDF5 layout, or for Atari the DQN-Replay layout
+policy + simulator -> timesteps -> D4RL's HDF5 layout; for Atari the DQN-Replay layout; where an observation has
+several fields (PointMaze, BabyAI) Minari's, written by the minari package
 
 The logged action is the one that was played, noise included. Rows go to disk as they
 come, under a temporary name; the file gets its name when it is whole.
@@ -10,16 +11,12 @@ Invariant: the recorded arrays are a function of the arguments alone.
 
 from __future__ import annotations
 
-import gzip
-import os
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
-import h5py
 import numpy as np
 import tyro
 from rich.console import Console
@@ -27,10 +24,7 @@ from rich.progress import Progress
 
 from etl import simulators
 from etl.experts import PolicyError, policies
-from schemas.files import sync_folder
-
-CHUNK = 4096
-ATARI_ARRAYS = {"observation": np.uint8, "action": np.int32, "reward": np.float32, "terminal": np.uint8}
+from etl.logs import Columns, Hdf5Log, MinariLog, ReplayLog
 
 
 @dataclass(frozen=True)
@@ -47,9 +41,9 @@ class Options:
     """Standard deviation of Gaussian action noise; for discrete actions the probability of a random one."""
     seed: int = 0
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """Folder; data/logs/d4rl or data/logs/dqn_replay where not given."""
+    """Folder; data/logs/d4rl, data/logs/dqn_replay or data/logs/minari where not given."""
     level: str | None = None
-    """Level in the file name of D4RL logs: expert, medium, ...; the policy's kind where not given."""
+    """Level in the file name of D4RL and Minari logs: expert, medium, ...; the policy's kind where not given."""
     run: int = 1
     """Run number in the folder name of Atari logs."""
     overwrite: bool = False
@@ -95,104 +89,6 @@ def _state(env: Any) -> dict[str, np.ndarray]:
     return {} if data is None else {"infos/qpos": data.qpos.copy(), "infos/qvel": data.qvel.copy()}
 
 
-class Columns(Protocol):
-    """Named columns that grow on disk under a temporary name; `close` gives them their name, `discard` removes
-    them."""
-
-    def append(self, row: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
-
-    def discard(self) -> None: ...
-
-
-class Hdf5Log:
-    """D4RL's layout: one growing dataset a key, attribute env_id, metadata as datasets."""
-
-    def __init__(self, path: Path, environment: str, algorithm: str):
-        self.path, self.temporary = path, path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = h5py.File(self.temporary, "w", track_order=False)
-        self.file.attrs["env_id"] = environment
-        self.file["metadata/algorithm"] = algorithm
-        self.rows: dict[str, list] = {}
-
-    def append(self, row: dict[str, Any]) -> None:
-        for key, value in row.items():
-            self.rows.setdefault(key, []).append(value)
-        if len(self.rows["rewards"]) >= CHUNK:
-            self.flush()
-
-    def flush(self) -> None:
-        for key, values in self.rows.items():
-            block = np.stack(values)
-            if key not in self.file:
-                shape = block.shape[1:]
-                self.file.create_dataset(
-                    key, (0, *shape), block.dtype, maxshape=(None, *shape), chunks=(CHUNK, *shape), compression="gzip",
-                    compression_opts=1,
-                )  # fmt: skip
-            dataset = self.file[key]
-            dataset.resize(len(dataset) + len(block), axis=0)
-            dataset[-len(block) :] = block
-            values.clear()
-
-    def close(self) -> None:
-        self.flush()
-        self.file.close()
-        os.replace(self.temporary, self.path)
-        sync_folder(self.path.parent)
-
-    def discard(self) -> None:
-        self.file.close()
-        self.temporary.unlink(missing_ok=True)
-
-
-class ReplayLog:
-    """The DQN-Replay layout: gzipped .npy files in lockstep. Rows are spooled raw and packed at the end, when
-    their number is known."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.temporary = folder, folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        self.temporary.mkdir(parents=True)
-        self.spools = {name: open(self.temporary / f"{name}.raw", "w+b") for name in ATARI_ARRAYS}  # noqa: SIM115
-        self.count = 0
-
-    def append(self, row: dict[str, Any]) -> None:
-        for name, dtype in ATARI_ARRAYS.items():
-            self.spools[name].write(np.asarray(row[name], dtype).tobytes())
-        self.count += 1
-
-    def close(self) -> None:
-        for name, dtype in ATARI_ARRAYS.items():
-            shape = (self.count, 84, 84) if name == "observation" else (self.count,)
-            self._pack(f"$store$_{name}_ckpt.0.gz", np.dtype(dtype), shape, self.spools[name])
-            self.spools[name].close()
-            (self.temporary / f"{name}.raw").unlink()
-        for name, value in (("add_count", np.array(self.count)), ("invalid_range", np.zeros(5, np.int64))):
-            with self._gzip(f"{name}_ckpt.0.gz") as packed:
-                np.lib.format.write_array(packed, value)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        os.replace(self.temporary, self.folder)
-        sync_folder(self.folder.parent)
-
-    def discard(self) -> None:
-        for spool in self.spools.values():
-            spool.close()
-        shutil.rmtree(self.temporary, ignore_errors=True)
-
-    def _pack(self, name: str, dtype: np.dtype, shape: tuple[int, ...], spool: Any) -> None:
-        spool.seek(0)
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-        with self._gzip(name) as packed:
-            np.lib.format.write_array_header_1_0(packed, header)
-            shutil.copyfileobj(spool, packed)
-
-    def _gzip(self, name: str) -> gzip.GzipFile:
-        return gzip.GzipFile(self.temporary / name, "wb", compresslevel=1, mtime=0)
-
-
 def record(options: Options, console: Console) -> Path:
     """Play and write the log; returns its path. SimulatorError or PolicyError say what does not fit."""
     if options.steps < 1 or options.noise < 0:
@@ -201,14 +97,21 @@ def record(options: Options, console: Console) -> Path:
     env = simulators.make(spec)
     fields = simulators.observation_fields(env)
     size = sum(int(np.prod(field.shape)) for field in fields)
-    policy = policies.load(options.policy, options.environment, size, simulators.action_spec(env))
-    path = _path(options, spec.suite)
+    policy = policies.load(options.policy, env, size, simulators.action_spec(env), options.noise)
+    atari, plain = spec.suite == "atari", [field.key for field in fields] == ["observation"]
+    path = _path(options, "atari" if atari else "plain" if plain else "minari")
     if path.exists() and not options.overwrite:
         raise ValueError(
             f"{path}: already there; give another --output, --level or --run, or --overwrite to replace it"
         )
-    atari = spec.suite == "atari"
-    log: Columns = ReplayLog(path) if atari else Hdf5Log(path, options.environment, policy.algorithm)
+    log: Columns
+    if atari or plain:
+        log = ReplayLog(path) if atari else Hdf5Log(path, options.environment, policy.algorithm)
+    else:
+        log = collected = MinariLog(path.parents[1], "/".join(path.parts[-2:]), policy.algorithm)
+        env.close()
+        env = simulators.make(spec, inner=collected.wrap)
+        policy = policies.load(options.policy, env, size, simulators.action_spec(env), options.noise)
     returns, running, done = [], 0.0, 0
     try:
         with Progress(console=console) as progress:
@@ -218,7 +121,7 @@ def record(options: Options, console: Console) -> Path:
                 running += step.reward
                 ended = step.terminated or step.truncated
                 last = (done >= options.steps and ended) or done >= options.steps + options.steps // 10
-                log.append(_atari_row(step) if atari else _d4rl_row(step))
+                log.append(_atari_row(step) if atari else _d4rl_row(step) if plain else _minari_row(step))
                 if ended:
                     returns.append(running)
                     running = 0.0
@@ -226,11 +129,9 @@ def record(options: Options, console: Console) -> Path:
                 if last:
                     break
         log.close()
-    except BaseException:
-        log.discard()
-        raise
     finally:
         env.close()
+        log.discard()
     mean = f"{np.mean(returns):.1f} ± {np.std(returns):.1f}" if returns else "-"
     cut = "" if ended else ", the last one cut by the log's end"
     console.print(
@@ -239,26 +140,25 @@ def record(options: Options, console: Console) -> Path:
     return path
 
 
-def _path(options: Options, suite: str) -> Path:
-    if suite == "atari":
+def _path(options: Options, layout: str) -> Path:
+    if layout == "atari":
         game = options.environment.removeprefix("ALE/").rsplit("-", 1)[0]
         return (options.output or Path("data/logs/dqn_replay")) / game / str(options.run) / "replay_logs"
     body, version = options.environment.rsplit("-", 1)
     level = options.level or (options.policy if options.policy in ("expert", "random") else Path(options.policy).stem)
+    if layout == "minari":
+        return (options.output or Path("data/logs/minari")) / body.lower() / f"{level}-{version}"
     return (options.output or Path("data/logs/d4rl")) / f"{body.lower()}-{level}-{version}.hdf5"
 
 
 def _d4rl_row(step: Step) -> dict[str, Any]:
-    def flat(observation: dict[str, np.ndarray]) -> np.ndarray:
-        return np.concatenate([np.ravel(observation[key]) for key in sorted(observation)]).astype(np.float32)
-
     return {
-        "observations": flat(step.observation),
+        "observations": step.observation["observation"].reshape(-1),
         "actions": step.action,
         "rewards": np.float32(step.reward),
         "terminals": step.terminated,
         "timeouts": step.truncated,
-        "next_observations": flat(step.following),
+        "next_observations": step.following["observation"].reshape(-1),
         **step.raw,
     }
 
@@ -267,6 +167,11 @@ def _atari_row(step: Step) -> dict[str, Any]:
     frame = step.observation["frame"][..., 0]
     terminal = step.terminated or step.truncated
     return {"observation": frame, "action": step.action, "reward": np.clip(step.reward, -1, 1), "terminal": terminal}
+
+
+def _minari_row(step: Step) -> dict[str, Any]:
+    ended = {"terminated": step.terminated, "truncated": step.truncated}
+    return {"action": step.action, "reward": np.float32(step.reward), **ended}
 
 
 def main() -> int:

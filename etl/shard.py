@@ -183,5 +183,5 @@ def _text(place: str, vocabulary: str, fingerprint: str) -> TextTokenizer:
         raise DatasetError(f"{folder.path(TEXT_MODEL_NAME)}: missing; run python -m etl.build again")
     text = TextTokenizer(data, by_name(vocabulary))
     if text.fingerprint != fingerprint:
-        raise DatasetError(f"{folder.path(TEXT_MODEL_NAME)}: not this build's text model; run python -m etl.build again")
+        raise DatasetError(f"{folder.path(TEXT_MODEL_NAME)}: not this build's; run python -m etl.build again")
     return text

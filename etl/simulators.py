@@ -2,7 +2,8 @@
 
     EnvironmentSpec -> gymnasium.make -> our preprocessing -> observations {key: array}, ready for etl.tokenizers
 
-MuJoCo bodies give {"observation": float32 (D,)}, gymnasium-robotics tasks their own keys, Atari
+MuJoCo bodies give {"observation": float32 (D,)}, gymnasium-robotics tasks their own keys, minigrid's levels
+{"direction": int64 (), "image": uint8 (56, 56, 3), "mission": str}, Atari
 {"frame": uint8 (84, 84, 1)}: four emulator frames an action, sticky actions with probability 0.25, the maximum of
 the last two grey screens, box-filtered to 84x84 (the convention of the DQN-Replay logs, but for the filter's
 treatment of pixels that two output pixels share: OpenCV splits them, Pillow gives them to one). Pillow's filter is
@@ -14,8 +15,12 @@ Invariant: an agent sees in evaluation exactly what the recorder writes into log
 from __future__ import annotations
 
 import importlib
+import io
 import os
+import string
 import warnings
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from difflib import get_close_matches
 from importlib import metadata
 from typing import Any
@@ -25,7 +30,7 @@ import numpy as np
 from gymnasium import spaces
 from PIL import Image
 
-from etl import drawing
+from etl import drawing, gridworld
 from schemas.episode import ActionSpec, EnvironmentSpec, FieldSpec
 
 FRAME_SIZE = (84, 84)
@@ -38,6 +43,7 @@ NOOP_MAX = 30
 SUITES = {
     "atari": ("ale_py", "pip install ale-py"),
     "robotics": ("gymnasium_robotics", "pip install gymnasium-robotics"),
+    "minigrid": ("minigrid", "pip install minigrid"),
     "mujoco": ("mujoco", "pip install 'gymnasium[mujoco]'"),
 }
 
@@ -50,6 +56,9 @@ def environment_spec(environment: str, **kwargs: Any) -> EnvironmentSpec:
     """The spec of a gymnasium id with version, its suite looked up. SimulatorError for an unknown id."""
     if environment.startswith("ALE/"):
         suite = "atari"
+    elif environment.startswith(("BabyAI-", "MiniGrid-")):
+        suite = "minigrid"
+        _register(suite)
     else:
         suite = "mujoco"
         if environment not in gymnasium.registry:
@@ -59,12 +68,18 @@ def environment_spec(environment: str, **kwargs: Any) -> EnvironmentSpec:
     return EnvironmentSpec(suite, environment, kwargs)
 
 
-def make(environment: EnvironmentSpec, seed: int | None = None, render: bool = False) -> gymnasium.Env:
+def make(
+    environment: EnvironmentSpec,
+    seed: int | None = None,
+    render: bool = False,
+    inner: Callable[[gymnasium.Env], gymnasium.Env] | None = None,
+) -> gymnasium.Env:
     """Build a simulator whose observations are {key: array of one timestep}.
 
     Atari reads two `kwargs` of its own: `noop_max` (30), the most no-op frames at a reset, and
     `max_episode_steps` (27,000 actions); all else goes to gymnasium.make. With `seed` the simulator is reset once,
     so that later resets without a seed continue from it. `render`: `env.render()` gives the picture of `frame`.
+    `inner` wraps the simulator below our preprocessing (a recorder of raw observations).
     SimulatorError for an unknown id, a missing package or arguments that the simulator refuses.
     """
     _register(environment.suite)
@@ -85,9 +100,12 @@ def make(environment: EnvironmentSpec, seed: int | None = None, render: bool = F
         raise SimulatorError(f"{environment.id}: {' '.join(map(str, error.args))}") from None
     except (gymnasium.error.Error, TypeError) as error:
         raise SimulatorError(f"{environment.id}: {error}; check its kwargs {environment.kwargs}") from None
+    raw = inner(raw) if inner else raw
     env: gymnasium.Env
     if environment.suite == "atari":
         env = gymnasium.wrappers.TimeLimit(AtariFrames(raw, noop_max), limit)
+    elif environment.suite == "minigrid":
+        env = GridFields(raw)
     else:
         env = FloatFields(raw)
     if seed is not None:
@@ -126,6 +144,43 @@ class FloatFields(gymnasium.Wrapper):
     def _fields(self, observation: Any) -> dict[str, np.ndarray]:
         fields = observation if isinstance(observation, dict) else {"observation": observation}
         return {key: np.asarray(fields[key], np.float32) for key in sorted(fields)}
+
+
+class GridFields(gymnasium.Wrapper):
+    """Minigrid's partial view drawn as a picture, the facing and the mission's text."""
+
+    def __init__(self, env: gymnasium.Env):
+        super().__init__(env)
+        assert isinstance(env.observation_space, spaces.Dict)
+        width, height, _ = env.observation_space["image"].shape or ()
+        picture = (height * gridworld.TILE, width * gridworld.TILE, 3)
+        self.observation_space = spaces.Dict(
+            {
+                "direction": spaces.Discrete(4),
+                "image": spaces.Box(0, 255, picture, np.uint8),
+                "mission": spaces.Text(1024, charset=string.printable),
+            }
+        )
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        with redirect_stdout(io.StringIO()):  # minigrid prints each level that it draws and throws away
+            observation, info = self.env.reset(seed=seed, options=options)
+        return self._fields(observation), info
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self.env.step(int(action))
+        return self._fields(observation), float(reward), bool(terminated), bool(truncated), info
+
+    def render(self) -> Any:
+        return frame(self)
+
+    def _fields(self, observation: Any) -> dict[str, Any]:
+        view = np.asarray(observation["image"], np.uint8)
+        return {
+            "direction": np.asarray(observation["direction"], np.int64),
+            "image": gridworld.draw(view[None])[0],
+            "mission": np.asarray(str(observation["mission"])),
+        }
 
 
 class AtariFrames(gymnasium.Wrapper):
@@ -181,14 +236,20 @@ def action_spec(env: gymnasium.Env) -> ActionSpec:
 
 
 def observation_fields(env: gymnasium.Env) -> tuple[FieldSpec, ...]:
-    """The fields of one observation, keys in lexicographic order."""
+    """The fields of one observation, keys in lexicographic order. A text's length is that of the task: 0 here."""
     assert isinstance(env.observation_space, spaces.Dict)
-    return tuple(
-        FieldSpec(key, "image", space.shape or (), resized=RESIZED_FRAME)
-        if key == "frame"
-        else FieldSpec(key, "continuous", space.shape or ())
-        for key, space in sorted(env.observation_space.spaces.items())
-    )
+    fields = []
+    for key, space in sorted(env.observation_space.spaces.items()):
+        shape = space.shape or ()
+        if isinstance(space, spaces.Text):
+            fields.append(FieldSpec(key, "text", (0,)))
+        elif isinstance(space, spaces.Discrete):
+            fields.append(FieldSpec(key, "discrete", (), choices=int(space.n)))
+        elif isinstance(space, spaces.Box) and space.dtype == np.uint8:
+            fields.append(FieldSpec(key, "image", shape, resized=RESIZED_FRAME))
+        else:
+            fields.append(FieldSpec(key, "continuous", shape))
+    return tuple(fields)
 
 
 def frame(env: gymnasium.Env) -> np.ndarray:
@@ -201,6 +262,8 @@ def frame(env: gymnasium.Env) -> np.ndarray:
     raw: Any = env.unwrapped
     if hasattr(raw, "ale"):
         return raw.ale.getScreenRGB()
+    if hasattr(raw, "get_frame"):  # minigrid draws itself
+        return raw.get_frame(tile_size=24)
     if os.environ.get("MUJOCO_GL") and raw.render_mode == "rgb_array":
         try:
             return np.asarray(raw.render())
@@ -218,7 +281,7 @@ def frame(env: gymnasium.Env) -> np.ndarray:
 def versions() -> dict[str, str]:
     """Installed versions of what decides a simulator's behaviour."""
     found = {}
-    for package in ("gymnasium", "mujoco", "ale-py", "gymnasium-robotics"):
+    for package in ("gymnasium", "mujoco", "ale-py", "gymnasium-robotics", "minigrid"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

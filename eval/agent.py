@@ -19,7 +19,9 @@ from typing import Literal
 import numpy as np
 import torch
 
+from etl.tokenizers.text import TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer
+from schemas.dataset import TEXT_MODEL_NAME
 from schemas.episode import TaskSpec
 from schemas.layout import PATCH_SIZE, SEPARATOR
 from schemas.vocabulary import bin_centres
@@ -51,6 +53,13 @@ class Prompt:
     patches: np.ndarray | None
 
 
+def text_tokenizer(dataset: Dataset) -> TextTokenizer | None:
+    """The tokenizer of the dataset's own text model; None where it holds no text."""
+    if dataset.manifest.text_model is None:
+        return None
+    return TextTokenizer(dataset.folder / TEXT_MODEL_NAME, dataset.manifest.vocabulary)
+
+
 def best_demonstration(dataset: Dataset, task: int) -> Prompt:
     """The training episode with the highest return (its first stored piece)."""
     rows = dataset.rows(task, held_out=False)
@@ -63,10 +72,16 @@ class GatoAgent:
     """Plays one task in a batch of environments. `act` is called once a timestep."""
 
     def __init__(
-        self, model: Gato, info: ExportInfo, task: TaskSpec, config: AgentConfig, prompt: Prompt | None = None
+        self,
+        model: Gato,
+        info: ExportInfo,
+        task: TaskSpec,
+        config: AgentConfig,
+        prompt: Prompt | None = None,
+        text: TextTokenizer | None = None,
     ):
         self.model, self.config, self.prompt = model, config, prompt
-        self.tokenizer = TimestepTokenizer(task, info.vocabulary)
+        self.tokenizer = TimestepTokenizer(task, info.vocabulary, text)
         self.layout = self.tokenizer.layout
         self.window = info.sequence_length // self.layout.length
         if self.window < 2:

@@ -30,7 +30,7 @@ from rich.console import Console
 
 from etl import simulators
 from eval import report, scores
-from eval.agent import AgentConfig, GatoAgent, best_demonstration
+from eval.agent import AgentConfig, GatoAgent, best_demonstration, text_tokenizer
 from eval.baselines import decision_transformer, trajectory_transformer
 from eval.environments import Played, Policy, RandomPolicy, play
 from schemas.dataset import DatasetError
@@ -124,7 +124,7 @@ class Comparison:
             (dataset, number)
             for dataset in self.datasets
             for number, task in enumerate(dataset.manifest.tasks)
-            if not self.options.tasks or task.spec.name in self.options.tasks
+            if task.spec.action and (not self.options.tasks or task.spec.name in self.options.tasks)
         ]
         found: list[Job] = []
         for dataset, number in chosen:
@@ -231,7 +231,7 @@ class Comparison:
         if job.model in BASELINES:
             return BASELINES[job.model].load(self._baseline(job))
         prompt = best_demonstration(job.dataset, job.task) if self.options.agent.prompt_share else None
-        return GatoAgent(self.gato, self.info, job.spec, self.options.agent, prompt)
+        return GatoAgent(self.gato, self.info, job.spec, self.options.agent, prompt, text_tokenizer(job.dataset))
 
     def _play(self, job: Job) -> list[Played]:
         seeds = [self.options.first_seed + n for n in range(self.options.episodes)]

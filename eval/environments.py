@@ -103,7 +103,7 @@ def play(
                     one.frames.append(simulators.frame(environments[0]))
                 try:
                     latest[n], gained, terminated, truncated, _ = environments[n].step(actions[n])
-                    if not all(np.isfinite(value).all() for value in latest[n].values()):
+                    if not all(np.isfinite(value).all() for value in latest[n].values() if value.dtype.kind == "f"):
                         raise FloatingPointError("the simulator returned an observation that is not finite")
                 except Exception as error:  # a simulator may raise anything; its episode says so, others go on
                     one.ending, one.error = "error", f"{type(error).__name__}: {error}"
@@ -128,8 +128,9 @@ def play(
 
 def _check_spaces(task: TaskSpec, environment: simulators.gymnasium.Env) -> None:
     fields, action = simulators.observation_fields(environment), simulators.action_spec(environment)
-    have = {spec.key: spec.shape for spec in fields}
-    wanted = {spec.key: spec.shape for spec in task.observation}
+    have, wanted = (
+        {s.key: (s.kind, s.kind == "text" or s.shape) for s in specs} for specs in (fields, task.observation)
+    )
     kinds = [(spec.kind, spec.size, spec.choices) for spec in (action, task.action) if spec is not None]
     if have != wanted or kinds[0] != kinds[1]:
         raise simulators.SimulatorError(

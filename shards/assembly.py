@@ -8,7 +8,7 @@ where one is drawn, takes the first timesteps of the grid and shares the segment
 the episode behind it (paper §2.2).
 
 Invariant: an epoch shows every timestep at least once, fewer than W of them twice;
-loss falls only on text and action tokens that have a predecessor in their segment.
+loss falls only on text and action tokens that have a predecessor in their segment, and not on a text's padding.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ class Timeline:
         self.episodes = dataset.column("episode")[self.rows]
         self.total = int(lengths.sum())
         self.sequence_length = sequence_length
+        text = dataset.manifest.text_model
+        self.padding = text.padding if text else -1
         self.width = -(-sequence_length // self.layout.length)
         self.windows = -(-self.total // self.width)
 
@@ -108,6 +110,8 @@ class Timeline:
         segments[:used] = np.repeat([piece.segment for piece in pieces], counts)[:, None]
         roles = np.tile(layout.roles, W)[:L]
         supervised = np.isin(roles, (TEXT, ACTION))
+        if layout.text and layout.action:
+            supervised &= (roles != TEXT) | (grid.reshape(-1)[:L] != self.padding)
         flat = segments.reshape(-1)[:L]
         supervised &= flat >= 0
         supervised[1:] &= flat[1:] == flat[:-1]

@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from schemas.dataset import DatasetError
+from schemas.dataset import TEXT_MODEL_NAME, DatasetError
 from schemas.episode import STRICT
 from schemas.vocabulary import Vocabulary
 from shards.assembly import Timeline
@@ -38,7 +38,7 @@ class StreamConfig:
     weights: dict[str, float] = field(default_factory=dict)
     mixture_block: int = 256
     prompt_probability: float = 0.25
-    """Share of sequences that start with a piece of another episode (paper §2.2)."""
+    """Share of control sequences that start with a piece of another episode (paper §2.2)."""
     prompt_end_share: float = 0.5
     """Share of the prompts taken from an episode's end."""
     prompt_max_share: float = 0.5
@@ -59,6 +59,12 @@ class Stream:
         self.vocabulary: Vocabulary = datasets[0].manifest.vocabulary
         for dataset in datasets[1:]:
             self.vocabulary.require(dataset.manifest.vocabulary_fingerprint, str(dataset.folder))
+        models = {d.manifest.text_model.file.sha256: d.folder for d in datasets if d.manifest.text_model}
+        if len(models) > 1:
+            raise DatasetError(
+                f"{' and '.join(map(str, models.values()))} were made with different text models; rebuild all but one "
+                f"with --text-model {next(iter(models.values()))}/{TEXT_MODEL_NAME}"
+            )
         self.config, self.seed, self.held_out, self.datasets = config, seed, held_out, datasets
         timelines = [
             Timeline(dataset, task, held_out, config.sequence_length)
@@ -94,7 +100,7 @@ class Stream:
         rng = random(self.seed, "prompt", i)
         body = timeline.pieces(phase + place.window * timeline.width, timeline.width)
         prompt = []
-        if rng.random() < self.config.prompt_probability:
+        if timeline.layout.action and rng.random() < self.config.prompt_probability:
             longest = max(1, int(timeline.width * self.config.prompt_max_share))
             length, from_end = int(rng.integers(1, longest + 1)), bool(rng.random() < self.config.prompt_end_share)
             prompt = timeline.prompt(body[0], min(length, timeline.width - 1), from_end, rng)

@@ -14,13 +14,14 @@ from etl.experts.sb3 import StableBaselines
 from schemas.episode import ActionSpec
 
 HERE = Path(__file__).resolve().parent
-# beginning of a gymnasium id -> maker of its expert, given the whole id
-EXPERTS: dict[str, Callable[[str], Policy]] = {
-    "Hopper-": lambda environment: perceptron.load(HERE / "hopper.safetensors"),
-    "ALE/Pong-": lambda environment: scripted.Pong(),
-    "ALE/Breakout-": lambda environment: scripted.Breakout(),
-    "ALE/Freeway-": lambda environment: scripted.Freeway(),
-    "PointMaze_": lambda environment: scripted.Waypoints(gymnasium.spec(environment).kwargs["maze_map"]),
+# beginning of a gymnasium id -> maker of its expert, given the simulator
+EXPERTS: dict[str, Callable[[gymnasium.Env], Policy]] = {
+    "Hopper-": lambda env: perceptron.load(HERE / "hopper.safetensors"),
+    "ALE/Pong-": lambda env: scripted.Pong(),
+    "ALE/Breakout-": lambda env: scripted.Breakout(),
+    "ALE/Freeway-": lambda env: scripted.Freeway(),
+    "PointMaze_": lambda env: scripted.Waypoints(env.spec.kwargs["maze_map"] if env.spec else []),
+    "BabyAI-": lambda env: scripted.Bot(env),
 }
 
 
@@ -57,14 +58,19 @@ def noise_action(action: ActionSpec, rng: np.random.Generator) -> np.ndarray:
     return rng.integers(action.choices, size=() if action.size == 1 else action.size)
 
 
-def load(name: str, environment: str, observation_size: int, action: ActionSpec) -> Policy:
-    """`name` is 'expert', 'random' or a policy file. PolicyError names what does not fit and the remedy."""
+def load(name: str, env: gymnasium.Env, observation_size: int, action: ActionSpec, noise: float = 0.0) -> Policy:
+    """`name` is 'expert', 'random' or a policy file; it will play `env` with that much noise. PolicyError names
+    what does not fit and the remedy."""
+    environment = env.spec.id if env.spec else ""
     if name == "random":
         return Random(action)
     if name == "expert":
         for prefix, make in EXPERTS.items():
             if environment.startswith(prefix):
-                return make(environment)
+                policy = make(env)
+                if noise and isinstance(policy, scripted.Bot):
+                    raise PolicyError("the bot plans on its own actions and cannot follow others; leave --noise out")
+                return policy
         known = ", ".join(f"{prefix}v*" for prefix in EXPERTS)
         raise PolicyError(f"no expert of {environment} is shipped (there are {known}); give --policy a file, or random")
     path = Path(name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 
+import gymnasium
 import numpy as np
 
 NOOP, FIRE, RIGHT, LEFT = range(4)  # minimal action sets of Pong and Breakout; RIGHT is up in Pong
@@ -201,3 +202,27 @@ class Waypoints:
     def _centre(self, cell: tuple[int, int]) -> np.ndarray:
         rows, columns = self.wall.shape
         return np.array([cell[1] + 0.5 - columns / 2, rows / 2 - cell[0] - 0.5])
+
+
+class Bot:
+    """BabyAI's own expert (minigrid's bot). It reads the simulator's state, not the observation, and plans anew
+    after each action of its own."""
+
+    algorithm = "bot"
+    WAIT = 6  # minigrid's "done", which does nothing
+
+    def __init__(self, env: gymnasium.Env):
+        self.env = env
+
+    def reset(self) -> None:
+        """A new level lies in the simulator."""
+        from minigrid.utils.baby_ai_bot import BabyAIBot
+
+        self.bot = BabyAIBot(self.env.unwrapped)
+
+    def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
+        """-> action, int64 (). A plan that fails, as it may in crowded levels, ends in waiting."""
+        try:
+            return np.array(int(self.bot.replan()))
+        except (AssertionError, ValueError, IndexError):
+            return np.array(self.WAIT)

@@ -72,7 +72,8 @@ def game(name: str) -> Game | None:
 
 def environment(id: str, kwargs: dict[str, Any] | None = None) -> EnvironmentSpec:
     """The environment of a gymnasium id; suite 'gymnasium' where the table does not know it."""
-    return EnvironmentSpec(_table("environments").get(id, {}).get("suite", "gymnasium"), id, dict(kwargs or {}))
+    suite = "minigrid" if id.startswith(("BabyAI-", "MiniGrid-")) else "gymnasium"
+    return EnvironmentSpec(_table("environments").get(id, {}).get("suite", suite), id, dict(kwargs or {}))
 
 
 def time_limit(id: str) -> int | None:

@@ -29,8 +29,9 @@ class Gunzip:
         # decompressed position, compressed position, state, bytes read but not consumed
         self.marks = [(0, 0, self.inflate.copy(), b"")]
 
-    def read(self, count: int) -> bytes:
-        """Up to `count` bytes, fewer only at the end."""
+    def read(self, count: int = -1, /) -> bytes:
+        """Up to `count` bytes, fewer only at the end; without a count up to one step."""
+        count = count if count >= 0 else PIECE
         out = bytearray()
         while len(out) < count and (piece := self._piece(count - len(out))):
             out += piece

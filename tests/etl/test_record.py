@@ -6,6 +6,7 @@ import gzip
 from pathlib import Path
 
 import h5py
+import minari
 import numpy as np
 import pytest
 from rich.console import Console
@@ -106,9 +107,21 @@ def test_noise_is_in_the_log_and_in_range(tmp_path):
 
 
 def test_a_time_limit_is_a_timeout(tmp_path):
-    path = recorded(tmp_path, environment="PointMaze_UMaze-v3", policy="random", steps=301)
+    path = recorded(tmp_path, environment="HalfCheetah-v4", policy="random", steps=1001)
     log = load_d4rl(path)
-    assert np.flatnonzero(log["timeouts"]).tolist() == [299] and not log["terminals"].any()
+    assert np.flatnonzero(log["timeouts"]).tolist() == [999] and not log["terminals"].any()
+
+
+def test_several_fields_make_a_minari_dataset(tmp_path):
+    path = recorded(tmp_path, environment="PointMaze_UMaze-v3", steps=310, noise=0.1)
+    assert path.parts[-2:] == ("pointmaze_umaze", "expert-v3")
+    dataset = minari.MinariDataset(path / "data")
+    first, cut = dataset.iterate_episodes()
+    assert sorted(first.observations) == ["achieved_goal", "desired_goal", "observation"]
+    assert (len(first.actions), len(cut.actions), len(first.observations["observation"])) == (300, 10, 301)
+    assert first.truncations[-1] and cut.truncations[-1] and dataset.spec.env_spec.id == "PointMaze_UMaze-v3"
+    assert dataset.storage.metadata["algorithm_name"] == "scripted"
+    assert not [p for p in tmp_path.rglob("*.tmp")]
 
 
 def test_dqn_replay_layout(pong):

@@ -158,7 +158,7 @@ def test_the_shipped_hopper_stands_and_says_where_it_is_from():
 
 def score(environment, name, steps, seed=0):
     env = simulators.make(simulators.environment_spec(environment))
-    policy = policies.load(name, environment, 0, simulators.action_spec(env))
+    policy = policies.load(name, env, 0, simulators.action_spec(env))
     rng = np.random.default_rng(seed)
     observation, _ = env.reset(seed=seed)
     total = 0.0

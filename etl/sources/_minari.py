@@ -1,0 +1,289 @@
+"""Minari's format on disk: what metadata.json says, and arrays of one episode from main_data.hdf5.
+
+    metadata.json -> spaces (by Minari's own JSON reader) -> leaves: one array each, with key, path and space
+    episode_N/observations/PATH + space -> (T, *space.shape), strings (T,), or decoded JPEGs
+
+Nothing is unpickled, imported or read from another file: links out of the HDF5 file are not followed.
+
+Invariant: whatever the bytes are, the result is an array that fits its space's shape and kind, or an EpisodeError;
+shapes are checked against the bytes on disk and a fixed bound before anything is read.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from gymnasium import spaces
+from minari.dataset.minari_storage import is_image_space
+from minari.serialization import deserialize_space
+from PIL import Image
+
+from schemas.episode import EpisodeError
+from schemas.layout import PATCH_SIZE
+
+METADATA, DATA = "metadata.json", "main_data.hdf5"
+CHOICES = 1024  # ids of a discrete value
+TIMESTEP_VALUES = 65_536
+IMAGE_VALUES = 2**24
+EPISODE_BYTES = 2**32  # of one array, unpacked
+METADATA_BYTES = 2**26
+TEXT_BYTES = 4096  # of one timestep
+DEFLATE_RATIO = 1100  # gzip packs 1032 times at best
+SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Text)
+AGAIN = "download or record the dataset again"
+# What h5py, Pillow, json and numpy raise for bytes that make no sense.
+DAMAGE = (OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError) + (
+    ArithmeticError,
+    SyntaxError,
+    MemoryError,
+    Image.DecompressionBombError,
+)
+_ID = re.compile(r"(?:[\w-]+/)*[\w-]+")
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One array of a nested space: the field's key, where it lies below `observations`, its own space."""
+
+    key: str
+    path: tuple[str, ...]
+    space: spaces.Space
+
+
+def is_id(name: str) -> bool:
+    """Whether it looks like (NAMESPACE/)NAME-vN and cannot lead out of a folder."""
+    return _ID.fullmatch(name) is not None
+
+
+def dataset_id(path: Path) -> str:
+    """The id in the metadata beside a main_data.hdf5, else the name of the dataset's folder."""
+    try:
+        name = metadata(path).get("dataset_id")
+    except EpisodeError:
+        name = None
+    folder = path.parents[1] if path.parent.name == "data" else path.parent
+    return name if isinstance(name, str) and is_id(name) else re.sub(r"[^\w-]", "-", folder.name)
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """What the metadata.json beside a main_data.hdf5 holds."""
+    path = path.with_name(METADATA)
+    try:
+        size = path.stat().st_size
+        about = json.loads(path.read_bytes()) if size <= METADATA_BYTES else None
+    except OSError as error:
+        raise EpisodeError("missing file", f"{path.name} cannot be opened ({error.strerror}); {AGAIN}") from error
+    except (ValueError, RecursionError) as error:
+        raise EpisodeError("corrupt metadata", f"{path.name} is not JSON ({brief(error)}); {AGAIN}") from error
+    if not isinstance(about, dict):
+        raise EpisodeError("corrupt metadata", f"{path.name} of {size} bytes holds no description; {AGAIN}")
+    form = str(about.get("data_format", "hdf5"))[:20]
+    if form != "hdf5":
+        raise EpisodeError("not HDF5", f"data_format is '{form}'; write the dataset again with data_format='hdf5'")
+    return about
+
+
+def space_of(about: dict[str, Any], key: str) -> spaces.Space:
+    """'observation_space' or 'action_space' of the metadata."""
+    if not isinstance(about.get(key), str):
+        raise EpisodeError("corrupt metadata", f"no '{key}' in {METADATA}; write the dataset again with Minari 0.5")
+    with damage("corrupt metadata"):
+        return deserialize_space(about[key])
+
+
+def observation_leaves(about: dict[str, Any]) -> list[Leaf]:
+    """The arrays of the observation space, in the order of their paths."""
+    space = space_of(about, "observation_space")
+    with damage("corrupt metadata"):
+        leaves = sorted(_leaves(space, (), ()), key=lambda leaf: leaf.key.split("/"))
+        for leaf in leaves:
+            if not isinstance(leaf.space, SPACES):
+                raise EpisodeError("unsupported space", f"'{leaf.key}' is a {type(leaf.space).__name__}")
+            size, most = math.prod(shape_of(leaf.space)), IMAGE_VALUES if is_picture(leaf.space) else TIMESTEP_VALUES
+            if not 0 < size <= most:
+                raise EpisodeError("unsupported space", f"'{leaf.key}' has {size} values; 1 to {most} can be read")
+    if len({leaf.key for leaf in leaves}) < len(leaves):
+        raise EpisodeError("unsupported space", "two observations have one key; rename the one that holds '/'")
+    return leaves
+
+
+def _leaves(space: spaces.Space, keys: tuple[str, ...], path: tuple[str, ...]) -> Iterator[Leaf]:
+    if isinstance(space, spaces.Dict):
+        for key, sub in space.spaces.items():
+            yield from _leaves(sub, (*keys, key), (*path, key))
+    elif isinstance(space, spaces.Tuple):
+        for index, sub in enumerate(space.spaces):
+            yield from _leaves(sub, (*keys, str(index)), (*path, f"_index_{index}"))
+    else:
+        yield Leaf("/".join(keys) or "observation", path, space)
+
+
+def shape_of(space: spaces.Space) -> tuple[int, ...]:
+    """Of one timestep; () for a string."""
+    return tuple(space.shape or ())
+
+
+def is_float(space: spaces.Space) -> bool:
+    return isinstance(space, spaces.Box) and space.dtype.kind == "f"
+
+
+def is_picture(space: spaces.Space) -> bool:
+    """uint8 (H, W, 1 or 3) of at least a patch, or what Minari takes for a grey picture: (H, W) from 32 x 32."""
+    if not isinstance(space, spaces.Box) or space.dtype != np.uint8:
+        return False
+    if len(space.shape) == 3:
+        return space.shape[2] in (1, 3) and min(space.shape[:2]) >= PATCH_SIZE
+    return is_image_space(space)
+
+
+def choices_of(key: str, space: spaces.Space) -> int:
+    """Number of values of an integer space, the most among its elements."""
+    if isinstance(space, spaces.Box):  # in float64: the span of an int64 is no int64
+        most = (space.high.astype(np.float64) - space.low.astype(np.float64) + 1).max()
+    else:
+        most = _bounds(space)[1].max()
+    if most > CHOICES:
+        raise EpisodeError("too many choices", f"'{key}' takes {most:g} values, there are ids for {CHOICES}")
+    return int(most)
+
+
+def from_zero(key: str, space: spaces.Space, stored: np.ndarray) -> np.ndarray:
+    """Integers (T, ...) less the space's lowest values. EpisodeError where one lies outside the space."""
+    low, count = _bounds(space)
+    values = stored.astype(np.int64) - low
+    outside = (values < 0) | (values >= count)
+    if outside.any():
+        raise EpisodeError("out of range", f"'{key}' leaves its space at timestep {np.argwhere(outside)[0][0]}")
+    return values
+
+
+def _bounds(space: spaces.Space) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest value and number of values of each element; they broadcast to the space's shape."""
+    if isinstance(space, spaces.Box):
+        low, high = space.low.astype(np.int64), space.high.astype(np.int64)
+        return low, high - low + 1
+    if isinstance(space, spaces.Discrete):
+        return np.asarray(space.start), np.asarray(space.n)
+    if isinstance(space, spaces.MultiDiscrete):
+        return np.asarray(space.start), np.asarray(space.nvec)
+    return np.asarray(0), np.asarray(2)
+
+
+def float32(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused as such
+        return values.astype(np.float32)
+
+
+@contextmanager
+def damage(reason: str = "corrupt HDF5") -> Iterator[None]:
+    """Turns what a library raises for damaged bytes into an EpisodeError of that reason."""
+    try:
+        yield
+    except EpisodeError:
+        raise
+    except DAMAGE as error:
+        raise EpisodeError(reason, f"{brief(error)}; {AGAIN}") from error
+
+
+def brief(error: BaseException) -> str:
+    """One line, of the innermost reason."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def open_data(path: Path) -> h5py.File:
+    """The HDF5 file. EpisodeError says what is wrong with it as a whole."""
+    try:
+        if path.stat().st_size == 0:
+            raise EpisodeError("empty", f"0 bytes; {AGAIN}")
+        if not h5py.is_hdf5(path):
+            raise EpisodeError("not HDF5", f"no HDF5 signature; {AGAIN}")
+    except OSError as error:
+        raise EpisodeError("missing file", f"{path.name} cannot be opened ({error.strerror}); {AGAIN}") from error
+    with damage("truncated HDF5"):
+        return h5py.File(path, "r")
+
+
+def episode_group(file: h5py.File, number: int) -> h5py.Group:
+    name = f"episode_{number}"
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink) or not isinstance(file[name], h5py.Group):
+        raise EpisodeError("missing group", f"no group '{name}'; {AGAIN}")
+    return file[name]
+
+
+def column(group: h5py.Group, key: str, rows: int | None = None) -> h5py.Dataset:
+    """rewards, terminations or truncations: (T,) or (T, 1), of `rows` rows where given, never empty."""
+    node = _node(group, (key,))
+    if node.dtype.kind not in "fiub":
+        raise EpisodeError("wrong dtype", f"'{key}' is {node.dtype}; {AGAIN}")
+    if node.shape[1:] not in ((), (1,)):
+        raise EpisodeError("wrong shape", f"'{key}' is {node.shape}, expected (T,)")
+    if node.shape[0] == 0:
+        raise EpisodeError("empty", f"no row in '{key}'")
+    if rows is not None and node.shape[0] != rows:
+        raise EpisodeError("wrong length", f"'{key}' has {node.shape[0]} rows, expected {rows}; {AGAIN}")
+    if 8 * node.shape[0] > EPISODE_BYTES:
+        raise EpisodeError("too large", f"'{key}' has {node.shape[0]} rows; record shorter episodes")
+    return node
+
+
+def rows_of(group: h5py.Group, path: tuple[str, ...], space: spaces.Space, T: int, rows: int, width: int) -> np.ndarray:
+    """The first T of a dataset's `rows` rows. `width`: values of a timestep in the field that it becomes."""
+    node, name, shape, picture = _node(group, path), "/".join(path), shape_of(space), is_picture(space)
+    if node.shape[0] != rows:
+        raise EpisodeError("wrong length", f"'{name}' has {node.shape[0]} rows, expected {rows}; {AGAIN}")
+    if T * max(math.prod(shape) * (1 if picture else 8), width) > EPISODE_BYTES:
+        raise EpisodeError("too large", f"'{name}' has {T} rows of {shape}; record shorter episodes")
+    if isinstance(space, spaces.Text):
+        return _strings(node, name, T)
+    if picture and (h5py.check_vlen_dtype(node.dtype) == np.uint8 or (node.dtype == np.uint8 and node.ndim == 2)):
+        return np.stack([_jpeg(code, shape, name) for code in node[:T]])
+    if node.dtype.kind not in ("f" if is_float(space) else "iub") or (picture and node.dtype != np.uint8):
+        raise EpisodeError("wrong dtype", f"'{name}' is {node.dtype}, its space {space.dtype}")
+    if node.shape[1:] != shape and math.prod(shape) * math.prod(node.shape[1:]) != 1:
+        raise EpisodeError("wrong shape", f"'{name}' is {node.shape}, expected {(rows, *shape)}")
+    return node[:T].reshape(T, *shape)
+
+
+def _node(group: h5py.Group, path: tuple[str, ...]) -> h5py.Dataset:
+    """The dataset at that path, in this very file, with all the bytes that its shape says."""
+    node: Any = group
+    for key in path:
+        if not isinstance(node, h5py.Group) or not isinstance(node.get(key, getlink=True), h5py.HardLink):
+            raise EpisodeError("missing key", f"no '{'/'.join(path)}' in {group.name}; {AGAIN}")
+        node = node[key]
+    if not isinstance(node, h5py.Dataset) or node.is_virtual or node.external or not node.shape:
+        raise EpisodeError("missing key", f"'{'/'.join(path)}' in {group.name} is no array of its own; {AGAIN}")
+    packed = node.id.get_create_plist().get_nfilters() > 0
+    if node.nbytes > node.id.get_storage_size() * (DEFLATE_RATIO if packed else 1):
+        raise EpisodeError("wrong length", f"'{'/'.join(path)}' has fewer bytes than its shape {node.shape}; {AGAIN}")
+    return node
+
+
+def _strings(node: h5py.Dataset, name: str, T: int) -> np.ndarray:
+    if h5py.check_string_dtype(node.dtype) is None or node.ndim != 1:
+        raise EpisodeError("wrong dtype", f"'{name}' is {node.dtype} {node.shape}, expected a string a row")
+    lines = [bytes(line) for line in node[:T]]
+    if max(map(len, lines)) > TEXT_BYTES:
+        raise EpisodeError("too large", f"'{name}' holds a text of more than {TEXT_BYTES} bytes")
+    return np.array([line.decode("utf-8") for line in lines], np.str_)
+
+
+def _jpeg(code: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
+    file = io.BytesIO(np.asarray(code, np.uint8).tobytes())
+    with damage("corrupt JPEG"), Image.open(file, formats=["JPEG"]) as image:
+        stored = (image.height, image.width, len(image.getbands()))
+        if stored != (*shape[:2], shape[2] if len(shape) == 3 else 1):
+            raise EpisodeError("wrong shape", f"'{name}' holds a picture of {stored}, expected {shape}")
+        return np.asarray(image, np.uint8).reshape(shape)

@@ -1,0 +1,64 @@
+"""BabyAI's levels (arXiv 1810.08272) as Minari has them: instruction, view and facing, one discrete action.
+
+Minari dataset of minigrid: observations/{direction (T+1,), image (T+1, 7, 7, 3) uint8 symbols, mission strings}
+    -> fields 'mission' (text), 'image' (56x56x3, padded to 64x64: 16 patches), 'direction' (0 to 3)
+
+`image` is drawn as minigrid draws it (etl/gridworld.py). Minari's `minigrid/BabyAI-LEVEL/optimal-v0` are such
+datasets, and so is what `python -m etl.record -e BabyAI-GoToLocal-v0` writes from minigrid's bot. All else is as in
+etl/sources/minari.py.
+
+Invariant: a log's picture is the one that the simulator shows to an agent in the same state.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+from gymnasium import spaces
+
+from etl import gridworld
+from etl.sources import Known
+from etl.sources import _minari as disk
+from etl.sources.minari import Minari
+from schemas.episode import EpisodeError, FieldSpec
+
+VIEW = (7, 7, 3)
+PICTURE = (VIEW[1] * gridworld.TILE, VIEW[0] * gridworld.TILE, 3)
+RESIZED = (64, 64)
+
+
+class BabyAI(Minari):
+    """Source of BabyAI logs in Minari's format."""
+
+    name = "babyai"
+    default_dataset = "minigrid/BabyAI-GoToLocal/optimal-v0"
+
+    def known(self, cache: Path) -> list[Known]:
+        """What was downloaded; Minari lists a group 'minigrid/BabyAI-LEVEL' for each level."""
+        return [one for one in super().known(cache) if re.search(r"(?i)babyai|minigrid", one.id)]
+
+    def field(self, key: str, space: spaces.Space) -> FieldSpec | None:
+        """As Minari's, but for the symbolic view."""
+        if key != "image":
+            return super().field(key, space)
+        if disk.shape_of(space) != VIEW:
+            raise EpisodeError(
+                "unsupported space",
+                f"'image' is {disk.shape_of(space)}; BabyAI's agents see {VIEW} symbols: take the partial view, "
+                "or read pictures with --source minari",
+            )
+        return FieldSpec(key, "image", PICTURE, resized=RESIZED, fit="pad")
+
+    def values(self, spec: FieldSpec, space: spaces.Space, stored: np.ndarray) -> np.ndarray:
+        """As Minari's; symbols (T, 7, 7, 3) become pictures (T, 56, 56, 3)."""
+        if spec.kind != "image":
+            return super().values(spec, space, stored)
+        try:
+            return gridworld.draw(stored)
+        except ValueError as error:
+            raise EpisodeError("out of range", str(error)) from error
+
+
+SOURCE = BabyAI()

@@ -1,0 +1,348 @@
+"""Minari datasets (minari.farama.org), where D4RL lives today: one dataset, one task.
+
+ID/data/metadata.json    spaces, environment, reference returns
+ID/data/main_data.hdf5   episode_N/: observations (T+1, ...), actions (T, ...), rewards, terminations, truncations (T,)
+    -> an episode a group; the last observation, which no action follows, is left out
+
+Dict and Tuple spaces are groups ('_index_0' for a tuple's first): their arrays become fields with keys such as
+'achieved_goal' or 'a/0', in the order of the path. `scan` reads metadata and rewards; `read` opens one episode's
+group at a time; how the bytes are read is in etl/sources/_minari.py. Minari's 'arrow' and 'parquet' are not read.
+`minari.json` lists D4RL's datasets as Minari names them, with their environments.
+
+Invariant: a field is a function of its own space (`field`), its array of that and the stored rows (`values`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import replace
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from gymnasium import spaces
+from minari.dataset.minari_storage import is_image_space
+
+from etl.sources import EpisodeRef, Known, Rejection, ScanOptions, SourceError, TaskScan, _catalogue
+from etl.sources import _minari as disk
+from etl.sources._minari import AGAIN, DATA, METADATA, TIMESTEP_VALUES, Leaf, damage
+from schemas.episode import ActionSpec, EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, ScoreReference, TaskSpec
+from schemas.layout import PATCH_SIZE, layout_of
+
+MISSING_LISTED = 10_000  # groups that the metadata counts and the file lacks: beyond, one line for all
+PASSIVE_WRAPPERS = {"OrderEnforcing", "PassiveEnvChecker", "RecordEpisodeStatistics", "RecordVideo", "TimeLimit"}
+_EPISODE = re.compile(r"episode_(0|[1-9]\d{0,8})")
+
+
+class Minari:
+    """Source of Minari datasets. Subclasses override `field` and `values`."""
+
+    name = "minari"
+    default_dataset = "D4RL/pointmaze/umaze-v2"
+    TEXT_TOKENS = 16  # of a text field, before the options have their say
+
+    def known(self, cache: Path) -> list[Known]:
+        """D4RL's datasets, and whatever else was downloaded."""
+        root = cache / "minari"
+        cached = {disk.dataset_id(path): path for path in _datasets_below(root)} if root.is_dir() else {}
+        table = dict.fromkeys(sorted(cached), "-") | d4rl_environments()
+        return [Known(name, environment, _address(name), cached.get(name)) for name, environment in table.items()]
+
+    def resolve(self, input: Path | None, dataset: str | None, cache: Path) -> list[Path]:
+        """The main_data.hdf5 of each dataset at or below the input, sorted; `dataset` (an id such as
+        D4RL/hopper/medium-v0) picks one. Without an input, `dataset` is downloaded. SourceError where there is none."""
+        if input is None:
+            return [_download(dataset or self.default_dataset, cache / "minari")]
+        found = _datasets_below(Path(os.path.abspath(input)))
+        if not found:
+            raise SourceError(
+                f"{input}: no Minari dataset in it; give --input a folder that holds .../data/{METADATA} and {DATA}"
+            )
+        files = [p for p in found if dataset is None or dataset in (disk.dataset_id(p), task_name(p))]
+        if not files:
+            known = sorted(map(disk.dataset_id, found))
+            raise SourceError(f"{input}: no dataset '{dataset}' in it{_catalogue.suggest(str(dataset), known)}")
+        return files
+
+    def scan(self, files: list[Path], options: ScanOptions) -> list[TaskScan]:
+        """One TaskScan a dataset, by task name. SourceError where two datasets have one name."""
+        named: dict[str, Path] = {}
+        for path in sorted(map(Path, files)):
+            name = task_name(path)
+            if name in named:
+                raise SourceError(f"{named[name]} and {path} are both dataset '{name}'; leave one out")
+            named[name] = path
+        return [self._scan_dataset(name, path, options) for name, path in sorted(named.items())]
+
+    def parts(self, file: str) -> list[Path]:
+        """The HDF5 file and its metadata."""
+        return [Path(file), Path(file).with_name(METADATA)]
+
+    def read(self, task: TaskSpec, refs: Iterable[EpisodeRef]) -> Iterator[RawEpisode | Rejection]:
+        """Episodes in the order of refs: float32, integers from 0, images (T, H, W, C) uint8, text (T,) strings."""
+        for name, group in groupby(refs, key=lambda ref: ref.file):
+            path = Path(name)
+            try:
+                about = disk.metadata(path)
+                leaves, action = disk.observation_leaves(about), disk.space_of(about, "action_space")
+                file = disk.open_data(path)
+            except EpisodeError as error:
+                yield from (_rejection(task.name, path, ref.position, ref.start, error) for ref in group)
+                continue
+            with file:
+                for ref in group:
+                    yield self._read_episode(file, task, leaves, action, ref)
+
+    def field(self, key: str, space: spaces.Space) -> FieldSpec | None:
+        """What one array of the observation becomes; None leaves it out. EpisodeError where nothing fits."""
+        shape = disk.shape_of(space)
+        if isinstance(space, spaces.Text):
+            return FieldSpec(key, "text", (self.TEXT_TOKENS,))
+        if disk.is_picture(space):
+            resized = (_nearest_size(shape[0]), _nearest_size(shape[1]))
+            return FieldSpec(key, "image", shape if len(shape) == 3 else (*shape, 1), resized=resized)
+        if is_image_space(space):
+            raise EpisodeError("unsupported space", f"image '{key}' is {shape}; record 1 or 3 channels, the last axis")
+        if disk.is_float(space):
+            return FieldSpec(key, "continuous", shape)
+        return FieldSpec(key, "discrete", shape, choices=disk.choices_of(key, space))
+
+    def values(self, spec: FieldSpec, space: spaces.Space, stored: np.ndarray) -> np.ndarray:
+        """The (T, ...) array of one episode as RawEpisode takes it; `stored` has the space's shape and its kind of
+        dtype, or is (T,) strings. EpisodeError where a value lies outside the space."""
+        if spec.kind == "text":
+            return stored
+        if spec.kind == "image":
+            return stored.reshape(len(stored), *spec.shape)
+        return disk.float32(stored) if spec.kind == "continuous" else disk.from_zero(spec.key, space, stored)
+
+    def action(self, space: spaces.Space) -> ActionSpec:
+        """The action space. EpisodeError where it has no bounds or holds more than one array."""
+        if not isinstance(space, disk.SPACES) or isinstance(space, spaces.Text):
+            raise EpisodeError("unsupported space", f"actions are {type(space).__name__}; record one Box or Discrete")
+        size = math.prod(disk.shape_of(space))
+        if not 0 < size <= TIMESTEP_VALUES:
+            raise EpisodeError("unsupported space", f"an action has {size} values; 1 to {TIMESTEP_VALUES} can be read")
+        if not isinstance(space, spaces.Box) or not disk.is_float(space):
+            return ActionSpec("discrete", size, choices=disk.choices_of("action", space))
+        low, high = float(space.low.min()), float(space.high.max())
+        if not -math.inf < low < high < math.inf:
+            raise EpisodeError(
+                "unbounded action",
+                f"the action space spans [{low:g}, {high:g}]; record it with gymnasium's RescaleAction or bounded",
+            )
+        return ActionSpec("continuous", size, low=low, high=high)
+
+    def environment(self, about: dict[str, Any], options: ScanOptions) -> tuple[EnvironmentSpec | None, int | None]:
+        """Where to evaluate, and its time limit: the metadata's eval_env_spec, else its env_spec, else the command
+        line's. The metadata's does not count where a wrapper changes what it takes or gives."""
+        spec = _parsed(about.get("eval_env_spec") or about.get("env_spec"))
+        given = _catalogue.environment(options.environment) if options.environment else None
+        if not isinstance(spec, dict) or not isinstance(spec.get("id"), str):
+            return given, _catalogue.time_limit(given.id) if given else None
+        steps = spec.get("max_episode_steps")
+        limit = int(steps) if isinstance(steps, int | float) and steps >= 1 else _catalogue.time_limit(spec["id"])
+        wrappers = spec.get("additional_wrappers") or []
+        if {w.get("name") if isinstance(w, dict) else str(w) for w in wrappers} - PASSIVE_WRAPPERS:
+            return given, limit
+        kwargs = spec.get("kwargs") if isinstance(spec.get("kwargs"), dict) else {}
+        kwargs = {name: value for name, value in kwargs.items() if name != "render_mode"}  # how it was watched
+        return _catalogue.environment(spec["id"], kwargs), limit
+
+    def _scan_dataset(self, name: str, path: Path, options: ScanOptions) -> TaskScan:
+        try:
+            about = disk.metadata(path)
+            fields, action = self._fields(about, options), self.action(disk.space_of(about, "action_space"))
+            with damage(), disk.open_data(path) as file:
+                refs, rejected = _scan_episodes(file, name, path, about.get("total_episodes"))
+            with damage("corrupt metadata"):
+                environment, limit = self.environment(about, options)
+                score = _score(about, environment)
+            limit = limit or options.max_episode_steps or max((ref.timesteps for ref in refs), default=1)
+            task = TaskSpec(name, self.name, fields, action, environment, score, limit)
+            with damage("unsupported space"):
+                layout_of(task)
+        except EpisodeError as error:
+            return TaskScan(None, (), (_rejection(name, path, -1, 0, error),))
+        return TaskScan(task, tuple(refs), tuple(rejected))
+
+    def _fields(self, about: dict[str, Any], options: ScanOptions) -> tuple[FieldSpec, ...]:
+        with damage("corrupt metadata"):
+            specs = [self.field(leaf.key, leaf.space) for leaf in disk.observation_leaves(about)]
+        fields = tuple(
+            replace(spec, shape=(options.text_tokens,)) if spec.kind == "text" else spec for spec in specs if spec
+        )
+        width = sum(math.prod(spec.shape) for spec in fields if spec.kind != "image")
+        if not fields or width > TIMESTEP_VALUES:
+            detail = f"{len(fields)} fields of {width} values a timestep; up to {TIMESTEP_VALUES} can be read"
+            raise EpisodeError("unsupported space", detail)
+        return fields
+
+    def _read_episode(
+        self, file: h5py.File, task: TaskSpec, leaves: list[Leaf], action: spaces.Space, ref: EpisodeRef
+    ) -> RawEpisode | Rejection:
+        assert task.action is not None
+        specs, T, size = {spec.key: spec for spec in task.observation}, ref.timesteps, task.action.size
+        try:
+            with damage():
+                group = disk.episode_group(file, ref.position)
+                observation = {}
+                for leaf in leaves:
+                    if spec := specs.get(leaf.key):
+                        where = ("observations", *leaf.path)
+                        stored = disk.rows_of(group, where, leaf.space, T, T + 1, math.prod(spec.shape))
+                        observation[leaf.key] = self.values(spec, leaf.space, stored)
+                stored = disk.rows_of(group, ("actions",), action, T, T, size)
+                discrete = task.action.kind == "discrete"
+                actions = disk.from_zero("action", action, stored) if discrete else disk.float32(stored)
+                episode = RawEpisode(
+                    observation=observation,
+                    action=actions.reshape((T,) if discrete and size == 1 else (T, size)),
+                    reward=disk.float32(disk.column(group, "rewards", T)[:].reshape(-1)),
+                    terminated=bool(disk.column(group, "terminations", T)[T - 1]),
+                    truncated=bool(disk.column(group, "truncations", T)[T - 1]),
+                    file=_label(task.name, Path(ref.file)),
+                    position=ref.position,
+                    row=ref.start,
+                )
+                episode.check(task)
+        except EpisodeError as error:
+            return _rejection(task.name, Path(ref.file), ref.position, ref.start, error)
+        return episode
+
+
+SOURCE = Minari()
+
+
+def task_name(path: Path) -> str:
+    """D4RL/hopper/medium-v0 -> D4RL-hopper-medium-v0."""
+    return disk.dataset_id(path).replace("/", "-")
+
+
+@cache
+def d4rl_environments() -> dict[str, str]:
+    """D4RL's datasets by Minari's ids, with the gymnasium id of the environment each was recorded in."""
+    return json.loads(Path(__file__).with_suffix(".json").read_text())
+
+
+def _address(dataset: str) -> str:
+    repository, _, folder = dataset.partition("/")
+    return f"https://huggingface.co/datasets/farama-minari/{repository}/tree/main/{folder}"
+
+
+def _datasets_below(root: Path) -> list[Path]:
+    """main_data.hdf5 of every folder 'data' that holds it or a metadata.json, hidden folders and links to folders
+    left out. `root` may be such a folder, whatever its name, or the file itself."""
+    if root.is_file():
+        return [root.with_name(DATA)] if root.name in (DATA, METADATA) else []
+    found = []
+    for folder, below, files in os.walk(root):
+        below[:] = [name for name in below if not name.startswith(".")]
+        if (Path(folder).name == "data" or Path(folder) == root) and {METADATA, DATA} & set(files):
+            found.append(Path(folder) / DATA)
+    return sorted(found)
+
+
+def _download(dataset: str, cache: Path) -> Path:
+    """main_data.hdf5 of the dataset in the cache: downloaded beside it, moved there when all of it arrived."""
+    if not disk.is_id(dataset):
+        raise SourceError(f"'{dataset}' is no Minari id; give --dataset one such as {Minari.default_dataset}")
+    target, partial = cache / dataset, cache / ".partial" / dataset.replace("/", "-")
+    path = target / "data" / DATA
+    if path.with_name(METADATA).is_file():
+        return path
+    if target.exists():
+        raise SourceError(f"{target}: not a whole Minari dataset; delete it to download it again")
+    import minari
+
+    before = os.environ.get("MINARI_DATASETS_PATH")
+    os.environ["MINARI_DATASETS_PATH"] = str(partial)
+    try:
+        with redirect_stdout(sys.stderr):
+            minari.download_dataset(dataset, force_download=(partial / dataset).exists())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(partial / dataset, target)
+    except Exception as error:  # the clients of the remote stores share no base class
+        raise SourceError(
+            f"cannot download Minari dataset '{dataset}' ({disk.brief(error)}); run `minari download {dataset}` where "
+            f"there is a network, and give --input that folder{_hint(dataset)}"
+        ) from error
+    finally:
+        if before is None:
+            del os.environ["MINARI_DATASETS_PATH"]
+        else:
+            os.environ["MINARI_DATASETS_PATH"] = before
+    shutil.rmtree(partial, ignore_errors=True)
+    return path
+
+
+def _hint(dataset: str) -> str:
+    known = d4rl_environments()
+    return "" if dataset in known else _catalogue.suggest(dataset, known)
+
+
+def _scan_episodes(file: h5py.File, name: str, path: Path, counted: Any) -> tuple[list[EpisodeRef], list[Rejection]]:
+    """Episodes by number; those that the metadata counts and the file lacks are rejected."""
+    numbers = {int(match[1]) for key in file if (match := _EPISODE.fullmatch(key))}
+    count = counted if isinstance(counted, int) and counted >= 0 else max(numbers, default=-1) + 1
+    missing = count - sum(number < count for number in numbers)
+    refs: list[EpisodeRef] = []
+    rejected: list[Rejection] = []
+    if missing > MISSING_LISTED:
+        error = EpisodeError("missing group", f"{missing} of {count} episodes are not in the file; {AGAIN}")
+        rejected.append(_rejection(name, path, -1, 0, error))
+    elif missing:
+        numbers |= set(range(count))
+    if not numbers:
+        raise EpisodeError("empty", f"no episode in the file; {AGAIN}")
+    row = 0
+    for number in sorted(numbers):
+        try:
+            with damage():
+                rewards = disk.column(disk.episode_group(file, number), "rewards")
+                values = disk.float32(rewards[:])
+                with np.errstate(invalid="ignore"):
+                    total = float(values.sum(dtype=np.float64))
+        except EpisodeError as error:
+            rejected.append(_rejection(name, path, number, row, error))
+            continue
+        refs.append(EpisodeRef(str(path), number, row, row + len(values), total if math.isfinite(total) else None))
+        row += len(values)
+    return refs, rejected
+
+
+def _nearest_size(pixels: int) -> int:
+    return (pixels + PATCH_SIZE // 2) // PATCH_SIZE * PATCH_SIZE
+
+
+def _parsed(text: Any) -> Any:
+    try:
+        return json.loads(text) if isinstance(text, str) else text
+    except (ValueError, RecursionError):
+        return None
+
+
+def _score(about: dict[str, Any], environment: EnvironmentSpec | None) -> ScoreReference | None:
+    low, high = about.get("ref_min_score"), about.get("ref_max_score")
+    if isinstance(low, int | float) and isinstance(high, int | float) and -math.inf < low < high < math.inf:
+        return ScoreReference("d4rl", float(low), float(high))
+    return _catalogue.body_reference(environment.id) if environment else None
+
+
+def _label(task: str, path: Path) -> str:
+    """All files have one name: the task tells them apart."""
+    return f"{task}/{path.name}"
+
+
+def _rejection(task: str, path: Path, position: int, row: int, error: EpisodeError) -> Rejection:
+    return Rejection(task, _label(task, path), position, row, error.reason, error.detail)
