@@ -9,6 +9,7 @@ names file and remedy, when nothing useful could be made.
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 from rich.console import Console
 
 from etl import filters, pipeline, remote, sources, summary
@@ -34,6 +35,7 @@ from schemas.layout import layout_of
 from schemas.vocabulary import by_name
 from shards.folder import Folder, is_url
 
+DASK = "apache_beam.runners.dask.dask_runner.DaskRunner"
 IN_MEMORY = "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 
 
@@ -76,7 +78,8 @@ def build(options: Options, beam_arguments: list[str], console: Console) -> Mani
     """Make the dataset. DatasetError or SourceError name what is wrong."""
     by_name(options.config.vocabulary)
     source = sources.load(options.source)
-    folder = Folder(options.output or f"data/shards/{options.source}")
+    output = options.output or f"data/shards/{options.source}"
+    folder = Folder(output if is_url(output) else Path(output).absolute())  # a worker may stand in another folder
     files, origins = _inputs(options, source, console)
     scans = [filters.apply(source, scan, options.config.filter) for scan in source.scan(files, options.scan)]
     text = _text_model(options, source, scans)
@@ -100,13 +103,13 @@ def build(options: Options, beam_arguments: list[str], console: Console) -> Mani
 
 def _inputs(options: Options, source: Source, console: Console) -> tuple[list[Path], dict[str, str]]:
     """Files to read, and where those that were fetched came from."""
-    cache = options.cache.expanduser()
+    cache = options.cache.expanduser().absolute()
     origins: dict[str, str] = {}
     place: Path | None = None
     if options.input is not None and is_url(options.input):
         place, origins = remote.fetch(options.input, cache, console)
     elif options.input is not None:
-        place = Path(options.input)
+        place = Path(options.input).absolute()  # a worker may stand in another folder
         if not place.exists():
             raise SourceError(f"{place}: no such file or folder; give --input an existing one")
     return source.resolve(place, options.dataset, cache), origins
@@ -173,6 +176,7 @@ def _why_nothing(scans: list[TaskScan]) -> str:
 
 def beam_flags(arguments: list[str], workers: int) -> list[str]:
     """Beam's arguments with our defaults; ValueError for a flag that neither we nor Beam know."""
+    arguments = _dask_flags(arguments)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
     for options in {PipelineOptions, *PipelineOptions.__subclasses__()}:
         options._add_argparse_args(parser)  # type: ignore[attr-defined]  # Beam has no public list of its flags
@@ -185,6 +189,20 @@ def beam_flags(arguments: list[str], workers: int) -> list[str]:
     if workers > 1:
         arguments = [*arguments, "--direct_running_mode=multi_processing", f"--direct_num_workers={workers}"]
     return arguments
+
+
+def _dask_flags(arguments: list[str]) -> list[str]:
+    """With Dask's runner: its flags made known, its full name, and one shard a task (Beam's default of 128 would
+    give a whole plan to one worker). ValueError where Dask is not installed."""
+    if not (PipelineOptions(arguments).view_as(StandardOptions).runner or "").endswith("DaskRunner"):
+        return arguments
+    try:
+        importlib.import_module("apache_beam.runners.dask.dask_runner")
+    except ImportError as error:
+        raise ValueError(f"--runner DaskRunner: {error}; pip install 'gato-open[dask]'") from error
+    if not any(flag.startswith(("--dask_npartitions", "--dask_partition_size")) for flag in arguments):
+        arguments = [*arguments, "--dask_partition_size=1"]
+    return [*arguments, f"--runner={DASK}"]  # the last one counts
 
 
 def main() -> int:

@@ -26,6 +26,7 @@ from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions,
 
 from etl.plan import Item
 from etl.shard import BUILD_FOLDER, write_shard
+from etl.sources import SourceError
 from etl.watch import Watch, WorkerLost
 from schemas.dataset import MANIFEST_NAME, DatasetError, Manifest
 from shards.folder import Folder
@@ -52,7 +53,7 @@ def run(
     workers were lost and the build could not recover by itself."""
     options = PipelineOptions(beam_arguments, save_main_session=False)
     own_workers = options.view_as(DirectOptions).direct_running_mode == "multi_processing"
-    loopback = (options.view_as(PortableOptions).job_endpoint or "").startswith(("localhost", "127.0.0.1"))
+    loopback = folder.local is not None and _external_here(options.view_as(PortableOptions))
     if any("FnApiRunner" in argument for argument in beam_arguments) and not own_workers:
         _write(plan, folder, options)  # in this process: there is no other one to lose
         return
@@ -70,9 +71,25 @@ def run(
                 ) from None
             message(f"{error}; starting the workers again (attempt {attempt + 1} of {ATTEMPTS})")
             end_children()
-        except (OSError, RuntimeError) as error:  # Beam packs a worker's exception, traceback and all, into one
-            lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            raise DatasetError(f"{folder}: a worker failed: {lines[-1].strip()[:300]}; see {log}") from error
+        except (DatasetError, SourceError):
+            raise
+        except Exception as error:  # each runner has exceptions of its own (gRPC's, Dask's)
+            where = f"; see {log}" if own_workers else ""
+            raise DatasetError(f"{folder}: the runner failed: {_cause(error)}{where}") from error
+
+
+def _external_here(options: PortableOptions) -> bool:
+    """Whether the job service and the worker pool are on this machine. A job service alone says nothing: that of a
+    cluster is often started here, and the cluster may let a job wait."""
+    places = (options.job_endpoint or "", options.environment_config or "")
+    return options.environment_type == "EXTERNAL" and all(p.startswith(("localhost", "127.0.0.1")) for p in places)
+
+
+def _cause(error: Exception) -> str:
+    """The telling line of an exception: gRPC's details, or the last one, since Beam packs a worker's exception with
+    its traceback into its own."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if line.startswith("details = ")), lines[-1])[:300]
 
 
 def _write(plan: list[Item], folder: Folder, options: PipelineOptions) -> None:

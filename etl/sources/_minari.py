@@ -28,6 +28,7 @@ from minari.dataset.minari_storage import is_image_space
 from minari.serialization import deserialize_space
 from PIL import Image
 
+from etl.sources import _vlen
 from schemas.episode import EpisodeError
 from schemas.layout import PATCH_SIZE
 
@@ -217,9 +218,10 @@ def open_data(path: Path) -> h5py.File:
 
 def episode_group(file: h5py.File, number: int) -> h5py.Group:
     name = f"episode_{number}"
-    if not isinstance(file.get(name, getlink=True), h5py.HardLink) or not isinstance(file[name], h5py.Group):
+    group = file[name] if _holds(file, name) else None
+    if not isinstance(group, h5py.Group):
         raise EpisodeError("missing group", f"no group '{name}'; {AGAIN}")
-    return file[name]
+    return group
 
 
 def column(group: h5py.Group, key: str, rows: int | None = None) -> h5py.Dataset:
@@ -247,8 +249,10 @@ def rows_of(group: h5py.Group, path: tuple[str, ...], space: spaces.Space, T: in
         raise EpisodeError("too large", f"'{name}' has {T} rows of {shape}; record shorter episodes")
     if isinstance(space, spaces.Text):
         return _strings(node, name, T)
-    if picture and (h5py.check_vlen_dtype(node.dtype) == np.uint8 or (node.dtype == np.uint8 and node.ndim == 2)):
-        return np.stack([_jpeg(code, shape, name) for code in node[:T]])
+    if picture and node.ndim == 1 and h5py.check_vlen_dtype(node.dtype) == np.uint8:
+        return np.stack([_jpeg(code, shape, name) for code in _vlen.values(node, T)])
+    if picture and node.ndim == 2 and node.dtype == np.uint8:
+        return np.stack([_jpeg(code.tobytes(), shape, name) for code in node[:T]])
     if node.dtype.kind not in ("f" if is_float(space) else "iub") or (picture and node.dtype != np.uint8):
         raise EpisodeError("wrong dtype", f"'{name}' is {node.dtype}, its space {space.dtype}")
     if node.shape[1:] != shape and math.prod(shape) * math.prod(node.shape[1:]) != 1:
@@ -260,29 +264,39 @@ def _node(group: h5py.Group, path: tuple[str, ...]) -> h5py.Dataset:
     """The dataset at that path, in this very file, with all the bytes that its shape says."""
     node: Any = group
     for key in path:
-        if not isinstance(node, h5py.Group) or not isinstance(node.get(key, getlink=True), h5py.HardLink):
+        if not isinstance(node, h5py.Group) or not _holds(node, key):
             raise EpisodeError("missing key", f"no '{'/'.join(path)}' in {group.name}; {AGAIN}")
         node = node[key]
-    if not isinstance(node, h5py.Dataset) or node.is_virtual or node.external or not node.shape:
+    shape: tuple[int, ...] = (node.shape or ()) if isinstance(node, h5py.Dataset) else ()
+    plist = node.id.get_create_plist() if shape else None
+    if plist is None or plist.get_layout() == h5py.h5d.VIRTUAL or plist.get_external_count():
         raise EpisodeError("missing key", f"'{'/'.join(path)}' in {group.name} is no array of its own; {AGAIN}")
-    packed = node.id.get_create_plist().get_nfilters() > 0
-    if node.nbytes > node.id.get_storage_size() * (DEFLATE_RATIO if packed else 1):
-        raise EpisodeError("wrong length", f"'{'/'.join(path)}' has fewer bytes than its shape {node.shape}; {AGAIN}")
+    size = math.prod(shape) * node.dtype.itemsize
+    if size > node.id.get_storage_size() * (DEFLATE_RATIO if plist.get_nfilters() else 1):
+        raise EpisodeError("wrong length", f"'{'/'.join(path)}' has fewer bytes than its shape {shape}; {AGAIN}")
     return node
 
 
+def _holds(group: h5py.Group, key: str) -> bool:
+    """Whether the group itself holds something of that name, not a link to elsewhere."""
+    links, name = group.id.links, key.encode()
+    return links.exists(name) and links.get_info(name).type == h5py.h5l.TYPE_HARD
+
+
 def _strings(node: h5py.Dataset, name: str, T: int) -> np.ndarray:
-    if h5py.check_string_dtype(node.dtype) is None or node.ndim != 1:
+    kind = h5py.check_string_dtype(node.dtype)
+    if kind is None or node.ndim != 1:
         raise EpisodeError("wrong dtype", f"'{name}' is {node.dtype} {node.shape}, expected a string a row")
-    lines = [bytes(line) for line in node[:T]]
-    if max(map(len, lines)) > TEXT_BYTES:
-        raise EpisodeError("too large", f"'{name}' holds a text of more than {TEXT_BYTES} bytes")
-    return np.array([line.decode("utf-8") for line in lines], np.str_)
+    lines = []
+    for line in _vlen.values(node, T) if kind.length is None else node[:T]:
+        if len(line) > TEXT_BYTES:
+            raise EpisodeError("too large", f"'{name}' holds a text of more than {TEXT_BYTES} bytes")
+        lines.append(bytes(line).decode("utf-8"))
+    return np.array(lines, np.str_)
 
 
-def _jpeg(code: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
-    file = io.BytesIO(np.asarray(code, np.uint8).tobytes())
-    with damage("corrupt JPEG"), Image.open(file, formats=["JPEG"]) as image:
+def _jpeg(code: bytes, shape: tuple[int, ...], name: str) -> np.ndarray:
+    with damage("corrupt JPEG"), Image.open(io.BytesIO(code), formats=["JPEG"]) as image:
         stored = (image.height, image.width, len(image.getbands()))
         if stored != (*shape[:2], shape[2] if len(shape) == 3 else 1):
             raise EpisodeError("wrong shape", f"'{name}' holds a picture of {stored}, expected {shape}")

@@ -155,8 +155,9 @@ class Minari:
         wrappers = spec.get("additional_wrappers") or []
         if {w.get("name") if isinstance(w, dict) else str(w) for w in wrappers} - PASSIVE_WRAPPERS:
             return given, limit
-        kwargs = spec.get("kwargs") if isinstance(spec.get("kwargs"), dict) else {}
-        kwargs = {name: value for name, value in kwargs.items() if name != "render_mode"}  # how it was watched
+        kwargs = spec.get("kwargs")
+        kwargs = dict(kwargs) if isinstance(kwargs, dict) else {}
+        kwargs.pop("render_mode", None)  # how it was watched
         return _catalogue.environment(spec["id"], kwargs), limit
 
     def _scan_dataset(self, name: str, path: Path, options: ScanOptions) -> TaskScan:

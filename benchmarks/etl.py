@@ -1,0 +1,241 @@
+"""`python -m benchmarks.etl`: the build against its floor, two processes against one, memory against input.
+
+logs (GATO_SHARED_DATA/{d4rl,dqn_replay}, else recorded here), linked under more names -> build and floor, A B A B ...
+
+The floor of a build is a loop that only reads its source, with the plainest call there is for the format, and writes
+the bytes that the build writes, made as durable. Rates are of the best of a few turns, one core for each side.
+
+Invariant: both sides of a pair read the same files and write the same files, in this run.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import numpy as np
+from rich.console import Console
+
+from etl import build, sources
+from etl.logs import Hdf5Log, ReplayLog
+from schemas.dataset import Manifest
+from schemas.files import atomic_write
+
+SHARED = "GATO_SHARED_DATA"
+REPEATS = 4
+TIMESTEPS = {"d4rl": 1_000_000, "atari": 72_000}  # so many at least, so that what a build costs once shows as little
+FOLDERS = {"d4rl": "d4rl", "atari": "dqn_replay"}
+BLOCK = 2**20
+LONG_SECONDS = 15.0  # one process works so long where two are compared with it
+EPISODES = (10, 100, 1000)
+EPISODE_TIMESTEPS = 100
+
+
+def pair(
+    name: str, first: Callable[[], object], second: Callable[[], object], unit: str, amount: float, repeats: int
+) -> tuple[float, float]:
+    """Print `amount` / best time of both and the ratio, above 1 where the first is faster; returns both times."""
+    best = [float("inf"), float("inf")]
+    for _ in range(repeats):
+        for n, work in enumerate((first, second)):
+            begun = time.perf_counter()
+            work()
+            best[n] = min(best[n], time.perf_counter() - begun)
+    rates = f"{amount / best[0]:,.0f} against {amount / best[1]:,.0f} {unit}"
+    print(f"{name}: {rates}, ratio {best[1] / best[0]:.2f}", flush=True)
+    return best[0], best[1]
+
+
+@contextmanager
+def one_core():
+    """This process on one core; child processes are not measured in here."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(allowed)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def command(*arguments: str | Path) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-m", *map(str, arguments)], env=environment, **output)  # type: ignore[call-overload]
+
+
+def finish(process: subprocess.Popen) -> int:
+    """Wait; peak memory of the process in bytes. RuntimeError with its last words where it failed."""
+    assert process.stderr is not None
+    words = process.stderr.read().decode(errors="replace")
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(process.args)}: {words[-2000:]}")  # type: ignore[arg-type]
+    return usage.ru_maxrss * 1024
+
+
+def logs(folder: Path, source: str) -> Path:
+    """A folder of logs: the shared ones, or two recorded here."""
+    shared = os.environ.get(SHARED)
+    if shared:
+        return Path(shared).resolve() / FOLDERS[source]
+    environments = {"d4rl": ("Hopper-v4", "40000"), "atari": ("ALE/Freeway-v5", "12000")}
+    environment, steps = environments[source]
+    finish(command("etl.record", "-e", environment, "--steps", steps, "--noise", "0.1", "-o", folder / FOLDERS[source]))
+    return folder / FOLDERS[source]
+
+
+def multiply(place: Path, into: Path, source: str, times: int) -> Path:
+    """The logs of `place` under so many names each, as links: every copy is a task of its own."""
+    for n in range(times):
+        for path in sorted(p for p in place.rglob("*") if p.is_file()):
+            if source == "d4rl":
+                link = into / f"{path.stem}-{n}{path.suffix}"
+            else:
+                game, run, *rest = path.relative_to(place).parts
+                link = into / game / str(int(run) + 100 * n) / Path(*rest)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
+    return into
+
+
+def timesteps(place: Path, source: str) -> int:
+    """Timesteps that the logs hold."""
+    known = sources.load(source)
+    scans = known.scan(known.resolve(place, None, place), sources.ScanOptions())
+    return sum(ref.timesteps for scan in scans for ref in scan.episodes)
+
+
+def build_once(source: str, place: Path, output: Path) -> Manifest:
+    """What `python -m etl.build` does, in this process: imports are not in it, the start of Beam's pipeline is."""
+    options = build.Options(source=source, input=str(place), output=str(output))
+    return build.build(options, build.beam_flags([], 1), Console(file=io.StringIO()))
+
+
+def read_d4rl(place: Path) -> None:
+    for path in sorted(place.rglob("*.hdf5")):
+        with h5py.File(path) as file:
+            for key in ("observations", "actions", "rewards", "terminals", "timeouts"):
+                np.asarray(file[key][:], np.float32)
+
+
+def read_atari(place: Path) -> None:
+    for path in sorted(place.rglob("$store$_*.gz")):
+        with gzip.open(path) as file:
+            while file.read(BLOCK):
+                pass
+
+
+def bench_floor(folder: Path, place: Path, source: str) -> float:
+    """Build against its floor; returns the build's timesteps a second."""
+    times = -(-TIMESTEPS[source] // timesteps(place, source))
+    many = multiply(place, folder / f"{source}-many", source, times)
+    count = timesteps(many, source)
+    output = folder / f"{source}-shards"
+    build_once(source, many, output)
+    contents = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    read = {"d4rl": read_d4rl, "atari": read_atari}[source]
+
+    def anew() -> None:
+        shutil.rmtree(output, ignore_errors=True)
+        build_once(source, many, output)
+
+    def floor() -> None:
+        shutil.rmtree(folder / "floor", ignore_errors=True)
+        read(many)
+        for name, data in contents.items():
+            with atomic_write(folder / "floor" / name) as file:
+                file.write(data)
+
+    with one_core():
+        seconds, _ = pair(f"etl: {source} build / read and write only", anew, floor, "timesteps/s", count, REPEATS)
+    for path in (output, folder / "floor"):
+        shutil.rmtree(path)
+    return count / seconds
+
+
+def bench_processes(folder: Path, place: Path, rate: float) -> None:
+    """The whole command with two processes against one."""
+    each = timesteps(place, "d4rl")
+    times = max(1, round(LONG_SECONDS * rate / each))
+    many = multiply(place, folder / "d4rl-long", "d4rl", times)
+
+    def run(workers: int) -> Callable[[], object]:
+        output = folder / f"workers-{workers}"
+
+        def work() -> None:
+            arguments = ("--source", "d4rl", "-i", many, "-o", output, "--workers", str(workers))
+            finish(command("etl.build", *arguments))
+            shutil.rmtree(output)
+
+        return work
+
+    pair("etl: d4rl build, 2 processes / 1", run(2), run(1), "timesteps/s", each * times, 2)
+
+
+def bench_memory(folder: Path, source: str) -> None:
+    """Peak memory of the whole command, from few episodes to many of the same length."""
+    peaks = []
+    for episodes in EPISODES:
+        place = folder / f"{source}-{episodes}"
+        {"d4rl": write_d4rl, "atari": write_atari}[source](place, episodes)
+        peaks.append(finish(command("etl.build", "--source", source, "-i", place, "-o", place / "shards")))
+        shutil.rmtree(place)
+    shown = ", ".join(f"{peak / 2**20:,.0f}" for peak in peaks)
+    counts = ", ".join(map(str, EPISODES))
+    print(
+        f"etl: {source} build, peak memory of {counts} episodes: {shown} MiB, ratio {max(peaks) / min(peaks):.3f}",
+        flush=True,
+    )
+
+
+def write_d4rl(place: Path, episodes: int) -> None:
+    log = Hdf5Log(place / "hopper-random-v4.hdf5", "Hopper-v4", "random")
+    rng = np.random.default_rng(0)
+    for _ in range(episodes):
+        observations = rng.normal(size=(EPISODE_TIMESTEPS, 11)).astype(np.float32)
+        actions = rng.uniform(-1, 1, (EPISODE_TIMESTEPS, 3)).astype(np.float32)
+        for t in range(EPISODE_TIMESTEPS):
+            row = {"observations": observations[t], "actions": actions[t], "rewards": np.float32(t)}
+            log.append(row | {"terminals": np.bool_(False), "timeouts": np.bool_(t + 1 == EPISODE_TIMESTEPS)})
+    log.close()
+
+
+def write_atari(place: Path, episodes: int) -> None:
+    log = ReplayLog(place / "Pong" / "1" / "replay_logs")
+    rng = np.random.default_rng(0)
+    frame = rng.integers(1, 256, (84, 84), dtype=np.uint8)
+    for _ in range(episodes):
+        for t in range(EPISODE_TIMESTEPS):
+            frame[rng.integers(84)] = rng.integers(1, 256)
+            last = t + 1 == EPISODE_TIMESTEPS
+            log.append({"observation": frame, "action": t % 6, "reward": 0.0, "terminal": last})
+    log.close()
+
+
+def run(folder: Path) -> None:
+    """All of them; `folder` is for scratch files, some 2 GB."""
+    places = {source: logs(folder, source) for source in FOLDERS}
+    rates = {source: bench_floor(folder, place, source) for source, place in places.items()}
+    bench_processes(folder, places["d4rl"], rates["d4rl"])
+    for source in FOLDERS:
+        bench_memory(folder, source)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        run(Path(name))
+
+
+if __name__ == "__main__":
+    main()
