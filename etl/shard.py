@@ -26,7 +26,7 @@ from etl.tokenizers.text import TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer
 from etl.watch import Heartbeat
 from schemas.dataset import INDEX_SCHEMA, TEXT_MODEL_NAME, DatasetError
-from schemas.episode import Document, EpisodeError, RawEpisode, TaskSpec
+from schemas.episode import Document, RawEpisode, TaskSpec
 from schemas.vocabulary import by_name
 from shards.folder import Folder
 from shards.writer import ShardWriter, shard_name
@@ -88,18 +88,14 @@ class _Shard:
         refs = [EpisodeRef(**ref) for ref in item["refs"]]
         self.writer = ShardWriter(self.folder, shard_name(item["number"]))
         try:
-            results = sources.load(item["source"]).read(task, refs)
-            for number, (ref, result) in enumerate(zip(refs, results, strict=True), start=item["first_episode"]):
-                try:
-                    if isinstance(result, Rejection):
-                        self.rejected.append(result)
-                    elif isinstance(result, Document):
-                        self._document(number, result)
-                    else:
-                        self._episode(number, result)
-                except EpisodeError as error:
-                    why = (error.reason, error.detail)
-                    self.rejected.append(Rejection(task.name, result.file, ref.position, ref.start, *why))
+            read = sources.read(sources.load(item["source"]), task, refs)
+            for number, result in enumerate(read, start=item["first_episode"]):
+                if isinstance(result, Rejection):
+                    self.rejected.append(result)
+                elif isinstance(result, Document):
+                    self._document(number, result)
+                else:
+                    self._episode(number, result)
             shard = self.writer.close()
         finally:
             self.writer.abort()
@@ -115,7 +111,6 @@ class _Shard:
 
     def _episode(self, number: int, episode: RawEpisode) -> None:
         task = self.task
-        episode.check(task)
         encoded = self.tokenizer.encode_observation(episode.observation)
         actions, outside = self.tokenizer.encode_action(episode.action)
         for name, count in zip(COUNTS, (encoded.clipped, outside, encoded.cut)):
@@ -146,8 +141,6 @@ class _Shard:
 
     def _document(self, number: int, document: Document) -> None:
         assert self.text is not None
-        if not document.text.strip():
-            raise EpisodeError("empty", "a document without text")
         tokens = self.text.encode_document(document.text)[:, None]
         about = {
             "episode": number,

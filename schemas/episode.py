@@ -168,6 +168,11 @@ class Document:
     position: int
     row: int = 0
 
+    def check(self, task: TaskSpec) -> None:
+        """Raise EpisodeError ('empty') where there is nothing to tokenize."""
+        if not self.text.strip():
+            raise EpisodeError("empty", "a document without text")
+
 
 def _check_values(name: str, values: np.ndarray, shape: tuple[int, ...], kinds: str) -> None:
     if values.dtype.kind not in kinds:

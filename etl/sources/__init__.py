@@ -6,7 +6,8 @@ A source module defines `SOURCE`, an object of the `Source` protocol:
     scans = SOURCE.scan(files, options)             tasks and where each episode lies; reads lengths, not payloads
     SOURCE.known(cache)                             datasets that can be asked for by name, for --list
     SOURCE.parts(file)                              every file on disk that a ref's `file` stands for
-    SOURCE.read(task, refs)                         the episodes themselves, or why one is unusable
+    SOURCE.read(task, refs)                         the episodes themselves, or why one cannot be read
+    read(SOURCE, task, refs)                        the same, and each fits its task
 
 Invariant: `scan` is a pure function of the files' contents and the options, in
 whatever order the files are named; `read` yields exactly one result a ref, in order.
@@ -16,12 +17,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from schemas.episode import Document, RawEpisode, TaskSpec
+from schemas.episode import Document, EpisodeError, RawEpisode, TaskSpec
 
 
 class SourceError(ValueError):
@@ -118,3 +119,14 @@ def load(name: str) -> Source:
     if name not in names():
         raise SourceError(f"unknown source '{name}'; known: {', '.join(names())}")
     return importlib.import_module(f"{__name__}.{name}").SOURCE
+
+
+def read(source: Source, task: TaskSpec, refs: Sequence[EpisodeRef]) -> Iterator[RawEpisode | Document | Rejection]:
+    """The episode of each ref, or the reason why it cannot be tokenized under `task`."""
+    for ref, found in zip(refs, source.read(task, refs), strict=True):
+        try:
+            if not isinstance(found, Rejection):
+                found.check(task)
+            yield found
+        except EpisodeError as error:
+            yield Rejection(task.name, found.file, ref.position, ref.start, error.reason, error.detail)

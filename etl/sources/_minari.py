@@ -28,7 +28,7 @@ from minari.dataset.minari_storage import is_image_space
 from minari.serialization import deserialize_space
 from PIL import Image
 
-from etl.sources import _vlen
+from etl.sources import _hdf5
 from schemas.episode import EpisodeError
 from schemas.layout import PATCH_SIZE
 
@@ -39,16 +39,10 @@ IMAGE_VALUES = 2**24
 EPISODE_BYTES = 2**32  # of one array, unpacked
 METADATA_BYTES = 2**26
 TEXT_BYTES = 4096  # of one timestep
-DEFLATE_RATIO = 1100  # gzip packs 1032 times at best
 SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Text)
 AGAIN = "download or record the dataset again"
 # What h5py, Pillow, json and numpy raise for bytes that make no sense.
-DAMAGE = (OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError) + (
-    ArithmeticError,
-    SyntaxError,
-    MemoryError,
-    Image.DecompressionBombError,
-)
+DAMAGE = (*_hdf5.DAMAGE, AssertionError, SyntaxError, Image.DecompressionBombError)
 _ID = re.compile(r"(?:[\w-]+/)*[\w-]+")
 
 
@@ -80,6 +74,8 @@ def metadata(path: Path) -> dict[str, Any]:
     """What the metadata.json beside a main_data.hdf5 holds."""
     path = path.with_name(METADATA)
     try:
+        if path.exists() and not path.is_file():
+            raise EpisodeError("missing file", f"{path.name} is no file; {AGAIN}")
         size = path.stat().st_size
         about = json.loads(path.read_bytes()) if size <= METADATA_BYTES else None
     except OSError as error:
@@ -203,29 +199,16 @@ def brief(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def open_data(path: Path) -> h5py.File:
-    """The HDF5 file. EpisodeError says what is wrong with it as a whole."""
-    try:
-        if path.stat().st_size == 0:
-            raise EpisodeError("empty", f"0 bytes; {AGAIN}")
-        if not h5py.is_hdf5(path):
-            raise EpisodeError("not HDF5", f"no HDF5 signature; {AGAIN}")
-    except OSError as error:
-        raise EpisodeError("missing file", f"{path.name} cannot be opened ({error.strerror}); {AGAIN}") from error
-    with damage("truncated HDF5"):
-        return h5py.File(path, "r")
-
-
 def episode_group(file: h5py.File, number: int) -> h5py.Group:
     name = f"episode_{number}"
-    group = file[name] if _holds(file, name) else None
+    group = file[name] if _hdf5.holds(file, name) else None
     if not isinstance(group, h5py.Group):
         raise EpisodeError("missing group", f"no group '{name}'; {AGAIN}")
     return group
 
 
-def column(group: h5py.Group, key: str, rows: int | None = None) -> h5py.Dataset:
-    """rewards, terminations or truncations: (T,) or (T, 1), of `rows` rows where given, never empty."""
+def column(group: h5py.Group, key: str, rows: int | None = None) -> np.ndarray:
+    """rewards, terminations or truncations: (T,), of `rows` rows where given, never empty."""
     node = _node(group, (key,))
     if node.dtype.kind not in "fiub":
         raise EpisodeError("wrong dtype", f"'{key}' is {node.dtype}; {AGAIN}")
@@ -237,7 +220,7 @@ def column(group: h5py.Group, key: str, rows: int | None = None) -> h5py.Dataset
         raise EpisodeError("wrong length", f"'{key}' has {node.shape[0]} rows, expected {rows}; {AGAIN}")
     if 8 * node.shape[0] > EPISODE_BYTES:
         raise EpisodeError("too large", f"'{key}' has {node.shape[0]} rows; record shorter episodes")
-    return node
+    return _hdf5.Rows(node)[:].reshape(-1)
 
 
 def rows_of(group: h5py.Group, path: tuple[str, ...], space: spaces.Space, T: int, rows: int, width: int) -> np.ndarray:
@@ -250,37 +233,22 @@ def rows_of(group: h5py.Group, path: tuple[str, ...], space: spaces.Space, T: in
     if isinstance(space, spaces.Text):
         return _strings(node, name, T)
     if picture and node.ndim == 1 and h5py.check_vlen_dtype(node.dtype) == np.uint8:
-        return np.stack([_jpeg(code, shape, name) for code in _vlen.values(node, T)])
+        return np.stack([_jpeg(code.tobytes(), shape, name) for code in _hdf5.values(node, T)])
     if picture and node.ndim == 2 and node.dtype == np.uint8:
-        return np.stack([_jpeg(code.tobytes(), shape, name) for code in node[:T]])
+        return np.stack([_jpeg(code.tobytes(), shape, name) for code in _hdf5.Rows(node)[:T]])
     if node.dtype.kind not in ("f" if is_float(space) else "iub") or (picture and node.dtype != np.uint8):
         raise EpisodeError("wrong dtype", f"'{name}' is {node.dtype}, its space {space.dtype}")
     if node.shape[1:] != shape and math.prod(shape) * math.prod(node.shape[1:]) != 1:
         raise EpisodeError("wrong shape", f"'{name}' is {node.shape}, expected {(rows, *shape)}")
-    return node[:T].reshape(T, *shape)
+    return _hdf5.Rows(node)[:T].reshape(T, *shape)
 
 
 def _node(group: h5py.Group, path: tuple[str, ...]) -> h5py.Dataset:
     """The dataset at that path, in this very file, with all the bytes that its shape says."""
-    node: Any = group
-    for key in path:
-        if not isinstance(node, h5py.Group) or not _holds(node, key):
-            raise EpisodeError("missing key", f"no '{'/'.join(path)}' in {group.name}; {AGAIN}")
-        node = node[key]
-    shape: tuple[int, ...] = (node.shape or ()) if isinstance(node, h5py.Dataset) else ()
-    plist = node.id.get_create_plist() if shape else None
-    if plist is None or plist.get_layout() == h5py.h5d.VIRTUAL or plist.get_external_count():
-        raise EpisodeError("missing key", f"'{'/'.join(path)}' in {group.name} is no array of its own; {AGAIN}")
-    size = math.prod(shape) * node.dtype.itemsize
-    if size > node.id.get_storage_size() * (DEFLATE_RATIO if plist.get_nfilters() else 1):
-        raise EpisodeError("wrong length", f"'{'/'.join(path)}' has fewer bytes than its shape {shape}; {AGAIN}")
+    node = _hdf5.dataset(group, *path)
+    if node is None:
+        raise EpisodeError("missing key", f"no '{'/'.join(path)}' in {group.name}; {AGAIN}")
     return node
-
-
-def _holds(group: h5py.Group, key: str) -> bool:
-    """Whether the group itself holds something of that name, not a link to elsewhere."""
-    links, name = group.id.links, key.encode()
-    return links.exists(name) and links.get_info(name).type == h5py.h5l.TYPE_HARD
 
 
 def _strings(node: h5py.Dataset, name: str, T: int) -> np.ndarray:
@@ -288,7 +256,7 @@ def _strings(node: h5py.Dataset, name: str, T: int) -> np.ndarray:
     if kind is None or node.ndim != 1:
         raise EpisodeError("wrong dtype", f"'{name}' is {node.dtype} {node.shape}, expected a string a row")
     lines = []
-    for line in _vlen.values(node, T) if kind.length is None else node[:T]:
+    for line in _hdf5.values(node, T):
         if len(line) > TEXT_BYTES:
             raise EpisodeError("too large", f"'{name}' holds a text of more than {TEXT_BYTES} bytes")
         lines.append(bytes(line).decode("utf-8"))

@@ -343,7 +343,7 @@ def _read_episode(checkpoint: _Checkpoint, task: TaskSpec, ref: EpisodeRef) -> R
             padding += 1
         ended = bool(terminal[-1])
         limit_reached = ref.timesteps - padding >= task.max_episode_steps  # with a terminal at it, or cut there
-        episode = RawEpisode(
+        return RawEpisode(
             observation={"frame": frames[padding:].reshape(-1, *checkpoint.frame)},
             action=action[padding:],
             reward=reward[padding:].astype(np.float32),
@@ -353,10 +353,8 @@ def _read_episode(checkpoint: _Checkpoint, task: TaskSpec, ref: EpisodeRef) -> R
             position=ref.position,
             row=ref.start + padding,
         )
-        episode.check(task)
     except EpisodeError as error:
         return Rejection(task.name, _relative(Path(ref.file)), ref.position, ref.start, error.reason, error.detail)
-    return episode
 
 
 def _parse(dataset: str) -> tuple[Game, int, int]:

@@ -6,7 +6,8 @@ observations (N, D), actions (N, A), rewards (N,) or (N, 1), terminals (N,), tim
 Without `timeouts` (v0 files) a trajectory ends at a terminal or at the time limit. Rows behind the last end are an
 episode too, cut by the log. The mazes' `infos/goal` (N, G), which their observations leave out, is a field of its
 own, before `observation`; the kitchen's goal is a part of its observations; other `infos` and `metadata` are not
-read. `scan` reads flags, rewards and shapes; `read` slices one episode at a time.
+read. `scan` reads flags, rewards and shapes; `read` slices one episode at a time. How the bytes are read, and what
+becomes of damaged ones, is in etl/sources/_hdf5.py.
 
 Invariant: the episodes of a file are disjoint, in order, and cover all its rows.
 """
@@ -22,7 +23,8 @@ import h5py
 import numpy as np
 
 from etl.download import fetch
-from etl.sources import EpisodeRef, Known, Rejection, ScanOptions, SourceError, TaskScan, _catalogue
+from etl.sources import EpisodeRef, Known, Rejection, ScanOptions, SourceError, TaskScan, _catalogue, _hdf5
+from etl.sources._hdf5 import AGAIN, Rows, damage
 from schemas.episode import ActionSpec, EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, TaskSpec
 
 SUFFIXES = (".hdf5", ".h5")
@@ -30,7 +32,7 @@ REQUIRED = ("observations", "actions", "rewards", "terminals")
 GOAL = "infos/goal"
 WIDEST = 2**16  # values a timestep: more is damage, and would not fit any context
 LONGEST = 2**16  # timesteps an episode: a log without any end is cut here, so that memory stays bounded
-CHUNK_CACHE = 64 * 2**20  # compressed chunks span many episodes: keep them unpacked between slices
+MOST_ROWS = 2**24  # D4RL's longest have 2M: flags and rewards are held whole
 
 
 class D4RL:
@@ -70,7 +72,13 @@ class D4RL:
             if name in named:
                 raise SourceError(f"{named[name]} and {path} are both dataset '{name}'; rename one or leave it out")
             named[name] = path
-        return [_scan_file(name, path, options) for name, path in sorted(named.items())]
+        wrong = _hdf5.tried(named.values())
+        return [
+            TaskScan(None, (), (_rejection(name, EpisodeRef(str(path), -1, 0, 0), wrong[path]),))
+            if path in wrong
+            else _scan_file(name, path, options)
+            for name, path in sorted(named.items())
+        ]
 
     def parts(self, file: str) -> list[Path]:
         """The file itself."""
@@ -122,92 +130,67 @@ class _Log:
 
     def __init__(self, path: Path):
         self.path = path
-        self.file = _open(path)
+        self.file = _hdf5.opened(path)
         try:
-            self._check()
-            self.terminals = self._flags("terminals")
-            self.timeouts = self._flags("timeouts") if "timeouts" in self.file else None
-            self.fields = self._fields()
-        except OSError as error:
-            self.file.close()
-            raise EpisodeError("corrupt HDF5", f"{error}; download or record the file again") from error
+            with damage():
+                self.arrays = self._checked()
+                self.terminals = self.arrays["terminals"][:].reshape(-1) != 0
+                self.timeouts = self.arrays["timeouts"][:].reshape(-1) != 0 if "timeouts" in self.arrays else None
         except EpisodeError:
             self.file.close()
             raise
-
-    @property
-    def action_size(self) -> int:
-        return self.file["actions"].shape[1]
+        self.fields = {"observation": self.arrays["observations"]}
+        if GOAL in self.arrays:
+            self.fields["goal"] = self.arrays[GOAL]
 
     def totals(self, bounds: list[tuple[int, int]]) -> list[float]:
         """Raw return of each episode."""
-        rewards = self.file["rewards"][:].reshape(-1).astype(np.float64)
+        rewards = self.arrays["rewards"][:].reshape(-1).astype(np.float64)
         return [float(rewards[start:stop].sum()) for start, stop in bounds]
 
-    def rows(self, key: str, ref: EpisodeRef) -> np.ndarray:
-        """(T, ...) float32."""
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused as such
-            return self.file[key][ref.start : ref.stop].astype(np.float32)
+    def environment(self) -> str | None:
+        """What the file itself says."""
+        name = self.file.attrs.get("env_id")
+        return name.decode() if isinstance(name, bytes) else name if isinstance(name, str) else None
 
-    def _fields(self) -> dict[str, tuple[str, int]]:
-        """Field -> its dataset in the file and values a timestep."""
-        fields = {"observation": ("observations", self.file["observations"].shape[1])}
-        goal = self.file.get(GOAL)
-        if isinstance(goal, h5py.Dataset) and goal.dtype.kind == "f" and goal.ndim == 2 and 0 < goal.shape[1] < WIDEST:
-            if len(goal) != len(self.terminals):
-                raise EpisodeError("wrong length", f"'{GOAL}' has {len(goal)} rows, 'observations' other")
-            fields["goal"] = (GOAL, goal.shape[1])
-        return fields
-
-    def _check(self) -> None:
-        keys = (*REQUIRED, "timeouts") if "timeouts" in self.file else REQUIRED
-        for key in keys:
-            if not isinstance(self.file.get(key), h5py.Dataset):
+    def _checked(self) -> dict[str, Rows]:
+        arrays = {}
+        for key in (*REQUIRED, "timeouts", GOAL):
+            dataset = _hdf5.dataset(self.file, *key.split("/"))
+            if dataset is None and key in REQUIRED:
                 raise EpisodeError(
-                    "missing key", f"no dataset '{key}'; D4RL logs hold {', '.join(REQUIRED)} (and timeouts)"
+                    "missing key", f"no dataset '{key}' in it; D4RL logs hold {', '.join(REQUIRED)} (and timeouts)"
                 )
-        rows = self.file["observations"].shape[:1]
-        for key in keys:
-            dataset = self.file[key]
-            shape, dtype = dataset.shape, dataset.dtype
-            if dataset.is_virtual or dataset.external:
-                raise EpisodeError("not plain HDF5", f"'{key}' lies in other files; copy it into this one")
-            matrix = key in ("observations", "actions")
+            if dataset is None or (key == GOAL and not _is_goal(dataset)):
+                continue
+            shape, dtype, rows = dataset.shape, dataset.dtype, len(arrays["observations"]) if arrays else len(dataset)
+            matrix = key in ("observations", "actions", GOAL)
             if dtype.kind not in ("f" if matrix else "fiub"):
                 raise EpisodeError("wrong dtype", f"'{key}' is {dtype}; record it as float32")
             if matrix and (len(shape) != 2 or not 0 < shape[1] <= WIDEST):
                 raise EpisodeError("wrong shape", f"'{key}' is {shape}, expected (N, size)")
             if not matrix and shape[1:] not in ((), (1,)):
                 raise EpisodeError("wrong shape", f"'{key}' is {shape}, expected (N,) or (N, 1)")
-            if shape[:1] != rows:
-                raise EpisodeError(
-                    "wrong length",
-                    f"'{key}' has {shape[0]} rows, 'observations' {rows[0]}; download or record the file again",
-                )
-        if rows == (0,):
-            raise EpisodeError("empty", "no row in 'observations'; download or record the file again")
-
-    def _flags(self, key: str) -> np.ndarray:
-        return self.file[key][:].reshape(-1) != 0
+            if len(dataset) != rows:
+                raise EpisodeError("wrong length", f"'{key}' has {len(dataset)} rows, 'observations' {rows}; {AGAIN}")
+            if rows > MOST_ROWS:
+                raise EpisodeError("too large", f"{rows} rows, more than {MOST_ROWS}; split the file")
+            arrays[key] = Rows(dataset)
+        if len(arrays["observations"]) == 0:
+            raise EpisodeError("empty", f"no row in 'observations'; {AGAIN}")
+        return arrays
 
 
-def _open(path: Path) -> h5py.File:
-    try:
-        if path.stat().st_size == 0:
-            raise EpisodeError("empty", "0 bytes; download or record the file again")
-        if not h5py.is_hdf5(path):
-            raise EpisodeError("not HDF5", "no HDF5 signature; download or record the file again")
-        return h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE)
-    except OSError as error:
-        raise EpisodeError("truncated HDF5", f"{error}; download or record the file again") from error
+def _is_goal(dataset: h5py.Dataset) -> bool:
+    return dataset.dtype.kind == "f" and dataset.ndim == 2 and 0 < dataset.shape[1] < WIDEST
 
 
 def _scan_file(name: str, path: Path, options: ScanOptions) -> TaskScan:
     known = _catalogue.d4rl_datasets().get(name)
     try:
         log = _Log(path)
-        with log.file:
-            environment = _environment(log.file.attrs.get("env_id"), known.environment if known else None, options)
+        with log.file, damage():
+            environment = _environment(log.environment(), known.environment if known else None, options)
             limit = options.max_episode_steps or (known.max_episode_steps if known else None)
             if limit is None and environment is not None:
                 limit = _catalogue.time_limit(environment.id)
@@ -215,19 +198,15 @@ def _scan_file(name: str, path: Path, options: ScanOptions) -> TaskScan:
                 raise EpisodeError("no time limit", "no 'timeouts', and no known time limit; give --max-episode-steps")
             bounds = list(pairwise([0, *episode_stops(log.terminals, log.timeouts, limit)]))
             totals = log.totals(bounds)
-            fields = tuple(FieldSpec(key, "continuous", (size,)) for key, (_, size) in sorted(log.fields.items()))
-            action_size = log.action_size
-    except OSError as error:
-        detail = f"{error}; download or record the file again"
-        return TaskScan(None, (), (Rejection(name, path.name, -1, 0, "corrupt HDF5", detail),))
     except EpisodeError as error:
-        return TaskScan(None, (), (Rejection(name, path.name, -1, 0, error.reason, error.detail),))
+        return TaskScan(None, (), (_rejection(name, EpisodeRef(str(path), -1, 0, 0), error),))
+    fields = tuple(FieldSpec(key, "continuous", rows.shape[1:]) for key, rows in sorted(log.fields.items()))
     score = known.score if known else _catalogue.body_reference(environment.id) if environment else None
     task = TaskSpec(
         name,
         D4RL.name,
         fields,
-        ActionSpec("continuous", action_size),
+        ActionSpec("continuous", log.arrays["actions"].shape[1]),
         environment,
         score,
         limit or max(stop - start for start, stop in bounds),
@@ -236,40 +215,39 @@ def _scan_file(name: str, path: Path, options: ScanOptions) -> TaskScan:
     return TaskScan(task, refs)
 
 
-def _environment(
-    attribute: str | bytes | None, known: EnvironmentSpec | None, options: ScanOptions
-) -> EnvironmentSpec | None:
+def _environment(own: str | None, known: EnvironmentSpec | None, options: ScanOptions) -> EnvironmentSpec | None:
     """What the file says, else what the catalogue knows, else what the command line says."""
-    if attribute is not None:
-        return _catalogue.environment(attribute.decode() if isinstance(attribute, bytes) else str(attribute))
+    if own is not None:
+        return _catalogue.environment(own)
     if known is None and options.environment:
         return _catalogue.environment(options.environment)
     return known
 
 
 def _read_episode(log: _Log, task: TaskSpec, ref: EpisodeRef) -> RawEpisode | Rejection:
+    def rows(array: Rows) -> np.ndarray:
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused as such
+            return array[ref.start : ref.stop].astype(np.float32)
+
     try:
-        terminated = bool(log.terminals[ref.stop - 1])
-        if log.timeouts is None:
-            truncated = not terminated and ref.timesteps == task.max_episode_steps
-        else:
-            truncated = bool(log.timeouts[ref.stop - 1])
-        episode = RawEpisode(
-            observation={key: log.rows(name, ref) for key, (name, _) in log.fields.items()},
-            action=log.rows("actions", ref),
-            reward=log.rows("rewards", ref).reshape(-1),
-            terminated=terminated,
-            truncated=truncated,
-            file=log.path.name,
-            position=ref.position,
-            row=ref.start,
-        )
-        episode.check(task)
-    except OSError as error:
-        return _rejection(task.name, ref, EpisodeError("corrupt HDF5", f"{error}; download or record the file again"))
+        with damage():
+            terminated = bool(log.terminals[ref.stop - 1])
+            if log.timeouts is None:
+                truncated = not terminated and ref.timesteps == task.max_episode_steps
+            else:
+                truncated = bool(log.timeouts[ref.stop - 1])
+            return RawEpisode(
+                observation={key: rows(array) for key, array in log.fields.items()},
+                action=rows(log.arrays["actions"]),
+                reward=rows(log.arrays["rewards"]).reshape(-1),
+                terminated=terminated,
+                truncated=truncated,
+                file=log.path.name,
+                position=ref.position,
+                row=ref.start,
+            )
     except EpisodeError as error:
         return _rejection(task.name, ref, error)
-    return episode
 
 
 def _rejection(task: str, ref: EpisodeRef, error: EpisodeError) -> Rejection:

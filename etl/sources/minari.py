@@ -33,7 +33,7 @@ import numpy as np
 from gymnasium import spaces
 from minari.dataset.minari_storage import is_image_space
 
-from etl.sources import EpisodeRef, Known, Rejection, ScanOptions, SourceError, TaskScan, _catalogue
+from etl.sources import EpisodeRef, Known, Rejection, ScanOptions, SourceError, TaskScan, _catalogue, _hdf5
 from etl.sources import _minari as disk
 from etl.sources._minari import AGAIN, DATA, METADATA, TIMESTEP_VALUES, Leaf, damage
 from schemas.episode import ActionSpec, EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, ScoreReference, TaskSpec
@@ -82,7 +82,8 @@ class Minari:
             if name in named:
                 raise SourceError(f"{named[name]} and {path} are both dataset '{name}'; leave one out")
             named[name] = path
-        return [self._scan_dataset(name, path, options) for name, path in sorted(named.items())]
+        wrong = _hdf5.tried(named.values())
+        return [self._scan_dataset(name, path, wrong.get(path), options) for name, path in sorted(named.items())]
 
     def parts(self, file: str) -> list[Path]:
         """The HDF5 file and its metadata."""
@@ -95,7 +96,7 @@ class Minari:
             try:
                 about = disk.metadata(path)
                 leaves, action = disk.observation_leaves(about), disk.space_of(about, "action_space")
-                file = disk.open_data(path)
+                file = _hdf5.opened(path)
             except EpisodeError as error:
                 yield from (_rejection(task.name, path, ref.position, ref.start, error) for ref in group)
                 continue
@@ -160,11 +161,13 @@ class Minari:
         kwargs.pop("render_mode", None)  # how it was watched
         return _catalogue.environment(spec["id"], kwargs), limit
 
-    def _scan_dataset(self, name: str, path: Path, options: ScanOptions) -> TaskScan:
+    def _scan_dataset(self, name: str, path: Path, wrong: EpisodeError | None, options: ScanOptions) -> TaskScan:
         try:
             about = disk.metadata(path)
+            if wrong is not None:
+                raise wrong
             fields, action = self._fields(about, options), self.action(disk.space_of(about, "action_space"))
-            with damage(), disk.open_data(path) as file:
+            with damage(), _hdf5.opened(path) as file:
                 refs, rejected = _scan_episodes(file, name, path, about.get("total_episodes"))
             with damage("corrupt metadata"):
                 environment, limit = self.environment(about, options)
@@ -206,20 +209,18 @@ class Minari:
                 stored = disk.rows_of(group, ("actions",), action, T, T, size)
                 discrete = task.action.kind == "discrete"
                 actions = disk.from_zero("action", action, stored) if discrete else disk.float32(stored)
-                episode = RawEpisode(
+                return RawEpisode(
                     observation=observation,
                     action=actions.reshape((T,) if discrete and size == 1 else (T, size)),
-                    reward=disk.float32(disk.column(group, "rewards", T)[:].reshape(-1)),
+                    reward=disk.float32(disk.column(group, "rewards", T)),
                     terminated=bool(disk.column(group, "terminations", T)[T - 1]),
                     truncated=bool(disk.column(group, "truncations", T)[T - 1]),
                     file=_label(task.name, Path(ref.file)),
                     position=ref.position,
                     row=ref.start,
                 )
-                episode.check(task)
         except EpisodeError as error:
             return _rejection(task.name, Path(ref.file), ref.position, ref.start, error)
-        return episode
 
 
 SOURCE = Minari()
@@ -310,8 +311,7 @@ def _scan_episodes(file: h5py.File, name: str, path: Path, counted: Any) -> tupl
     for number in sorted(numbers):
         try:
             with damage():
-                rewards = disk.column(disk.episode_group(file, number), "rewards")
-                values = disk.float32(rewards[:])
+                values = disk.float32(disk.column(disk.episode_group(file, number), "rewards"))
                 with np.errstate(invalid="ignore"):
                     total = float(values.sum(dtype=np.float64))
         except EpisodeError as error:

@@ -7,7 +7,7 @@ import pytest
 from minigrid.utils.baby_ai_bot import BabyAIBot
 from minigrid.wrappers import RGBImgPartialObsWrapper
 
-from etl import gridworld, simulators
+from etl import gridworld, simulators, sources
 from etl.sources import ScanOptions, babyai
 from etl.tokenizers import image
 from etl.tokenizers.text import TextTokenizer
@@ -55,7 +55,7 @@ def test_a_cell_that_minigrid_does_not_know_is_refused():
 def episodes(log):
     files = babyai.SOURCE.resolve(log, None, log)
     (scan,) = babyai.SOURCE.scan(files, ScanOptions())
-    return scan.task, list(babyai.SOURCE.read(scan.task, scan.episodes))
+    return scan.task, list(sources.read(babyai.SOURCE, scan.task, scan.episodes))
 
 
 def test_tokens_decode_to_the_log(log, built):

@@ -62,7 +62,7 @@ def scan(folder, options=OPTIONS):
 
 def read(folder, options=OPTIONS):
     (result,) = scan(folder, options)
-    return list(SOURCE.read(result.task, result.episodes))
+    return list(sources.read(SOURCE, result.task, result.episodes))
 
 
 def action_name(number=0):
@@ -148,7 +148,7 @@ def test_checkpoints_are_separate_logs(run):
 def test_read_skips_to_what_is_asked_for(run):
     expected = write(run)
     (result,) = scan(run)
-    (episode,) = SOURCE.read(result.task, result.episodes[2:])
+    (episode,) = sources.read(SOURCE, result.task, result.episodes[2:])
     np.testing.assert_array_equal(episode.action, expected[2][1])
 
 

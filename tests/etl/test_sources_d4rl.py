@@ -40,7 +40,7 @@ def scan(path, options=OPTIONS):
 
 def read(path, options=OPTIONS):
     result = scan(path, options)
-    return list(SOURCE.read(result.task, result.episodes))
+    return list(sources.read(SOURCE, result.task, result.episodes))
 
 
 def test_episodes_and_their_ends(tmp_path):
@@ -203,7 +203,7 @@ def test_a_file_that_disappears_costs_its_episodes(tmp_path):
     path = write(tmp_path / "log.hdf5")
     result = scan(path)
     path.unlink()
-    assert [r.position for r in SOURCE.read(result.task, result.episodes)] == [0, 1, 2]
+    assert [r.position for r in sources.read(SOURCE, result.task, result.episodes)] == [0, 1, 2]
 
 
 def test_resolve(tmp_path):

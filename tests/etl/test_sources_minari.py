@@ -107,7 +107,7 @@ def scan(path, options=OPTIONS, source=SOURCE):
 def read(path, options=OPTIONS, source=SOURCE):
     result = scan(path, options, source)
     assert result.task is not None, result.rejected
-    return list(source.read(result.task, result.episodes))
+    return list(sources.read(source, result.task, result.episodes))
 
 
 def rejection(path):
@@ -147,7 +147,7 @@ def test_hopper_as_minari_reads_it(tmp_path):
     assert (task.environment.id, task.environment.suite) == ("Hopper-v5", "mujoco")
     assert task.environment.kwargs == {"reset_noise_scale": 0.01}
     assert (task.score.high, task.max_episode_steps) == (3234.3, 1000)
-    episodes = list(SOURCE.read(task, result.episodes))
+    episodes = list(sources.read(SOURCE, task, result.episodes))
     row = 0
     for ref, ours, own in zip(result.episodes, episodes, theirs(path), strict=True):
         assert (ours.position, ours.row, ours.timesteps, ours.file) == (
@@ -255,7 +255,7 @@ DAMAGES = {
 
 def check_one_bad(path, reason):
     result = scan(path)
-    got = [*result.rejected, *SOURCE.read(result.task, result.episodes)]
+    got = [*result.rejected, *sources.read(SOURCE, result.task, result.episodes)]
     (bad,) = [r for r in got if isinstance(r, Rejection)]
     assert (bad.task, bad.position, bad.reason) == (task_name(path), 1, reason)
     assert bad.file == f"{bad.task}/main_data.hdf5" and "\n" not in bad.detail
@@ -419,10 +419,10 @@ def test_a_file_that_disappears_or_shrinks_costs_its_episodes(tmp_path):
     path = write(spaces.Discrete(3))
     result = scan(path)
     replace(path, "rewards", lambda a: a[:-1], episode=2)
-    last = list(SOURCE.read(result.task, result.episodes))[2]
+    last = list(sources.read(SOURCE, result.task, result.episodes))[2]
     assert isinstance(last, Rejection) and last.reason == "wrong length"
     path.unlink()
-    lost = list(SOURCE.read(result.task, result.episodes))
+    lost = list(sources.read(SOURCE, result.task, result.episodes))
     assert [(r.position, r.reason) for r in lost] == [(n, "missing file") for n in range(3)]
 
 
@@ -457,7 +457,7 @@ def test_any_damage_to_the_bytes_is_a_clear_rejection(fuzzed, data):
     cut = data.draw(st.one_of(st.just(len(content)), st.integers(0, len(content))))
     path.write_bytes(content[:cut])
     result = scan(path)
-    got = list(SOURCE.read(result.task, result.episodes)) if result.task else []
+    got = list(sources.read(SOURCE, result.task, result.episodes)) if result.task else []
     assert len(got) == len(result.episodes)
     for line in [r for r in (*result.rejected, *got) if isinstance(r, Rejection)]:
         assert line.reason and line.detail and "\n" not in line.detail
@@ -476,7 +476,7 @@ def test_any_damage_to_the_metadata_is_a_clear_rejection(fuzzed, data):
     try:
         file.write_bytes(content)
         result = scan(path)
-        got = list(SOURCE.read(result.task, result.episodes)) if result.task else []
+        got = list(sources.read(SOURCE, result.task, result.episodes)) if result.task else []
         assert len(got) == len(result.episodes)
     finally:
         file.write_bytes(before)

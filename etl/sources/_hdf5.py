@@ -1,0 +1,279 @@
+"""HDF5 files of unknown origin: tried first by a process that may die of them, then read a band of rows at a time.
+
+files -> `tried`: a child process opens each and touches all that describes its contents -> what is wrong with it
+dataset -> `Rows`: bands of whole chunks, unpacked here -> rows [start, stop)
+
+libhdf5 believes what it reads: damaged bytes can crash it, keep it busy forever or make it ask for any memory. So
+everything that it parses is parsed once in the child, under a limit of time and of memory. Chunks of the plain kind
+(native types, gzip, shuffle) are not libhdf5's to unpack: that is where a chunk shorter than its shape kills it, and
+doing it here is twice as fast. Other filters, and values of variable length, are read by libhdf5, in the child too.
+
+Invariant: rows equal what h5py gives, or an exception of DAMAGE says that the bytes make no sense.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from h5py import h5d, h5t, h5z
+from zlib_ng import zlib_ng
+
+from schemas.episode import EpisodeError
+
+AGAIN = "download or record the file again"
+# What h5py, numpy and zlib raise for bytes that make no sense.
+DAMAGE = (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError)
+DAMAGE += (MemoryError, zlib_ng.error)
+DEFLATE_RATIO = 1100  # gzip packs 1032 times at best
+BAND = 2**20  # bytes of rows read at once, at least one row of chunks
+WIDEST_BAND = 2**28
+ADDRESSES = 2**32  # bytes of address space of the child
+SECONDS, RATE, NODES = 20, 2**24, 100  # of the child: for a file, for its bytes, for what lies in it
+VALUES, VALUE_BYTES = 64, 2**24  # of variable length: so many are read at once, of so many bytes
+OWN_FILTERS = {h5z.FILTER_DEFLATE, h5z.FILTER_SHUFFLE}
+
+
+def tried(paths: Iterable[Path]) -> dict[Path, EpisodeError]:
+    """What is wrong with the files that cannot be opened, or that killed the process that opened them."""
+    found: dict[Path, EpisodeError] = {}
+    waiting = []
+    for path in dict.fromkeys(paths):
+        if (error := _refused(path)) is not None:
+            found[path] = error
+        else:
+            waiting.append(path)
+    while waiting:
+        # -m finds this module wherever the parent did
+        child = subprocess.run(
+            [sys.executable, "-m", "etl.sources._hdf5"],
+            input="\0".join(map(str, waiting)),
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        done = child.stdout.splitlines()
+        for path, line in zip(waiting, done):
+            if line != "fine":
+                found[path] = corrupt(line)
+        if len(done) == len(waiting):
+            break
+        if child.returncode >= 0:
+            raise RuntimeError(f"{waiting[len(done)]}: {child.stderr.strip()[-300:]}")
+        name = signal.Signals(-child.returncode).name
+        why = "reading it does not end" if name == "SIGALRM" else f"reading it kills the process that does ({name})"
+        found[waiting[len(done)]] = corrupt(why)
+        waiting = waiting[len(done) + 1 :]
+    return found
+
+
+def opened(path: Path) -> h5py.File:
+    """The file, which was tried before. EpisodeError says what is wrong with it now."""
+    if (error := _refused(path)) is not None:
+        raise error
+    with damage():
+        return h5py.File(path)
+
+
+@contextmanager
+def damage() -> Iterator[None]:
+    """Turns what is raised for damaged bytes into an EpisodeError."""
+    try:
+        yield
+    except EpisodeError:
+        raise
+    except DAMAGE as error:
+        raise corrupt(str(error) or type(error).__name__) from error
+
+
+def corrupt(why: str) -> EpisodeError:
+    """What to say of a file or a dataset whose bytes make no sense, `why` of h5py's or our own."""
+    reason = "truncated HDF5" if "truncated file" in why else "corrupt HDF5"
+    return EpisodeError(reason, f"{' '.join(why.split())[:200]}; {AGAIN}")
+
+
+def _refused(path: Path) -> EpisodeError | None:
+    """What is wrong before any parsing."""
+    try:
+        if not path.is_file():
+            return EpisodeError("missing file", f"{path.name} is no file; {AGAIN}")
+        if path.stat().st_size == 0:
+            return EpisodeError("empty", f"0 bytes; {AGAIN}")
+        if not h5py.is_hdf5(path):
+            return EpisodeError("not HDF5", f"no HDF5 signature; {AGAIN}")
+    except OSError as error:
+        return EpisodeError("missing file", f"{path.name} cannot be opened ({error.strerror}); {AGAIN}")
+    return None
+
+
+def dataset(group: h5py.Group, *keys: str) -> h5py.Dataset | None:
+    """The dataset at that path in this very file, with all the bytes that its shape says; None where there is none:
+    links to elsewhere and data in other files do not count. EpisodeError where its bytes cannot be all there."""
+    node: Any = group
+    for key in keys:
+        if not isinstance(node, h5py.Group) or not holds(node, key):
+            return None
+        node = node[key]
+    if not isinstance(node, h5py.Dataset) or not node.shape:
+        return None
+    plist = node.id.get_create_plist()
+    if plist.get_layout() == h5d.VIRTUAL or plist.get_external_count():
+        return None
+    size = math.prod(node.shape) * node.dtype.itemsize
+    if size > node.id.get_storage_size() * (DEFLATE_RATIO if plist.get_nfilters() else 1):
+        raise EpisodeError("wrong length", f"'{'/'.join(keys)}' has fewer bytes than its shape {node.shape}; {AGAIN}")
+    return node
+
+
+def holds(group: h5py.Group, key: str) -> bool:
+    """Whether the group itself holds something of that name, not a link to elsewhere."""
+    links, name = group.id.links, key.encode()
+    return links.exists(name) and links.get_info(name).type == h5py.h5l.TYPE_HARD
+
+
+def values(dataset: h5py.Dataset, rows: int) -> Iterator[Any]:
+    """The first `rows` values of variable length, a few in memory at a time."""
+    for start in range(0, rows, VALUES):
+        yield from dataset[start : min(start + VALUES, rows)]
+
+
+class Rows:
+    """Rows of a dataset, read forwards: the last band is kept, since the next slice often starts in it."""
+
+    def __init__(self, dataset: h5py.Dataset):
+        self.dataset, self.shape, self.dtype = dataset, dataset.shape, dataset.dtype
+        self.filters = _own_filters(dataset)
+        row = max(1, math.prod(self.shape[1:]) * self.dtype.itemsize)
+        self.step = dataset.chunks[0] if self.filters is not None else 1
+        self.band = self.step * max(1, BAND // (row * self.step))
+        if min(self.band, self.shape[0]) * row > WIDEST_BAND:
+            raise ValueError(f"chunks of {dataset.chunks} are too large; repack them with h5repack")
+        self.kept: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(self.shape[0])
+        first, last = start // self.band, max(start, stop - 1) // self.band
+        try:
+            bands = [self._band(n) for n in range(first, last + 1)]
+        except DAMAGE:  # in these rows, or only in their neighbours
+            start -= (skipped := start % self.step)
+            return self._read(start, stop)[skipped:]
+        whole = bands[0] if len(bands) == 1 else np.concatenate(bands)
+        return whole[start - first * self.band : stop - first * self.band]
+
+    def _band(self, number: int) -> np.ndarray:
+        if self.kept is None or self.kept[0] != number:
+            start = number * self.band
+            self.kept = number, self._read(start, min(start + self.band, self.shape[0]))
+        return self.kept[1]
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop); `start` is at the edge of a chunk."""
+        if self.filters is None:
+            return self.dataset[start:stop]
+        sides = self.dataset.chunks
+        out = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        for corner in np.ndindex(*(-(-n // side) for n, side in zip(out.shape, sides))):
+            low = tuple(n * side for n, side in zip(corner, sides))
+            part = out[tuple(slice(at, at + side) for at, side in zip(low, sides))]
+            chunk = self._chunk((start + low[0], *low[1:]))
+            part[...] = chunk[tuple(slice(n) for n in part.shape)] if isinstance(chunk, np.ndarray) else chunk
+        return out
+
+    def _chunk(self, at: tuple[int, ...]) -> np.ndarray | Any:
+        """The chunk that begins there, or the value that fills it where it was never written."""
+        if self.dataset.id.get_chunk_info_by_coord(at).byte_offset is None:
+            return self.dataset.fillvalue
+        mask, data = self.dataset.id.read_direct_chunk(at)
+        size = math.prod(self.dataset.chunks) * self.dtype.itemsize
+        for kind in reversed(self.filters or []):
+            if mask == 0 and kind == h5z.FILTER_DEFLATE:
+                inflate = zlib_ng.decompressobj()
+                data = inflate.decompress(data, size + 1)
+                if not inflate.eof:
+                    raise ValueError(f"the chunk at {at} does not end")
+            elif mask == 0 and len(data) == size:
+                data = np.frombuffer(data, np.uint8).reshape(self.dtype.itemsize, -1).T.tobytes()
+        if mask or len(data) != size:
+            raise ValueError(f"the chunk at {at} has {len(data)} bytes, expected {size}")
+        return np.frombuffer(data, self.dtype).reshape(self.dataset.chunks)
+
+
+def _own_filters(dataset: h5py.Dataset) -> list[int] | None:
+    """Filters of the chunks that are unpacked here, in the order of writing; None where h5py reads the dataset."""
+    if dataset.chunks is None or dataset.dtype.hasobject:
+        return None
+    plist = dataset.id.get_create_plist()
+    filters = [plist.get_filter(n)[0] for n in range(plist.get_nfilters())]
+    plain = dataset.id.get_type().equal(h5t.py_create(dataset.dtype, logical=True))
+    return filters if plain and OWN_FILTERS.issuperset(filters) else None
+
+
+def _touch(path: Path) -> None:
+    """Everything that libhdf5 parses when the file is read, once."""
+    with h5py.File(path) as file:
+        list(file.attrs.items())
+        seen: list[str] = []
+        file.visit(seen.append)
+        _allow(path, len(seen))
+        for name in seen:
+            try:
+                node = file[name]
+                list(node.attrs.items())
+                if isinstance(node, h5py.Dataset) and dataset(file, *name.split("/")) is not None:
+                    _touch_data(node)
+            except MemoryError:
+                raise
+            except (*DAMAGE, EpisodeError):  # the reader meets it too, if it reads this node at all
+                continue
+
+
+def _touch_data(node: h5py.Dataset) -> None:
+    if h5py.check_vlen_dtype(node.dtype) is not None or h5py.check_string_dtype(node.dtype) is not None:
+        if any(len(item) > VALUE_BYTES for value in values(node, len(node)) for item in np.atleast_1d(value)):
+            raise MemoryError
+    elif node.chunks is not None and _own_filters(node) is not None:
+        for corner in np.ndindex(*(-(-n // side) for n, side in zip(node.shape, node.chunks))):
+            node.id.get_chunk_info_by_coord(tuple(n * side for n, side in zip(corner, node.chunks)))
+    elif node.chunks is not None:
+        for start in range(0, len(node), node.chunks[0]):
+            np.asarray(node[start : start + node.chunks[0]])
+
+
+def _allow(path: Path, nodes: int = 0) -> None:
+    """The process has so many seconds from now."""
+    signal.alarm(SECONDS + path.stat().st_size // RATE + nodes // NODES)
+
+
+def main() -> None:
+    """The child: paths on stdin, a verdict a line on stdout. Dies of what it reads."""
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for name in sys.stdin.read().split("\0"):
+        path = Path(name)
+        _allow(path)
+        try:
+            _touch(path)
+        except MemoryError:
+            print("asks for more memory than it can hold", flush=True)
+        except DAMAGE as error:
+            print(" ".join(str(error).split())[:200] or type(error).__name__, flush=True)
+        else:
+            print("fine", flush=True)
+
+
+if __name__ == "__main__":
+    main()
