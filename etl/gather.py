@@ -50,7 +50,7 @@ def gather(
     damaged, nothing at all could be used, or more than `max_rejected_share` of the episodes could not."""
     records = []
     for item in plan:
-        record = finished(item, folder)
+        record = finished(item, folder, hashed=False)
         if record is None:
             name = folder.path(shard_name(item["number"]))
             raise DatasetError(f"{name}: not written; run the same command again")

@@ -77,6 +77,8 @@ class Watch:
             except FileNotFoundError:
                 continue  # its shard was finished this moment
             if now - beat > PATIENCE_SECONDS:
+                if not self.local:
+                    continue  # such a runner gives the shard to another worker; silence of all is a loss
                 raise WorkerLost(f"the worker that wrote {path.stem} gave no sign of life for {now - beat:.0f} s")
             youngest = max(youngest, beat)
         if youngest or finished != getattr(self, "finished", finished):

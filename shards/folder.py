@@ -82,12 +82,13 @@ class Folder:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def holds(self, name: str, size: int, sha256: str) -> bool:
-        """Whether a file is there, of that size and hash. Remote files are not read back: their store checked
-        what arrived, so there the size alone is compared."""
+    def holds(self, name: str, size: int, sha256: str | None = None) -> bool:
+        """Whether a file is there, of that size and, where given, hash. Remote files are not read back: their store
+        checked what arrived, so there the size alone is compared."""
         if self.local is not None:
             path = self.local / name
-            return path.is_file() and path.stat().st_size == size and sha256_of(path) == sha256
+            same = path.is_file() and path.stat().st_size == size
+            return same and (sha256 is None or sha256_of(path) == sha256)
         try:
             return self.store.info(f"{self.root}/{name}")["size"] == size
         except FileNotFoundError:

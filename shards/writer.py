@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import tarfile
+from functools import lru_cache
 from io import BytesIO
 
 import numpy as np
@@ -23,6 +24,8 @@ from schemas.dataset import INDEX_NAME, INDEX_SCHEMA, MANIFEST_NAME, MEMBERS, Fi
 from shards.folder import Folder, digest_of
 
 BLOCK = 512
+PIECE = 2**18
+AHEAD = 2**23
 
 
 def shard_name(number: int) -> str:
@@ -37,7 +40,7 @@ class ShardWriter:
         self.temporary = folder.temporary(name)
         self.file = open(self.temporary, "wb")  # noqa: SIM115
         self.digest = hashlib.sha256()
-        self.offset = self.samples = self.timesteps = 0
+        self.offset = self.started = self.samples = self.timesteps = 0
 
     def add(self, key: str, timesteps: int, members: dict[str, np.ndarray], meta: dict) -> dict[str, int]:
         """Append one sample. Returns `{member}_offset` and `{member}_bytes` of every known member,
@@ -50,11 +53,10 @@ class ShardWriter:
             if array is None:
                 where |= {f"{name}_offset": -1, f"{name}_bytes": 0}
                 continue
-            header = BytesIO()
-            np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+            header = _npy_header(array.dtype.str, array.shape)
             payload = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-            start = self._member(f"{key}.{name}.npy", header.getvalue(), payload)
-            where |= {f"{name}_offset": start + len(header.getvalue()), f"{name}_bytes": len(payload)}
+            start = self._member(f"{key}.{name}.npy", header, payload)
+            where |= {f"{name}_offset": start + len(header), f"{name}_bytes": len(payload)}
         self._member(f"{key}.meta.json", json.dumps(meta, sort_keys=True).encode(), memoryview(b""))
         self.samples += 1
         self.timesteps += timesteps
@@ -75,20 +77,49 @@ class ShardWriter:
         self.temporary.unlink(missing_ok=True)
 
     def _member(self, name: str, head: bytes, body: memoryview) -> int:
-        info = tarfile.TarInfo(name)
-        info.size = len(head) + len(body)
-        info.mode = 0o644
-        self._write(info.tobuf(tarfile.USTAR_FORMAT))
+        size = len(head) + len(body)
+        self._write(tar_header(name, size))
         start = self.offset
         self._write(head)
         self._write(body)
-        self._write(b"\0" * (-info.size % BLOCK))
+        self._write(b"\0" * (-size % BLOCK))
         return start
 
     def _write(self, data: bytes | memoryview) -> None:
-        self.file.write(data)
-        self.digest.update(data)
+        for start in range(0, len(data), PIECE):  # a piece is hashed while the cache still holds it
+            piece = data[start : start + PIECE]
+            self.file.write(piece)
+            self.digest.update(piece)
         self.offset += len(data)
+        if self.offset - self.started >= AHEAD and hasattr(os, "posix_fadvise"):
+            # asks the disk to begin, so that `close` waits for the last bytes only
+            os.posix_fadvise(self.file.fileno(), self.started, self.offset - self.started, os.POSIX_FADV_DONTNEED)
+            self.started = self.offset
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """What tarfile gives for a file of mode 644 without owner or time, in the ustar format."""
+    encoded = name.encode()
+    if len(encoded) > 100 or size >= 8**11:
+        info = tarfile.TarInfo(name)
+        info.size = size
+        return info.tobuf(tarfile.USTAR_FORMAT)
+    header = bytearray(_NO_FILE)
+    header[: len(encoded)] = encoded
+    header[124:136] = b"%011o\0" % size
+    header[148:156] = b" " * 8  # so the sum is taken
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+_NO_FILE = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
+
+
+@lru_cache(maxsize=4096)
+def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    header = BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return header.getvalue()
 
 
 def write_index(folder: Folder, columns: dict[str, list]) -> FileDigest:

@@ -1,6 +1,6 @@
 """A gzip file as a forward stream that can also go back: it remembers points to resume from.
 
-compressed file -> zlib -> bytes; every MARK bytes a copy of the decompressor's state (some 40 kB) is kept
+compressed file -> zlib-ng -> bytes; every MARK bytes a copy of the decompressor's state (some 40 kB) is kept
 
 Invariant: no byte is decompressed more than once, plus at most MARK bytes for each step back; memory does not
 depend on the file's size but for one mark every MARK bytes.
@@ -8,9 +8,11 @@ depend on the file's size but for one mark every MARK bytes.
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 
+from zlib_ng import zlib_ng as zlib
+
+DAMAGE = (OSError, EOFError, zlib.error)  # what reading raises
 CHUNK = 2**16  # compressed bytes a read
 PIECE = 2**20  # decompressed bytes a step of skipping
 MARK = 2**26

@@ -26,7 +26,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-import zlib
+import tokenize
 from collections.abc import Iterable, Iterator
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -37,7 +37,7 @@ import numpy as np
 from etl.download import fetch
 from etl.sources import EpisodeRef, Known, Rejection, ScanOptions, SourceError, TaskScan, _catalogue
 from etl.sources._catalogue import Game
-from etl.sources._gzip import Gunzip
+from etl.sources._gzip import DAMAGE, Gunzip
 from schemas.episode import ActionSpec, EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, TaskSpec
 from schemas.layout import PATCH_SIZE
 
@@ -49,7 +49,8 @@ SIDES = range(16, 1025)  # pixels
 MOST_ROWS = 2**26  # a checkpoint has 1M
 PADDING = 3  # frames in a stack, less one
 TIME_LIMIT = 27_000  # actions, of four frames each: 30 minutes
-PIECE = 2**20
+PIECE = 2**18
+LITERAL_ERRORS = (ValueError, SyntaxError, TypeError, RecursionError, OverflowError, tokenize.TokenError)
 _STORE = re.compile(r"\$store\$_(?:action|reward|terminal|observation)_ckpt\.(\d+)\.gz")
 _AGAIN = "download it again"
 
@@ -103,7 +104,7 @@ class Atari:
 
     def parts(self, file: str) -> list[Path]:
         """The four arrays of a checkpoint."""
-        return [Path(file.replace("_action_", f"_{array}_")) for array in ARRAYS]
+        return [_sibling(Path(file), f"$store$_{array}") for array in ARRAYS]
 
     def read(self, task: TaskSpec, refs: Iterable[EpisodeRef]) -> Iterator[RawEpisode | Rejection]:
         """Episodes in the order of refs: observation {'frame': (T, H, W, C) uint8}, action (T,) int32, reward
@@ -129,6 +130,8 @@ class _Rows:
     def __init__(self, path: Path):
         self.path = path
         self.error: EpisodeError | None = None
+        if path.exists() and not path.is_file():
+            raise EpisodeError("missing file", f"{path.name} is no file; {_AGAIN}")
         try:
             self.file = Gunzip(path)
         except OSError as error:
@@ -146,9 +149,9 @@ class _Rows:
             version = np.lib.format.read_magic(self.file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, column_major, dtype = read(self.file)
-        except (OSError, EOFError, zlib.error) as error:
+        except DAMAGE as error:
             raise self._corrupt(error) from error
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError, OverflowError) as error:
+        except (*LITERAL_ERRORS, MemoryError) as error:
             # numpy evaluates the header as a Python literal
             why = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
             raise EpisodeError("not npy", f"{self.path.name} holds no .npy array ({why}); {_AGAIN}") from error
@@ -171,7 +174,7 @@ class _Rows:
                 view = view[count:]
             if stop == self.shape[0] and self.file.read(1):  # at the end, this is what checks the checksum
                 raise OSError("bytes behind the last row")
-        except (OSError, EOFError, zlib.error) as error:
+        except DAMAGE as error:
             self.error = self._corrupt(error)
             raise self.error from error
         return out

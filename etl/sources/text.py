@@ -130,10 +130,10 @@ def _rows(path: Path, field: str) -> Iterator[EpisodeRef]:
 def _columns(path: Path, field: str, wanted: int = 0) -> Iterator[tuple[int, pa.Array]]:
     """(first row, texts) of each batch of a Parquet file from the row group of row `wanted` on."""
     file = pa.parquet.ParquetFile(path)
-    kind = file.schema_arrow.field(field).type if field in file.schema_arrow.names else None
+    names = file.schema_arrow.names
+    kind = file.schema_arrow.field(field).type if names.count(field) == 1 else None
     if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        names = ", ".join(file.schema_arrow.names)
-        raise ValueError(f"no string column '{field}' (there are {names}); name one with --text-field")
+        raise ValueError(f"no one string column '{field}' (there is {_few(names)}); name one with --text-field")
     first = 0
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
@@ -165,7 +165,7 @@ def _parsed(line: str, field: str) -> str | _Bad:
         return _Bad("not JSON", f"{str(error)[:120]}; write one object a line")
     text = value.get(field) if isinstance(value, dict) else None
     if not isinstance(text, str):
-        found = ", ".join(list(value)[:8]) if isinstance(value, dict) else type(value).__name__
+        found = _few(list(value)) if isinstance(value, dict) else type(value).__name__
         return _Bad("missing key", f"no text under '{field}' (there is {found}); name the field with --text-field")
     return _clean(text)
 
@@ -186,6 +186,10 @@ def _read_rows(path: Path, refs: list[EpisodeRef], field: str) -> Iterator[tuple
         while ref is not None:
             yield ref, _Bad("unreadable", f"{str(error).splitlines()[0][:200]}; write the file again")
             ref = next(wanted, None)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(name[:40] for name in names[:8]) or "none"
 
 
 def _clean(text: str) -> str | _Bad:

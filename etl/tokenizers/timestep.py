@@ -51,8 +51,7 @@ class TimestepTokenizer:
         for spec in self.fields:
             values = np.asarray(observation[spec.key])
             if spec.kind == "image":
-                fit = image.pad if spec.fit == "pad" else image.resize
-                patches = image.to_patches(fit(values, spec.resized or (spec.shape[0], spec.shape[1])))
+                patches = image.encode(values, spec.resized or (spec.shape[0], spec.shape[1]), spec.fit)
                 continue
             flat = values.reshape(len(values), -1)
             if spec.kind == "continuous":
