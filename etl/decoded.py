@@ -28,7 +28,6 @@ from shards.reader import Dataset
 SAMPLE = 200_000  # timesteps a task that the survey looks at
 BLOCK = 1 << 14  # of them at a time
 SLACK = 1e-3  # half-bins: a log may be float64, what is kept beside the tokens is float32
-WIDTH = 128  # columns of a drawn distribution
 STRIP = 8  # consecutive frames
 AROUND = 120  # text tokens on either side of the chosen one
 
@@ -89,13 +88,6 @@ class Dimension:
         """Shares of the first and of the last bin."""
         return float(self.counts[0] / max(1, self.total)), float(self.counts[-1] / max(1, self.total))
 
-    @property
-    def heights(self) -> np.ndarray:
-        """The distribution merged to at most WIDTH columns, as square roots of the share of the fullest."""
-        size = len(self.counts)
-        merged = self.counts if size <= WIDTH else np.add.reduceat(self.counts, np.arange(WIDTH) * size // WIDTH)
-        return np.sqrt(merged / max(1, merged.max()))
-
     def span(self, vocabulary: Vocabulary) -> tuple[float, float]:
         """Lowest and highest value seen, as edges of their bins or as choices."""
         seen = np.flatnonzero(self.counts)
@@ -134,8 +126,11 @@ class Timestep:
     tokens: list[Token]
     pieces: list[tuple[str, str]]
     text: str
-    picture: np.ndarray | None
     strip: list[tuple[int, str, np.ndarray]]
+
+    @property
+    def picture(self) -> np.ndarray | None:
+        return next((frame for number, _, frame in self.strip if number == self.number), None)
 
     @property
     def wrong(self) -> int:
@@ -198,7 +193,7 @@ class TaskView:
             took = slice(-seen % every, None, every)
             parts.append([np.empty((0, 0)) if one is None else one[took] for one in members])
             seen, held = seen + len(members[0]), held + len(parts[-1][0])
-            if held >= BLOCK or seen == self.summary.timesteps:
+            if held >= BLOCK or row == self.rows[-1]:
                 self._count(*(np.concatenate(arrays) for arrays in zip(*parts)))
                 parts, held = [], 0
 
@@ -238,70 +233,73 @@ class TaskView:
     def timestep(self, episode: int | None, number: int | None) -> Timestep:
         """One timestep decoded. InspectError says which ones there are."""
         data, column = self.dataset, self.dataset.column
-        known = np.unique(column("episode")[self.rows])
-        chosen = int(known[0]) if episode is None else episode
-        if chosen not in known:
-            gone = "; that one was rejected" if known[0] < chosen < known[-1] else ""
-            raise InspectError(
-                f"--episode {chosen}: task '{self.task.name}' has episodes {known[0]} to {known[-1]}{gone}"
-            )
-        rows = self.rows[column("episode")[self.rows] == chosen]
-        T = int(column("episode_timesteps")[rows[0]])
-        t = T // 2 if number is None else number
-        if not 0 <= t < T:
-            raise InspectError(
-                f"--timestep {t}: episode {chosen} of task '{self.task.name}' has timesteps 0 to {T - 1}"
-            )
-
-        def read(member: Callable, first: int, stop: int) -> np.ndarray:
-            """Timesteps [first, stop) of the episode, over its pieces."""
-            starts, lengths = column("start")[rows], column("timesteps")[rows]
-            touched = [n for n in range(len(rows)) if starts[n] < stop and first < starts[n] + lengths[n]]
-            return np.concatenate([member(rows[n])[max(0, first - starts[n]) : stop - starts[n]] for n in touched])
-
-        row = rows[0]
-        ending = next((e for e in ("terminated", "truncated") if column(e)[row]), "cut by the log's end")
+        rows, t = self._find(episode, number)
+        row, T = rows[0], int(column("episode_timesteps")[rows[0]])
+        tokens = self._read(rows, data.tokens, t, t + 1)[0]
         about = [
             ("source", f"{column('file')[row]}, number {column('position')[row]}, from row {column('row')[row]}"),
             ("split", "held out" if column("held_out")[row] else "training"),
         ]
         if self.task.action:
+            ending = next((e for e in ("terminated", "truncated") if column(e)[row]), "cut by the log's end")
             about.append(("episode", f"{T:,} timesteps, return {column('episode_return')[row]:.6g}, {ending}"))
-            about.append(("reward", f"{read(data.reward, t, t + 1)[0]:.6g}"))
-            about.append(("action", self._action(read(data.tokens, t, t + 1)[0])))
-        picture, strip = None, []
-        if self.layout.patches:
-            first = max(0, min(t - STRIP // 2 + 1, T - STRIP))
-            span, sizes = (first, min(first + STRIP, T)), (self.layout.patch_rows, self.layout.patch_columns)
-            frames = image.from_patches(read(data.patches, *span), *sizes)
-            stored, rewards = read(data.tokens, *span), read(data.reward, *span)
-            for n, frame in enumerate(frames):
-                strip.append((first + n, f"action {self._action(stored[n])}, reward {rewards[n]:.3g}", frame))
-            picture = frames[t - first]
-        tokens = read(data.tokens, t, t + 1)[0]
-        raws = {
-            role: read(member, t, t + 1)[0]
-            for role, member in (("observation", data.observation), ("action", data.action))
-            if member(row) is not None
-        }
-        around = tokens[: self.layout.text] if self.task.action else read(data.tokens, max(0, t - AROUND), t + AROUND + 1)
-        here = None if self.task.action else min(t, AROUND)
-        return Timestep(
-            chosen, t, about, self._tokens(tokens, raws), *self._text(np.ravel(around), here), picture, strip
-        )  # fmt: skip
+            about.append(("reward", f"{self._read(rows, data.reward, t, t + 1)[0]:.6g}"))
+            about.append(("action", self._action(tokens)))
+            pieces, text = self._text(tokens[: self.layout.text], None)
+        else:
+            around = self._read(rows, data.tokens, max(0, t - AROUND), t + AROUND + 1)
+            pieces, text = self._text(around[:, 0], min(t, AROUND))
+        kept = {"observation": data.observation, "action": data.action}
+        raws = {role: self._read(rows, get, t, t + 1)[0] for role, get in kept.items() if get(row) is not None}
+        strip = self._strip(rows, max(0, min(t - STRIP // 2 + 1, T - STRIP))) if self.layout.patches else []
+        episode = int(column("episode")[row])
+        return Timestep(episode, t, about, self._tokens(tokens, raws), pieces, text, strip)
+
+    def _find(self, episode: int | None, number: int | None) -> tuple[np.ndarray, int]:
+        """Rows of the episode's pieces, and the timestep in it."""
+        column, name = self.dataset.column, self.task.name
+        known = np.unique(column("episode")[self.rows])
+        chosen = int(known[0]) if episode is None else episode
+        if chosen not in known:
+            gone = "; that one was rejected" if known[0] < chosen < known[-1] else ""
+            raise InspectError(f"--episode {chosen}: task '{name}' has episodes {known[0]} to {known[-1]}{gone}")
+        rows = self.rows[column("episode")[self.rows] == chosen]
+        T = int(column("episode_timesteps")[rows[0]])
+        t = T // 2 if number is None else number
+        if not 0 <= t < T:
+            raise InspectError(f"--timestep {t}: episode {chosen} of task '{name}' has timesteps 0 to {T - 1}")
+        return rows, t
+
+    def _read(self, rows: np.ndarray, member: Callable, first: int, stop: int) -> np.ndarray:
+        """Timesteps [first, stop) of an episode, as far as it goes, over its pieces."""
+        starts, lengths = (self.dataset.column(name)[rows] for name in ("start", "timesteps"))
+        touched = np.flatnonzero((starts < stop) & (first < starts + lengths))
+        return np.concatenate([member(rows[n])[max(0, first - starts[n]) : stop - starts[n]] for n in touched])
+
+    def _strip(self, rows: np.ndarray, first: int) -> list[tuple[int, str, np.ndarray]]:
+        data = self.dataset
+        members = (data.tokens, data.reward, data.patches)
+        tokens, rewards, patches = (self._read(rows, member, first, first + STRIP) for member in members)
+        frames = image.from_patches(patches, self.layout.patch_rows, self.layout.patch_columns)
+        done = [f"action {self._action(own)}, reward {reward:.3g}" for own, reward in zip(tokens, rewards)]
+        return list(zip(range(first, first + STRIP), done, frames))
 
     def _legal(self, stored: np.ndarray) -> np.ndarray:
         """Stored tokens moved into their columns' ids, so that those which are none can be shown, not decoded."""
         return np.clip(stored, self.lowest, self.lowest + self.sizes - 1)
 
     def _action(self, stored: np.ndarray) -> str:
-        values = np.ravel(self.tokenizer.decode_action(self._legal(stored)[-self.layout.action :]))
+        own, legal = (tokens[-self.layout.action :] for tokens in (stored, self._legal(stored)))
+        if not np.array_equal(own, legal):
+            return "none: its tokens are no ids of actions"
+        values = np.ravel(self.tokenizer.decode_action(legal))
         return ", ".join(f"{v:.4g}" for v in values[:8]) + (", …" if len(values) > 8 else "")
 
     def _text(self, ids: np.ndarray, here: int | None) -> tuple[list[tuple[str, str]], str]:
         if self.text is None or not self.layout.text:
             return [], ""
-        ids = np.clip(ids, self.lowest[0], self.lowest[0] + self.sizes[0] - 1)
+        legal = np.clip(ids, self.lowest[0], self.lowest[0] + self.sizes[0] - 1)
+        ids = np.where(ids == legal, ids, self.text.padding)  # which decodes to nothing
         padding = self.text.padding if self.task.action else -1
         states = ["padding" if i == padding else "here" if n == here else "" for n, i in enumerate(ids)]
         return [(self.piece(int(i)), state) for i, state in zip(ids, states)], self.text.decode(ids)
@@ -309,7 +307,7 @@ class TaskView:
     def piece(self, id: int) -> str:
         """The text piece of a token."""
         assert self.text is not None
-        return self.text.processor.id_topiece(id - self.vocabulary.text.start)
+        return self.text.processor.id_to_piece(id - self.vocabulary.text.start)
 
     def _tokens(self, stored: np.ndarray, raws: dict[str, np.ndarray]) -> list[Token]:
         roles, legal, found = self.layout.roles, self._legal(stored), []

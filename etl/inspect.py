@@ -32,19 +32,23 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from etl.decoded import WIDTH, Dimension, InspectError, TaskView, Timestep, Token, share
+from etl.decoded import Dimension, InspectError, TaskView, Timestep, Token, share
 from etl.tokenizers.text import TextTokenizer
 from schemas.dataset import REJECTED_NAME, TEXT_MODEL_NAME
+from schemas.episode import FieldSpec
 from schemas.files import atomic_write
 from schemas.layout import PATCH_SIZE, ROLE_NAMES
 from shards.reader import Dataset
 
 TEMPLATE = Path(__file__).with_name("inspect.html")
+WIDTH = 128  # columns of a drawn distribution
 PANELS = 60  # dimensions drawn one by one; more of them become a heat map
 SHOWN_TASKS = 12  # on one page, where no task is named
 FIRST_LINES = 5  # of rejected.jsonl
 TOP_PIECES = 20
 INK, SOFT, ACCENT, WARN, GRID = "#24292f", "#59636e", "#3f72af", "#c0392b", "#e0a030"
+Facts = list[tuple[str, str]]  # what, in words
+
 
 @dataclass(frozen=True)
 class Options:
@@ -62,8 +66,8 @@ class Options:
     """FILE.html or FILE.png to write; results/inspect-NAME.html where not given."""
 
 
-def facts(view: TaskView, rejected: list[dict]) -> list[tuple[str, str]]:
-    """What the manifest says of the task, as (what, in words)."""
+def facts(view: TaskView, rejected: list[dict]) -> Facts:
+    """What the manifest says of the task, as (what, in words). `rejected`: all lines of rejected.jsonl."""
     s, layout, action, environment = view.summary, view.layout, view.task.action, view.task.environment
     whole = f"{s.episodes - s.cut_episodes:,} whole, {s.cut_episodes:,} cut by their log's end"
     counts = (layout.text, layout.patches, layout.observation, int(layout.action > 0), layout.action)
@@ -71,7 +75,7 @@ def facts(view: TaskView, rejected: list[dict]) -> list[tuple[str, str]]:
     fields = [f"{f.key}: {f.kind} {'x'.join(map(str, f.shape)) or 1}{_fitted(f)}" for f in view.tokenizer.fields]
     values = s.timesteps * sum(d.kind == "continuous" and d.role == "observation" for d in view.dimensions)
     actions = s.timesteps * (layout.action if action and action.kind == "continuous" else 0)
-    reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.most_common())
+    reasons = _reasons([line for line in rejected if line["task"] == view.task.name])
     found = [
         ("episodes", f"{s.episodes:,}: {whole}; {s.held_out_episodes:,} held out of training"),
         ("left out", f"{s.rejected_episodes:,} rejected{f' ({reasons})' if reasons else ''}, "
@@ -93,10 +97,17 @@ def facts(view: TaskView, rejected: list[dict]) -> list[tuple[str, str]]:
     return found + ([("texts cut", f"{s.cut_texts:,} at {layout.text} tokens")] if s.cut_texts else [])
 
 
+def heights(d: Dimension) -> np.ndarray:
+    """The distribution merged to at most WIDTH columns, as square roots of the share of the fullest."""
+    size = len(d.counts)
+    merged = d.counts if size <= WIDTH else np.add.reduceat(d.counts, np.arange(WIDTH) * size // WIDTH)
+    return np.sqrt(merged / max(1, merged.max()))
+
+
 def heat(dimensions: list[Dimension]) -> np.ndarray:
     """A row a dimension, WIDTH columns over its bins or choices, in [0, 1]."""
     places = np.arange(WIDTH)
-    return np.stack([h[places * len(h) // WIDTH] for h in (d.heights for d in dimensions)])
+    return np.stack([h[places * len(h) // WIDTH] for h in map(heights, dimensions)])
 
 
 def heat_picture(dimensions: list[Dimension]) -> np.ndarray:
@@ -118,31 +129,29 @@ def bars(heights: np.ndarray) -> str:
     return "".join(f"M{x} 100V{100 - 100 * h:.1f}h1V100Z" for x, h in enumerate(heights) if h > 0)
 
 
-def page(views: list[TaskView], steps: list[Timestep], about: list[dict], rejected: list[dict]) -> str:
-    """The HTML page, which loads nothing. `about`: name, summary and facts of every task."""
+def page(views: list[TaskView], steps: list[Timestep], words: list[Facts], rejected: list[dict]) -> str:
+    """The HTML page, which loads nothing. `words`: facts of every view; `steps`: of the first ones, shown in full."""
     templates = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    templates.filters.update(uri=picture_uri, bars=bars, heat=heat_picture, figure=_figure)
+    templates.filters.update(uri=picture_uri, bars=bars, heights=heights, heat=heat_picture, short=_short)
     shown = [
-        {"view": view, "step": step, "facts": next(a["facts"] for a in about if a["name"] == view.task.name),
-         "histogram": np.histogram(view.returns, min(30, max(1, len(view.returns)))) if len(view.returns) else None,
-         "pieces": _top_pieces(view)}
-        for view, step in zip(views, steps)
+        {"view": view, "step": step, "facts": own, "pieces": _top_pieces(view),
+         "histogram": np.histogram(view.returns, min(30, len(view.returns))) if len(view.returns) else None}
+        for view, step, own in zip(views, steps, words)
     ]  # fmt: skip
     return templates.from_string(TEMPLATE.read_text("utf-8")).render(
-        manifest=views[0].dataset.manifest, shown=shown, about=about, rejected=rejected, first=FIRST_LINES,
-        reasons=Counter(line["reason"] for line in rejected).most_common(), panels=PANELS, width=WIDTH,
-        patch=PATCH_SIZE,
+        manifest=views[0].dataset.manifest, views=views, shown=shown, rejected=rejected, first=FIRST_LINES,
+        reasons=_reasons(rejected), panels=PANELS, patch=PATCH_SIZE,
     )  # fmt: skip
 
 
 def _top_pieces(view: TaskView) -> list[tuple[str, int]]:
     order = np.argsort(-view.pieces, kind="stable")[:TOP_PIECES]
-    return [(view._piece(int(i) + view.vocabulary.text.start), int(view.pieces[i])) for i in order if view.pieces[i]]
+    return [(view.piece(int(i) + view.vocabulary.text.start), int(view.pieces[i])) for i in order if view.pieces[i]]
 
 
-def figure(view: TaskView, step: Timestep, facts: list[tuple[str, str]], name: str) -> Figure:
+def figure(view: TaskView, step: Timestep, words: Facts, name: str) -> Figure:
     """The same essentials as one picture: facts, the timestep, distributions, returns."""
     canvas = Figure(figsize=(16, 10.5), dpi=100, layout="constrained")
     FigureCanvasAgg(canvas)
@@ -150,10 +159,10 @@ def figure(view: TaskView, step: Timestep, facts: list[tuple[str, str]], name: s
     title = f"{name}: {view.task.name}, episode {step.episode}, timestep {step.number}"
     canvas.suptitle(title, fontsize=16, parse_math=False)
     halves: Any = canvas.subfigures(1, 2, width_ratios=(1, 1.15))
-    (words, returns), (upper, lower) = (half.subplots(2, 1, height_ratios=(1.5, 1)) for half in halves)
-    lines = [(line, INK) for what, value in facts + step.about for line in _wrapped(f"{what}: {value}", "    ")]
+    (margin, returns), (upper, lower) = (half.subplots(2, 1, height_ratios=(1.5, 1)) for half in halves)
+    lines = [(line, INK) for what, value in words + step.about for line in _wrapped(f"{what}: {value}", "    ")]
     colour = ACCENT if good else WARN
-    _write(words, [*((line, colour) for line in _wrapped(f"{'✓' if good else '✗'} {verdict}")), ("", INK), *lines])
+    _write(margin, [*((line, colour) for line in _wrapped(f"{'✓' if good else '✗'} {verdict}")), ("", INK), *lines])
     if len(view.returns):
         returns.hist(view.returns, min(30, len(view.returns)), color=ACCENT)
         returns.set(title="returns of whole episodes", xlabel="return", ylabel="episodes")
@@ -237,7 +246,8 @@ def _draw_bins(axes: Axes, view: TaskView) -> None:
     else:
         axes.imshow(heat(dimensions), aspect="auto", cmap="Blues", interpolation="nearest", vmin=0, vmax=1)
         step = -(-len(dimensions) // 24)
-        axes.set_yticks(range(0, len(dimensions), step), [d.name for d in dimensions[::step]], fontsize=8)
+        names = [d.name for d in dimensions[::step]]
+        axes.set_yticks(range(0, len(dimensions), step), names, fontsize=8, parse_math=False)
         axes.set_xticks([0, WIDTH // 2, WIDTH - 1], ["first bin", "middle", "last bin"])
         axes.set_title("bins of each dimension (shade: square root of the share of its fullest)", fontsize=10)
 
@@ -255,12 +265,9 @@ def inspect(options: Options, console: Console) -> Path:
     looked = views[: 1 if output.suffix.lower() == ".png" else SHOWN_TASKS]
     steps = [view.timestep(options.episode, options.timestep) for view in looked]
     rejected = [json.loads(line) for line in (dataset.folder / REJECTED_NAME).read_text("utf-8").splitlines()]
-    about: list[dict[str, Any]] = []
-    for view in views:
-        own = Counter(line["reason"] for line in rejected if line["task"] == view.task.name)
-        about.append({"name": view.task.name, "summary": view.summary, "facts": view.facts(own)})
-    for one in about:
-        console.print(_table(one["name"], one["facts"]))
+    words = [facts(view, rejected) for view in views]
+    for view, own in zip(views, words):
+        console.print(_table(view.task.name, own))
     _print_rejected(rejected, console)
     for view in looked:
         view.survey()
@@ -271,9 +278,9 @@ def inspect(options: Options, console: Console) -> Path:
             if output.suffix.lower() == ".png":
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "Glyph")  # texts hold letters that no installed font has
-                    figure(looked[0], steps[0], about[0]["facts"], manifest.name).savefig(file, format="png")
+                    figure(views[0], steps[0], words[0], manifest.name).savefig(file, format="png")
             else:
-                file.write(page(looked, steps, about, rejected).encode())
+                file.write(page(views, steps, words, rejected).encode())
     except OSError as error:
         raise InspectError(f"{output}: cannot be written ({error.strerror}); give another --output") from None
     if len(looked) < len(views):
@@ -291,21 +298,22 @@ def _chosen(options: Options, names: list[str]) -> list[int]:
     return [names.index(options.task)]
 
 
-def _table(name: str, facts: list[tuple[str, str]]) -> Table:
+def _table(name: str, words: Facts) -> Table:
     table = Table(title=Text(name, "bold"), title_justify="left", show_header=False)
-    for what, value in facts:
+    for what, value in words:
         table.add_row(Text(what, "cyan"), Text(value))
     return table
 
 
 def _print_rejected(rejected: list[dict], console: Console) -> None:
     if rejected:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(r["reason"] for r in rejected).most_common())
-        console.print(Text(f"{REJECTED_NAME}: {reasons}; first of {len(rejected)}:"), soft_wrap=True)
-        for line in rejected[:FIRST_LINES]:
-            console.print(
-                Text(f"  {line['file']}, {line['position']}: {line['reason']}: {line['detail']}"), soft_wrap=True
-            )
+        first = f"{REJECTED_NAME}: {_reasons(rejected)}; first of {len(rejected)}:"
+        lines = [f"  {r['file']}, {r['position']}: {r['reason']}: {r['detail']}" for r in rejected[:FIRST_LINES]]
+        console.print(Text("\n".join([first, *lines])), soft_wrap=True)
+
+
+def _reasons(rejected: list[dict]) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in Counter(line["reason"] for line in rejected).most_common())
 
 
 def _fitted(field: FieldSpec) -> str:
@@ -316,15 +324,11 @@ def _quantiles(returns: tuple[float, ...] | None) -> str:
     if returns is None:
         return "none"
     names = ("min", "25 %", "median", "75 %", "max")
-    return ", ".join(f"{name} {_figure(value)}" for name, value in zip(names, returns))
+    return ", ".join(f"{name} {_short(value)}" for name, value in zip(names, returns))
 
 
-def _figure(value: float) -> str:
+def _short(value: float) -> str:
     return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3g}"
-
-
-def _share(count: int, of: int) -> str:
-    return f"{count:,} of {of:,} ({100 * count / max(1, of):.3g} %)"
 
 
 def main() -> int:

@@ -12,6 +12,7 @@ Invariant: when `run` returns every shard of the plan has been written; when it 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import sys
 import tempfile
@@ -37,13 +38,13 @@ LOOK_SECONDS = (0.25, 2.0)  # between looks into a local folder, into a remote o
 
 
 class WriteShard(beam.DoFn):
-    """Plan item -> number of the shard written; everything else stays in the folder."""
+    """Plan item, as JSON -> number of the shard written; everything else stays in the folder."""
 
     def __init__(self, place: str):
         self.place = place
 
-    def process(self, item: Item) -> Iterator[int]:
-        yield write_shard(item, self.place)["number"]
+    def process(self, item: str) -> Iterator[int]:
+        yield write_shard(json.loads(item), self.place)["number"]
 
 
 def run(
@@ -96,7 +97,7 @@ def _write(plan: list[Item], folder: Folder, options: PipelineOptions) -> None:
     with beam.Pipeline(options=options) as pipeline:
         _ = (
             pipeline
-            | "plan" >> beam.Create(plan, reshuffle=False)
+            | "plan" >> beam.Create(list(map(json.dumps, plan)), reshuffle=False)  # Beam types nested values slowly
             | "spread" >> beam.Reshuffle()
             | "write" >> beam.ParDo(WriteShard(str(folder)))
         )

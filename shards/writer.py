@@ -40,7 +40,8 @@ class ShardWriter:
         self.temporary = folder.temporary(name)
         self.file = open(self.temporary, "wb")  # noqa: SIM115
         self.digest = hashlib.sha256()
-        self.offset = self.started = self.samples = self.timesteps = 0
+        self.offset = self.written = self.started = self.samples = self.timesteps = 0
+        self.waiting: list[bytes | memoryview] = []
 
     def add(self, key: str, timesteps: int, members: dict[str, np.ndarray], meta: dict) -> dict[str, int]:
         """Append one sample. Returns `{member}_offset` and `{member}_bytes` of every known member,
@@ -65,6 +66,7 @@ class ShardWriter:
     def close(self) -> Shard:
         """Finish the tar, make it durable, give it its final name."""
         self._write(b"\0" * (2 * BLOCK))
+        self._flush()
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
@@ -86,15 +88,24 @@ class ShardWriter:
         return start
 
     def _write(self, data: bytes | memoryview) -> None:
-        for start in range(0, len(data), PIECE):  # a piece is hashed while the cache still holds it
+        """Small parts are put together; large ones go piece by piece, hashed while the cache still holds them."""
+        self.offset += len(data)
+        self.waiting.append(data)
+        if self.offset - self.written >= PIECE:
+            self._flush()
+
+    def _flush(self) -> None:
+        data = memoryview(self.waiting[0] if len(self.waiting) == 1 else b"".join(self.waiting))
+        self.waiting = []
+        for start in range(0, len(data), PIECE):
             piece = data[start : start + PIECE]
             self.file.write(piece)
             self.digest.update(piece)
-        self.offset += len(data)
-        if self.offset - self.started >= AHEAD and hasattr(os, "posix_fadvise"):
+        self.written = self.offset
+        if self.written - self.started >= AHEAD and hasattr(os, "posix_fadvise"):
             # asks the disk to begin, so that `close` waits for the last bytes only
-            os.posix_fadvise(self.file.fileno(), self.started, self.offset - self.started, os.POSIX_FADV_DONTNEED)
-            self.started = self.offset
+            os.posix_fadvise(self.file.fileno(), self.started, self.written - self.started, os.POSIX_FADV_DONTNEED)
+            self.started = self.written
 
 
 def tar_header(name: str, size: int) -> bytes:

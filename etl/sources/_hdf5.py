@@ -40,6 +40,7 @@ BAND = 2**20  # bytes of rows read at once, at least one row of chunks
 WIDEST_BAND = 2**28
 ADDRESSES = 2**32  # bytes of address space of the child
 SECONDS, RATE, NODES = 20, 2**24, 100  # of the child: for a file, for its bytes, for what lies in it
+SLACK = 2**16  # bytes by which packing may have lengthened a chunk
 VALUES, VALUE_BYTES = 64, 2**24  # of variable length: so many are read at once, of so many bytes
 OWN_FILTERS = {h5z.FILTER_DEFLATE, h5z.FILTER_SHUFFLE}
 
@@ -153,6 +154,9 @@ class Rows:
     def __init__(self, dataset: h5py.Dataset):
         self.dataset, self.shape, self.dtype = dataset, dataset.shape, dataset.dtype
         self.filters = _own_filters(dataset)
+        if self.filters is not None:
+            self.chunks, self.chunk_bytes = dataset.chunks, math.prod(dataset.chunks) * self.dtype.itemsize
+            self.descriptor, self.places = dataset.file.id.get_vfd_handle(), _places(dataset)
         row = max(1, math.prod(self.shape[1:]) * self.dtype.itemsize)
         self.step = dataset.chunks[0] if self.filters is not None else 1
         self.band = self.step * max(1, BAND // (row * self.step))
@@ -184,7 +188,7 @@ class Rows:
         """Rows [start, stop); `start` is at the edge of a chunk."""
         if self.filters is None:
             return self.dataset[start:stop]
-        sides = self.dataset.chunks
+        sides = self.chunks
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
         for corner in np.ndindex(*(-(-n // side) for n, side in zip(out.shape, sides))):
             low = tuple(n * side for n, side in zip(corner, sides))
@@ -195,10 +199,13 @@ class Rows:
 
     def _chunk(self, at: tuple[int, ...]) -> np.ndarray | Any:
         """The chunk that begins there, or the value that fills it where it was never written."""
-        if self.dataset.id.get_chunk_info_by_coord(at).byte_offset is None:
+        where, packed, mask = self.places.get(at, (None, 0, 0))
+        if where is None:
             return self.dataset.fillvalue
-        mask, data = self.dataset.id.read_direct_chunk(at)
-        size = math.prod(self.dataset.chunks) * self.dtype.itemsize
+        size = self.chunk_bytes
+        if packed > size + SLACK:
+            raise ValueError(f"the chunk at {at} has {packed} bytes packed, {size} unpacked")
+        data = os.pread(self.descriptor, packed, where)
         for kind in reversed(self.filters or []):
             if mask == 0 and kind == h5z.FILTER_DEFLATE:
                 inflate = zlib_ng.decompressobj()
@@ -209,12 +216,23 @@ class Rows:
                 data = np.frombuffer(data, np.uint8).reshape(self.dtype.itemsize, -1).T.tobytes()
         if mask or len(data) != size:
             raise ValueError(f"the chunk at {at} has {len(data)} bytes, expected {size}")
-        return np.frombuffer(data, self.dtype).reshape(self.dataset.chunks)
+        return np.frombuffer(data, self.dtype).reshape(self.chunks)
+
+
+def _places(dataset: h5py.Dataset) -> dict[tuple[int, ...], tuple[int, int, int]]:
+    """Corner of each chunk -> where its bytes begin in the file, how many there are, which filters they skipped."""
+    found = {}
+
+    def note(chunk: h5d.StoreInfo) -> None:
+        found[chunk.chunk_offset] = chunk.byte_offset, chunk.size, chunk.filter_mask
+
+    dataset.id.chunk_iter(note)
+    return found
 
 
 def _own_filters(dataset: h5py.Dataset) -> list[int] | None:
     """Filters of the chunks that are unpacked here, in the order of writing; None where h5py reads the dataset."""
-    if dataset.chunks is None or dataset.dtype.hasobject:
+    if dataset.chunks is None or dataset.dtype.hasobject or dataset.file.userblock_size:
         return None
     plist = dataset.id.get_create_plist()
     filters = [plist.get_filter(n)[0] for n in range(plist.get_nfilters())]
@@ -246,8 +264,7 @@ def _touch_data(node: h5py.Dataset) -> None:
         if any(len(item) > VALUE_BYTES for value in values(node, len(node)) for item in np.atleast_1d(value)):
             raise MemoryError
     elif node.chunks is not None and _own_filters(node) is not None:
-        for corner in np.ndindex(*(-(-n // side) for n, side in zip(node.shape, node.chunks))):
-            node.id.get_chunk_info_by_coord(tuple(n * side for n, side in zip(corner, node.chunks)))
+        _places(node)
     elif node.chunks is not None:
         for start in range(0, len(node), node.chunks[0]):
             np.asarray(node[start : start + node.chunks[0]])

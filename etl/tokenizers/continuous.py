@@ -17,7 +17,12 @@ from schemas.vocabulary import Vocabulary, bin_centres
 def compand(x: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     """F(x) of the paper's appendix B, unclipped, float64, same shape."""
     x = np.asarray(x, np.float64)
-    return np.sign(x) * np.log(np.abs(x) * vocabulary.mu + 1.0) / np.log(vocabulary.scale * vocabulary.mu + 1.0)
+    y = np.abs(x, out=np.empty_like(x))
+    y *= vocabulary.mu
+    y += 1.0
+    np.log(y, out=y)
+    y /= np.log(vocabulary.scale * vocabulary.mu + 1.0)
+    return np.copysign(y, x, out=y)
 
 
 def expand(y: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
@@ -26,16 +31,22 @@ def expand(y: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     return np.sign(y) * np.expm1(np.abs(y) * np.log(vocabulary.scale * vocabulary.mu + 1.0)) / vocabulary.mu
 
 
-def to_bins(y: np.ndarray, bins: int) -> np.ndarray:
-    """Values (clipped to [-1, 1]) to uniform bins [0, bins), int64; 1 itself falls into the last bin."""
-    return np.minimum((np.clip(y, -1.0, 1.0) + 1.0) * (bins / 2), bins - 1).astype(np.int64)
-
-
 def encode_observation(x: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, int]:
     """Tokens uint16 of x's shape, and how many values lay beyond the mu-law's range and were clipped."""
     y = compand(x, vocabulary)
-    tokens = to_bins(y, vocabulary.bins) + vocabulary.observation_continuous.start
-    return tokens.astype(np.uint16), int(np.count_nonzero(np.abs(y) > 1.0))
+    return _tokens(y, vocabulary.bins, vocabulary.observation_continuous.start)
+
+
+def _tokens(y: np.ndarray, bins: int, start: int) -> tuple[np.ndarray, int]:
+    """Values float64, which it overwrites, to tokens of uniform bins over [-1, 1], and how many lay outside; 1 itself
+    falls into the last bin."""
+    y += 1.0
+    y *= bins / 2
+    clipped = int(np.count_nonzero((y < 0.0) | (y > bins)))
+    np.clip(y, 0.0, bins - 1, out=y)
+    tokens = y.astype(np.uint16)
+    tokens += np.uint16(start)
+    return tokens, clipped
 
 
 def decode_observation(tokens: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
@@ -46,10 +57,10 @@ def decode_observation(tokens: np.ndarray, vocabulary: Vocabulary) -> np.ndarray
 
 def encode_action(a: np.ndarray, low: float, high: float, vocabulary: Vocabulary) -> tuple[np.ndarray, int]:
     """Tokens uint16 of a's shape, and how many values lay outside [low, high] and were clipped."""
-    a = np.asarray(a, np.float64)
-    y = a if (low, high) == (-1.0, 1.0) else 2.0 * (a - low) / (high - low) - 1.0
-    tokens = to_bins(y, vocabulary.bins) + vocabulary.action_continuous.start
-    return tokens.astype(np.uint16), int(np.count_nonzero(np.abs(y) > 1.0))
+    y = np.array(a, np.float64)
+    if (low, high) != (-1.0, 1.0):
+        y = 2.0 * (y - low) / (high - low) - 1.0
+    return _tokens(y, vocabulary.bins, vocabulary.action_continuous.start)
 
 
 def decode_action(tokens: np.ndarray, low: float, high: float, vocabulary: Vocabulary) -> np.ndarray:

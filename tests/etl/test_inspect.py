@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from etl import inspect
-from etl.inspect import InspectError, Options, TaskView
+from etl import decoded, inspect
+from etl.decoded import InspectError, TaskView
+from etl.inspect import Options
 from schemas.dataset import MANIFEST_NAME
 from schemas.files import sha256_of
 from shards.reader import Dataset
@@ -104,8 +105,8 @@ def test_the_picture_equals_the_frame_over_piece_borders(pong, tmp_path):
 
 @pytest.mark.parametrize("sample", [200_000, 100])
 def test_counts_sum_up_and_equal_the_shards(hopper, sample, monkeypatch):
-    monkeypatch.setattr(inspect, "SAMPLE", sample)
-    monkeypatch.setattr(inspect, "BLOCK", 64)
+    monkeypatch.setattr(decoded, "SAMPLE", sample)
+    monkeypatch.setattr(decoded, "BLOCK", 64)
     dataset = Dataset(hopper)
     view = TaskView(dataset, 0, None)
     view.survey()
@@ -116,6 +117,18 @@ def test_counts_sum_up_and_equal_the_shards(hopper, sample, monkeypatch):
         assert d.total == len(stored)
         np.testing.assert_array_equal(d.counts, np.bincount(stored[:, d.column].astype(int) - d.start, minlength=1024))
         assert sum(d.ends) == pytest.approx(np.isin(stored[:, d.column] - d.start, (0, 1023)).mean())
+
+
+def test_the_drawn_bars_are_the_counts(pong, tmp_path):
+    page, _ = look(pong, tmp_path / "page.html")
+    dataset = Dataset(pong)
+    actions = np.concatenate([dataset.tokens(row) for row in range(len(dataset.index))])[:, -1].astype(int)
+    counts = np.bincount(actions - dataset.manifest.vocabulary.action_discrete.start)
+    (path,) = re.findall(r'<path class="action" [^>]*d="([^"]+)"', page)
+    drawn = {int(x): (100 - float(y)) / 100 for x, y in re.findall(r"M(\d+) 100V([\d.]+)h1V100Z", path)}
+    assert sorted(drawn) == np.flatnonzero(counts).tolist()
+    for choice, height in drawn.items():
+        assert height == pytest.approx(np.sqrt(counts[choice] / counts.max()), abs=6e-4)
 
 
 def test_every_table_agrees_with_the_manifest(hopper, pong, tmp_path):
@@ -177,6 +190,13 @@ def test_a_wrong_token_is_red(hopper, tmp_path, value, says):
     assert [t["column"] for t in tokens(page) if t["state"] == "wrong"] == [0]
     look(copy, tmp_path / "x.png", timestep=0)
     assert not [t for t in tokens(look(copy, tmp_path / "page.html", timestep=1)[0]) if t["state"]]
+
+
+def test_an_action_that_is_none_is_not_decoded(pong, tmp_path):
+    page, _ = look(damaged(pong, tmp_path / "copy", 40), tmp_path / "page.html", timestep=0)
+    none = "none: its tokens are no ids of actions"
+    assert f"<dt>action</dt><dd>{none}</dd>" in page and f'alt="Timestep 0: action {none}, reward' in page
+    assert page.count(none) == 3 and [t["Role"] for t in tokens(page) if t["state"] == "wrong"] == ["action"]
 
 
 def test_clipped_values_are_marked_and_counted(tmp_path):
