@@ -9,14 +9,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from etl import sources
+from benchmarks import etl
+from benchmarks.etl import pair as timed
 from eval.agent import AgentConfig, GatoAgent, best_demonstration
 from schemas.vocabulary import SEED
 from shards.reader import Dataset
@@ -29,43 +29,11 @@ REPEATS = 3
 
 
 def pair(name: str, first: Callable[[], object], second: Callable[[], object], unit: str, amount: float) -> None:
-    """Print `amount` / best time of both, and their ratio."""
-    best = [float("inf"), float("inf")]
-    for _ in range(REPEATS):
-        for n, work in enumerate((first, second)):
-            begun = time.perf_counter()
-            work()
-            best[n] = min(best[n], time.perf_counter() - begun)
-    print(
-        f"{name}: {amount / best[0]:,.1f} against {amount / best[1]:,.1f} {unit}, ratio {best[1] / best[0]:.2f}",
-        flush=True,
-    )
+    timed(name, first, second, unit, amount, REPEATS)
 
 
 def command(*arguments: str | Path) -> None:
     subprocess.run([sys.executable, "-m", *map(str, arguments)], check=True, capture_output=True)
-
-
-def bench_build(folder: Path) -> None:
-    """The build command against a loop that only reads the episodes and writes as many bytes, one core each."""
-    source = sources.load("d4rl")
-    scan = source.scan(source.resolve(folder / "d4rl", None, folder), sources.ScanOptions())[0]
-    size = sum(path.stat().st_size for path in (folder / "shards").glob("shard-*.tar"))
-
-    def floor() -> None:
-        assert scan.task is not None
-        episodes = list(source.read(scan.task, scan.episodes))
-        (folder / "floor").write_bytes(bytes(size))
-        assert episodes
-
-    def build() -> None:
-        from etl.pipeline import BuildConfig, make_plan, write_shard
-
-        for item in make_plan("d4rl", [scan], BuildConfig()):
-            write_shard(item, Path(tempfile.mkdtemp(dir=folder)))
-
-    steps = sum(ref.timesteps for ref in scan.episodes)
-    pair("etl: tokenize and write shards / read and write only", build, floor, "timesteps/s", steps)
 
 
 def bench_stream(folder: Path, name: str) -> None:
@@ -129,7 +97,7 @@ def main() -> None:
         command("etl.record", "-e", "ALE/Breakout-v5", "--steps", "2000", "-o", folder / "dqn")
         command("etl.build", "--source", "d4rl", "-i", folder / "d4rl", "-o", folder / "shards")
         command("etl.build", "--source", "atari", "-i", folder / "dqn", "-o", folder / "atari")
-        bench_build(folder)
+        etl.run(folder / "etl")
         bench_stream(folder, "shards")
         bench_stream(folder, "atari")
         bench_loss(folder)

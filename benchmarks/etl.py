@@ -51,7 +51,7 @@ def pair(
             begun = time.perf_counter()
             work()
             best[n] = min(best[n], time.perf_counter() - begun)
-    rates = f"{amount / best[0]:,.0f} against {amount / best[1]:,.0f} {unit}"
+    rates = f"{amount / best[0]:,.4g} against {amount / best[1]:,.4g} {unit}"
     print(f"{name}: {rates}, ratio {best[1] / best[0]:.2f}", flush=True)
     return best[0], best[1]
 

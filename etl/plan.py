@@ -72,7 +72,7 @@ def make_plan(
                         "config": asdict(config),
                         "text_model": text_model if layout_of(scan.task).text else None,
                         "first_episode": int(first),
-                        "refs": [asdict(r) for r in refs],
+                        "refs": [vars(r) for r in refs],
                         "stamps": [[str(part), *_stamp(part)] for part in parts],
                         "origins": {str(p): origins[str(p)] for p in parts if origins and str(p) in origins},
                     }

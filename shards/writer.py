@@ -80,11 +80,10 @@ class ShardWriter:
 
     def _member(self, name: str, head: bytes, body: memoryview) -> int:
         size = len(head) + len(body)
-        self._write(tar_header(name, size))
-        start = self.offset
-        self._write(head)
+        start = self.offset + BLOCK
+        self._write(tar_header(name, size) + head)
         self._write(body)
-        self._write(b"\0" * (-size % BLOCK))
+        self._write(bytes(-size % BLOCK))
         return start
 
     def _write(self, data: bytes | memoryview) -> None:

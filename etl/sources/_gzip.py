@@ -9,10 +9,11 @@ depend on the file's size but for one mark every MARK bytes.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from zlib_ng import zlib_ng as zlib
 
-DAMAGE = (OSError, EOFError, zlib.error)  # what reading raises
+DAMAGE: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)  # type: ignore[assignment]  # its stub errs
 CHUNK = 2**16  # compressed bytes a read
 PIECE = 2**20  # decompressed bytes a step of skipping
 MARK = 2**26
@@ -26,7 +27,7 @@ class Gunzip:
         self.file = open(path, "rb")  # noqa: SIM115
         self.position = 0
         self.pending = b""
-        self.inflate = zlib.decompressobj(31)
+        self.inflate: Any = zlib.decompressobj(31)
         self.ended = False
         # decompressed position, compressed position, state, bytes read but not consumed
         self.marks = [(0, 0, self.inflate.copy(), b"")]

@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ from schemas.episode import EpisodeError
 
 AGAIN = "download or record the file again"
 # What h5py, numpy and zlib raise for bytes that make no sense.
-DAMAGE = (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError)
-DAMAGE += (MemoryError, zlib_ng.error)
+DAMAGE: tuple[type[Exception], ...] = (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError)
+DAMAGE += (RuntimeError, ArithmeticError, MemoryError, zlib_ng.error)  # type: ignore[operator]  # its stub errs
 DEFLATE_RATIO = 1100  # gzip packs 1032 times at best
 BAND = 2**20  # bytes of rows read at once, at least one row of chunks
 WIDEST_BAND = 2**28
@@ -188,13 +189,12 @@ class Rows:
         """Rows [start, stop); `start` is at the edge of a chunk."""
         if self.filters is None:
             return self.dataset[start:stop]
-        sides = self.chunks
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        for corner in np.ndindex(*(-(-n // side) for n, side in zip(out.shape, sides))):
-            low = tuple(n * side for n, side in zip(corner, sides))
-            part = out[tuple(slice(at, at + side) for at, side in zip(low, sides))]
+        for low in product(*(range(0, n, side) for n, side in zip(out.shape, self.chunks))):
             chunk = self._chunk((start + low[0], *low[1:]))
-            part[...] = chunk[tuple(slice(n) for n in part.shape)] if isinstance(chunk, np.ndarray) else chunk
+            part = out[tuple(slice(at, at + side) for at, side in zip(low, self.chunks))]
+            whole = not isinstance(chunk, np.ndarray) or chunk.shape == part.shape
+            part[...] = chunk if whole else chunk[tuple(map(slice, part.shape))]
         return out
 
     def _chunk(self, at: tuple[int, ...]) -> np.ndarray | Any:

@@ -154,7 +154,7 @@ class _Log:
         return name.decode() if isinstance(name, bytes) else name if isinstance(name, str) else None
 
     def _checked(self) -> dict[str, Rows]:
-        arrays = {}
+        arrays: dict[str, Rows] = {}
         for key in (*REQUIRED, "timeouts", GOAL):
             dataset = _hdf5.dataset(self.file, *key.split("/"))
             if dataset is None and key in REQUIRED:

@@ -36,9 +36,9 @@ def encode(frames: np.ndarray, size: tuple[int, int], fit: str) -> np.ndarray:
 def resize(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(T, H, W, C) uint8 -> (T, *size, C) uint8; C is 1 or 3."""
     _, H, W, C = frames.shape
-    if (H, W) == tuple(size):
+    if tuple(size) == (H, W):
         return frames
-    if H > 2 * size[0] or W > 2 * size[1]:
+    if 2 * size[0] < H or 2 * size[1] < W:
         return _antialiased(frames, size)
     block = _block(H, W, C, *size)
     return _fast(frames, size, block) if block else bilinear(frames, size)
