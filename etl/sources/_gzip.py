@@ -13,7 +13,7 @@ from typing import Any
 
 from zlib_ng import zlib_ng as zlib
 
-DAMAGE: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)  # type: ignore[assignment]  # its stub errs
+DAMAGE: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
 CHUNK = 2**16  # compressed bytes a read
 PIECE = 2**20  # decompressed bytes a step of skipping
 MARK = 2**26

@@ -42,7 +42,7 @@ TEXT_BYTES = 4096  # of one timestep
 SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Text)
 AGAIN = "download or record the dataset again"
 # What h5py, Pillow, json and numpy raise for bytes that make no sense.
-DAMAGE = (*_hdf5.DAMAGE, AssertionError, SyntaxError, Image.DecompressionBombError)
+DAMAGE: tuple[type[Exception], ...] = (*_hdf5.DAMAGE, AssertionError, SyntaxError, Image.DecompressionBombError)
 _ID = re.compile(r"(?:[\w-]+/)*[\w-]+")
 
 

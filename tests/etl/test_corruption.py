@@ -48,7 +48,7 @@ def episodes(dataset):
         assert key not in found and about["start"] == 0
         raw = [None if a is None else a.tobytes() for a in (dataset.observation(row), dataset.action(row))]
         patches = dataset.patches(row).tobytes() if about["patches_offset"] >= 0 else b""
-        kept = ("timesteps", "episode_timesteps", "episode_return", "terminated", "truncated", "held_out")
+        kept = ("timesteps", "episode_timesteps", "episode_return", "terminated", "truncated")
         arrays = (dataset.tokens(row).tobytes(), dataset.reward(row).tobytes(), patches, *raw)
         found[key] = (*(about[name] for name in kept), *arrays)
     return found
@@ -84,9 +84,8 @@ def check(before, after, expected):
         assert summary.tokens == timesteps * after.layouts[ordinals[0]].length
         if all(line["position"] != WHOLE for line in own):
             assert summary.episodes + summary.rejected_episodes == task.episodes
-    assert sum(task.timesteps for task in after.manifest.tasks) == sum(shard.samples and shard.timesteps for shard in
-                                                                      after.manifest.shards)  # fmt: skip
-    assert len(new) == after.index.num_rows == sum(shard.samples for shard in after.manifest.shards)
+    assert sum(summary.timesteps for summary in summaries.values()) == sum(s.timesteps for s in after.manifest.shards)
+    assert len(new) == after.index.num_rows == sum(s.samples for s in after.manifest.shards)
     assert len(new) + len(lost) == len(old) == before.index.num_rows
 
 
@@ -99,17 +98,14 @@ def minari_log(folder, count=EPISODES):
         ended = [False] * (T - 1) + [True]
         buffers.append(
             EpisodeBuffer(
-                observations={
-                    "place": list(rng.normal(size=(T + 1, 3)).astype(np.float32)),
-                    "room": list(rng.integers(0, 4, T + 1)),
-                },
+                observations=list(rng.normal(size=(T + 1, 3)).astype(np.float32)),
                 actions=list(rng.integers(0, ACTIONS, T)),
                 rewards=list(rng.normal(size=T)),
                 terminations=ended if number % 2 else [False] * T,
                 truncations=[False] * T if number % 2 else ended,
             )
         )
-    space = spaces.Dict({"place": spaces.Box(-9, 9, (3,), np.float32), "room": spaces.Discrete(4)})
+    space = spaces.Box(-9, 9, (3,), np.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(folder))
         minari.create_dataset_from_buffers(
@@ -135,13 +131,13 @@ def poison(group, key, value):
 
 def truncate(group):
     """Packed with gzip, as h5repack does it, and the second half of its bytes lost."""
-    node = put(group, "observations/place", group["observations/place"][()], chunks=(8, 3), compression="gzip")
+    node = put(group, "observations", group["observations"][()], chunks=(8, 3), compression="gzip")
     mask, packed = node.id.read_direct_chunk((0, 0))
     node.id.write_direct_chunk((0, 0), packed[: len(packed) // 2], mask)
 
 
 def empty(group):
-    for key in ("observations/place", "observations/room", "actions", "rewards", "terminations", "truncations"):
+    for key in ("observations", "actions", "rewards", "terminations", "truncations"):
         group[key].resize(0, axis=0)
 
 
@@ -155,7 +151,7 @@ def duplicate(group):
 
 DAMAGE = {
     "truncated": (truncate, "corrupt HDF5", "does not end"),
-    "NaN": (lambda g: poison(g, "observations/place", np.nan), "not finite", "place"),
+    "NaN": (lambda g: poison(g, "observations", np.nan), "not finite", "observation"),
     "infinite": (lambda g: poison(g, "rewards", -np.inf), "not finite", "reward"),
     "wrong dtype": (lambda g: put(g, "actions", g["actions"][()] / 2), "wrong dtype", "actions"),
     "wrong length": (lambda g: g["terminations"].resize(len(g["rewards"]) - 1, axis=0), "wrong length", "terminations"),
@@ -163,18 +159,6 @@ DAMAGE = {
     "empty": (empty, "empty", "no row"),
     "duplicated": (duplicate, "duplicate", "a copy of episode"),
 }
-
-
-@pytest.fixture(scope="module")
-def log(tmp_path_factory):
-    return minari_log(tmp_path_factory.mktemp("minari"))
-
-
-@pytest.fixture(scope="module")
-def undamaged(log, tmp_path_factory):
-    dataset = build_here("minari", log, tmp_path_factory.mktemp("undamaged") / "d")
-    assert dataset.manifest.tasks[0].episodes == EPISODES and len(dataset.manifest.shards) > 10
-    return dataset
 
 
 def damaged(log, folder, places):
@@ -186,16 +170,23 @@ def damaged(log, folder, places):
     return folder / log.name
 
 
-@pytest.mark.parametrize("places", [[0, 799, 100, 101, 102, 400, 650, 300], [799, 798, 797, 796, 795, 794, 793, 792]])
-def test_one_percent_of_episodes_damaged_in_eight_ways(log, undamaged, tmp_path, places):
-    after = build_here("minari", damaged(log, tmp_path / "data", places), tmp_path / "d")
+def held_out(dataset):
+    return {n for n, held in zip(dataset.column("position"), dataset.column("held_out")) if held}
+
+
+def test_one_percent_of_episodes_damaged_in_eight_ways(tmp_path):
+    log = minari_log(tmp_path / "log")
+    undamaged = build_here("minari", log, tmp_path / "a")
+    places = [0, 799, 100, 101, 102, 400, 650, 300]
+    after = build_here("minari", damaged(log, tmp_path / "data", places), tmp_path / "b")
     expected = {(MINARI, n): reason for n, (_, reason, _) in zip(places, DAMAGE.values(), strict=True)}
-    assert len(expected) * 100 == EPISODES
+    assert len(expected) * 100 == EPISODES and len(undamaged.manifest.shards) > 10
     check(undamaged, after, expected)
     lines = rejections(after)
     for n, (_, _, word) in zip(places, DAMAGE.values(), strict=True):
         assert word in lines[MINARI, n]["detail"]
     assert lines[MINARI, places[-1]]["detail"].startswith(f"a copy of episode {places[-1] - 1} ")
+    assert held_out(after) == held_out(undamaged) - set(places)
     counted = json.loads((log.parent / "metadata.json").read_text())
     (task,) = after.manifest.tasks
     assert task.episodes + task.rejected_episodes == counted["total_episodes"] == EPISODES
