@@ -34,6 +34,7 @@ from shards.folder import Folder
 from shards.writer import shard_name
 
 ATTEMPTS = 3  # of a build whose own worker processes die
+BEAM_THREADS = ("run_worker", "wait_until_finish_read")
 LOOK_SECONDS = (0.25, 2.0)  # between looks into a local folder, into a remote one
 
 
@@ -144,8 +145,8 @@ def _stderr_into(log: Path, redirect: bool) -> Iterator[None]:
 
 
 def _quiet(about: threading.ExceptHookArgs) -> None:
-    """Beam's thread that waits for a worker prints a traceback when it was killed: the watch says it in a line."""
-    if about.thread is None or "run_worker" not in about.thread.name:
+    """Beam's threads that wait for a worker print a traceback when it was killed: the watch says it in a line."""
+    if about.thread is None or not any(name in about.thread.name for name in BEAM_THREADS):
         threading.__excepthook__(about)
 
 

@@ -11,6 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside `path` that no other writer has, on this machine or another one."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{uuid4().hex[:8]}.tmp")
 
 
 @contextmanager
@@ -18,7 +24,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file that becomes `path` when the block ends without an exception."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             yield file

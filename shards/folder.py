@@ -18,7 +18,7 @@ from pathlib import Path
 import fsspec
 
 from schemas.dataset import DatasetError
-from schemas.files import atomic_write, sha256_of, sync_folder
+from schemas.files import atomic_write, sha256_of, sync_folder, temporary_name
 
 
 def is_url(place: str | Path) -> bool:
@@ -54,7 +54,7 @@ class Folder:
         """A local file name to write `name` under, before `publish`."""
         base = self.local or Path(tempfile.gettempdir())
         base.mkdir(parents=True, exist_ok=True)
-        return base / f".{name}.{os.getpid()}.tmp"
+        return temporary_name(base / name)
 
     def publish(self, temporary: Path, name: str) -> None:
         """Give a finished and flushed local file its name here; the temporary one is gone after it."""

@@ -383,5 +383,5 @@ def test_checkpoints_damaged_in_every_way_beside_good_ones(tmp_path):
     behind = [n for n, start in enumerate(atari_starts()) if start + ATARI_LENGTHS[n] > rows]
     assert 3 < len(behind) < 7
     expected |= {(action_name(0), n): "corrupt gzip" for n in behind}
-    after = build_here("atari", bad, tmp_path / "b", megabytes=0.3)
+    after = build_here("atari", bad, tmp_path / "b", megabytes=0.3, share=0.5)
     check(before, after, expected)

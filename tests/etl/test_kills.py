@@ -68,7 +68,7 @@ def worker_at_work(output, deadline):
     """The process that writes a shard this moment: temporary names hold the process id."""
     while time.monotonic() < deadline:
         for path in output.glob(".shard-*.tmp"):
-            return int(path.name.split(".")[-2])
+            return int(path.name.split(".")[-3])
         time.sleep(0.001)
     return None
 
