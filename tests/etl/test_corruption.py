@@ -385,3 +385,14 @@ def test_checkpoints_damaged_in_every_way_beside_good_ones(tmp_path):
     expected |= {(action_name(0), n): "corrupt gzip" for n in behind}
     after = build_here("atari", bad, tmp_path / "b", megabytes=0.3, share=0.5)
     check(before, after, expected)
+
+
+def test_episodes_in_front_of_a_cut_are_kept_after_those_behind_it_were_asked_for(tmp_path):
+    """The search for copies reads every episode of one length and return first, those behind the cut too."""
+    before = build_here("atari", atari_files(tmp_path / "good", [0]), tmp_path / "a")
+    bad = shutil.copytree(tmp_path / "good", tmp_path / "bad")
+    change_bytes("observation", 0.6)(bad, 0)
+    rows = rows_left(array_of(bad, 0, "observation"), 84 * 84)
+    behind = [n for n, start in enumerate(atari_starts()) if start + ATARI_LENGTHS[n] > rows]
+    after = build_here("atari", bad, tmp_path / "b", share=1.0)
+    check(before, after, {(action_name(0), n): "corrupt gzip" for n in behind})

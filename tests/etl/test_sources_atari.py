@@ -10,6 +10,9 @@ import pytest
 from etl import sources
 from etl.sources import Rejection, ScanOptions, SourceError
 from etl.sources.atari import SOURCE
+from etl.tokenizers import image
+from etl.tokenizers.timestep import TimestepTokenizer
+from schemas.vocabulary import by_name
 
 OPTIONS = ScanOptions()
 
@@ -127,6 +130,38 @@ def test_a_buffer_filled_exactly_and_one_without_a_count_are_whole(run):
     for path in run.glob("add_count*"):
         path.unlink()
     assert len(scan(run)[0].episodes) == 6
+
+
+def test_the_invalid_range_gives_the_write_position_where_the_count_is_missing(run):
+    write(run, stale=4)
+    (run / "add_count_ckpt.0.gz").unlink()
+    assert [e.timesteps for e in read(run)] == [6, 4, 3]
+    (result,) = scan(run)
+    assert [(r.reason, r.row) for r in result.rejected] == [("stale rows", 22)]
+
+
+@pytest.mark.parametrize("frames, size", [("80x64", (64, 80)), ("padded", (96, 96))])
+def test_frames_are_brought_to_whole_patches(run, frames, size):
+    (first, _, _), *_ = write(run)
+    (result,) = scan(run, ScanOptions(frames=frames))
+    (field,) = result.task.observation
+    assert (field.shape, field.resized) == ((84, 84, 1), size)
+    patches = TimestepTokenizer(result.task, by_name("seed")).encode_observation({"frame": first[..., None]}).patches
+    back = image.from_patches(patches, size[0] // 16, size[1] // 16)[..., 0]
+    expected = image.resize(first[..., None], size)[..., 0] if frames == "80x64" else np.zeros((6, 96, 96), np.uint8)
+    if frames == "padded":
+        expected[:, :84, :84] = first
+    np.testing.assert_array_equal(back, expected)
+
+
+def test_rgb_logs(run):
+    frames = np.random.default_rng(0).integers(1, 255, (23, 210, 160, 3), dtype=np.uint8)
+    write(run, observation=frames)
+    (result,) = scan(run)
+    assert (result.task.observation[0].shape, result.task.observation[0].resized) == ((210, 160, 3), (64, 80))
+    episodes = read(run)
+    assert [e.observation["frame"].shape for e in episodes] == [(n, 210, 160, 3) for n in (9, 7, 6)]  # none is padding
+    np.testing.assert_array_equal(episodes[1].observation["frame"], frames[9:16])
 
 
 def test_the_time_limit_truncates(run):

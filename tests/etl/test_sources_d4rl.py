@@ -141,6 +141,28 @@ def test_names_and_environments(tmp_path):
     assert unknown.environment is None and unknown.score is None and unknown.max_episode_steps == 9
 
 
+def test_a_mazes_goal_is_a_field_of_its_own(tmp_path):
+    goals = np.arange(40, dtype=np.float32).reshape(20, 2)
+    path = write(tmp_path / "log.hdf5", **{"infos/goal": goals, "infos/qpos": goals})
+    assert [(f.key, f.shape) for f in scan(path).task.observation] == [("goal", (2,)), ("observation", (3,))]
+    np.testing.assert_array_equal(read(path)[1].observation["goal"], goals[9:16])
+
+
+def test_flags_may_be_floats_and_columns(tmp_path):
+    ends = np.isin(np.arange(20), (8, 15)).astype(np.float32)
+    path = write(tmp_path / "log.hdf5", terminals=ends[:, None], rewards=np.ones((20, 1), np.float64))
+    assert [(e.row, e.timesteps, e.terminated) for e in read(path)] == [(0, 9, True), (9, 7, True), (16, 4, False)]
+
+
+def test_known_datasets_and_what_is_cached(tmp_path):
+    (tmp_path / "d4rl").mkdir()
+    cached = tmp_path / "d4rl" / "hopper_medium-v2.hdf5"
+    cached.touch()
+    known = {one.id: one for one in SOURCE.known(tmp_path)}
+    assert len(known) == 155 and [one.id for one in known.values() if one.cached] == ["hopper-medium-v2"]
+    assert known["hopper-medium-v2"].cached == cached and known["hopper-medium-v2"].where.endswith(cached.name)
+
+
 def test_one_bad_episode_leaves_the_others(tmp_path):
     observations = np.zeros((20, 3), np.float32)
     observations[10, 1] = np.nan

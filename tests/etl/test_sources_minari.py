@@ -446,7 +446,7 @@ def fuzzed(tmp_path_factory):
     return path, path.read_bytes()
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_to_the_bytes_is_a_clear_rejection(fuzzed, data):
     path, whole = fuzzed
@@ -463,7 +463,7 @@ def test_any_damage_to_the_bytes_is_a_clear_rejection(fuzzed, data):
         assert line.reason and line.detail and "\n" not in line.detail
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_to_the_metadata_is_a_clear_rejection(fuzzed, data):
     path, whole = fuzzed

@@ -93,3 +93,51 @@ def test_fields_are_ordered_by_key_and_actions_decode():
     assert encoded.tokens.tolist() == [[slow_observation(0.5), slow_observation(-2.0), 32007]]
     assert tokenizer.action_ids == IdRange(33024, 4)
     assert tokenizer.decode_action(np.array([[33026]])).tolist() == [2]
+
+
+SIZES = [((84, 84, 1), (64, 80)), ((72, 90, 3), (64, 80)), ((64, 64, 3), (96, 96)), ((100, 120, 1), (96, 128))]
+
+
+@pytest.mark.parametrize("shape, size", SIZES)
+def test_resizing_is_the_slow_reference(shape, size):
+    frames = np.random.default_rng(0).integers(0, 256, (image.BLOCK + 5, *shape), np.uint8)
+    np.testing.assert_array_equal(image.resize(frames, size), image.bilinear(frames, size))
+    assert image._block(*shape, *size) > 0, "the fast path is not taken at all"
+
+
+def test_another_opencv_would_not_change_the_bytes(monkeypatch):
+    frames = np.random.default_rng(0).integers(0, 256, (3, 84, 84, 1), np.uint8)
+    expected = image.resize(frames, (64, 80))
+    resize = image.cv2.resize
+
+    def brighter(source, size, dst, interpolation):
+        resize(source, size, dst=dst, interpolation=interpolation)
+        dst += 1
+
+    monkeypatch.setattr(image.cv2, "resize", brighter)
+    image._block.cache_clear()
+    try:
+        np.testing.assert_array_equal(image.resize(frames, (64, 80)), expected)
+    finally:
+        image._block.cache_clear()
+
+
+@pytest.mark.parametrize("row, column", [(r, c) for r in (0, 1, 41, 82, 83) for c in (0, 40, 83)])
+def test_every_pixel_of_a_small_frame_counts(row, column):
+    frames = np.zeros((1, 84, 84, 1), np.uint8)
+    frames[0, row, column] = 255
+    assert image.resize(frames, (64, 80)).max() > 60
+
+
+def test_large_frames_are_averaged():
+    frames = np.zeros((1, 210, 160, 3), np.uint8)
+    frames[0, :, ::2] = 200
+    assert image.resize(frames, (64, 80)).std() < 20  # two neighbours alone would show stripes
+
+
+@pytest.mark.parametrize("fit", ["resize", "pad"])
+def test_patches_are_those_of_whole_frames(fit):
+    frames = np.random.default_rng(0).integers(0, 256, (2 * image.BLOCK + 1, 84, 84, 1), np.uint8)
+    size = (96, 96) if fit == "pad" else (64, 80)
+    whole = image.pad(frames, size) if fit == "pad" else image.resize(frames, size)
+    np.testing.assert_array_equal(image.encode(frames, size, fit), image.to_patches(whole))
