@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -130,3 +130,13 @@ def read(source: Source, task: TaskSpec, refs: Sequence[EpisodeRef]) -> Iterator
             yield found
         except EpisodeError as error:
             yield Rejection(task.name, found.file, ref.position, ref.start, error.reason, error.detail)
+
+
+def by_task(files: Iterable[Path], name_of: Callable[[Path], str]) -> dict[str, Path]:
+    """Files that are a task each, by their sorted names. SourceError where two have one name."""
+    named: dict[str, Path] = {}
+    for path in sorted(map(Path, files)):
+        other = named.setdefault(name_of(path), path)
+        if other is not path:
+            raise SourceError(f"{other} and {path} are both dataset '{name_of(path)}'; rename one or leave it out")
+    return dict(sorted(named.items()))

@@ -23,7 +23,7 @@ import h5py
 import numpy as np
 
 from etl.download import fetch
-from etl.sources import EpisodeRef, Known, Rejection, ScanOptions, SourceError, TaskScan, _catalogue, _hdf5
+from etl.sources import EpisodeRef, Known, Rejection, ScanOptions, SourceError, TaskScan, _catalogue, _hdf5, by_task
 from etl.sources._hdf5 import AGAIN, Rows, damage
 from schemas.episode import ActionSpec, EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, TaskSpec
 
@@ -66,18 +66,13 @@ class D4RL:
 
     def scan(self, files: list[Path], options: ScanOptions) -> list[TaskScan]:
         """One TaskScan a file, by task name. SourceError where two files have one name."""
-        named: dict[str, Path] = {}
-        for path in sorted(map(Path, files)):
-            name = task_name(path)
-            if name in named:
-                raise SourceError(f"{named[name]} and {path} are both dataset '{name}'; rename one or leave it out")
-            named[name] = path
+        named = by_task(files, task_name)
         wrong = _hdf5.tried(named.values())
         return [
             TaskScan(None, (), (_rejection(name, EpisodeRef(str(path), -1, 0, 0), wrong[path]),))
             if path in wrong
             else _scan_file(name, path, options)
-            for name, path in sorted(named.items())
+            for name, path in named.items()
         ]
 
     def parts(self, file: str) -> list[Path]:

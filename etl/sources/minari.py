@@ -33,7 +33,7 @@ import numpy as np
 from gymnasium import spaces
 from minari.dataset.minari_storage import is_image_space
 
-from etl.sources import EpisodeRef, Known, Rejection, ScanOptions, SourceError, TaskScan, _catalogue, _hdf5
+from etl.sources import EpisodeRef, Known, Rejection, ScanOptions, SourceError, TaskScan, _catalogue, _hdf5, by_task
 from etl.sources import _minari as disk
 from etl.sources._minari import AGAIN, DATA, METADATA, TIMESTEP_VALUES, Leaf, damage
 from schemas.episode import ActionSpec, EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, ScoreReference, TaskSpec
@@ -76,14 +76,9 @@ class Minari:
 
     def scan(self, files: list[Path], options: ScanOptions) -> list[TaskScan]:
         """One TaskScan a dataset, by task name. SourceError where two datasets have one name."""
-        named: dict[str, Path] = {}
-        for path in sorted(map(Path, files)):
-            name = task_name(path)
-            if name in named:
-                raise SourceError(f"{named[name]} and {path} are both dataset '{name}'; leave one out")
-            named[name] = path
+        named = by_task(files, task_name)
         wrong = _hdf5.tried(named.values())
-        return [self._scan_dataset(name, path, wrong.get(path), options) for name, path in sorted(named.items())]
+        return [self._scan_dataset(name, path, wrong.get(path), options) for name, path in named.items()]
 
     def parts(self, file: str) -> list[Path]:
         """The HDF5 file and its metadata."""
