@@ -33,7 +33,7 @@ from schemas.files import atomic_write
 
 SHARED = "GATO_SHARED_DATA"
 REPEATS = 4
-TIMESTEPS = {"d4rl": 1_000_000, "atari": 72_000}  # so many at least, so that what a build costs once shows as little
+TIMESTEPS = {"d4rl": 4_000_000, "atari": 240_000}  # so many at least: two D4RL bodies, one game
 FOLDERS = {"d4rl": "d4rl", "atari": "dqn_replay"}
 BLOCK = 2**20
 LONG_SECONDS = 15.0  # one process works so long where two are compared with it

@@ -80,7 +80,11 @@ def gather(
         columns["shard"] += [number] * count
         for column, values in record["rows"].items():
             columns[column] += values
-    columns["held_out"] = _held_out(columns, used, config.held_out_share)
+    firsts: list[list[int]] = [[] for _ in used]
+    for row, (task, start) in enumerate(zip(columns["task"], columns["start"])):
+        if start == 0:
+            firsts[task].append(row)
+    columns["held_out"] = _held_out(columns, used, firsts, config.held_out_share)
     vocabulary = by_name(config.vocabulary)
     manifest = Manifest(
         schema="gato.dataset",
@@ -89,7 +93,9 @@ def gather(
         vocabulary=vocabulary,
         vocabulary_fingerprint=vocabulary.fingerprint,
         text_model=_text_model(plan, text),
-        tasks=tuple(_summary(specs[t], n, columns, records, rejected, filtered[t]) for n, t in enumerate(used)),
+        tasks=tuple(
+            _summary(specs[t], first, columns, records, rejected, filtered[t]) for t, first in zip(used, firsts)
+        ),
         shards=tuple(Shard(**record["shard"]) for record in records),
         index=write_index(folder, columns),
         rejected=rejected_digest,
@@ -117,30 +123,27 @@ def _first(rejected: list[dict]) -> str:
     return f"first of {len(rejected)} rejections: {first['file']}: {first['reason']}: {first['detail']}"
 
 
-def _held_out(columns: dict[str, list], tasks: list[str], share: float) -> list[bool]:
-    """By a hash of task and place in the source, so that adding data moves no episode between splits."""
-    marks: dict[tuple[int, int], int] = {}
-    for task, episode, file, position in zip(*(columns[n] for n in ("task", "episode", "file", "position"))):
-        text = f"{tasks[task]}/{file}/{position}"
-        marks[task, episode] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-    chosen = {key for key, mark in marks.items() if mark < share * 2**64}
-    for task in range(len(tasks)):
-        keys = [key for key in marks if key[0] == task]
-        if share > 0 and len(keys) > 1 and not chosen.intersection(keys):
-            chosen.add(min(keys, key=lambda key: marks[key]))
-        if len(keys) == len(chosen.intersection(keys)):
-            chosen.discard(max(keys, key=lambda key: marks[key]))
+def _held_out(columns: dict[str, list], tasks: list[str], firsts: list[list[int]], share: float) -> list[bool]:
+    """By a hash of task and place in the source, so that adding data moves no episode between splits. `firsts`: rows
+    of the index where an episode begins, for each task."""
+    chosen: set[tuple[int, int]] = set()
+    for task, rows in enumerate(firsts):
+        marks: dict[int, int] = {}
+        for row in rows:
+            place = f"{tasks[task]}/{columns['file'][row]}/{columns['position'][row]}"
+            marks[columns["episode"][row]] = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big")
+        own = {episode for episode, mark in marks.items() if mark < share * 2**64}
+        if share > 0 and len(marks) > 1 and not own:
+            own = {min(marks, key=lambda episode: marks[episode])}
+        if len(own) == len(marks):
+            own.discard(max(marks, key=lambda episode: marks[episode]))
+        chosen |= {(task, episode) for episode in own}
     return [key in chosen for key in zip(columns["task"], columns["episode"])]
 
 
 def _summary(
-    spec: TaskSpec, number: int, columns: dict[str, list], records: list[dict], rejected: list[dict], filtered: int
+    spec: TaskSpec, first: list[int], columns: dict[str, list], records: list[dict], rejected: list[dict], filtered: int
 ) -> TaskSummary:
-    episodes: dict[int, int] = {}
-    for row, (task, episode) in enumerate(zip(columns["task"], columns["episode"])):
-        if task == number:
-            episodes.setdefault(episode, row)
-    first = list(episodes.values())
     whole = [row for row in first if columns["terminated"][row] or columns["truncated"][row]]
     returns = np.array([columns["episode_return"][row] for row in whole if spec.action], np.float64)
     timesteps = sum(columns["episode_timesteps"][row] for row in first)

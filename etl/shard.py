@@ -120,15 +120,16 @@ class _Shard:
         T = episode.timesteps
         members: dict[str, np.ndarray] = {
             "tokens": np.concatenate([encoded.tokens, actions], axis=1),
-            "reward": episode.reward.astype(np.float32),
+            "reward": episode.reward.astype(np.float32, copy=False),
         }
         if encoded.patches is not None:
             members["patches"] = encoded.patches
         raw = [episode.observation[f.key].reshape(T, -1) for f in self.tokenizer.fields if f.kind == "continuous"]
         if raw:
-            members["observation"] = np.concatenate(raw, axis=1).astype(np.float32)
+            joined = raw[0] if len(raw) == 1 else np.concatenate(raw, axis=1)
+            members["observation"] = joined.astype(np.float32, copy=False)
         if task.action and task.action.kind == "continuous":
-            members["action"] = episode.action.reshape(T, -1).astype(np.float32)
+            members["action"] = episode.action.reshape(T, -1).astype(np.float32, copy=False)
         about = {
             "episode": number,
             "episode_timesteps": T,

@@ -38,7 +38,7 @@ from tests.etl.test_sources_minari import write as write_minari
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari", "ignore::DeprecationWarning:gymnasium")
 HALF_BIN = 1 / 1024  # of 1024 bins over [-1, 1]
-FLOAT64, FLOAT32 = 1e-9, 1e-7  # what rounding may add
+EXACT, ROUNDED = 1e-9, 1e-7  # what arithmetic may add, what rounding to float32 may
 PIECE = 7  # timesteps: most episodes are stored in several pieces
 SENTENCES = ["go to the red ball", "naïve 漢字 🦊", "3.14159 ≠ x", "pick up the very old key"]
 
@@ -54,13 +54,12 @@ class Episode:
 
 @dataclass
 class Log:
-    """`episodes`: (name of the task, place) -> what was logged; a place is (file's last name, position)."""
+    """`episodes`: (file's last name, position) -> what was logged."""
 
     source: str
     place: Path
     episodes: dict[tuple, Episode]
     scan: ScanOptions = field(default_factory=ScanOptions)
-    slack: dict[str, float] = field(default_factory=dict)  # of fields that hold more than float32
     start: dict[str, np.ndarray] = field(default_factory=dict)  # lowest values of discrete ones
     counted: set[str] = field(default_factory=set)  # what its values make the build count
 
@@ -108,7 +107,7 @@ def d4rl(folder):
                     observation["goal"] = file["infos/goal"][start:stop]
                 action, reward = file["actions"][start:stop], file["rewards"][start:stop]
                 episodes[path.name, n] = Episode(observation, action, reward)
-    return Log("d4rl", folder, episodes, slack={"observation": FLOAT32}, counted={"clipped", "outside"})
+    return Log("d4rl", folder, episodes, counted={"clipped", "outside"})
 
 
 def read_minari(place, pick):
@@ -157,7 +156,7 @@ def minari_nested(folder):
     episodes = minari_log(folder, spaces.Dict(space), action, "observations/body/place", pick)
     start = {"pair/0": np.array([1, 0]), "pair/1": np.array(5), "room": np.array(-2)}
     counted = {"clipped", "outside", "cut"}
-    return Log("minari", folder, episodes, slack={"body/speed": FLOAT32}, start=start, counted=counted)
+    return Log("minari", folder, episodes, start=start, counted=counted)
 
 
 def minari_discrete(folder):
@@ -196,9 +195,8 @@ def atari(folder, fit="80x64", channels=1):
             arrays[name] = np.load(file)
     episodes, start = {}, 0
     for number, length in enumerate(lengths):
-        part = {name: array[start + 3 : start + 3 + length] for name, array in arrays.items()}
-        if channels == 3:  # its padding rows are not zero here, and so belong to the episode
-            part = {name: array[start : start + 3 + length] for name, array in arrays.items()}
+        padding = 3 if channels == 1 else 0  # where its rows are not zero, they belong to the episode
+        part = {name: array[start + padding : start + 3 + length] for name, array in arrays.items()}
         start += 3 + length
         frames = part["observation"].reshape(-1, 84, 84, channels)
         seen = np.zeros((len(frames), 96, 96, channels), np.uint8)
@@ -244,7 +242,8 @@ def frames_of(patches, layout):
 
 
 def decoded(dataset, neighbour=False):
-    """Episodes from the shards' tokens. `neighbour`: of the tokens beside the stored ones, in the same ranges."""
+    """(file's last name, position) -> task and arrays, from the shards alone. `neighbour`: of the tokens beside the
+    stored ones, in the same ranges."""
     vocabulary = dataset.manifest.vocabulary
     text = TextTokenizer(dataset.folder / "text.model", vocabulary) if dataset.manifest.text_model else None
     other = np.uint16(1 if neighbour else 0)
@@ -254,7 +253,7 @@ def decoded(dataset, neighbour=False):
         task = dataset.manifest.tasks[dataset.column("task")[row]].spec
         layout, tokens = dataset.layouts[dataset.column("task")[row]], dataset.tokens(row) ^ other
         key = dataset.column("file")[row].split("/")[-1], int(dataset.column("position")[row])
-        piece = found.setdefault(key, {})
+        _, piece = found.setdefault(key, (task, {}))
         if task.action is None:
             piece.setdefault("tokens", []).append(tokens[:, 0])
             continue
@@ -267,11 +266,12 @@ def decoded(dataset, neighbour=False):
             arrays[picture] = frames_of(dataset.patches(row) ^ np.uint8(other), layout)
         for name, array in arrays.items():
             piece.setdefault(name, []).append(array)
-    joined = {key: {name: np.concatenate(parts) for name, parts in piece.items()} for key, piece in found.items()}
-    for arrays in joined.values():
-        if "tokens" in arrays:  # without the end-of-text piece
-            arrays["text"] = np.array([text.decode(arrays.pop("tokens")[:-1])])
-    return joined
+    for _, piece in found.values():
+        for name in list(piece):
+            piece[name] = np.concatenate(piece[name])
+        if "tokens" in piece:  # without the end-of-text piece
+            piece["text"] = np.array([text.decode(piece.pop("tokens")[:-1])])
+    return found
 
 
 def agrees(raw, back, slack):
@@ -286,12 +286,8 @@ def agrees(raw, back, slack):
 def compare(log, dataset, found):
     """(file, position, field) of all fields that differ from the log; how many there are; counts by task."""
     differ, fields, counts = [], 0, {}
-    tasks = {}
-    for row in range(dataset.index.num_rows):
-        key = dataset.column("file")[row].split("/")[-1], int(dataset.column("position")[row])
-        tasks[key] = dataset.manifest.tasks[dataset.column("task")[row]].spec
     for key, own in log.episodes.items():
-        task, back = tasks[key], found[key]
+        task, back = found[key]
         kinds = {spec.key: spec.kind for spec in task.observation}
         count = counts.setdefault(task.name, {"clipped": 0, "outside": 0, "cut": 0})
         logged = dict(own.observation)
@@ -306,10 +302,10 @@ def compare(log, dataset, found):
             if kind == "continuous" and name == "action":
                 low, high = task.action.low, task.action.high
                 raw, value = (2 * (a.astype(np.float64) - low) / (high - low) - 1 for a in (raw, value))
-                same, beyond = agrees(raw, value, log.slack.get(name, FLOAT32))  # decoded to float32
+                same, beyond = agrees(raw, value, ROUNDED)  # decoded to float32
                 count["outside"] += beyond
             elif kind == "continuous":
-                same, beyond = agrees(compand(raw), compand(value), log.slack.get(name, FLOAT64))
+                same, beyond = agrees(compand(raw), compand(value), EXACT if raw.dtype == np.float32 else ROUNDED)
                 count["clipped"] += beyond
             elif kind == "text" and task.action:
                 short = value != raw
