@@ -59,19 +59,19 @@ def tried(paths: Iterable[Path]) -> dict[Path, EpisodeError]:
         # -m finds this module wherever the parent did
         child = subprocess.run(
             [sys.executable, "-m", "etl.sources._hdf5"],
-            input="\0".join(map(str, waiting)),
+            input=b"\0".join(map(os.fsencode, waiting)),
             capture_output=True,
-            text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONIOENCODING": "utf-8:replace"},
         )
-        done = child.stdout.splitlines()
+        done = child.stdout.decode(errors="replace").splitlines()
         for path, line in zip(waiting, done):
             if line != "fine":
                 found[path] = corrupt(line)
         if len(done) == len(waiting):
             break
         if child.returncode >= 0:
-            raise RuntimeError(f"{waiting[len(done)]}: {child.stderr.strip()[-300:]}")
+            raise RuntimeError(f"{waiting[len(done)]}: {child.stderr.decode(errors='replace').strip()[-300:]}")
         name = signal.Signals(-child.returncode).name
         why = "reading it does not end" if name == "SIGALRM" else f"reading it kills the process that does ({name})"
         found[waiting[len(done)]] = corrupt(why)
@@ -279,8 +279,8 @@ def main() -> None:
     """The child: paths on stdin, a verdict a line on stdout. Dies of what it reads."""
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for name in sys.stdin.read().split("\0"):
-        path = Path(name)
+    for name in sys.stdin.buffer.read().split(b"\0"):
+        path = Path(os.fsdecode(name))
         _allow(path)
         try:
             _touch(path)

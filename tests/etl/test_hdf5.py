@@ -86,7 +86,9 @@ def test_links_and_data_elsewhere_do_not_count(file, tmp_path):
 
 
 def test_a_file_that_kills_its_reader_costs_that_file(tmp_path):
-    good, deadly, last = (tmp_path / f"{name}.hdf5" for name in ("good", "deadly", "last"))
+    good, deadly, last = (
+        tmp_path / f"{name}.hdf5" for name in ("g\udce9\no d", "deadly", "last")
+    )  # any bytes are a name
     for path in (good, deadly, last):
         with h5py.File(path, "w") as file:
             file["x"] = np.zeros(3)
