@@ -129,7 +129,6 @@ class _Rows:
 
     def __init__(self, path: Path):
         self.path = path
-        self.error: EpisodeError | None = None
         if path.exists() and not path.is_file():
             raise EpisodeError("missing file", f"{path.name} is no file; {_AGAIN}")
         try:
@@ -161,8 +160,6 @@ class _Rows:
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) as (stop - start, ...)."""
-        if self.error is not None:
-            raise self.error
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
         try:
             self.file.seek(self.first + start * self.row_bytes)
@@ -175,8 +172,7 @@ class _Rows:
             if stop == self.shape[0] and self.file.read(1):  # at the end, this is what checks the checksum
                 raise OSError("bytes behind the last row")
         except DAMAGE as error:
-            self.error = self._corrupt(error)
-            raise self.error from error
+            raise self._corrupt(error) from error
         return out
 
     def scalar(self) -> np.ndarray:

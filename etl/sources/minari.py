@@ -306,7 +306,12 @@ def _scan_episodes(file: h5py.File, name: str, path: Path, counted: Any) -> tupl
     for number in sorted(numbers):
         try:
             with damage():
-                values = disk.float32(disk.column(disk.episode_group(file, number), "rewards"))
+                group = disk.episode_group(file, number)
+                values = disk.float32(disk.column(group, "rewards"))
+                counted_steps = group.attrs.get("total_steps")  # fewer where Minari put an episode together
+                if isinstance(counted_steps, int | np.integer) and counted_steps > len(values):
+                    detail = f"'rewards' has {len(values)} rows of the {counted_steps} that were recorded; {AGAIN}"
+                    raise EpisodeError("wrong length", detail)
                 with np.errstate(invalid="ignore"):
                     total = float(values.sum(dtype=np.float64))
         except EpisodeError as error:

@@ -137,6 +137,7 @@ def duplicate(group):
     for key in list(group):
         del group[key]
         before.copy(before[key], group, key)
+    group.attrs["total_steps"] = before.attrs["total_steps"]
 
 
 MINARI = "own-log-v0/main_data.hdf5"
@@ -193,6 +194,18 @@ def test_shards_of_bad_episodes_alone_leave_no_trace(tmp_path):
     assert (len(before.manifest.shards), len(after.manifest.shards)) == (20, 12)
     assert sorted(p.name for p in after.folder.glob("shard-*")) == [shard.name for shard in after.manifest.shards]
     check(before, after, expected)
+
+
+def test_an_episode_shorter_than_its_log_says_is_rejected(tmp_path):
+    """All its arrays end early together; only Minari's attribute `total_steps` tells."""
+    log = minari_log(tmp_path / "log", count=20)
+    before = build_here("minari", log, tmp_path / "a")
+    with h5py.File(log, "a") as file:
+        group = file["episode_7"]
+        assert group.attrs["total_steps"] == len(group["rewards"]) > 5
+        for key, rows in {"observations": 6, "actions": 5, "rewards": 5, "terminations": 5, "truncations": 5}.items():
+            group[key].resize(rows, axis=0)
+    check(before, build_here("minari", log, tmp_path / "b"), {(MINARI, 7): "wrong length"})
 
 
 ROWS, COUNT = 12, 20  # of an episode, episodes of a D4RL file
