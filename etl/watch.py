@@ -1,10 +1,10 @@
 """Signs of life: so that a worker that was killed ends a build instead of hanging it.
 
 worker: a heartbeat file a shard, touched every second while the shard is being written
-driver: a heartbeat that stopped with no record behind it, or no sign of anybody for a minute, is a lost worker
+driver: no sign of anybody for most of a minute, or of its own workers a single one that stopped, is a lost worker
 
-Beam's local runners wait for ever for a worker that was killed. Runners of clusters notice by themselves; where
-the driver sees no heartbeat (the workers are on other machines), it waits without a limit.
+Beam's local runners wait for ever for a worker that was killed. Runners of clusters notice one by themselves, and
+where the driver sees no heartbeat at all (the workers are on other machines), it waits without a limit.
 
 Invariant: a worker that lives is never taken for dead, however slow its shard is.
 """
