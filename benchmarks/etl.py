@@ -1,6 +1,6 @@
 """`python -m benchmarks.etl`: the build against its floor, two processes against one, memory against input.
 
-logs (GATO_SHARED_DATA/{d4rl,dqn_replay}, else recorded here), linked under more names -> build and floor, A B A B ...
+logs (GATO_SHARED_DATA/{d4rl,dqn_replay}, else recorded here), made as long as published ones -> build, floor, ...
 
 The floor of a build is a loop that only reads its source, with the plainest call there is for the format, and writes
 the bytes that the build writes, made as durable. Rates are of the best of a few turns, one core for each side.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,10 +34,11 @@ from schemas.files import atomic_write
 
 SHARED = "GATO_SHARED_DATA"
 REPEATS = 4
-TIMESTEPS = {"d4rl": 4_000_000, "atari": 240_000}  # so many at least: two D4RL bodies, one game
+FILES, ROWS = 4, 1_000_000  # of D4RL
+FRAMES = 240_000
 FOLDERS = {"d4rl": "d4rl", "atari": "dqn_replay"}
 BLOCK = 2**20
-LONG_SECONDS = 15.0  # one process works so long where two are compared with it
+LONG_TIMES = 6  # D4RL files under so many names, where two processes are compared with one
 EPISODES = (10, 100, 1000)
 EPISODE_TIMESTEPS = 100
 
@@ -67,21 +69,28 @@ def one_core():
         os.sched_setaffinity(0, allowed)
 
 
-def command(*arguments: str | Path) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-m", *map(str, arguments)], env=environment, **output)  # type: ignore[call-overload]
+def command(*arguments: str | Path) -> int:
+    """Run a module; peak memory of its process in bytes. RuntimeError with its last words where it fails."""
+    with tempfile.TemporaryFile() as words:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        line = [sys.executable, "-m", *map(str, arguments)]
+        process, peak = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=words), 0
+        while process.poll() is None:
+            peak = max(peak, _peak(process.pid))  # getrusage's would hold what this process had when it forked
+            time.sleep(0.02)
+        if process.returncode:
+            words.seek(0)
+            raise RuntimeError(f"{' '.join(line)}: {words.read().decode(errors='replace')[-2000:]}")
+    return peak
 
 
-def finish(process: subprocess.Popen) -> int:
-    """Wait; peak memory of the process in bytes. RuntimeError with its last words where it failed."""
-    assert process.stderr is not None
-    words = process.stderr.read().decode(errors="replace")
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(process.args)}: {words[-2000:]}")  # type: ignore[arg-type]
-    return usage.ru_maxrss * 1024
+def _peak(process: int) -> int:
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)  # none once it has ended
+    return int(found[1]) * 1024 if found else 0
 
 
 def logs(folder: Path, source: str) -> Path:
@@ -91,8 +100,26 @@ def logs(folder: Path, source: str) -> Path:
         return Path(shared).resolve() / FOLDERS[source]
     environments = {"d4rl": ("Hopper-v4", "40000"), "atari": ("ALE/Freeway-v5", "12000")}
     environment, steps = environments[source]
-    finish(command("etl.record", "-e", environment, "--steps", steps, "--noise", "0.1", "-o", folder / FOLDERS[source]))
+    command("etl.record", "-e", environment, "--steps", steps, "--noise", "0.1", "-o", folder / FOLDERS[source])
     return folder / FOLDERS[source]
+
+
+def lengthen(place: Path, into: Path) -> Path:
+    """D4RL logs of D4RL's own size, packed as D4RL packs them: the rows of a log again and again, up to a million,
+    with rewards that differ a little, so that no episode is a copy."""
+    into.mkdir(parents=True)
+    for path in sorted(place.rglob("*.hdf5"))[:FILES]:
+        with h5py.File(path) as file, h5py.File(into / path.name, "w") as long:
+            times = -(-ROWS // len(file["rewards"]))
+            for key in ("observations", "actions", "rewards", "terminals", "timeouts"):
+                values = np.tile(file[key][:], (times, *[1] * (file[key].ndim - 1)))
+                if key == "rewards":
+                    values += np.repeat(np.arange(times, dtype=np.float32), len(file[key])) / 1024
+                elif key == "timeouts":
+                    values[len(file[key]) - 1 :: len(file[key])] = True
+                long.create_dataset(key, data=values, compression="gzip")
+            long.attrs.update(file.attrs)
+    return into
 
 
 def multiply(place: Path, into: Path, source: str, times: int) -> Path:
@@ -136,10 +163,12 @@ def read_atari(place: Path) -> None:
                 pass
 
 
-def bench_floor(folder: Path, place: Path, source: str) -> float:
-    """Build against its floor; returns the build's timesteps a second."""
-    times = -(-TIMESTEPS[source] // timesteps(place, source))
-    many = multiply(place, folder / f"{source}-many", source, times)
+def bench_floor(folder: Path, place: Path, source: str) -> Path:
+    """Build against its floor; returns the logs that were built."""
+    if source == "d4rl":
+        many = lengthen(place, folder / "d4rl-many")
+    else:
+        many = multiply(place, folder / "atari-many", source, -(-FRAMES // timesteps(place, source)))
     count = timesteps(many, source)
     output = folder / f"{source}-shards"
     build_once(source, many, output)
@@ -158,29 +187,27 @@ def bench_floor(folder: Path, place: Path, source: str) -> float:
                 file.write(data)
 
     with one_core():
-        seconds, _ = pair(f"etl: {source} build / read and write only", anew, floor, "timesteps/s", count, REPEATS)
+        pair(f"etl: {source} build / read and write only", anew, floor, "timesteps/s", count, REPEATS)
     for path in (output, folder / "floor"):
         shutil.rmtree(path)
-    return count / seconds
+    return many
 
 
-def bench_processes(folder: Path, place: Path, rate: float) -> None:
+def bench_processes(folder: Path, place: Path) -> None:
     """The whole command with two processes against one."""
-    each = timesteps(place, "d4rl")
-    times = max(1, round(LONG_SECONDS * rate / each))
-    many = multiply(place, folder / "d4rl-long", "d4rl", times)
+    many = multiply(place, folder / "d4rl-long", "d4rl", LONG_TIMES)
 
     def run(workers: int) -> Callable[[], object]:
         output = folder / f"workers-{workers}"
 
         def work() -> None:
             arguments = ("--source", "d4rl", "-i", many, "-o", output, "--workers", str(workers))
-            finish(command("etl.build", *arguments))
+            command("etl.build", *arguments)
             shutil.rmtree(output)
 
         return work
 
-    pair("etl: d4rl build, 2 processes / 1", run(2), run(1), "timesteps/s", each * times, 2)
+    pair("etl: d4rl build, 2 processes / 1", run(2), run(1), "timesteps/s", timesteps(many, "d4rl"), 2)
 
 
 def bench_memory(folder: Path, source: str) -> None:
@@ -189,7 +216,7 @@ def bench_memory(folder: Path, source: str) -> None:
     for episodes in EPISODES:
         place = folder / f"{source}-{episodes}"
         {"d4rl": write_d4rl, "atari": write_atari}[source](place, episodes)
-        peaks.append(finish(command("etl.build", "--source", source, "-i", place, "-o", place / "shards")))
+        peaks.append(command("etl.build", "--source", source, "-i", place, "-o", place / "shards"))
         shutil.rmtree(place)
     shown = ", ".join(f"{peak / 2**20:,.0f}" for peak in peaks)
     counts = ", ".join(map(str, EPISODES))
@@ -226,8 +253,8 @@ def write_atari(place: Path, episodes: int) -> None:
 def run(folder: Path) -> None:
     """All of them; `folder` is for scratch files, some 2 GB."""
     places = {source: logs(folder, source) for source in FOLDERS}
-    rates = {source: bench_floor(folder, place, source) for source, place in places.items()}
-    bench_processes(folder, places["d4rl"], rates["d4rl"])
+    built = {source: bench_floor(folder, place, source) for source, place in places.items()}
+    bench_processes(folder, built["d4rl"])
     for source in FOLDERS:
         bench_memory(folder, source)
 

@@ -43,13 +43,14 @@ from typing import Any
 import numpy as np
 import tyro
 
-from benchmarks.etl import FOLDERS, SHARED, TIMESTEPS, build_once, logs, multiply, one_core, timesteps
+from benchmarks.etl import FOLDERS, SHARED, build_once, logs, multiply, one_core, timesteps
 from etl import sources
 from schemas.episode import RawEpisode, TaskSpec
 
 REPEATS, SLOW = 3, 60.0  # turns; one that took so many seconds is not repeated
 NEKO_PATCH_SIZE, NEKO_WINDOW = 16, 1024  # defaults of its TrainingArgs
 NEKO_BATCH = 4  # sequences of one task in one call
+TIMESTEPS = {"d4rl": 1_000_000, "atari": 72_000}  # so many at least
 JAT_CONTEXT = 512  # max_position_embeddings of its small model, in scripts/generate_config_jat.py
 JAT_DOMAIN = {"d4rl": "mujoco", "atari": "atari"}
 JAT_LENGTH = {"d4rl": None, "atari": 64}  # max_length of its scripts, by a task's domain

@@ -105,6 +105,7 @@ def gather(
     for stray in folder.names("shard-*.tar"):
         if stray not in known:
             folder.remove(stray)
+    folder.sync()
     write_manifest(folder, manifest)
     folder.remove(BUILD_FOLDER)
     return manifest

@@ -52,7 +52,8 @@ def write_shard(item: Item, place: str) -> dict[str, Any]:
         for path, url in item["origins"].items():
             remote.ensure(Path(path), url)
         record = _Shard(item, folder).write()
-        folder.write(record_name(item["number"]), json.dumps(record).encode())
+        # a record that is lost costs its shard's work, and one whose shard was lost does not match it
+        folder.write(record_name(item["number"]), json.dumps(record).encode(), durable=False)
     return record
 
 

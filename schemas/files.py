@@ -20,20 +20,23 @@ def temporary_name(path: Path) -> Path:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file that becomes `path` when the block ends without an exception."""
+def atomic_write(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
+    """Open a temporary file that becomes `path` when the block ends without an exception. Unless `durable`, a crash
+    of the machine (not of the process) may lose it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

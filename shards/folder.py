@@ -57,18 +57,23 @@ class Folder:
         return temporary_name(base / name)
 
     def publish(self, temporary: Path, name: str) -> None:
-        """Give a finished and flushed local file its name here; the temporary one is gone after it."""
+        """Give a finished and flushed local file its name here; the temporary one is gone after it. `sync` makes the
+        name outlive a crash of the machine."""
         if self.local is not None:
             os.replace(temporary, self.local / name)
-            sync_folder(self.local)
             return
         self.store.put_file(str(temporary), f"{self.root}/{name}")
         temporary.unlink()
 
-    def write(self, name: str, data: bytes) -> None:
-        """A whole small file, in one step."""
+    def sync(self) -> None:
+        """Names given so far outlive a crash of the machine."""
         if self.local is not None:
-            with atomic_write(self.local / name) as file:
+            sync_folder(self.local)
+
+    def write(self, name: str, data: bytes, durable: bool = True) -> None:
+        """A whole small file, in one step. One that is not `durable` may be lost in a crash of the machine."""
+        if self.local is not None:
+            with atomic_write(self.local / name, durable) as file:
                 file.write(data)
         else:
             self.store.pipe_file(f"{self.root}/{name}", data)
