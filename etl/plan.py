@@ -1,6 +1,6 @@
 """What will be written, decided before anything is: a list of shards, each with its episodes.
 
-scans -> tasks by name, episodes in log order -> cut at the shard size -> items
+scans -> tasks by name, episodes in log order -> cut into equal shards below the shard size -> items
 
 An item is all that a worker needs, and plain JSON: it crosses to other processes and machines, and its digest
 says whether a shard that already lies there was made by the same plan.
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import tyro
 
 from etl import sources
 from etl.filters import Filter
-from etl.sources import EpisodeRef, TaskScan
+from etl.sources import TaskScan
 from schemas.layout import PATCH_SIZE, layout_of
 
 Item = dict[str, Any]
@@ -35,7 +37,7 @@ class BuildConfig:
     vocabulary: str = "seed"
     """Token ids: seed, or the paper's own layout."""
     shard_megabytes: float = 64.0
-    """A shard is closed at the first episode end behind this size."""
+    """About how large a shard may become; a task's shards are of about one size, and an episode is never split."""
     piece_timesteps: int = 1024
     """Longer episodes are stored in pieces of this many timesteps (documents in pieces of 64 times as many tokens)."""
     held_out_share: float = 0.05
@@ -57,27 +59,28 @@ def make_plan(
     for scan in sorted((s for s in scans if s.task and s.episodes), key=lambda s: s.task.name if s.task else ""):
         assert scan.task is not None
         bytes_each = _bytes_of_timestep(scan)
-        refs: list[EpisodeRef] = []
-        size = first = 0.0
-        for number, ref in enumerate(scan.episodes):
-            refs.append(ref)
-            size += ref.timesteps * bytes_each + SAMPLE_OVERHEAD
-            if size >= config.shard_megabytes * 2**20 or number + 1 == len(scan.episodes):
-                parts = sorted({part for file in {r.file for r in refs} for part in sources.load(source).parts(file)})
-                plan.append(
-                    {
-                        "number": len(plan),
-                        "source": source,
-                        "task": asdict(scan.task),
-                        "config": asdict(config),
-                        "text_model": text_model if layout_of(scan.task).text else None,
-                        "first_episode": int(first),
-                        "refs": [vars(r) for r in refs],
-                        "stamps": [[str(part), *_stamp(part)] for part in parts],
-                        "origins": {str(p): origins[str(p)] for p in parts if origins and str(p) in origins},
-                    }
-                )
-                refs, size, first = [], 0.0, number + 1
+        sizes = np.array([ref.timesteps * bytes_each + SAMPLE_OVERHEAD for ref in scan.episodes])
+        count = max(1, math.ceil(sizes.sum() / (config.shard_megabytes * 2**20)))
+        # of about one size, so that workers with equally many have equally much to do; by where its middle lies
+        number_of = ((np.cumsum(sizes) - sizes / 2) / sizes.sum() * count).astype(int)
+        first = 0
+        for _, group in groupby(zip(number_of, scan.episodes), key=lambda pair: pair[0]):
+            refs = [ref for _, ref in group]
+            parts = sorted({part for file in {r.file for r in refs} for part in sources.load(source).parts(file)})
+            plan.append(
+                {
+                    "number": len(plan),
+                    "source": source,
+                    "task": asdict(scan.task),
+                    "config": asdict(config),
+                    "text_model": text_model if layout_of(scan.task).text else None,
+                    "first_episode": first,
+                    "refs": [vars(r) for r in refs],
+                    "stamps": [[str(part), *_stamp(part)] for part in parts],
+                    "origins": {str(p): origins[str(p)] for p in parts if origins and str(p) in origins},
+                }
+            )
+            first += len(refs)
     return plan
 
 
