@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import h5py
@@ -33,12 +34,12 @@ from schemas.dataset import Manifest
 from schemas.files import atomic_write
 
 SHARED = "GATO_SHARED_DATA"
-REPEATS = 4
+REPEATS = 3
 FILES, ROWS = 4, 1_000_000  # of D4RL
 FRAMES = 240_000
 FOLDERS = {"d4rl": "d4rl", "atari": "dqn_replay"}
 BLOCK = 2**20
-LONG_TIMES = 6  # D4RL files under so many names, where two processes are compared with one
+LONG_TIMES = 12  # D4RL files under so many names, where two processes are compared with one
 EPISODES = (10, 100, 1000)
 EPISODE_TIMESTEPS = 100
 
@@ -150,6 +151,18 @@ def build_once(source: str, place: Path, output: Path) -> Manifest:
 
 
 def read_d4rl(place: Path) -> None:
+    """Episode by episode, as a build must whose memory does not grow with its input."""
+    for path in sorted(place.rglob("*.hdf5")):
+        with h5py.File(path) as file:
+            columns = [file[key] for key in ("observations", "actions", "rewards")]
+            ends = np.flatnonzero(file["terminals"][:] | file["timeouts"][:]) + 1
+            for start, stop in pairwise([0, *ends.tolist(), len(columns[0])]):
+                for column in columns:
+                    np.asarray(column[start:stop], np.float32)
+
+
+def read_d4rl_columns(place: Path) -> None:
+    """Whole columns at once, which holds a file in memory."""
     for path in sorted(place.rglob("*.hdf5")):
         with h5py.File(path) as file:
             for key in ("observations", "actions", "rewards", "terminals", "timeouts"):
@@ -163,6 +176,12 @@ def read_atari(place: Path) -> None:
                 pass
 
 
+FLOORS: dict[str, dict[str, Callable[[Path], None]]] = {
+    "d4rl": {"episodes": read_d4rl, "whole columns": read_d4rl_columns},
+    "atari": {"a stream": read_atari},
+}
+
+
 def bench_floor(folder: Path, place: Path, source: str) -> Path:
     """Build against its floor; returns the logs that were built."""
     if source == "d4rl":
@@ -173,21 +192,25 @@ def bench_floor(folder: Path, place: Path, source: str) -> Path:
     output = folder / f"{source}-shards"
     build_once(source, many, output)
     contents = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
-    read = {"d4rl": read_d4rl, "atari": read_atari}[source]
 
     def anew() -> None:
         shutil.rmtree(output, ignore_errors=True)
         build_once(source, many, output)
 
-    def floor() -> None:
-        shutil.rmtree(folder / "floor", ignore_errors=True)
-        read(many)
-        for name, data in contents.items():
-            with atomic_write(folder / "floor" / name) as file:
-                file.write(data)
+    def floor(read: Callable[[Path], None]) -> Callable[[], None]:
+        def work() -> None:
+            shutil.rmtree(folder / "floor", ignore_errors=True)
+            read(many)
+            for name, data in contents.items():
+                with atomic_write(folder / "floor" / name) as file:
+                    file.write(data)
+
+        return work
 
     with one_core():
-        pair(f"etl: {source} build / read and write only", anew, floor, "timesteps/s", count, REPEATS)
+        for what, read in FLOORS[source].items():
+            name = f"etl: {source} build / read {what} and write only"
+            pair(name, anew, floor(read), "timesteps/s", count, REPEATS)
     for path in (output, folder / "floor"):
         shutil.rmtree(path)
     return many
