@@ -260,6 +260,8 @@ def _touch(path: Path) -> None:
 
 
 def _touch_data(node: h5py.Dataset) -> None:
+    if node.size == 0:  # of any number of rows
+        return
     if h5py.check_vlen_dtype(node.dtype) is not None or h5py.check_string_dtype(node.dtype) is not None:
         if any(len(item) > VALUE_BYTES for value in values(node, len(node)) for item in np.atleast_1d(value)):
             raise MemoryError

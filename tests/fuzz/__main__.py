@@ -37,7 +37,7 @@ from tests.fuzz import formats, seeds
 from tests.fuzz.mutate import Tree, mutate, write
 from tests.fuzz.oracle import Finding, attempt, place
 
-HANG = 20  # seconds
+HANG = 40  # seconds; a source may take half of them to give a file up
 ADDRESSES = 2**32  # bytes of address space above the start: huge allocations fail the same way on every machine
 LIFE = 5000  # cases a process
 
