@@ -19,6 +19,7 @@ from itertools import groupby
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 
 from etl.sources import EpisodeRef, Known, Rejection, ScanOptions, SourceError, TaskScan
@@ -121,7 +122,7 @@ def _places(path: Path, field: str) -> Iterator[EpisodeRef]:
 def _rows(path: Path, field: str) -> Iterator[EpisodeRef]:
     running = 0
     for first, column in _columns(path, field):
-        sizes = pa.compute.binary_length(column).fill_null(0).to_pylist()
+        sizes = pc.binary_length(column).fill_null(0).to_pylist()
         for n, size in enumerate(sizes):
             yield EpisodeRef(str(path), first + n, running, running + max(1, size))
             running += max(1, size)
