@@ -12,7 +12,6 @@ Invariant: when `run` returns every shard of the plan has been written; when it 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import sys
 import tempfile
@@ -25,7 +24,7 @@ import apache_beam as beam
 import psutil
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, PortableOptions
 
-from etl.plan import Item
+from etl.plan import Item, packed, unpacked
 from etl.shard import BUILD_FOLDER, write_shard
 from etl.sources import SourceError
 from etl.watch import Watch, WorkerLost
@@ -39,13 +38,13 @@ LOOK_SECONDS = (0.25, 2.0)  # between looks into a local folder, into a remote o
 
 
 class WriteShard(beam.DoFn):
-    """Plan item, as JSON -> number of the shard written; everything else stays in the folder."""
+    """Packed plan item -> number of the shard written; everything else stays in the folder."""
 
     def __init__(self, place: str):
         self.place = place
 
-    def process(self, item: str) -> Iterator[int]:
-        yield write_shard(json.loads(item), self.place)["number"]
+    def process(self, item: bytes) -> Iterator[int]:
+        yield write_shard(unpacked(item), self.place)["number"]
 
 
 def run(
@@ -98,7 +97,7 @@ def _write(plan: list[Item], folder: Folder, options: PipelineOptions) -> None:
     with beam.Pipeline(options=options) as pipeline:
         _ = (
             pipeline
-            | "plan" >> beam.Create(list(map(json.dumps, plan)), reshuffle=False)  # Beam types nested values slowly
+            | "plan" >> beam.Create(list(map(packed, plan)), reshuffle=False)
             | "spread" >> beam.Reshuffle()
             | "write" >> beam.ParDo(WriteShard(str(folder)))
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import zlib
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +24,7 @@ import tyro
 
 from etl import sources
 from etl.filters import Filter
-from etl.sources import TaskScan
+from etl.sources import EpisodeRef, TaskScan
 from schemas.layout import PATCH_SIZE, layout_of
 
 Item = dict[str, Any]
@@ -66,7 +67,8 @@ def make_plan(
         first = 0
         for _, group in groupby(zip(number_of, scan.episodes), key=lambda pair: pair[0]):
             refs = [ref for _, ref in group]
-            parts = sorted({part for file in {r.file for r in refs} for part in sources.load(source).parts(file)})
+            files = sorted({ref.file for ref in refs})
+            parts = sorted({part for file in files for part in sources.load(source).parts(file)})
             plan.append(
                 {
                     "number": len(plan),
@@ -75,7 +77,8 @@ def make_plan(
                     "config": asdict(config),
                     "text_model": text_model if layout_of(scan.task).text else None,
                     "first_episode": first,
-                    "refs": [vars(r) for r in refs],
+                    "files": files,
+                    "refs": [[files.index(r.file), r.position, r.start, r.stop] for r in refs],
                     "stamps": [[str(part), *_stamp(part)] for part in parts],
                     "origins": {str(p): origins[str(p)] for p in parts if origins and str(p) in origins},
                 }
@@ -105,9 +108,25 @@ def digest(item: Item) -> str:
     return hashlib.sha256(json.dumps(item, sort_keys=True).encode()).hexdigest()
 
 
+def refs_of(item: Item) -> list[EpisodeRef]:
+    """The episodes of an item."""
+    return [EpisodeRef(item["files"][file], *place) for file, *place in item["refs"]]
+
+
 def timesteps_of(item: Item) -> int:
     """Timesteps (of documents: bytes) that an item plans to write."""
-    return sum(ref["stop"] - ref["start"] for ref in item["refs"])
+    return sum(stop - start for _, _, start, stop in item["refs"])
+
+
+def packed(item: Item) -> bytes:
+    """The item for its way to a worker: some bytes an episode, since a pipeline's size is limited and runners copy
+    it about."""
+    return zlib.compress(json.dumps(item).encode())
+
+
+def unpacked(data: bytes) -> Item:
+    """The item that `packed` packed."""
+    return json.loads(zlib.decompress(data))
 
 
 def inputs_of(plan: list[Item]) -> list[list]:

@@ -20,8 +20,8 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from etl import remote, sources
-from etl.plan import Item, digest
-from etl.sources import EpisodeRef, Rejection
+from etl.plan import Item, digest, refs_of
+from etl.sources import Rejection
 from etl.tokenizers.text import TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer
 from etl.watch import Heartbeat
@@ -88,10 +88,9 @@ class _Shard:
 
     def write(self) -> dict[str, Any]:
         item, task = self.item, self.task
-        refs = [EpisodeRef(**ref) for ref in item["refs"]]
         self.writer = ShardWriter(self.folder, shard_name(item["number"]))
         try:
-            read = sources.read(sources.load(item["source"]), task, refs)
+            read = sources.read(sources.load(item["source"]), task, refs_of(item))
             for number, result in enumerate(read, start=item["first_episode"]):
                 if isinstance(result, Rejection):
                     self.rejected.append(result)
