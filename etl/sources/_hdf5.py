@@ -37,7 +37,7 @@ AGAIN = "download or record the file again"
 DAMAGE: tuple[type[Exception], ...] = (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError)
 DAMAGE += (RuntimeError, ArithmeticError, MemoryError, zlib_ng.error)
 DEFLATE_RATIO = 1100  # gzip packs 1032 times at best
-BAND = 2**20  # bytes of rows read at once, at least one row of chunks
+BAND, BAND_ROWS = 2**20, 2**16  # bytes and rows read at once, at least one row of chunks
 WIDEST_BAND = 2**28
 ADDRESSES = 2**32  # bytes of address space of the child
 SECONDS, RATE, NODES = 20, 2**24, 100  # of the child: for a file, for its bytes, for what lies in it
@@ -160,7 +160,7 @@ class Rows:
             self.descriptor, self.places = dataset.file.id.get_vfd_handle(), _places(dataset)
         row = max(1, math.prod(self.shape[1:]) * self.dtype.itemsize)
         self.step = dataset.chunks[0] if self.filters is not None else 1
-        self.band = self.step * max(1, BAND // (row * self.step))
+        self.band = self.step * max(1, min(BAND // row, BAND_ROWS) // self.step)
         if min(self.band, self.shape[0]) * row > WIDEST_BAND:
             raise ValueError(f"chunks of {dataset.chunks} are too large; repack them with h5repack")
         self.kept: tuple[int, np.ndarray] | None = None

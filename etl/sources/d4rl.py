@@ -32,6 +32,7 @@ REQUIRED = ("observations", "actions", "rewards", "terminals")
 GOAL = "infos/goal"
 WIDEST = 2**16  # values a timestep: more is damage, and would not fit any context
 LONGEST = 2**16  # timesteps an episode: a log without any end is cut here, so that memory stays bounded
+ALL = slice(None)
 MOST_ROWS = 2**24  # D4RL's longest have 2M: flags and rewards are held whole
 
 
@@ -129,14 +130,16 @@ class _Log:
         try:
             with damage():
                 self.arrays = self._checked()
-                self.terminals = self.arrays["terminals"][:].reshape(-1) != 0
-                self.timeouts = self.arrays["timeouts"][:].reshape(-1) != 0 if "timeouts" in self.arrays else None
         except EpisodeError:
             self.file.close()
             raise
         self.fields = {"observation": self.arrays["observations"]}
         if GOAL in self.arrays:
             self.fields["goal"] = self.arrays[GOAL]
+
+    def flags(self, key: str, rows: slice = ALL) -> np.ndarray | None:
+        """Whether 'terminals' or 'timeouts' are set, bool; None where the file has no such key."""
+        return self.arrays[key][rows].reshape(-1) != 0 if key in self.arrays else None
 
     def totals(self, bounds: list[tuple[int, int]]) -> list[float]:
         """Raw return of each episode."""
@@ -189,9 +192,11 @@ def _scan_file(name: str, path: Path, options: ScanOptions) -> TaskScan:
             limit = options.max_episode_steps or (known.max_episode_steps if known else None)
             if limit is None and environment is not None:
                 limit = _catalogue.time_limit(environment.id)
-            if limit is None and log.timeouts is None:
+            terminals, timeouts = log.flags("terminals"), log.flags("timeouts")
+            assert terminals is not None  # a required key
+            if limit is None and timeouts is None:
                 raise EpisodeError("no time limit", "no 'timeouts', and no known time limit; give --max-episode-steps")
-            bounds = list(pairwise([0, *episode_stops(log.terminals, log.timeouts, limit)]))
+            bounds = list(pairwise([0, *episode_stops(terminals, timeouts, limit)]))
             totals = log.totals(bounds)
     except EpisodeError as error:
         return TaskScan(None, (), (_rejection(name, EpisodeRef(str(path), -1, 0, 0), error),))
@@ -222,15 +227,16 @@ def _environment(own: str | None, known: EnvironmentSpec | None, options: ScanOp
 def _read_episode(log: _Log, task: TaskSpec, ref: EpisodeRef) -> RawEpisode | Rejection:
     def rows(array: Rows) -> np.ndarray:
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused as such
-            return array[ref.start : ref.stop].astype(np.float32)
+            return array[ref.start : ref.stop].astype(np.float32, copy=False)
 
+    last = slice(ref.stop - 1, ref.stop)
     try:
         with damage():
-            terminated = bool(log.terminals[ref.stop - 1])
-            if log.timeouts is None:
+            terminated, timeout = bool(log.flags("terminals", last)), log.flags("timeouts", last)
+            if timeout is None:
                 truncated = not terminated and ref.timesteps == task.max_episode_steps
             else:
-                truncated = bool(log.timeouts[ref.stop - 1])
+                truncated = bool(timeout)
             return RawEpisode(
                 observation={key: rows(array) for key, array in log.fields.items()},
                 action=rows(log.arrays["actions"]),
