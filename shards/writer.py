@@ -114,15 +114,14 @@ def tar_header(name: str, size: int) -> bytes:
         info = tarfile.TarInfo(name)
         info.size = size
         return info.tobuf(tarfile.USTAR_FORMAT)
-    header = bytearray(_NO_FILE)
-    header[: len(encoded)] = encoded
-    header[124:136] = b"%011o\0" % size
-    header[148:156] = b" " * 8  # so the sum is taken
-    header[148:156] = b"%06o\0 " % sum(header)
-    return bytes(header)
+    octal = b"%011o" % size
+    checksum = b"%06o" % (_NO_FILE_SUM + sum(encoded) + sum(octal))
+    return b"".join((encoded.ljust(100, b"\0"), _NO_FILE[100:124], octal, _NO_FILE[135:148], checksum, _NO_FILE[154:]))
 
 
 _NO_FILE = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
+# with spaces for the checksum, as its definition asks, and without the size
+_NO_FILE_SUM = sum(_NO_FILE[:124]) + sum(_NO_FILE[135:148]) + 8 * ord(" ") + sum(_NO_FILE[156:])
 
 
 @lru_cache(maxsize=4096)

@@ -3,11 +3,14 @@
 observation: x -> F(x) = sgn(x) log(|x| mu + 1) / log(scale mu + 1), clipped to [-1, 1] -> 1024 uniform bins
 action:      a in [low, high] -> [-1, 1] linearly, no companding -> the same bins
 
-Computed in float64, so that a token does not depend on the processor. Decoding
-gives the bin's centre. Callers refuse values that are not finite beforehand.
+Computed in float64, so that a token does not depend on the processor; float32 observations are looked up in a table
+made by that computation, at half its time. Decoding gives the bin's centre. Callers refuse values that are not finite
+beforehand.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import numpy as np
 
@@ -33,8 +36,53 @@ def expand(y: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
 
 def encode_observation(x: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, int]:
     """Tokens uint16 of x's shape, and how many values lay beyond the mu-law's range and were clipped."""
-    y = compand(x, vocabulary)
-    return _tokens(y, vocabulary.bins, vocabulary.observation_continuous.start)
+    if x.dtype == np.float32 and x.size:
+        beyond = x.max() > vocabulary.scale or x.min() < -vocabulary.scale
+        return _looked_up(x, vocabulary), int(np.count_nonzero(np.abs(x) > vocabulary.scale)) if beyond else 0
+    return computed(x, vocabulary)
+
+
+def computed(x: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, int]:
+    """`encode_observation` by its formula: the reference of the table."""
+    return _tokens(compand(x, vocabulary), vocabulary.bins, vocabulary.observation_continuous.start)
+
+
+def _looked_up(x: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    tokens = _table(vocabulary).take((bits >> 16).astype(np.intp), mode="clip")
+    tokens += _low(bits)
+    tokens >>= 16
+    return tokens.astype(np.uint16)
+
+
+def _low(bits: np.ndarray) -> np.ndarray:
+    """The lower 16 bits of float32s, for negative ones turned over, so that they grow with the value."""
+    low = bits.view(np.int32) >> 31
+    low ^= bits.view(np.int32)
+    low &= 0xFFFF
+    return low.view(np.uint32)
+
+
+@lru_cache(maxsize=4)
+def _table(vocabulary: Vocabulary) -> np.ndarray:
+    """(65536,) uint32 by a float32's upper 16 bits. Such floats differ by less than a bin (1 part in 128 against 1
+    in 50): they are of one token, or of two whose edge, found by bisection, is at some `_low`. token << 16 plus the
+    distance of the edge from 65536 is what carries into the next token when a `_low` at or behind it is added."""
+    upper = np.arange(2**16, dtype=np.uint32) << 16
+    upper[(upper & 0x7F800000) == 0x7F800000] = 0  # infinity and NaN, which are not looked up
+
+    def token(low: np.ndarray) -> np.ndarray:
+        bits = upper | np.where(upper >> 31, 0xFFFF - low, low).astype(np.uint32)
+        return computed(bits.view(np.float32), vocabulary)[0].astype(np.int64)
+
+    below, above = np.full(2**16, 0), np.full(2**16, 0xFFFF)
+    first, last = token(below), token(above)
+    assert (last - first).max() <= 1  # of this companding and number of bins
+    while (above - below > 1).any():
+        middle = (below + above) // 2
+        behind = token(middle) > first
+        below, above = np.where(behind, below, middle), np.where(behind, middle, above)
+    return ((first << 16) + np.where(last > first, 0x10000 - above, 0)).astype(np.uint32)
 
 
 def _tokens(y: np.ndarray, bins: int, start: int) -> tuple[np.ndarray, int]:
@@ -42,8 +90,10 @@ def _tokens(y: np.ndarray, bins: int, start: int) -> tuple[np.ndarray, int]:
     falls into the last bin."""
     y += 1.0
     y *= bins / 2
-    clipped = int(np.count_nonzero((y < 0.0) | (y > bins)))
-    np.clip(y, 0.0, bins - 1, out=y)
+    clipped = 0
+    if y.size and not (y.min() >= 0.0 and y.max() < bins):
+        clipped = int(np.count_nonzero((y < 0.0) | (y > bins)))
+        np.clip(y, 0.0, bins - 1, out=y)
     tokens = y.astype(np.uint16)
     tokens += np.uint16(start)
     return tokens, clipped

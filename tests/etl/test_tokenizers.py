@@ -56,6 +56,21 @@ def test_a_float32_log_gives_the_tokens_of_its_float64_values():
     assert tokens.tolist() == [slow_observation(float(value)) for value in x]
 
 
+@pytest.mark.parametrize("vocabulary", [SEED, PAPER])
+def test_looking_up_equals_computing(vocabulary):
+    edges = continuous.expand(np.linspace(-1, 1, vocabulary.bins + 1), vocabulary)
+    steps = np.arange(-40, 41, dtype=np.int32)
+    around = (edges.astype(np.float32).view(np.int32)[:, None] + steps).view(np.float32)
+    bits = np.random.default_rng(0).integers(0, 2**32, 1_000_000, dtype=np.uint32)
+    corners = (np.arange(2**16, dtype=np.uint32)[:, None] << 16) | np.array([0, 1, 0x7FFF, 0xFFFF], np.uint32)
+    for values in (around, bits.view(np.float32), corners.view(np.float32), np.empty((0, 3), np.float32)):
+        finite = values[np.isfinite(values)]
+        tokens, clipped = continuous.encode_observation(finite, vocabulary)
+        wanted, beyond = continuous.computed(finite, vocabulary)
+        assert (tokens == wanted).all()
+        assert clipped == beyond
+
+
 def test_scaled_action_ranges_round_trip():
     a = np.linspace(-3, 3, 101)
     tokens, outside = continuous.encode_action(a, -3.0, 3.0, SEED)
