@@ -20,7 +20,7 @@ import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from schemas.episode import Document, EpisodeError, RawEpisode, TaskSpec
 
@@ -29,8 +29,7 @@ class SourceError(ValueError):
     """A file or name cannot be used at all; the message names it and the remedy."""
 
 
-@dataclass(frozen=True)
-class EpisodeRef:
+class EpisodeRef(NamedTuple):
     """Rows [start, stop) of `file` (a full path), the `position`-th episode in it (of a text document: its place in
     bytes). `total`: its raw return, None where its log has no rewards or they cannot be read."""
 

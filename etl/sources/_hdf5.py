@@ -172,8 +172,10 @@ class Rows:
         start, stop, _ = rows.indices(self.shape[0])
         first, last = start // self.band, max(start, stop - 1) // self.band
         try:
-            bands = [self._band(n) for n in range(first, last + 1)]
+            bands = [self._band(n) for n in range(first, last + 1)] if last - first < 2 else []
         except DAMAGE:  # in these rows, or only in their neighbours
+            bands = []
+        if not bands:
             start -= (skipped := start % self.step)
             return self._read(start, stop)[skipped:]
         whole = bands[0] if len(bands) == 1 else np.concatenate(bands)

@@ -139,12 +139,12 @@ class _Log:
 
     def flags(self, key: str, rows: slice = ALL) -> np.ndarray | None:
         """Whether 'terminals' or 'timeouts' are set, bool; None where the file has no such key."""
-        return self.arrays[key][rows].reshape(-1) != 0 if key in self.arrays else None
+        return self.arrays[key][rows].reshape(-1).astype(bool, copy=False) if key in self.arrays else None
 
     def totals(self, bounds: list[tuple[int, int]]) -> list[float]:
         """Raw return of each episode."""
-        rewards = self.arrays["rewards"][:].reshape(-1).astype(np.float64)
-        return [float(rewards[start:stop].sum()) for start, stop in bounds]
+        rewards = self.arrays["rewards"][:].reshape(-1)
+        return np.add.reduceat(rewards, [start for start, _ in bounds], dtype=np.float64).tolist()
 
     def environment(self) -> str | None:
         """What the file itself says."""
