@@ -35,25 +35,33 @@ from schemas.files import atomic_write
 
 SHARED = "GATO_SHARED_DATA"
 REPEATS = 3
-FILES, ROWS = 4, 1_000_000  # of D4RL
+FILES, ROWS, TIMES = 4, 1_000_000, 4  # of D4RL: so many files of so many rows, under so many names
 FRAMES = 240_000
 FOLDERS = {"d4rl": "d4rl", "atari": "dqn_replay"}
 BLOCK = 2**20
-LONG_TIMES = 12  # D4RL files under so many names, where two processes are compared with one
+LONG_TIMES = 16  # names of a D4RL file where two processes are compared with one
 EPISODES = (10, 100, 1000)
 EPISODE_TIMESTEPS = 100
 
 
 def pair(
-    name: str, first: Callable[[], object], second: Callable[[], object], unit: str, amount: float, repeats: int
+    name: str,
+    first: Callable[[], object],
+    second: Callable[[], object],
+    unit: str,
+    amount: float,
+    repeats: int,
+    after: Callable[[], object] = lambda: None,
 ) -> tuple[float, float]:
-    """Print `amount` / best time of both and the ratio, above 1 where the first is faster; returns both times."""
+    """Print `amount` / best time of both and the ratio, above 1 where the first is faster; returns both times.
+    `after` each of them something is done that is not timed."""
     best = [float("inf"), float("inf")]
     for _ in range(repeats):
         for n, work in enumerate((first, second)):
             begun = time.perf_counter()
             work()
             best[n] = min(best[n], time.perf_counter() - begun)
+            after()
     rates = f"{amount / best[0]:,.4g} against {amount / best[1]:,.4g} {unit}"
     print(f"{name}: {rates}, ratio {best[1] / best[0]:.2f}", flush=True)
     return best[0], best[1]
@@ -182,10 +190,10 @@ FLOORS: dict[str, dict[str, Callable[[Path], None]]] = {
 }
 
 
-def bench_floor(folder: Path, place: Path, source: str) -> Path:
-    """Build against its floor; returns the logs that were built."""
+def bench_floor(folder: Path, place: Path, source: str) -> None:
+    """Build against its floor."""
     if source == "d4rl":
-        many = lengthen(place, folder / "d4rl-many")
+        many = multiply(lengthen(place, folder / "d4rl-long"), folder / "d4rl-many", source, TIMES)
     else:
         many = multiply(place, folder / "atari-many", source, -(-FRAMES // timesteps(place, source)))
     count = timesteps(many, source)
@@ -213,24 +221,22 @@ def bench_floor(folder: Path, place: Path, source: str) -> Path:
             pair(name, anew, floor(read), "timesteps/s", count, REPEATS)
     for path in (output, folder / "floor"):
         shutil.rmtree(path)
-    return many
 
 
-def bench_processes(folder: Path, place: Path) -> None:
+def bench_processes(folder: Path) -> None:
     """The whole command with two processes against one."""
-    many = multiply(place, folder / "d4rl-long", "d4rl", LONG_TIMES)
-
-    def run(workers: int) -> Callable[[], object]:
-        output = folder / f"workers-{workers}"
-
-        def work() -> None:
-            arguments = ("--source", "d4rl", "-i", many, "-o", output, "--workers", str(workers))
-            command("etl.build", *arguments)
-            shutil.rmtree(output)
-
-        return work
-
-    pair("etl: d4rl build, 2 processes / 1", run(2), run(1), "timesteps/s", timesteps(many, "d4rl"), 2)
+    many = multiply(folder / "d4rl-long", folder / "d4rl-longest", "d4rl", LONG_TIMES)
+    output = folder / "long-shards"
+    arguments = ("etl.build", "--source", "d4rl", "-i", many, "-o", output, "--workers")
+    pair(
+        "etl: d4rl build, 2 processes / 1",
+        lambda: command(*arguments, "2"),
+        lambda: command(*arguments, "1"),
+        "timesteps/s",
+        timesteps(many, "d4rl"),
+        REPEATS,
+        after=lambda: shutil.rmtree(output),
+    )
 
 
 def bench_memory(folder: Path, source: str) -> None:
@@ -274,10 +280,11 @@ def write_atari(place: Path, episodes: int) -> None:
 
 
 def run(folder: Path) -> None:
-    """All of them; `folder` is for scratch files, some 2 GB."""
+    """All of them; `folder` is for scratch files, some 12 GB."""
     places = {source: logs(folder, source) for source in FOLDERS}
-    built = {source: bench_floor(folder, place, source) for source, place in places.items()}
-    bench_processes(folder, built["d4rl"])
+    for source, place in places.items():
+        bench_floor(folder, place, source)
+    bench_processes(folder)
     for source in FOLDERS:
         bench_memory(folder, source)
 
