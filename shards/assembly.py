@@ -1,4 +1,4 @@
-"""Windows of timesteps -> token sequences of exactly L tokens.
+"""Windows of timesteps -> token sequences of exactly L tokens, many at once.
 
 A task's timesteps lie on a circle, episode after episode. An epoch cuts the circle
 at a random phase into windows of W = ceil(L / K) timesteps; a window is a regular
@@ -7,8 +7,12 @@ ends inside the window the next one follows with its own segment number. A promp
 where one is drawn, takes the first timesteps of the grid and shares the segment of
 the episode behind it (paper §2.2).
 
+    runs (timesteps [a, b) of the circle) -> spans (runs cut at rows of the index) -> grids -> rows of a Batch
+
 Invariant: an epoch shows every timestep at least once, fewer than W of them twice;
 loss falls only on text and action tokens that have a predecessor in their segment, and not on a text's padding.
+
+Shapes: n sequences, W timesteps, K tokens a timestep, L tokens, M patches a sequence.
 """
 
 from __future__ import annotations
@@ -17,134 +21,154 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from schemas.layout import ACTION, PATCH_SIZE, SEPARATOR, TEXT, TimestepLayout
+from schemas.layout import ACTION, SEPARATOR, TEXT, TimestepLayout
 from shards.batch import Batch
 from shards.reader import Dataset
+from shards.sampler import below, mixed
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Timesteps [start, stop) of index row `row`, in segment `segment`."""
+class Spans:
+    """Timesteps [start, start + count) of index row `row`, for timesteps `place` and on of grid `grid`, in its segment
+    `segment`. int64 arrays, ordered by grid and place."""
 
-    row: int
-    start: int
-    stop: int
-    segment: int
+    row: np.ndarray
+    start: np.ndarray
+    count: np.ndarray
+    grid: np.ndarray
+    place: np.ndarray
+    segment: np.ndarray
 
 
 class Timeline:
     """One task's episodes of one split (training or held out), end to end on a circle."""
 
     def __init__(self, dataset: Dataset, task: int, held_out: bool, sequence_length: int):
-        self.dataset, self.task = dataset, task
+        self.dataset, self.task, self.sequence_length = dataset, task, sequence_length
         self.layout: TimestepLayout = dataset.layouts[task]
         self.rows = dataset.rows(task, held_out)
         lengths = dataset.column("timesteps")[self.rows].astype(np.int64)
         self.ends = np.cumsum(lengths)
         self.starts = self.ends - lengths
-        self.episodes = dataset.column("episode")[self.rows]
         self.total = int(lengths.sum())
-        self.sequence_length = sequence_length
-        text = dataset.manifest.text_model
-        self.padding = text.padding if text else -1
+        self.episodes = dataset.column("episode")[self.rows]
+        firsts = np.flatnonzero(np.diff(self.episodes, prepend=-1))
+        self.episode_starts = self.starts[firsts]
+        self.episode_ends = np.append(self.starts[firsts[1:]], self.total)
         self.width = -(-sequence_length // self.layout.length)
         self.windows = -(-self.total // self.width)
+        text = dataset.manifest.text_model
+        self.padding = text.padding if text else -1
+        L, columns = sequence_length, np.arange(self.layout.length)
+        self.roles = np.tile(self.layout.roles, self.width)[:L]
+        self.positions = np.tile(self.layout.local_positions, self.width)[:L]
+        slots = np.arange(self.width)[:, None] * len(columns) + self.layout.patch_slots
+        self.patch_index = slots.reshape(-1)[slots.reshape(-1) < L]
 
     @property
     def name(self) -> str:
         return self.dataset.manifest.tasks[self.task].spec.name
 
-    def pieces(self, first: int, count: int) -> list[Piece]:
-        """`count` timesteps from circle position `first` on, cut at episode ends and at the circle's seam."""
-        found: list[Piece] = []
-        position = first % self.total
-        place = int(np.searchsorted(self.ends, position, side="right"))
-        segment = 0
-        while count:
-            offset = position - int(self.starts[place])
-            taken = min(count, int(self.ends[place]) - position)
-            found.append(Piece(int(self.rows[place]), offset, offset + taken, segment))
-            count -= taken
-            previous, place = place, (place + 1) % len(self.rows)
-            position = int(self.starts[place])
-            segment += int(self.episodes[place] != self.episodes[previous] or place <= previous)
-        return found
+    def prompts(
+        self, first: np.ndarray, length: np.ndarray, from_end: np.ndarray, word: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Circle positions [a, b) of prompts for windows that begin at `first` (n,): at most `length` timesteps of
+        another episode than the window's first, its end or from anywhere; a = b where length is 0 or there is none."""
+        own = np.searchsorted(self.episode_ends, first % self.total, side="right")
+        other = below(word, len(self.episode_ends) - 1)
+        other += other >= own
+        other = np.minimum(other, len(self.episode_ends) - 1)
+        start, stop = self.episode_starts[other], self.episode_ends[other]
+        length = np.minimum(length, stop - start) * (len(self.episode_ends) > 1)
+        anywhere = start + below(mixed(word, 0), stop - start - length + 1)
+        a = np.where(from_end, stop - length, anywhere)
+        return a, a + length
 
-    def prompt(self, body: Piece, length: int, from_end: bool, rng: np.random.Generator) -> list[Piece]:
-        """A run of at most `length` timesteps of another episode of this task: its end, or from anywhere.
-        None where the task has no other episode."""
-        own = self.dataset.column("episode")[body.row]
-        others = len(np.unique(self.episodes)) - 1
-        if others < 1:
-            return []
-        place = int(rng.integers(len(self.rows)))
-        while self.episodes[place] == own:
-            place = (place + 1) % len(self.rows)
-        if from_end:
-            while place + 1 < len(self.rows) and self.episodes[place + 1] == self.episodes[place]:
-                place += 1
-        T = int(self.ends[place] - self.starts[place])
-        length = min(length, T)
-        start = T - length if from_end else int(rng.integers(T - length + 1))
-        return [Piece(int(self.rows[place]), start, start + length, body.segment)]
-
-    def sequence(
-        self,
-        i: int,
-        body: list[Piece],
-        prompt: list[Piece],
-        patch_rng: np.random.Generator | None,
-        prompt_loss: bool,
-        separator: int,
-    ) -> Batch:
-        """One sequence as a batch of one. `patch_rng` draws patch positions; None takes the intervals' means."""
-        layout, W, L = self.layout, self.width, self.sequence_length
-        pieces = [*prompt, *body]
-        counts = [piece.stop - piece.start for piece in pieces]
-        used = sum(counts)
-        grid = np.zeros((W, layout.length), np.int32)
-        stored = [self.dataset.tokens(piece.row)[piece.start : piece.stop] for piece in pieces]
-        grid[:used, layout.stored_columns] = np.concatenate(stored)
-        grid[:, layout.roles == SEPARATOR] = separator
-        segments = np.full((W, layout.length), -1, np.int16)
-        segments[:used] = np.repeat([piece.segment for piece in pieces], counts)[:, None]
-        roles = np.tile(layout.roles, W)[:L]
-        supervised = np.isin(roles, (TEXT, ACTION))
-        if layout.text and layout.action:
-            supervised &= (roles != TEXT) | (grid.reshape(-1)[:L] != self.padding)
-        flat = segments.reshape(-1)[:L]
-        supervised &= flat >= 0
-        supervised[1:] &= flat[1:] == flat[:-1]
-        supervised[0] = False
-        if not prompt_loss:
-            supervised[: sum(counts[: len(prompt)]) * layout.length] = False
-        patches, index, positions = self._patches(pieces, used, patch_rng)
-        return Batch(
-            tokens=grid.reshape(1, -1)[:, :L],
-            roles=np.where(flat >= 0, roles, 0).astype(np.uint8)[None],
-            positions=np.tile(layout.local_positions, W)[None, :L],
-            segments=flat[None],
-            supervised=supervised[None],
-            patches=patches,
-            patch_index=index,
-            patch_positions=positions,
-            tasks=np.array([self.task], np.int64),
-            sequence=np.array([i], np.int64),
+    def spans(self, first: np.ndarray, prompt: tuple[np.ndarray, np.ndarray]) -> Spans:
+        """What fills the grids of windows that begin at circle positions `first` (n,), behind their prompts."""
+        n, R = len(first), len(self.rows)
+        taken = prompt[1] - prompt[0]
+        a = np.stack([prompt[0], first], axis=1).reshape(-1)  # runs: each grid's prompt, then its body
+        b = np.stack([prompt[1], first + self.width - taken], axis=1).reshape(-1)
+        place = np.stack([np.zeros(n, np.int64), taken], axis=1).reshape(-1)
+        low, high = self._unrolled(a), self._unrolled(b - 1)
+        counts = np.where(b > a, high - low + 1, 0)
+        run = np.repeat(np.arange(2 * n), counts)
+        begins = np.cumsum(counts) - counts
+        unrolled = low[run] + np.arange(len(run)) - begins[run]
+        lap, row = np.divmod(unrolled, R)
+        start = np.maximum(a[run], lap * self.total + self.starts[row])
+        stop = np.minimum(b[run], lap * self.total + self.ends[row])
+        grid = run // 2
+        # a prompt is of one episode, and so are the pieces of a long one; the body's first shares its segment
+        previous = np.maximum(np.arange(len(run)) - 1, 0)
+        fresh = (self.episodes[row] != self.episodes[row[previous]]) | (lap != lap[previous])
+        fresh &= (run == run[previous]) & (np.arange(len(run)) > 0)
+        segment = np.cumsum(fresh)
+        base = segment[np.searchsorted(grid, np.arange(n))]
+        return Spans(
+            row=self.rows[row],
+            start=start - lap * self.total - self.starts[row],
+            count=stop - start,
+            grid=grid,
+            place=place[run] + start - a[run],
+            segment=segment - base[grid],
         )
 
-    def _patches(
-        self, pieces: list[Piece], used: int, rng: np.random.Generator | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        layout = self.layout
-        if not layout.patches:
-            return np.empty((0, PATCH_SIZE, PATCH_SIZE, 1), np.uint8), np.empty(0, np.int64), np.empty((0, 2), np.int64)
-        pixels = np.concatenate([self.dataset.patches(p.row)[p.start : p.stop] for p in pieces])
-        pixels = pixels.reshape(-1, *pixels.shape[2:])
-        index = (np.arange(used)[:, None] * layout.length + layout.patch_slots).reshape(-1)
-        if rng is None:
-            positions = np.tile(layout.patch_centres, (used, 1))
-        else:
-            low, high = layout.patch_intervals[..., 0], layout.patch_intervals[..., 1]
-            positions = rng.integers(low, high, (used, *low.shape)).reshape(-1, 2)
-        keep = index < self.sequence_length
-        return pixels[keep], index[keep], positions[keep]
+    def _unrolled(self, position: np.ndarray) -> np.ndarray:
+        """Number of the row at each circle position, counted on from lap to lap."""
+        lap, within = np.divmod(position, self.total)
+        return lap * len(self.rows) + np.searchsorted(self.ends, within, side="right")
+
+    def fill(
+        self,
+        batch: Batch,
+        at: np.ndarray,
+        patches_at: np.ndarray,
+        spans: Spans,
+        prompt: np.ndarray | None,
+        separator: int,
+    ) -> None:
+        """Write sequences into rows `at` (n,) of a batch, their patches from `patches_at` (n,) on. `prompt` (n,): how
+        many timesteps of each carry no loss, None where all do. Not: tasks, sequence, patch_positions."""
+        layout, W, L, n = self.layout, self.width, self.sequence_length, len(at)
+        grid = np.zeros((n * W, layout.length), np.int32)
+        stored = np.empty((n * W, layout.stored), np.uint16)
+        M, P = len(self.patch_index), layout.patches
+        for row, start, count, number, place in zip(
+            *(a.tolist() for a in (spans.row, spans.start, spans.count, spans.grid, spans.place))
+        ):
+            first = number * W + place
+            stored[first : first + count] = self.dataset.tokens(row)[start : start + count]
+            if P:
+                shown = min(count * P, M - place * P)  # the last timestep may be cut
+                pixels = self.dataset.patches(row)[start : start + count]
+                begin = patches_at[number] + place * P
+                batch.patches[begin : begin + shown] = pixels.reshape(-1, *pixels.shape[2:])[:shown]
+        grid[:, layout.stored_columns] = stored
+        grid[:, layout.roles == SEPARATOR] = separator
+        segments = np.repeat(spans.segment.astype(np.int16), spans.count * layout.length).reshape(n, -1)[:, :L]
+        tokens = grid.reshape(n, -1)[:, :L]
+        supervised = np.tile(np.isin(self.roles, (TEXT, ACTION)), (n, 1))
+        if layout.text and layout.action:
+            supervised &= (self.roles != TEXT) | (tokens != self.padding)
+        supervised[:, 1:] &= segments[:, 1:] == segments[:, :-1]
+        supervised[:, 0] = False
+        if prompt is not None:
+            supervised &= np.arange(L) >= prompt[:, None] * layout.length
+        batch.tokens[at], batch.segments[at], batch.supervised[at] = tokens, segments, supervised
+        batch.roles[at], batch.positions[at] = self.roles, self.positions
+        if P:
+            places = patches_at[:, None] + np.arange(M)
+            batch.patch_index[places] = at[:, None] * L + self.patch_index
+
+    def patch_positions(self, word: np.ndarray | None, n: int) -> np.ndarray:
+        """Row and column bins (n, M, 2) int64 of n sequences' patches: drawn from their intervals by each sequence's
+        word (paper, appendix C.3), or the intervals' means."""
+        layout, M = self.layout, len(self.patch_index)
+        patch = np.arange(M) % layout.patches
+        if word is None:
+            return np.broadcast_to(layout.patch_centres[patch], (n, M, 2))
+        low, high = (layout.patch_intervals[patch, :, end] for end in (0, 1))
+        drawn = mixed(word[:, None], np.arange(M))
+        return low + below(np.stack([drawn, drawn << np.uint64(32)], axis=2), high - low)

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from schemas.layout import PATCH_SIZE
+
 
 @dataclass
 class Batch:
@@ -44,18 +46,18 @@ class Batch:
         )
 
     @staticmethod
-    def stack(samples: list[Batch]) -> Batch:
-        """Batches of one sequence each (numpy) to one batch."""
-        L = samples[0].tokens.shape[1]
-        shift = np.repeat(np.arange(len(samples)) * L, [len(sample.patch_index) for sample in samples])
-        columns = {f.name: [getattr(sample, f.name) for sample in samples] for f in fields(Batch)}
-        columns["patches"] = _same_channels(columns["patches"])
-        joined = {name: np.concatenate(parts) for name, parts in columns.items()}
-        joined["patch_index"] = joined["patch_index"] + shift
-        return Batch(**joined)
-
-
-def _same_channels(patches: list[np.ndarray]) -> list[np.ndarray]:
-    """Grey patches beside colour ones become colour with three equal channels."""
-    channels = max((p.shape[-1] for p in patches if len(p)), default=1)
-    return [np.broadcast_to(p[..., :1] if p.shape[-1] != channels else p, (*p.shape[:3], channels)) for p in patches]
+    def empty(tasks: np.ndarray, length: int, patches: int, channels: int) -> Batch:
+        """Numpy arrays to be filled, for sequences of `tasks` (B,) with so many patches in all."""
+        B = len(tasks)
+        return Batch(
+            tokens=np.empty((B, length), np.int32),
+            roles=np.empty((B, length), np.uint8),
+            positions=np.empty((B, length), np.int16),
+            segments=np.empty((B, length), np.int16),
+            supervised=np.empty((B, length), bool),
+            patches=np.empty((patches, PATCH_SIZE, PATCH_SIZE, channels), np.uint8),
+            patch_index=np.empty(patches, np.int64),
+            patch_positions=np.empty((patches, 2), np.int64),
+            tasks=np.array(tasks, np.int64),
+            sequence=np.empty(B, np.int64),
+        )

@@ -3,8 +3,8 @@
     i -> block and slot (mixture weights, exact in every block) -> task and ordinal within the task
       -> epoch and place -> keyed permutation -> window number
 
-Random numbers are counter-based (Philox keyed by seed and purpose, counted by i),
-so they need no history either.
+Random numbers are counter-based: words mixed from a key (seed and purpose) and counters, so that they need no
+history and whole arrays of sequences are placed at once.
 
 Invariant: within one epoch of a task every window number appears exactly once,
 whatever the world size, the worker count or the place where a run was resumed.
@@ -14,16 +14,64 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
+GAMMA = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's step
+ROUNDS = 4
+Counter = np.ndarray | int
+
 
 def random(seed: int, purpose: str, *counter: int) -> np.random.Generator:
-    """Generator that is a pure function of its arguments."""
-    key = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little")
-    words = [*counter, 0, 0, 0][:3]
+    """Generator (Philox) that is a pure function of its arguments."""
+    counters = [*counter, 0, 0, 0][:3]
     # the last counter word stays zero: it is the one that counts the draws up
-    return np.random.Generator(np.random.Philox(key=[seed, key], counter=[0, *words]))
+    return np.random.Generator(np.random.Philox(key=[seed, _purpose(purpose)], counter=[0, *counters]))
+
+
+def words(seed: int, purpose: str, *counters: Counter) -> np.ndarray:
+    """Random uint64 words, one for each element of the broadcast counters (integers from 0 on)."""
+    return mixed(np.uint64(seed ^ _purpose(purpose)), *counters)
+
+
+def mixed(key: np.ndarray | np.uint64, *counters: Counter) -> np.ndarray:
+    """The words of further counters under a word as key: a chain of splitmix64 steps, uint64."""
+    word = np.atleast_1d(np.asarray(key, np.uint64))
+    for counter in counters:
+        word = _mix(word + GAMMA * (np.atleast_1d(counter).astype(np.uint64) + np.uint64(1)))
+    return word
+
+
+def below(word: np.ndarray, size: Counter) -> np.ndarray:
+    """Words to uniform integers in [0, size), size < 2**31, by their upper half: int64."""
+    return ((word >> np.uint64(32)) * np.asarray(size).astype(np.uint64) >> np.uint64(32)).astype(np.int64)
+
+
+def permuted(index: Counter, n: Counter, key: np.ndarray) -> np.ndarray:
+    """Image of each index under the permutation of [0, n) that its key names, int64; all three broadcast. A Feistel
+    network of 4 rounds with cycle walking: 25 ns an index and no memory."""
+    x, n, key = np.broadcast_arrays(*(np.atleast_1d(np.asarray(a)).astype(np.uint64) for a in (index, n, key)))
+    bits = np.frexp((n - np.uint64(1)).astype(np.float64))[1]
+    half = np.maximum(1, (bits + 1) // 2).astype(np.uint64)
+    keys = [mixed(key, number) for number in range(ROUNDS)]
+    x = _feistel(x, half, keys)
+    while (outside := x >= n).any():
+        x[outside] = _feistel(x[outside], half[outside], [k[outside] for k in keys])
+    return x.astype(np.int64)
+
+
+def _feistel(x: np.ndarray, half: np.ndarray, keys: list[np.ndarray]) -> np.ndarray:
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = x >> half, x & mask
+    for key in keys:
+        left, right = right, left ^ (_mix(right + key) & mask)
+    return (left << half) | right
+
+
+@lru_cache(maxsize=64)
+def _purpose(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -33,41 +81,13 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-class Permutation:
-    """Keyed pseudo-random permutation of [0, n): a 4-round Feistel network with cycle walking; no memory."""
-
-    ROUNDS = 4
-
-    def __init__(self, n: int, key: int):
-        if n < 1:
-            raise ValueError("a permutation needs n >= 1")
-        self.n = n
-        half = max(1, ((n - 1).bit_length() + 1) // 2)
-        self.half, self.mask = np.uint64(half), np.uint64((1 << half) - 1)
-        self.keys = [np.uint64(word) for word in random(key, "feistel").integers(0, 2**63, self.ROUNDS)]
-
-    def __call__(self, index: np.ndarray | int) -> np.ndarray:
-        """Images of `index` (any shape), int64."""
-        x = np.atleast_1d(np.asarray(index)).astype(np.uint64)
-        x = self._once(x)
-        while (outside := x >= self.n).any():
-            x[outside] = self._once(x[outside])
-        return x.astype(np.int64).reshape(np.shape(index))
-
-    def _once(self, x: np.ndarray) -> np.ndarray:
-        left, right = x >> self.half, x & self.mask
-        for key in self.keys:
-            left, right = right, left ^ (_mix(right + key) & self.mask)
-        return (left << self.half) | right
-
-
 @dataclass(frozen=True)
-class Place:
-    """Window `window` of task `task` in that task's epoch `epoch`."""
+class Places:
+    """Windows `window` of tasks `task` in those tasks' epochs `epoch`, int64 arrays (n,)."""
 
-    task: int
-    epoch: int
-    window: int
+    task: np.ndarray
+    epoch: np.ndarray
+    window: np.ndarray
 
 
 class Sampler:
@@ -86,19 +106,15 @@ class Sampler:
         counts[np.argsort(counts - exact, kind="stable")[: block - counts.sum()]] += 1
         if (counts[share > 0] == 0).any():
             raise ValueError(f"a task's weight is below 1/{block} of the mixture; raise it or the mixture block")
-        self.windows, self.counts, self.seed, self.block = windows, counts, seed, block
+        self.windows, self.counts, self.seed, self.block = np.asarray(windows, np.int64), counts, seed, block
         self.task_of_slot = np.repeat(np.arange(len(counts)), counts)
         self.first_slot = np.cumsum(counts) - counts
 
-    def place(self, i: int) -> Place:
-        """Where training sequence i comes from."""
-        block, offset = divmod(i, self.block)
-        slot = int(Permutation(self.block, self._key("block", block))(offset))
-        task = int(self.task_of_slot[slot])
-        ordinal = block * int(self.counts[task]) + slot - int(self.first_slot[task])
-        epoch, place = divmod(ordinal, self.windows[task])
-        window = Permutation(self.windows[task], self._key("epoch", epoch, task))(place)
-        return Place(task, epoch, int(window))
-
-    def _key(self, purpose: str, *counter: int) -> int:
-        return int(random(self.seed, purpose, *counter).integers(0, 2**63))
+    def places(self, i: np.ndarray) -> Places:
+        """Where training sequences i (n,) come from."""
+        block, offset = np.divmod(np.asarray(i, np.int64), self.block)
+        slot = permuted(offset, self.block, words(self.seed, "block", block))
+        task = self.task_of_slot[slot]
+        ordinal = block * self.counts[task] + slot - self.first_slot[task]
+        epoch, place = np.divmod(ordinal, self.windows[task])
+        return Places(task, epoch, permuted(place, self.windows[task], words(self.seed, "epoch", epoch, task)))

@@ -1,6 +1,6 @@
 """The stream: training sequence i of a mixture of datasets, and batches of them in order.
 
-    StreamConfig + dataset folders -> Stream.sequence(i) -> Stream.batches(start, ...) -> Batch
+    StreamConfig + dataset folders -> Stream.batch(first, count) -> Stream.batches(start, ...) -> Batch
 
 Threads of the trainer's own process assemble ahead; order and content do not depend
 on them. The state of a run is the next i, an integer.
@@ -19,13 +19,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from schemas.dataset import TEXT_MODEL_NAME, DatasetError
 from schemas.episode import STRICT
 from schemas.vocabulary import Vocabulary
 from shards.assembly import Timeline
 from shards.batch import Batch
 from shards.reader import Dataset, Verify
-from shards.sampler import Sampler, random
+from shards.sampler import Sampler, below, words
 
 
 @dataclass(frozen=True)
@@ -94,38 +96,56 @@ class Stream:
 
     def sequence(self, i: int) -> Batch:
         """Training sequence i, a batch of one."""
-        place = self.sampler.place(i)
-        timeline = self.timelines[place.task]
-        phase = int(random(self.seed, "phase", place.epoch, place.task).integers(timeline.total))
-        rng = random(self.seed, "prompt", i)
-        body = timeline.pieces(phase + place.window * timeline.width, timeline.width)
-        prompt = []
-        if timeline.layout.action and rng.random() < self.config.prompt_probability:
-            longest = max(1, int(timeline.width * self.config.prompt_max_share))
-            length, from_end = int(rng.integers(1, longest + 1)), bool(rng.random() < self.config.prompt_end_share)
-            prompt = timeline.prompt(body[0], min(length, timeline.width - 1), from_end, rng)
-        if prompt:
-            body = timeline.pieces(phase + place.window * timeline.width, timeline.width - len_of(prompt))
-        patch_rng = random(self.seed, "patch", i)
-        return self._finish(
-            i,
-            place.task,
-            timeline.sequence(i, body, prompt, patch_rng, self.config.prompt_loss, self.vocabulary.separator),
-        )
-
-    def evaluation_sequence(self, task: int, window: int) -> Batch:
-        """Window `window` of a task (modulo its count), no prompt, no phase, mean patch positions."""
-        timeline = self.timelines[task]
-        body = timeline.pieces((window % timeline.windows) * timeline.width, timeline.width)
-        return self._finish(window, task, timeline.sequence(window, body, [], None, True, self.vocabulary.separator))
-
-    def _finish(self, i: int, task: int, sequence: Batch) -> Batch:
-        sequence.tasks[:] = task
-        return sequence
+        return self.batch(i, 1)
 
     def batch(self, first: int, count: int) -> Batch:
-        """Sequences [first, first + count)."""
-        return Batch.stack([self.sequence(i) for i in range(first, first + count)])
+        """Training sequences [first, first + count)."""
+        i = np.arange(first, first + count)
+        places = self.sampler.places(i)
+        batch, patches_at = self._empty(places.task)
+        batch.sequence[:] = i
+        for task in np.unique(places.task).tolist():
+            at = np.flatnonzero(places.task == task)
+            timeline, own = self.timelines[task], i[at]
+            phase = below(words(self.seed, "phase", places.epoch[at], task), timeline.total)
+            begin = (phase + places.window[at] * timeline.width) % timeline.total
+            prompts = timeline.prompts(begin, *self._prompts(timeline, own))
+            without = None if self.config.prompt_loss else prompts[1] - prompts[0]
+            timeline.fill(batch, at, patches_at[at], timeline.spans(begin, prompts), without, self.vocabulary.separator)
+            if timeline.layout.patches:
+                self._positions(batch, timeline, patches_at[at], words(self.seed, "patch", own))
+        return batch
+
+    def evaluation_batch(self, task: int, windows: np.ndarray) -> Batch:
+        """Windows (n,) of a task (modulo its count), no prompts, no phase, mean patch positions."""
+        timeline = self.timelines[task]
+        batch, patches_at = self._empty(np.full(len(windows), task))
+        batch.sequence[:] = windows
+        begin = (np.asarray(windows) % timeline.windows) * timeline.width
+        spans = timeline.spans(begin, (begin, begin))
+        timeline.fill(batch, np.arange(len(windows)), patches_at, spans, None, self.vocabulary.separator)
+        if timeline.layout.patches:
+            self._positions(batch, timeline, patches_at, None)
+        return batch
+
+    def _prompts(self, timeline: Timeline, i: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Length in timesteps (0: none), whether from an episode's end, and the word that chooses, of sequences i."""
+        asked, end, size, choice = (words(self.seed, "prompt", i, n) for n in range(4))
+        longest = min(max(1, int(timeline.width * self.config.prompt_max_share)), timeline.width - 1)
+        wanted = (_unit(asked) < self.config.prompt_probability) & bool(timeline.layout.action and longest)
+        return np.where(wanted, 1 + below(size, longest), 0), _unit(end) < self.config.prompt_end_share, choice
+
+    def _positions(self, batch: Batch, timeline: Timeline, patches_at: np.ndarray, word: np.ndarray | None) -> None:
+        places = patches_at[:, None] + np.arange(len(timeline.patch_index))
+        batch.patch_positions[places] = timeline.patch_positions(word, len(patches_at))
+
+    def _empty(self, task: np.ndarray) -> tuple[Batch, np.ndarray]:
+        """A batch to be filled with sequences of those tasks (n,), and where the patches of each begin (n,)."""
+        patches = np.array([len(timeline.patch_index) for timeline in self.timelines])[task]
+        channels = max((self.timelines[t].layout.channels for t in np.unique(task[patches > 0])), default=1)
+        return Batch.empty(task, self.config.sequence_length, int(patches.sum()), channels), np.cumsum(
+            patches
+        ) - patches
 
     def batches(
         self, start: int, global_batch: int, micro_batch: int, rank: int = 0, world: int = 1, threads: int = 1
@@ -154,9 +174,9 @@ class Stream:
                     future.cancel()
 
 
-def len_of(pieces: list) -> int:
-    """Timesteps in a list of pieces."""
-    return sum(piece.stop - piece.start for piece in pieces)
+def _unit(word: np.ndarray) -> np.ndarray:
+    """Words to uniform float64 in [0, 1)."""
+    return (word >> np.uint64(11)) * 2.0**-53
 
 
 def find_datasets(root: Path) -> list[Path]:

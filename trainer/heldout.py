@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from schemas.vocabulary import bin_centres
-from shards.batch import Batch
 from shards.stream import Stream
 from trainer.loss import held_out_logits
 from trainer.model import Gato
@@ -26,8 +26,7 @@ def evaluate(model: Gato, stream: Stream, sequences: int, micro_batch: int, devi
         windows = min(sequences, timeline.windows)
         loss = correct = error = count = 0.0
         for first in range(0, windows, micro_batch):
-            numbers = range(first, min(first + micro_batch, windows))
-            batch = Batch.stack([stream.evaluation_sequence(task, n) for n in numbers]).to(device)
+            batch = stream.evaluation_batch(task, np.arange(first, min(first + micro_batch, windows))).to(device)
             logits, targets = held_out_logits(model, batch)
             loss += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
             best = logits.argmax(dim=1)

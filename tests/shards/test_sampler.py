@@ -3,21 +3,44 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.sampler import Permutation, Sampler, random
+from shards.sampler import Sampler, below, permuted, random, words
+
+
+def key(number: int) -> np.ndarray:
+    return words(number, "test")
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**62))
 @settings(max_examples=60)
-def test_permutation_visits_each_index_once(n, key):
-    assert sorted(Permutation(n, key)(np.arange(n)).tolist()) == list(range(n))
+def test_permutation_visits_each_index_once(n, seed):
+    assert sorted(permuted(np.arange(n), n, key(seed)).tolist()) == list(range(n))
 
 
-def test_permutation_depends_on_its_key_and_works_on_scalars():
-    first, second = Permutation(1000, 1), Permutation(1000, 2)
-    assert (first(np.arange(1000)) != second(np.arange(1000))).mean() > 0.9
-    assert int(first(17)) == first(np.arange(1000))[17]
+def test_permutation_depends_on_its_key():
+    first, second = (permuted(np.arange(1000), 1000, key(seed)) for seed in (1, 2))
+    assert (first != second).mean() > 0.9
     # far from the identity: neighbours are not kept together
-    assert np.abs(np.diff(first(np.arange(1000)))).mean() > 200
+    assert np.abs(np.diff(first)).mean() > 200
+
+
+def test_permutations_of_many_sizes_and_keys_at_once():
+    rng = np.random.default_rng(0)
+    n = rng.integers(1, 10_000, 500)
+    index, keys = rng.integers(0, n), words(0, "test", np.arange(500))
+    together = permuted(index, n, keys)
+    assert together.tolist() == [int(permuted(i, m, k)[0]) for i, m, k in zip(index, n, keys)]
+
+
+def test_words_are_a_function_of_their_arguments_and_even():
+    i = np.arange(100_000)
+    a = words(3, "x", i)
+    assert (a[[7, 99]] == words(3, "x", np.array([7, 99]))).all()
+    for other in (words(4, "x", i), words(3, "y", i), words(3, "x", i, 1), words(3, "x", i + 1)):
+        assert (other != a).all()
+    counts = np.bincount(below(a, 10), minlength=10)
+    assert len(counts) == 10 and np.abs(counts - 10_000).max() < 500
+    bits = np.unpackbits(a.view(np.uint8)).reshape(-1, 64).mean(axis=0)
+    assert np.abs(bits - 0.5).max() < 0.01
 
 
 def test_random_is_a_function_of_its_arguments():
@@ -35,13 +58,16 @@ def test_random_is_a_function_of_its_arguments():
 @settings(max_examples=25, deadline=None)
 def test_weights_hold_in_every_block_and_windows_once_an_epoch(windows, weights, seed):
     sampler = Sampler(windows, weights[: len(windows)], seed, block=64)
-    places = [sampler.place(i) for i in range(64 * 8)]
+    found = sampler.places(np.arange(64 * 8))
+    places = list(zip(found.task.tolist(), found.epoch.tolist(), found.window.tolist()))
+    again = [sampler.places(np.array([i])) for i in range(0, 64 * 8, 7)]
+    assert [(int(p.task[0]), int(p.epoch[0]), int(p.window[0])) for p in again] == places[::7]
     share = np.array(weights[: len(windows)]) / sum(weights[: len(windows)])
     for block in range(8):
-        counts = np.bincount([p.task for p in places[block * 64 : block * 64 + 64]], minlength=len(windows))
+        counts = np.bincount([task for task, _, _ in places[block * 64 : block * 64 + 64]], minlength=len(windows))
         assert (np.abs(counts - share * 64) < 1).all()
     for task, count in enumerate(windows):
-        seen = [(p.epoch, p.window) for p in places if p.task == task]
+        seen = [(epoch, window) for own, epoch, window in places if own == task]
         whole = [window for epoch, window in seen if epoch == 0]
         assert len(set(whole)) == len(whole) == min(count, len(seen))
         assert len(set(seen)) == len(seen)

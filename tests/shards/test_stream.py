@@ -4,10 +4,13 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from schemas.layout import ACTION, OBSERVATION, PAD, PATCH, SEPARATOR
+from shards.assembly import Timeline
 from shards.reader import Dataset
-from shards.sampler import random
+from shards.sampler import below, mixed, words
 from shards.stream import Stream, StreamConfig
 
 L = 120
@@ -46,49 +49,80 @@ def test_global_batches_do_not_depend_on_world_size_or_threads(stream, world, th
         rank.close()
 
 
-def slow_sequence(stream: Stream, i: int):
-    """Tokens, roles, segments and supervision of sequence i, one timestep and one token at a time."""
-    got = stream.sequence(i)
-    timeline = stream.timelines[int(got.tasks[0])]
-    dataset: Dataset = timeline.dataset
-    layout, place = timeline.layout, stream.sampler.place(i)
-    phase = int(random(stream.seed, "phase", place.epoch, place.task).integers(timeline.total))
+def slow_sequence(stream: Stream, i: int) -> dict[str, list]:
+    """Sequence i, one timestep and one token at a time, from the sampler's place and the prompt's draws."""
+    place = stream.sampler.places(np.array([i]))
+    task, epoch, window = (int(a[0]) for a in (place.task, place.epoch, place.window))
+    timeline, config = stream.timelines[task], stream.config
+    dataset, layout, W = timeline.dataset, timeline.layout, timeline.width
+    episode_of = dataset.column("episode")
     steps = [(int(row), t) for row in timeline.rows for t in range(dataset.column("timesteps")[row])]
-    first = phase + place.window * timeline.width
-    body = [steps[(first + n) % len(steps)] for n in range(timeline.width)]
-    return got, dataset, layout, body, steps
+    phase = int(below(words(stream.seed, "phase", epoch, task), len(steps))[0])
+    first = phase + window * W
+    body = [(*steps[(first + n) % len(steps)], (first + n) // len(steps)) for n in range(W)]
+    asked, end, size, choice = (words(stream.seed, "prompt", i, n) for n in range(4))
+    prompt = []
+    others = [e for e in dict.fromkeys(episode_of[timeline.rows].tolist()) if e != episode_of[body[0][0]]]
+    if int(asked[0]) / 2**64 < config.prompt_probability and layout.action and others:
+        length = 1 + int(below(size, max(1, int(W * config.prompt_max_share)))[0])
+        chosen = others[int(below(choice, len(others))[0])]
+        episode = [step for step in steps if episode_of[step[0]] == chosen]
+        length = min(length, len(episode))
+        start = int(below(mixed(choice, 0), len(episode) - length + 1)[0])
+        prompt = episode[-length:] if int(end[0]) / 2**64 < config.prompt_end_share else episode[start : start + length]
+    out: dict[str, list] = {name: [] for name in ("tokens", "roles", "positions", "segments", "supervised")}
+    out |= {"patches": [], "patch_index": []}
+    segment, previous = 0, None
+    for n, (row, t, *lap) in enumerate([*prompt, *body[: W - len(prompt)]]):
+        here = (episode_of[row], lap)
+        if n > len(prompt) and here != previous:
+            segment += 1
+        previous = here
+        stored = iter(dataset.tokens(row)[t].tolist())
+        patches = iter(dataset.patches(row)[t] if layout.patches else [])
+        for column, role in enumerate(layout.roles.tolist()):
+            p = len(out["tokens"])
+            if p == L:
+                return out
+            if role == PATCH:
+                out["patches"].append(next(patches))
+                out["patch_index"].append(p)
+            out["tokens"].append({PATCH: 0, SEPARATOR: 34048}.get(role) if role in (PATCH, SEPARATOR) else next(stored))
+            target = role == ACTION and p > 0 and out["segments"][p - 1] == segment
+            out["supervised"].append(target and (config.prompt_loss or n >= len(prompt)))
+            out["roles"].append(role)
+            out["positions"].append(column)
+            out["segments"].append(segment)
+    return out
 
 
-@pytest.mark.parametrize("i", range(24))
-def test_sequences_match_the_slow_reference(stream, i):
-    got, dataset, layout, body, steps = slow_sequence(stream, i)
-    tokens, roles = got.tokens[0], got.roles[0]
-    K = layout.length
-    grid = [tokens[n : n + K] for n in range(0, L - K + 1, K)]
-    stored = {tuple(dataset.tokens(row)[t].tolist()) for row, t in steps}
-    for step in grid:
-        assert tuple(step[layout.stored_columns].tolist()) in stored
-    # behind the prompt come the body's timesteps in order, from its first
-    wanted = [dataset.tokens(row)[t].tolist() for row, t in body]
-    shown = [step[layout.stored_columns].tolist() for step in grid]
-    offsets = [n for n in range(len(shown)) if shown[n:] == wanted[: len(shown) - n]]
-    assert offsets, "the body is not in the sequence"
-    assert (tokens[roles == SEPARATOR] == dataset.manifest.vocabulary.separator).all()
-    previous = None
-    for p in range(L):
-        is_target = roles[p] == ACTION and p > 0 and got.segments[0, p] == got.segments[0, p - 1]
-        assert got.supervised[0, p] == is_target
-        assert roles[p] == layout.roles[p % K]
-        if previous is not None and got.segments[0, p] != previous:
-            assert p % K == 0, "a segment starts inside a timestep"
-        previous = got.segments[0, p]
-    pixels = {dataset.patches(row)[t].tobytes() for row, t in steps} if layout.patches else set()
-    for n, step in enumerate(grid if layout.patches else []):
-        mine = (got.patch_index >= n * K) & (got.patch_index < (n + 1) * K)
-        assert got.patches[mine].tobytes() in pixels
-        low, high = layout.patch_intervals[..., 0], layout.patch_intervals[..., 1]
-        assert ((got.patch_positions[mine] >= low) & (got.patch_positions[mine] < high)).all()
-        assert len(step) == K
+@pytest.mark.parametrize("prompt_loss", [True, False])
+def test_sequences_match_the_slow_reference(hopper, pong, prompt_loss):
+    config = StreamConfig(sequence_length=L, mixture_block=16, prompt_loss=prompt_loss, prompt_probability=0.5)
+    stream = Stream([hopper, pong], config, seed=5)
+    batch = stream.batch(30, 40)
+    patches = 0
+    for n in range(40):
+        slow = slow_sequence(stream, 30 + n)
+        for name in ("tokens", "roles", "positions", "segments", "supervised"):
+            assert getattr(batch, name)[n].tolist() == slow[name], (n, name)
+        index = batch.patch_index[patches : patches + len(slow["patch_index"])] - n * L
+        assert index.tolist() == slow["patch_index"]
+        for pixels, wanted in zip(batch.patches[patches:], slow["patches"]):
+            assert (pixels == wanted).all()
+        patches += len(index)
+    assert patches == len(batch.patches) > 0
+
+
+def test_patches_lie_in_their_intervals(stream, pong):
+    layout = Dataset(pong).layouts[0]
+    batch = stream.batch(0, 64)
+    column = batch.patch_index % L % layout.length
+    low, high = (layout.patch_intervals[column, :, end] for end in (0, 1))
+    assert ((batch.patch_positions >= low) & (batch.patch_positions < high)).all()
+    for patch in range(layout.patches):  # all of the interval is drawn from
+        drawn = batch.patch_positions[column == patch] - layout.patch_intervals[patch, :, 0]
+        assert len(np.unique(drawn[:, 0])) > 15 and len(np.unique(drawn[:, 1])) > 15
 
 
 def test_no_loss_on_anything_but_actions(stream):
@@ -103,14 +137,14 @@ def test_an_epoch_shows_every_timestep(hopper):
     stream = Stream([hopper], config, seed=0)
     timeline = stream.timelines[0]
     counts: dict[tuple, int] = {}
-    for i in range(-(-timeline.windows // 8) * 8):
-        place = stream.sampler.place(i)
-        if place.epoch > 0:
-            continue
-        phase = int(random(0, "phase", place.epoch, place.task).integers(timeline.total))
-        for piece in timeline.pieces(phase + place.window * timeline.width, timeline.width):
-            for t in range(piece.start, piece.stop):
-                counts[piece.row, t] = counts.get((piece.row, t), 0) + 1
+    places = stream.sampler.places(np.arange(-(-timeline.windows // 8) * 8))
+    window = places.window[places.epoch == 0]
+    phase = int(below(words(0, "phase", 0, 0), timeline.total)[0])
+    begin = (phase + window * timeline.width) % timeline.total
+    spans = timeline.spans(begin, (begin, begin))
+    for row, start, count in zip(spans.row, spans.start, spans.count):
+        for t in range(start, start + count):
+            counts[row, t] = counts.get((row, t), 0) + 1
     assert len(counts) == timeline.total
     assert sum(count > 1 for count in counts.values()) < timeline.width
 
@@ -125,16 +159,50 @@ def test_held_out_episodes_are_never_trained_on(hopper):
 def test_prompts_come_as_often_as_asked_and_from_other_episodes(hopper):
     config = StreamConfig(sequence_length=L, mixture_block=8)
     stream = Stream([hopper], config, seed=1)
-    timeline = stream.timelines[0]
-    body = timeline.pieces(0, 4)
-    ends = 0
-    for n in range(50):
-        prompt = timeline.prompt(body[0], 3, n % 2 == 0, np.random.default_rng(n))
-        episode = timeline.dataset.column("episode")
-        assert {episode[p.row] for p in prompt} != {episode[body[0].row]}
-        row = prompt[0].row
-        ends += prompt[-1].stop == timeline.dataset.column("timesteps")[row]
-    assert ends >= 25
+    timeline, i = stream.timelines[0], np.arange(4000)
+    length, from_end, word = stream._prompts(timeline, i)
+    assert abs((length > 0).mean() - 0.25) < 0.03
+    assert set(length[length > 0].tolist()) == set(range(1, timeline.width // 2 + 1))
+    assert abs(from_end[length > 0].mean() - 0.5) < 0.06
+    begin = np.random.default_rng(0).integers(0, timeline.total, 4000)
+    a, b = timeline.prompts(begin, length, from_end, word)
+    ends = timeline.episode_ends
+    asked = length > 0
+    assert (a == b)[~asked].all()
+    begin, a, b, length, from_end = (array[asked] for array in (begin, a, b, length, from_end))
+    own, first, last = (np.searchsorted(ends, p, side="right") for p in (begin, a, b - 1))
+    assert ((b - a) == np.minimum(length, ends[first] - timeline.episode_starts[first])).all()
+    assert (first == last).all() and (first != own).all()
+    assert (b == ends[first])[from_end].all()
+    assert len(np.unique(first)) == len(ends)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 40), st.integers(0, 500))
+@settings(max_examples=100, deadline=None)
+def test_spans_walk_the_circle(lengths, width, first):
+    """Against one timestep at a time, for circles shorter than a window too."""
+    timeline = object.__new__(Timeline)
+    timeline.ends, timeline.width = np.cumsum(lengths), width
+    timeline.starts, timeline.total = timeline.ends - lengths, sum(lengths)
+    timeline.episodes, timeline.rows = np.arange(len(lengths)) // 2, np.arange(len(lengths)) + 100
+    begin = np.array([first, first + 3]) % timeline.total
+    spans = timeline.spans(begin, (begin, begin))
+    steps = [(100 + row, t, row // 2) for row, length in enumerate(lengths) for t in range(length)]
+    for grid in range(2):
+        walked, segment, previous = [], -1, None
+        for n in range(width):
+            lap, place = divmod(int(begin[grid]) + n, len(steps))
+            row, t, episode = steps[place]
+            segment += (episode, lap) != previous
+            previous = episode, lap
+            walked.append((row, t, segment))
+        mine = [
+            (int(row), int(start) + n, int(segment))
+            for row, start, count, own, segment in zip(spans.row, spans.start, spans.count, spans.grid, spans.segment)
+            for n in range(count)
+            if own == grid
+        ]
+        assert mine == walked
 
 
 def test_bad_requests_are_refused(stream, hopper, pong):
