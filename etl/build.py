@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import math
 import os
 import sys
 
@@ -61,7 +62,8 @@ class Options:
     workers: int = 1
     """Processes on this machine (Beam's multi_processing mode when above 1)."""
     max_rejected_share: float = 0.1
-    """The build fails when more than this share of the episodes had to be rejected."""
+    """The build fails when more than this share of the episodes had to be rejected; a file that cannot be read counts
+    as one, exact copies do not count."""
     overwrite: bool = False
     """Replace a different dataset that stands in the output folder."""
     text_model: Path = texts.DEFAULT_MODEL
@@ -76,7 +78,7 @@ class Options:
 
 def build(options: Options, beam_arguments: list[str], console: Console) -> Manifest:
     """Make the dataset. DatasetError or SourceError name what is wrong."""
-    by_name(options.config.vocabulary)
+    _check(options)
     source = sources.load(options.source)
     output = options.output or f"data/shards/{options.source}"
     folder = Folder(output if is_url(output) else Path(output).absolute())  # a worker may stand in another folder
@@ -99,6 +101,31 @@ def build(options: Options, beam_arguments: list[str], console: Console) -> Mani
         with summary.Progress(plan, lambda: pipeline.finished_numbers(folder), console, look) as progress:
             pipeline.run(plan, folder, beam_arguments, progress.message)
         return gather(plan, scans, folder, options.config, options.max_rejected_share, text)
+
+
+def _check(options: Options) -> None:
+    """ValueError names the first option whose value makes no sense."""
+    config, scan, filter = options.config, options.scan, options.config.filter
+    by_name(config.vocabulary)
+    for name, value, low, high in (
+        ("workers", options.workers, 1, 2**16),
+        ("max-rejected-share", options.max_rejected_share, 0, 1),
+        ("tokenizer-pieces", options.tokenizer_pieces, 1, 2**16),
+        ("shard-megabytes", config.shard_megabytes, 2**-20, 2**20),
+        ("piece-timesteps", config.piece_timesteps, 1, 2**30),
+        ("held-out-share", config.held_out_share, 0, 1),
+        ("max-episode-steps", scan.max_episode_steps, 1, 2**30),
+        ("text-tokens", scan.text_tokens, 1, 2**15),
+        ("min-return", filter.min_return, -math.inf, math.inf),
+        ("expert-share", filter.expert_share, 0, math.inf),
+        ("first-episodes", filter.first_episodes, 1, 2**62),
+        ("max-timesteps", filter.max_timesteps, 1, 2**62),
+    ):
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name} {value}: give a number from {low:g} to {high:g}")
+    for name, place in (("input", options.input), ("output", options.output)):
+        if place == "":
+            raise ValueError(f"--{name} is empty; give a folder, or leave it out")
 
 
 def _inputs(options: Options, source: Source, console: Console) -> tuple[list[Path], dict[str, str]]:
@@ -213,7 +240,8 @@ def main() -> int:
     try:
         flags = beam_flags(rest, options.workers)
         if options.list:
-            summary.datasets(sources.load(options.source), options.cache.expanduser(), Console())
+            wide = Console(width=None if sys.stdout.isatty() else 300)  # names and addresses are copied from it
+            summary.datasets(sources.load(options.source), options.cache.expanduser(), wide)
             return 0
         manifest = build(options, flags, console)
     except (SourceError, ValueError, OSError) as error:

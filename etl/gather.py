@@ -63,14 +63,14 @@ def gather(
     if not used:
         raise DatasetError(f"{folder}: no usable episode in the input; {_first(rejected)}")
     # exact copies are no damage
-    early = sum(r.position >= 0 and r.reason != DUPLICATE for scan in scans for r in scan.rejected)
+    early = sum(r.reason != DUPLICATE for scan in scans for r in scan.rejected)  # a whole file counts as one
     planned = sum(len(item["refs"]) for item in plan) + early
-    lost = sum(r["position"] >= 0 and r["reason"] != DUPLICATE for r in rejected)
+    lost = sum(r["reason"] != DUPLICATE for r in rejected)
     lines = "".join(json.dumps(r, sort_keys=True) + "\n" for r in rejected).encode()
     rejected_digest: FileDigest = write_file(folder, REJECTED_NAME, lines, len(rejected))
     if lost > max_rejected_share * planned:
         raise DatasetError(
-            f"{folder}: {lost} of {planned} episodes rejected, more than --max-rejected-share "
+            f"{folder}: {lost} of {planned} episodes and files rejected, more than --max-rejected-share "
             f"{max_rejected_share}; see {folder.path(REJECTED_NAME)}"
         )
     columns: dict[str, list] = {name: [] for name in INDEX_SCHEMA.names}

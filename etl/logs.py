@@ -129,6 +129,7 @@ class MinariLog:
     raw observations; the log's end truncates a last episode, as Minari marks it."""
 
     def __init__(self, folder: Path, dataset: str, algorithm: str):
+        folder = folder.absolute()  # Minari joins a relative one to itself
         self.folder, self.dataset, self.algorithm = folder, dataset, algorithm
         self.temporary = folder / f".{dataset.replace('/', '-')}.{os.getpid()}.tmp"
         self.rows: list[dict[str, Any]] = []

@@ -56,7 +56,12 @@ def run(
     own_workers = options.view_as(DirectOptions).direct_running_mode == "multi_processing"
     loopback = folder.local is not None and _external_here(options.view_as(PortableOptions))
     if any("FnApiRunner" in argument for argument in beam_arguments) and not own_workers:
-        _write(plan, folder, options)  # in this process: there is no other one to lose
+        try:
+            _write(plan, folder, options)  # in this process: there is no other one to lose
+        except RuntimeError as error:  # Beam wraps whatever a DoFn raises
+            if "KeyboardInterrupt" in str(error):
+                raise KeyboardInterrupt from None
+            raise
         return
     log = (folder.local or Path(tempfile.gettempdir())) / BUILD_FOLDER / "workers.log"
     for attempt in range(1, ATTEMPTS + 1):

@@ -30,7 +30,8 @@ class Folder:
     """`place`: a path or an fsspec URL. DatasetError where the URL's protocol is unknown or needs a package."""
 
     def __init__(self, place: str | Path):
-        self.place = str(place).rstrip("/") if is_url(place) else str(place)
+        place = str(place).removeprefix("file://")
+        self.place = place.rstrip("/") if is_url(place) else place
         self.local = None if is_url(place) else Path(place)
         if self.local is None:
             try:

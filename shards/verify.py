@@ -27,7 +27,7 @@ from shards.reader import Dataset
 class Options:
     """Check that a dataset is whole."""
 
-    folders: tyro.conf.Positional[tuple[Path, ...]]
+    folders: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FOLDER [FOLDER ...]")]]
     """Dataset folders, each with a dataset.json."""
     full: Annotated[bool, tyro.conf.arg(aliases=["-f"])] = False
     """Also hash every file and compare every tar member with the index."""
@@ -44,6 +44,11 @@ def verify(folder: Path, full: bool) -> Dataset:
             raise DatasetError(
                 f"{folder}: index row {int(np.argmax(ends > limit))} points behind its shard's end; rebuild"
             )
+    numbers = dataset.column("shard")
+    for number, shard in enumerate(dataset.manifest.shards):
+        own = numbers == number
+        if (shard.samples, shard.timesteps) != (own.sum(), dataset.column("timesteps")[own].sum()):
+            raise DatasetError(f"{folder}: the manifest's counts of {shard.name} are not the index's; rebuild")
     if full:
         for number, shard in enumerate(track(dataset.manifest.shards, f"members of {folder.name}", transient=True)):
             _compare_members(dataset, number, folder / shard.name)
@@ -70,16 +75,21 @@ def _compare_members(dataset: Dataset, number: int, path: Path) -> None:
 
 def main() -> int:
     options = tyro.cli(Options, prog="python -m shards.verify")
+    if not options.folders:
+        print("error: no folder given; name at least one with a dataset.json", file=sys.stderr)
+        return 2
+    status = 0
     for folder in options.folders:
         try:
             dataset = verify(folder, options.full)
         except (DatasetError, VocabularyMismatch, tarfile.TarError) as error:
             print(f"error: {error}", file=sys.stderr)
-            return 1
+            status = 1
+            continue
         manifest = dataset.manifest
         counts = f"{len(manifest.shards)} shards, {dataset.index.num_rows} samples, {len(manifest.tasks)} tasks"
         print(f"{folder}: whole, {counts}")
-    return 0
+    return status
 
 
 if __name__ == "__main__":

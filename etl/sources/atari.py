@@ -18,6 +18,8 @@ What the writer, Dopamine's replay buffer, leaves in the files:
 - A terminal marks the time limit too: an episode of that many timesteps counts as truncated, and a longer stretch
   without a terminal is cut there.
 
+- A checkpoint behind the first may begin inside an episode, which then has no padding rows: it counts as cut.
+
 Invariant: checkpoints are separate logs; an episode never runs from one into the next.
 """
 
@@ -342,6 +344,8 @@ def _read_episode(checkpoint: _Checkpoint, task: TaskSpec, ref: EpisodeRef) -> R
             padding += 1
         ended = bool(terminal[-1])
         limit_reached = ref.timesteps - padding >= task.max_episode_steps  # with a terminal at it, or cut there
+        if ref.position == 0 and padding == 0 and _number(Path(ref.file)) > 0:
+            ended = limit_reached = False  # its beginning is in the checkpoint before
         return RawEpisode(
             observation={"frame": frames[padding:].reshape(-1, *checkpoint.frame)},
             action=action[padding:],
