@@ -80,7 +80,7 @@ def build(options: Options, beam_arguments: list[str], console: Console) -> Mani
     """Make the dataset. DatasetError or SourceError name what is wrong."""
     _check(options)
     source = sources.load(options.source)
-    output = options.output or f"data/shards/{options.source}"
+    output = (options.output or f"data/shards/{options.source}").removeprefix("file://")
     folder = Folder(output if is_url(output) else Path(output).absolute())  # a worker may stand in another folder
     files, origins = _inputs(options, source, console)
     scans = [filters.apply(source, scan, options.config.filter) for scan in source.scan(files, options.scan)]
@@ -133,10 +133,11 @@ def _inputs(options: Options, source: Source, console: Console) -> tuple[list[Pa
     cache = options.cache.expanduser().absolute()
     origins: dict[str, str] = {}
     place: Path | None = None
-    if options.input is not None and is_url(options.input):
-        place, origins = remote.fetch(options.input, cache, console)
-    elif options.input is not None:
-        place = Path(options.input).absolute()  # a worker may stand in another folder
+    given = (options.input or "").removeprefix("file://")
+    if is_url(given):
+        place, origins = remote.fetch(given, cache, console)
+    elif given:
+        place = Path(given).absolute()  # a worker may stand in another folder
         if not place.exists():
             raise SourceError(f"{place}: no such file or folder; give --input an existing one")
     return source.resolve(place, options.dataset, cache), origins
@@ -235,7 +236,7 @@ def _dask_flags(arguments: list[str]) -> list[str]:
 def main() -> int:
     # A copy of stderr: while Beam's worker processes run, stderr itself goes to a log file.
     console = Console(file=os.fdopen(os.dup(2), "w"), width=None if sys.stderr.isatty() else 140)
-    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # what fails is raised too
     options, rest = tyro.cli(Options, prog="python -m etl.build", return_unknown_args=True)
     try:
         flags = beam_flags(rest, options.workers)

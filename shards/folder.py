@@ -30,8 +30,7 @@ class Folder:
     """`place`: a path or an fsspec URL. DatasetError where the URL's protocol is unknown or needs a package."""
 
     def __init__(self, place: str | Path):
-        place = str(place).removeprefix("file://")
-        self.place = place.rstrip("/") if is_url(place) else place
+        self.place = str(place).rstrip("/") if is_url(place) else str(place)
         self.local = None if is_url(place) else Path(place)
         if self.local is None:
             try:

@@ -107,6 +107,12 @@ def test_instructions_that_are_too_long_are_counted(log, tmp_path):
     assert "--text-tokens" in done.stderr and Dataset(tmp_path / "d").manifest.tasks[0].cut_texts > 100
 
 
+def test_a_relative_output_is_where_it_says(tmp_path):
+    run("etl.record", "--environment", LEVEL, "--steps", "20", "--output", "logs", cwd=tmp_path)
+    run("etl.build", "--source", "babyai", "--input", "logs", "--output", "d", cwd=tmp_path)
+    assert Dataset(tmp_path / "d").index.num_rows
+
+
 def test_the_bot_takes_no_noise(tmp_path):
     done = run("etl.record", "-e", LEVEL, "--noise", "0.1", "--steps", "20", "-o", tmp_path, check=False)
     assert done.returncode == 1 and "leave --noise out" in done.stderr

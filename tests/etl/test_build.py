@@ -159,6 +159,32 @@ def test_a_bad_file_beside_good_ones_is_a_line_of_rejected(inputs, tmp_path):
     assert not (tmp_path / "e" / "dataset.json").exists()
 
 
+def test_lost_files_count_as_rejected(inputs, tmp_path):
+    mixed = shutil.copytree(inputs, tmp_path / "inputs")
+    for n in range(9):
+        (mixed / f"bad{n}-medium-v4.hdf5").write_bytes(b"")
+    done = run("etl.build", "--input", mixed, "--output", tmp_path / "d", check=False)
+    assert done.returncode == 1 and "--max-rejected-share" in done.stderr
+
+
+def test_a_file_url_is_a_folder(inputs, built, tmp_path):
+    run("etl.build", "--input", f"file://{inputs}", "--output", f"file://{tmp_path}/d", *SMALL)
+    assert digests(tmp_path / "d")[0] == digests(built)[0]
+
+
+def test_one_interrupt_ends_a_build_with_one_line(tmp_path):
+    d4rl_file(tmp_path / "a-medium-v4.hdf5", episodes=3000)
+    place = tmp_path / "d"
+    command = [sys.executable, "-m", "etl.build", "-i", str(tmp_path), "-o", str(place), *SMALL]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and len(list(place.glob("shard-*.tar"))) < 3:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    words = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, words
+    assert "keeps the finished shards" in words and "Traceback" not in words
+
+
 def test_corrupt_gzip_is_named(logs, tmp_path):
     copy = shutil.copytree(logs / "dqn_replay", tmp_path / "dqn")
     path = next(copy.rglob("*terminal_ckpt*"))
@@ -176,6 +202,13 @@ def test_corrupt_gzip_is_named(logs, tmp_path):
         (("--input", "/does/not/exist"), "no such file"),
         (("--vocabulary", "nonsense"), "known: paper, seed"),
         (("--ouput", "x"), "--ouput"),
+        (("--shard-megabytes", "0"), "--shard-megabytes 0"),
+        (("--piece-timesteps", "-5"), "give a number from 1"),
+        (("--text-tokens", "-3"), "--text-tokens -3"),
+        (("--min-return", "nan"), "--min-return nan"),
+        (("--held-out-share", "1.5"), "from 0 to 1"),
+        (("--first-episodes", "-2"), "--first-episodes -2"),
+        (("--input", ""), "--input is empty"),
     ],
 )
 def test_wrong_arguments_are_explained(tmp_path, arguments, message):

@@ -180,6 +180,13 @@ def test_checkpoints_are_separate_logs(run):
     assert [e.cut for e in episodes] == [False, False, True] * 3
 
 
+def test_an_episode_that_began_in_the_checkpoint_before_is_cut(run):
+    write(run)
+    write(run, lengths=(5, 4), padding=0, number=1)
+    episodes = read(run)[3:]
+    assert [(e.timesteps, e.cut) for e in episodes][0] == (5, True)
+
+
 def test_read_skips_to_what_is_asked_for(run):
     expected = write(run)
     (result,) = scan(run)

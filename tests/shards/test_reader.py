@@ -52,6 +52,23 @@ def test_damage_is_named(copy, what):
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 
 
+def test_verify_looks_at_every_folder_and_wants_one(copy, tmp_path):
+    def verified(*folders):
+        return subprocess.run([sys.executable, "-m", "shards.verify", *folders], capture_output=True, text=True)
+
+    assert verified().returncode == 2
+    done = verified(str(tmp_path / "none"), str(copy))
+    assert done.returncode == 1 and "none" in done.stderr and "whole" in done.stdout
+
+
+def test_the_manifests_counts_are_the_indexs(copy):
+    manifest = json.loads((copy / "dataset.json").read_text())
+    manifest["shards"][0]["timesteps"] -= 1
+    (copy / "dataset.json").write_text(json.dumps(manifest))
+    with pytest.raises(DatasetError, match="counts"):
+        verify(copy, full=False)
+
+
 def test_a_shard_name_may_not_leave_the_folder(copy):
     manifest = json.loads((copy / "dataset.json").read_text())
     manifest["shards"][0]["name"] = "../pong/shard-000000.tar"
