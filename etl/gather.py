@@ -17,7 +17,7 @@ import numpy as np
 from etl.filters import DUPLICATE
 from etl.plan import BuildConfig, Item, described
 from etl.shard import BUILD_FOLDER, COUNTS, finished
-from etl.sources import TaskScan
+from etl.sources import STALE, TaskScan
 from etl.tokenizers.text import TextTokenizer
 from schemas.dataset import (
     INDEX_SCHEMA,
@@ -55,17 +55,16 @@ def gather(
             name = folder.path(shard_name(item["number"]))
             raise DatasetError(f"{name}: not written; run the same command again")
         records.append(record)
-    rejected = [asdict(r) for scan in scans for r in scan.rejected] + [r for rec in records for r in rec["rejected"]]
+    early = [asdict(r) for scan in scans for r in scan.rejected]
+    rejected = early + [r for rec in records for r in rec["rejected"]]
     records = [record for record in records if record["shard"]["samples"]]
     specs = {scan.task.name: scan.task for scan in scans if scan.task}
     filtered = {scan.task.name: scan.filtered for scan in scans if scan.task}
     used = sorted({record["task"] for record in records})
     if not used:
         raise DatasetError(f"{folder}: no usable episode in the input; {_first(rejected)}")
-    # exact copies are no damage
-    early = sum(r.reason != DUPLICATE for scan in scans for r in scan.rejected)  # a whole file counts as one
-    planned = sum(len(item["refs"]) for item in plan) + early
-    lost = sum(r["reason"] != DUPLICATE for r in rejected)
+    planned = sum(len(item["refs"]) for item in plan) + _lost(early)
+    lost = _lost(rejected)
     lines = "".join(json.dumps(r, sort_keys=True) + "\n" for r in rejected).encode()
     rejected_digest: FileDigest = write_file(folder, REJECTED_NAME, lines, len(rejected))
     if lost > max_rejected_share * planned:
@@ -115,6 +114,11 @@ def _text_model(plan: list[Item], text: TextTokenizer | None) -> TextModel | Non
     if text is None or not any(item["text_model"] for item in plan):
         return None
     return TextModel(FileDigest(TEXT_MODEL_NAME, len(text.bytes), text.fingerprint, 1), text.pieces, text.padding)
+
+
+def _lost(rejected: list[dict]) -> int:
+    """How many of the rejections are damage, a whole file counted as one; copies and left-over rows are none."""
+    return sum(r["reason"] not in (DUPLICATE, STALE) for r in rejected)
 
 
 def _first(rejected: list[dict]) -> str:

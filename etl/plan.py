@@ -68,6 +68,7 @@ def make_plan(
         for _, group in groupby(zip(number_of, scan.episodes), key=lambda pair: pair[0]):
             refs = [ref for _, ref in group]
             files = sorted({ref.file for ref in refs})
+            number_of_file = {file: n for n, file in enumerate(files)}
             parts = sorted({part for file in files for part in sources.load(source).parts(file)})
             plan.append(
                 {
@@ -78,7 +79,7 @@ def make_plan(
                     "text_model": text_model if layout_of(scan.task).text else None,
                     "first_episode": first,
                     "files": files,
-                    "refs": [[files.index(r.file), r.position, r.start, r.stop] for r in refs],
+                    "refs": [[number_of_file[r.file], r.position, r.start, r.stop] for r in refs],
                     "stamps": [[str(part), *_stamp(part)] for part in parts],
                     "origins": {str(p): origins[str(p)] for p in parts if origins and str(p) in origins},
                 }

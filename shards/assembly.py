@@ -128,9 +128,11 @@ class Timeline:
         spans: Spans,
         prompt: np.ndarray | None,
         separator: int,
+        word: np.ndarray | None,
     ) -> None:
         """Write sequences into rows `at` (n,) of a batch, their patches from `patches_at` (n,) on. `prompt` (n,): how
-        many timesteps of each carry no loss, None where all do. Not: tasks, sequence, patch_positions."""
+        many timesteps of each carry no loss, None where all do; `word`:
+        see `patch_positions`. Not written: tasks, sequence."""
         layout, W, L, n = self.layout, self.width, self.sequence_length, len(at)
         grid = np.zeros((n * W, layout.length), np.int32)
         stored = np.empty((n * W, layout.stored), np.uint16)
@@ -161,6 +163,7 @@ class Timeline:
         if P:
             places = patches_at[:, None] + np.arange(M)
             batch.patch_index[places] = at[:, None] * L + self.patch_index
+            batch.patch_positions[places] = self.patch_positions(word, n)
 
     def patch_positions(self, word: np.ndarray | None, n: int) -> np.ndarray:
         """Row and column bins (n, M, 2) int64 of n sequences' patches: drawn from their intervals by each sequence's

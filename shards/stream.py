@@ -111,9 +111,8 @@ class Stream:
             begin = (phase + places.window[at] * timeline.width) % timeline.total
             prompts = timeline.prompts(begin, *self._prompts(timeline, own))
             without = None if self.config.prompt_loss else prompts[1] - prompts[0]
-            timeline.fill(batch, at, patches_at[at], timeline.spans(begin, prompts), without, self.vocabulary.separator)
-            if timeline.layout.patches:
-                self._positions(batch, timeline, patches_at[at], words(self.seed, "patch", own))
+            spans, word = timeline.spans(begin, prompts), words(self.seed, "patch", own)
+            timeline.fill(batch, at, patches_at[at], spans, without, self.vocabulary.separator, word)
         return batch
 
     def evaluation_batch(self, task: int, windows: np.ndarray) -> Batch:
@@ -123,9 +122,7 @@ class Stream:
         batch.sequence[:] = windows
         begin = (np.asarray(windows) % timeline.windows) * timeline.width
         spans = timeline.spans(begin, (begin, begin))
-        timeline.fill(batch, np.arange(len(windows)), patches_at, spans, None, self.vocabulary.separator)
-        if timeline.layout.patches:
-            self._positions(batch, timeline, patches_at, None)
+        timeline.fill(batch, np.arange(len(windows)), patches_at, spans, None, self.vocabulary.separator, None)
         return batch
 
     def _prompts(self, timeline: Timeline, i: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -135,17 +132,12 @@ class Stream:
         wanted = (_unit(asked) < self.config.prompt_probability) & bool(timeline.layout.action and longest)
         return np.where(wanted, 1 + below(size, longest), 0), _unit(end) < self.config.prompt_end_share, choice
 
-    def _positions(self, batch: Batch, timeline: Timeline, patches_at: np.ndarray, word: np.ndarray | None) -> None:
-        places = patches_at[:, None] + np.arange(len(timeline.patch_index))
-        batch.patch_positions[places] = timeline.patch_positions(word, len(patches_at))
-
     def _empty(self, task: np.ndarray) -> tuple[Batch, np.ndarray]:
         """A batch to be filled with sequences of those tasks (n,), and where the patches of each begin (n,)."""
         patches = np.array([len(timeline.patch_index) for timeline in self.timelines])[task]
         channels = max((self.timelines[t].layout.channels for t in np.unique(task[patches > 0])), default=1)
-        return Batch.empty(task, self.config.sequence_length, int(patches.sum()), channels), np.cumsum(
-            patches
-        ) - patches
+        batch = Batch.empty(task, self.config.sequence_length, int(patches.sum()), channels)
+        return batch, np.cumsum(patches) - patches
 
     def batches(
         self, start: int, global_batch: int, micro_batch: int, rank: int = 0, world: int = 1, threads: int = 1

@@ -44,10 +44,11 @@ def verify(folder: Path, full: bool) -> Dataset:
             raise DatasetError(
                 f"{folder}: index row {int(np.argmax(ends > limit))} points behind its shard's end; rebuild"
             )
-    numbers = dataset.column("shard")
-    for number, shard in enumerate(dataset.manifest.shards):
-        own = numbers == number
-        if (shard.samples, shard.timesteps) != (own.sum(), dataset.column("timesteps")[own].sum()):
+    numbers, shards = dataset.column("shard"), dataset.manifest.shards
+    samples = np.bincount(numbers, minlength=len(shards))
+    timesteps = np.bincount(numbers, dataset.column("timesteps"), len(shards))
+    for shard, *counts in zip(shards, samples, timesteps):
+        if [shard.samples, shard.timesteps] != counts:
             raise DatasetError(f"{folder}: the manifest's counts of {shard.name} are not the index's; rebuild")
     if full:
         for number, shard in enumerate(track(dataset.manifest.shards, f"members of {folder.name}", transient=True)):

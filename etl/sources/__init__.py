@@ -24,6 +24,8 @@ from typing import Literal, NamedTuple, Protocol
 
 from schemas.episode import Document, EpisodeError, RawEpisode, TaskSpec
 
+STALE = "stale rows"  # reason of a rejection: rows that are no episode's
+
 
 class SourceError(ValueError):
     """A file or name cannot be used at all; the message names it and the remedy."""

@@ -37,7 +37,7 @@ from urllib.parse import quote
 import numpy as np
 
 from etl.download import fetch
-from etl.sources import EpisodeRef, Known, Rejection, ScanOptions, SourceError, TaskScan, _catalogue
+from etl.sources import STALE, EpisodeRef, Known, Rejection, ScanOptions, SourceError, TaskScan, _catalogue
 from etl.sources._catalogue import Game
 from etl.sources._gzip import DAMAGE, Gunzip
 from schemas.episode import ActionSpec, EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, TaskSpec
@@ -302,7 +302,7 @@ def _scan_run(files: list[Path], options: ScanOptions) -> TaskScan:
         frame = checkpoint.frame
         if rows - written > 1:
             detail = f"rows {written} to {rows - 1} lie behind the write position: left over from the checkpoint before"
-            rejected.append(Rejection(name, _relative(path), -1, written, "stale rows", detail))
+            rejected.append(Rejection(name, _relative(path), -1, written, STALE, detail))
         for n, (start, stop) in enumerate(_bounds(terminals[:written], limit + PADDING)):
             total = float(rewards[start:stop].astype(np.float64).sum())
             refs.append(EpisodeRef(str(path), n, start, stop, total))

@@ -15,6 +15,7 @@ import pytest
 
 from schemas.dataset import load_manifest
 from tests.conftest import run
+from tests.etl.test_sources_atari import write as write_checkpoint
 
 SMALL = ("--shard-megabytes", "0.02")
 
@@ -165,6 +166,12 @@ def test_lost_files_count_as_rejected(inputs, tmp_path):
         (mixed / f"bad{n}-medium-v4.hdf5").write_bytes(b"")
     done = run("etl.build", "--input", mixed, "--output", tmp_path / "d", check=False)
     assert done.returncode == 1 and "--max-rejected-share" in done.stderr
+
+
+def test_rows_left_over_are_no_damage(tmp_path):
+    write_checkpoint(tmp_path / "Pong" / "1" / "replay_logs", stale=2)
+    run("etl.build", "--source", "atari", "--input", tmp_path, "--output", tmp_path / "d", "--max-rejected-share", "0")
+    assert "stale rows" in (tmp_path / "d" / "rejected.jsonl").read_text()
 
 
 def test_a_file_url_is_a_folder(inputs, built, tmp_path):
