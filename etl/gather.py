@@ -13,6 +13,7 @@ import json
 from dataclasses import asdict
 
 import numpy as np
+import pyarrow as pa
 
 from etl.filters import DUPLICATE
 from etl.plan import BuildConfig, Item, described
@@ -20,14 +21,16 @@ from etl.shard import BUILD_FOLDER, COUNTS, finished
 from etl.sources import STALE, TaskScan
 from etl.tokenizers.text import TextTokenizer
 from schemas.dataset import (
+    INDEX_NAME,
     INDEX_SCHEMA,
     REJECTED_NAME,
     SCHEMA_VERSION,
+    SHARD_SCHEMA,
+    SHARDS_NAME,
     TEXT_MODEL_NAME,
     DatasetError,
     FileDigest,
     Manifest,
-    Shard,
     TaskSummary,
     TextModel,
 )
@@ -35,7 +38,7 @@ from schemas.episode import TaskSpec
 from schemas.layout import layout_of
 from schemas.vocabulary import by_name
 from shards.folder import Folder
-from shards.writer import shard_name, write_file, write_index, write_manifest
+from shards.writer import shard_name, write_file, write_manifest, write_table
 
 
 def gather(
@@ -72,18 +75,20 @@ def gather(
             f"{folder}: {lost} of {planned} episodes and files rejected, more than --max-rejected-share "
             f"{max_rejected_share}; see {folder.path(REJECTED_NAME)}"
         )
-    columns: dict[str, list] = {name: [] for name in INDEX_SCHEMA.names}
+    columns: dict[str, list] = {name: [] for name in ("task", "shard")}
     for number, record in enumerate(records):
         count = record["shard"]["samples"]
         columns["task"] += [used.index(record["task"])] * count
         columns["shard"] += [number] * count
         for column, values in record["rows"].items():
-            columns[column] += values
+            columns.setdefault(column, []).extend(values)
     firsts: list[list[int]] = [[] for _ in used]
     for row, (task, start) in enumerate(zip(columns["task"], columns["start"])):
         if start == 0:
             firsts[task].append(row)
     columns["held_out"] = _held_out(columns, used, firsts, config.held_out_share)
+    index = _ordered(columns)
+    shards = [record["shard"] for record in records]
     vocabulary = by_name(config.vocabulary)
     manifest = Manifest(
         schema="gato.dataset",
@@ -93,14 +98,15 @@ def gather(
         vocabulary_fingerprint=vocabulary.fingerprint,
         text_model=_text_model(plan, text),
         tasks=tuple(
-            _summary(specs[t], first, columns, records, rejected, filtered[t]) for t, first in zip(used, firsts)
+            _summary(specs[name], number, firsts[number], columns, records, rejected, filtered[name])
+            for number, name in enumerate(used)
         ),
-        shards=tuple(Shard(**record["shard"]) for record in records),
-        index=write_index(folder, columns),
+        shards=write_table(folder, SHARDS_NAME, pa.Table.from_pylist(shards, SHARD_SCHEMA)),
+        index=write_table(folder, INDEX_NAME, index),
         rejected=rejected_digest,
         config=described(plan, config),
     )
-    known = {shard.name for shard in manifest.shards}
+    known = {shard["name"] for shard in shards}
     for stray in folder.names("shard-*.tar"):
         if stray not in known:
             folder.remove(stray)
@@ -146,21 +152,49 @@ def _held_out(columns: dict[str, list], tasks: list[str], firsts: list[list[int]
     return [key in chosen for key in zip(columns["task"], columns["episode"])]
 
 
+def _ordered(columns: dict[str, list]) -> pa.Table:
+    """The index: rows by task, split, episode and start, with what a reader would else have to add up."""
+    task, held_out, episode, start = (np.array(columns[n]) for n in ("task", "held_out", "episode", "start"))
+    order = np.lexsort((start, episode, held_out, task))
+    task, held_out, episode = task[order], held_out[order], episode[order]
+    new_split = (np.diff(task, prepend=-1) != 0) | (np.diff(held_out.astype(int), prepend=-1) != 0)
+    new_episode = new_split | (np.diff(episode, prepend=-1) != 0)
+    stop, number = np.cumsum(np.array(columns["timesteps"])[order]), np.cumsum(new_episode) - 1
+    first = np.flatnonzero(new_split)[np.cumsum(new_split) - 1]  # row at which a row's split begins
+    before = np.concatenate([[0], stop])[first]
+    derived = {"split_episode": number - number[first], "split_stop": stop - before}
+    listed = pa.table({name: values for name, values in columns.items() if name not in derived}).take(order)
+    arrays = [derived[f.name] if f.name in derived else listed.column(f.name).cast(f.type) for f in INDEX_SCHEMA]
+    return pa.table(arrays, schema=INDEX_SCHEMA)
+
+
 def _summary(
-    spec: TaskSpec, first: list[int], columns: dict[str, list], records: list[dict], rejected: list[dict], filtered: int
+    spec: TaskSpec,
+    number: int,
+    first: list[int],
+    columns: dict[str, list],
+    records: list[dict],
+    rejected: list[dict],
+    filtered: int,
 ) -> TaskSummary:
     whole = [row for row in first if columns["terminated"][row] or columns["truncated"][row]]
     returns = np.array([columns["episode_return"][row] for row in whole if spec.action], np.float64)
     timesteps = sum(columns["episode_timesteps"][row] for row in first)
     own = [record for record in records if record["task"] == spec.name]
+    held_out = [row for row in first if columns["held_out"][row]]
+    rows = np.flatnonzero(np.array(columns["task"]) == number)
     return TaskSummary(
         spec=spec,
         episodes=len(first),
         cut_episodes=len(first) - len(whole),
-        held_out_episodes=sum(columns["held_out"][row] for row in first),
+        held_out_episodes=len(held_out),
         rejected_episodes=sum(r["task"] == spec.name for r in rejected),
         filtered_episodes=filtered,
         timesteps=timesteps,
+        held_out_timesteps=sum(columns["episode_timesteps"][row] for row in held_out),
+        first_row=int(rows[0]),
+        rows=len(rows),
+        held_out_rows=int(np.array(columns["held_out"])[rows].sum()),
         bytes=sum(record["shard"]["bytes"] for record in own),
         tokens=timesteps * layout_of(spec).length,
         return_mean=float(returns.mean()) if len(returns) else None,

@@ -34,7 +34,7 @@ from rich.text import Text
 
 from etl.decoded import Dimension, InspectError, TaskView, Timestep, Token, share
 from etl.tokenizers.text import TextTokenizer
-from schemas.dataset import REJECTED_NAME, TEXT_MODEL_NAME
+from schemas.dataset import REJECTED_NAME
 from schemas.episode import FieldSpec
 from schemas.files import atomic_write
 from schemas.layout import PATCH_SIZE, ROLE_NAMES
@@ -54,8 +54,8 @@ Facts = list[tuple[str, str]]  # what, in words
 class Options:
     """Show what a dataset of shards holds, and decode one timestep of it back."""
 
-    dataset: tyro.conf.Positional[Path]
-    """Dataset folder, with a dataset.json."""
+    dataset: tyro.conf.Positional[str]
+    """Dataset folder or URL, with a dataset.json."""
     task: Annotated[str | None, tyro.conf.arg(aliases=["-t"])] = None
     """Task to look into; every task of the dataset where not given."""
     episode: int | None = None
@@ -260,11 +260,12 @@ def inspect(options: Options, console: Console) -> Path:
     dataset = Dataset(options.dataset)
     manifest = dataset.manifest
     output = options.output or Path("results") / f"inspect-{manifest.name}.html"
-    text = TextTokenizer(dataset.folder / TEXT_MODEL_NAME, manifest.vocabulary) if manifest.text_model else None
+    model = manifest.text_model
+    text = TextTokenizer(dataset.local(model.file), manifest.vocabulary) if model else None
     views = [TaskView(dataset, number, text) for number in _chosen(options, [t.spec.name for t in manifest.tasks])]
     looked = views[: 1 if output.suffix.lower() == ".png" else SHOWN_TASKS]
     steps = [view.timestep(options.episode, options.timestep) for view in looked]
-    rejected = [json.loads(line) for line in (dataset.folder / REJECTED_NAME).read_text("utf-8").splitlines()]
+    rejected = [json.loads(line) for line in dataset.local(manifest.rejected).read_text("utf-8").splitlines()]
     words = [facts(view, rejected) for view in views]
     for view, own in zip(views, words):
         console.print(_table(view.task.name, own))

@@ -33,6 +33,7 @@ from shards.writer import ShardWriter, shard_name
 
 BUILD_FOLDER = ".build"
 DOCUMENT_PIECE = 64  # pieces of a document are this many times longer than an episode's, in tokens
+GATHERED = ("task", "shard", "held_out", "split_episode", "split_stop")  # columns of the index that gather adds
 COUNTS = ("clipped_observations", "out_of_range_actions", "cut_texts")
 _TASK: TypeAdapter[TaskSpec] = TypeAdapter(TaskSpec)
 
@@ -82,7 +83,7 @@ class _Shard:
         vocabulary = item["config"]["vocabulary"]
         self.text = _text(str(folder), vocabulary, item["text_model"]) if item["text_model"] else None
         self.tokenizer = TimestepTokenizer(self.task, by_name(vocabulary), self.text)
-        self.rows: dict[str, list] = {n: [] for n in INDEX_SCHEMA.names if n not in ("shard", "held_out", "task")}
+        self.rows: dict[str, list] = {name: [] for name in INDEX_SCHEMA.names if name not in GATHERED}
         self.rejected: list[Rejection] = []
         self.counts = dict.fromkeys(COUNTS, 0)
 

@@ -90,9 +90,9 @@ def show(manifest: Manifest, console: Console) -> None:
         ):
             if count:
                 console.print(f"[yellow]{task.spec.name}[/]: {count:,} {what}", highlight=False)
-    size = sum(shard.bytes for shard in manifest.shards)
+    size = sum(task.bytes for task in manifest.tasks)
     console.print(
-        f"{len(manifest.shards)} shards, {size / 2**20:.1f} MiB; {manifest.rejected.rows} lines in rejected.jsonl"
+        f"{manifest.shards.rows} shards, {size / 2**20:.1f} MiB; {manifest.rejected.rows} lines in rejected.jsonl"
     )
     if cut := sum(task.cut_episodes for task in manifest.tasks):
         console.print(f"{cut} episodes were cut by the end of their log: kept for training, left out of the returns")

@@ -21,7 +21,6 @@ import torch
 
 from etl.tokenizers.text import TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer
-from schemas.dataset import TEXT_MODEL_NAME
 from schemas.episode import TaskSpec
 from schemas.layout import PATCH_SIZE, SEPARATOR
 from schemas.vocabulary import bin_centres
@@ -57,7 +56,7 @@ def text_tokenizer(dataset: Dataset) -> TextTokenizer | None:
     """The tokenizer of the dataset's own text model; None where it holds no text."""
     if dataset.manifest.text_model is None:
         return None
-    return TextTokenizer(dataset.folder / TEXT_MODEL_NAME, dataset.manifest.vocabulary)
+    return TextTokenizer(dataset.local(dataset.manifest.text_model.file), dataset.manifest.vocabulary)
 
 
 def best_demonstration(dataset: Dataset, task: int) -> Prompt:

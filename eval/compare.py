@@ -38,7 +38,7 @@ from schemas.episode import TaskSpec
 from schemas.files import atomic_write, sha256_of
 from schemas.result import MODELS, RESULT_SCHEMA, RESULT_SCHEMA_VERSION
 from schemas.vocabulary import VocabularyMismatch
-from shards.reader import Dataset
+from shards.reader import Dataset, Store
 from shards.stream import find_datasets
 from shards.views import trajectories
 from trainer.checkpoint import CheckpointError, load_export
@@ -54,9 +54,9 @@ class Options:
 
     gato: Path | None = None
     """Folder of an exported model (…/export); the newest runs/*/export where not given."""
-    datasets: tuple[Path, ...] = ()
-    """Dataset folders; all finished ones in --root where none is named."""
-    root: Path = Path("data/shards")
+    datasets: tuple[str, ...] = ()
+    """Dataset folders or URLs; all finished ones in --root where none is named."""
+    root: str = "data/shards"
     tasks: tuple[str, ...] = ()
     """Only these tasks of the datasets."""
     models: tuple[Literal["random", "behaviour", "dt", "tt", "gato"], ...] = ("random", "behaviour", "dt", "tt", "gato")
@@ -104,7 +104,8 @@ class Comparison:
         self.folders = list(options.datasets) or find_datasets(options.root)
         if not self.folders:
             raise DatasetError(f"{options.root}: no finished dataset there; build one with python -m etl.build")
-        self.datasets = [Dataset(folder) for folder in self.folders]
+        store = Store()
+        self.datasets = [Dataset(folder, store=store) for folder in self.folders]
         known = [task.spec.name for dataset in self.datasets for task in dataset.manifest.tasks]
         if unknown := sorted(set(options.tasks) - set(known)):
             raise DatasetError(f"unknown task '{unknown[0]}'; tasks: {', '.join(known)}")

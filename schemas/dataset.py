@@ -1,14 +1,16 @@
 """A dataset on disk: the manifest (`dataset.json`) and the index (`index.arrow`).
 
     folder/shard-000000.tar ...   plain WebDataset, one sample = one episode (or a piece of a long one)
-    folder/index.arrow            one row a sample: where its members lie, what episode it is
+    folder/index.arrow            one row a sample: where its members lie, what episode it is; a task's rows stand
+                                  together, training before held out, each in the order of episodes
+    folder/shards.arrow           one row a shard: size, sha256, counts
     folder/rejected.jsonl         one line an episode or file that could not be used
     folder/text.model             the SentencePiece model, where a task holds text
     folder/dataset.json           written last; without it there is no dataset
 
-Invariant: the manifest names size and sha256 of every other file, so a folder is
-whole exactly when its manifest says so. Nothing in it depends on the clock, the
-machine or the runner.
+Invariant: the manifest names size and sha256 of every other file (of the shards by way of shards.arrow), so a folder
+is whole exactly when its manifest says so. Nothing in it depends on the clock, the machine or the runner. The manifest
+and a mapped index are enough to find any timestep: nothing is scanned on opening.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ from pydantic import TypeAdapter, ValidationError
 from schemas.episode import STRICT, TaskSpec
 from schemas.vocabulary import Vocabulary
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_NAME = "dataset.json"
 INDEX_NAME = "index.arrow"
+SHARDS_NAME = "shards.arrow"
 REJECTED_NAME = "rejected.jsonl"
 TEXT_MODEL_NAME = "text.model"
 
@@ -36,7 +39,7 @@ MEMBERS = ("tokens", "patches", "reward", "observation", "action")
 INDEX_SCHEMA = pa.schema(
     [
         pa.field("task", pa.int32()),  # ordinal in Manifest.tasks
-        pa.field("shard", pa.int32()),  # ordinal in Manifest.shards
+        pa.field("shard", pa.int32()),  # row of shards.arrow
         pa.field("episode", pa.int64()),  # ordinal in the task, shared by the pieces of one episode
         pa.field("start", pa.int32()),  # first timestep of this piece in its episode
         pa.field("timesteps", pa.int32()),  # timesteps of this piece (tokens of a text document)
@@ -45,12 +48,24 @@ INDEX_SCHEMA = pa.schema(
         pa.field("terminated", pa.bool_()),
         pa.field("truncated", pa.bool_()),  # neither: the log's end cut the episode
         pa.field("held_out", pa.bool_()),
+        pa.field("split_episode", pa.int64()),  # ordinal of the episode in its task's split (training or held out)
+        pa.field("split_stop", pa.int64()),  # timesteps of the task's split up to this piece's end
         pa.field("file", pa.string()),  # source file's name
         pa.field("position", pa.int64()),  # ordinal of the episode in that file
         pa.field("row", pa.int64()),  # first row of the episode in that file
     ]
     # byte offset of each member's array data (behind its .npy header) in the shard, and its bytes; -1, 0: absent
     + [pa.field(f"{member}_{what}", pa.int64()) for member in MEMBERS for what in ("offset", "bytes")]
+)
+
+SHARD_SCHEMA = pa.schema(
+    [
+        pa.field("name", pa.string()),
+        pa.field("bytes", pa.int64()),
+        pa.field("sha256", pa.string()),
+        pa.field("samples", pa.int64()),
+        pa.field("timesteps", pa.int64()),
+    ]
 )
 
 
@@ -60,7 +75,8 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True)
 class Shard:
-    __pydantic_config__ = STRICT
+    """A row of shards.arrow."""
+
     name: str
     bytes: int
     sha256: str
@@ -91,7 +107,8 @@ class TextModel:
 @dataclass(frozen=True)
 class TaskSummary:
     """A task and what the dataset holds of it. Returns are raw, over whole (not cut) episodes;
-    `returns` is (min, 25 %, median, 75 %, max). `filtered_episodes`: good ones that the build's filters left out."""
+    `returns` is (min, 25 %, median, 75 %, max). `filtered_episodes`: good ones that the build's filters left out.
+    Rows [first_row, first_row + rows) of the index are the task's, the last `held_out_rows` of them held out."""
 
     __pydantic_config__ = STRICT
     spec: TaskSpec
@@ -101,6 +118,10 @@ class TaskSummary:
     rejected_episodes: int
     filtered_episodes: int
     timesteps: int
+    held_out_timesteps: int
+    first_row: int
+    rows: int
+    held_out_rows: int
     tokens: int
     bytes: int
     return_mean: float | None
@@ -123,16 +144,21 @@ class Manifest:
     vocabulary_fingerprint: str
     text_model: TextModel | None
     tasks: tuple[TaskSummary, ...]
-    shards: tuple[Shard, ...]
+    shards: FileDigest
     index: FileDigest
     rejected: FileDigest
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def files(self) -> list[Shard | FileDigest]:
-        """Every file of the dataset but the manifest itself."""
+    def files(self) -> list[FileDigest]:
+        """Every file of the dataset but the manifest itself and the shards."""
         text = [self.text_model.file] if self.text_model else []
-        return [*self.shards, self.index, self.rejected, *text]
+        return [self.index, self.shards, self.rejected, *text]
+
+    @property
+    def bytes(self) -> int:
+        """Of all files but the manifest."""
+        return sum(file.bytes for file in self.files) + sum(task.bytes for task in self.tasks)
 
     @property
     def fingerprint(self) -> str:

@@ -18,6 +18,7 @@ Shapes: n sequences, W timesteps, K tokens a timestep, L tokens, M patches a seq
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -44,17 +45,13 @@ class Timeline:
     """One task's episodes of one split (training or held out), end to end on a circle."""
 
     def __init__(self, dataset: Dataset, task: int, held_out: bool, sequence_length: int):
-        self.dataset, self.task, self.sequence_length = dataset, task, sequence_length
+        self.dataset, self.task, self.held_out, self.sequence_length = dataset, task, held_out, sequence_length
         self.layout: TimestepLayout = dataset.layouts[task]
-        self.rows = dataset.rows(task, held_out)
-        lengths = dataset.column("timesteps")[self.rows].astype(np.int64)
-        self.ends = np.cumsum(lengths)
-        self.starts = self.ends - lengths
-        self.total = int(lengths.sum())
-        self.episodes = dataset.column("episode")[self.rows]
-        firsts = np.flatnonzero(np.diff(self.episodes, prepend=-1))
-        self.episode_starts = self.starts[firsts]
-        self.episode_ends = np.append(self.starts[firsts[1:]], self.total)
+        about = dataset.manifest.tasks[task]
+        self.total = about.held_out_timesteps if held_out else about.timesteps - about.held_out_timesteps
+        self.count = about.held_out_episodes if held_out else about.episodes - about.held_out_episodes
+        self.first, stop = dataset.span(task, held_out)
+        self.pieces = stop - self.first
         self.width = -(-sequence_length // self.layout.length)
         self.windows = -(-self.total // self.width)
         text = dataset.manifest.text_model
@@ -65,6 +62,29 @@ class Timeline:
         slots = np.arange(self.width)[:, None] * len(columns) + self.layout.patch_slots
         self.patch_index = slots.reshape(-1)[slots.reshape(-1) < L]
 
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """Circle position behind each row of the index, int64 (pieces,), mapped; so are the next two."""
+        return self._column("split_stop")
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return self._column("timesteps")
+
+    @cached_property
+    def episodes(self) -> np.ndarray:
+        """Ordinal of each row's episode."""
+        return self._column("split_episode")
+
+    def _column(self, name: str) -> np.ndarray:
+        return self.dataset.column(name)[self.first : self.first + self.pieces]
+
+    @property
+    def shards(self) -> int:
+        """How many shards its rows lie in, about."""
+        numbers = self._column("shard")
+        return int(abs(numbers[-1] - numbers[0])) + 1
+
     @property
     def name(self) -> str:
         return self.dataset.manifest.tasks[self.task].spec.name
@@ -74,19 +94,20 @@ class Timeline:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Circle positions [a, b) of prompts for windows that begin at `first` (n,): at most `length` timesteps of
         another episode than the window's first, its end or from anywhere; a = b where length is 0 or there is none."""
-        own = np.searchsorted(self.episode_ends, first % self.total, side="right")
-        other = below(word, len(self.episode_ends) - 1)
+        own = self.episodes[np.searchsorted(self.ends, first % self.total, side="right")]
+        other = below(word, self.count - 1)
         other += other >= own
-        other = np.minimum(other, len(self.episode_ends) - 1)
-        start, stop = self.episode_starts[other], self.episode_ends[other]
-        length = np.minimum(length, stop - start) * (len(self.episode_ends) > 1)
+        other = np.minimum(other, self.count - 1)
+        row, behind = (np.searchsorted(self.episodes, other, side=side) for side in ("left", "right"))
+        start, stop = self.ends[row] - self.lengths[row], self.ends[behind - 1]
+        length = np.minimum(length, stop - start) * (self.count > 1)
         anywhere = start + below(mixed(word, 0), stop - start - length + 1)
         a = np.where(from_end, stop - length, anywhere)
         return a, a + length
 
     def spans(self, first: np.ndarray, prompt: tuple[np.ndarray, np.ndarray]) -> Spans:
         """What fills the grids of windows that begin at circle positions `first` (n,), behind their prompts."""
-        n, R = len(first), len(self.rows)
+        n, R = len(first), self.pieces
         taken = prompt[1] - prompt[0]
         a = np.stack([prompt[0], first], axis=1).reshape(-1)  # runs: each grid's prompt, then its body
         b = np.stack([prompt[1], first + self.width - taken], axis=1).reshape(-1)
@@ -97,7 +118,7 @@ class Timeline:
         begins = np.cumsum(counts) - counts
         unrolled = low[run] + np.arange(len(run)) - begins[run]
         lap, row = np.divmod(unrolled, R)
-        start = np.maximum(a[run], lap * self.total + self.starts[row])
+        start = np.maximum(a[run], lap * self.total + self.ends[row] - self.lengths[row])
         stop = np.minimum(b[run], lap * self.total + self.ends[row])
         grid = run // 2
         # a prompt is of one episode, and so are the pieces of a long one; the body's first shares its segment
@@ -107,8 +128,8 @@ class Timeline:
         segment = np.cumsum(fresh)
         base = segment[np.searchsorted(grid, np.arange(n))]
         return Spans(
-            row=self.rows[row],
-            start=start - lap * self.total - self.starts[row],
+            row=self.first + row,
+            start=start - lap * self.total - self.ends[row] + self.lengths[row],
             count=stop - start,
             grid=grid,
             place=place[run] + start - a[run],
@@ -118,7 +139,7 @@ class Timeline:
     def _unrolled(self, position: np.ndarray) -> np.ndarray:
         """Number of the row at each circle position, counted on from lap to lap."""
         lap, within = np.divmod(position, self.total)
-        return lap * len(self.rows) + np.searchsorted(self.ends, within, side="right")
+        return lap * self.pieces + np.searchsorted(self.ends, within, side="right")
 
     def fill(
         self,

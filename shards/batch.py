@@ -5,13 +5,16 @@ Shapes: B sequences, L tokens, M patches in the whole batch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from schemas.layout import PATCH_SIZE
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass
@@ -37,7 +40,9 @@ class Batch:
     sequence: Any
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch as tensors on `device`."""
+        """The same batch as tensors on `device`. A CPU's share the arrays' memory."""
+        import torch
+
         return Batch(
             **{
                 field.name: torch.as_tensor(getattr(self, field.name)).to(device, non_blocking=True)
@@ -46,18 +51,45 @@ class Batch:
         )
 
     @staticmethod
-    def empty(tasks: np.ndarray, length: int, patches: int, channels: int) -> Batch:
-        """Numpy arrays to be filled, for sequences of `tasks` (B,) with so many patches in all."""
+    def empty(tasks: np.ndarray, length: int, patches: int, channels: int, memory: Memory | None = None) -> Batch:
+        """Numpy arrays to be filled, for sequences of `tasks` (B,) with so many patches; in `memory`, if given."""
         B = len(tasks)
-        return Batch(
-            tokens=np.empty((B, length), np.int32),
-            roles=np.empty((B, length), np.uint8),
-            positions=np.empty((B, length), np.int16),
-            segments=np.empty((B, length), np.int16),
-            supervised=np.empty((B, length), bool),
-            patches=np.empty((patches, PATCH_SIZE, PATCH_SIZE, channels), np.uint8),
-            patch_index=np.empty(patches, np.int64),
-            patch_positions=np.empty((patches, 2), np.int64),
-            tasks=np.array(tasks, np.int64),
-            sequence=np.empty(B, np.int64),
+        take = (memory or Memory()).take
+        batch = Batch(
+            tokens=take("tokens", np.int32, B, length),
+            roles=take("roles", np.uint8, B, length),
+            positions=take("positions", np.int16, B, length),
+            segments=take("segments", np.int16, B, length),
+            supervised=take("supervised", bool, B, length),
+            patches=take("patches", np.uint8, patches, PATCH_SIZE, PATCH_SIZE, channels),
+            patch_index=take("patch_index", np.int64, patches),
+            patch_positions=take("patch_positions", np.int64, patches, 2),
+            tasks=take("tasks", np.int64, B),
+            sequence=take("sequence", np.int64, B),
         )
+        batch.tasks[:] = tasks
+        return batch
+
+
+class Memory:
+    """Room for a batch's arrays that is used again for the next one: fresh pages cost more than what is written to
+    them. `pinned`: page-locked, so that copies to a GPU run beside its work; needs one."""
+
+    def __init__(self, pinned: bool = False):
+        self.pinned = pinned
+        self._rooms: dict[str, np.ndarray] = {}
+
+    def take(self, name: str, dtype: type, *shape: int) -> np.ndarray:
+        """An array of any content. It and the last one of this name are the same memory."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        room = self._rooms.get(name)
+        if room is None or len(room) < size:
+            room = self._rooms[name] = self._allocate(size)
+        return np.ndarray(shape, dtype, room)
+
+    def _allocate(self, size: int) -> np.ndarray:
+        if not self.pinned:
+            return np.empty(size, np.uint8)
+        import torch
+
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()

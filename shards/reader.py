@@ -1,46 +1,99 @@
-"""Reading a dataset: the index is mapped, shards are mapped when first touched, arrays are views.
+"""Reading a dataset: index and shards are mapped when first touched, arrays are views of the maps.
 
-Opening checks the manifest, every file's size, and sha256 as `verify` asks:
-'size' (sizes only), 'full' (every hash), 'auto' (every hash up to 2 GiB in all).
+    folder or URL -> dataset.json -> (index.arrow, shards.arrow) -> row -> shard -> map -> view
 
-Invariant: nothing is copied and nothing is unpickled; what a row's member holds
-follows from the manifest's task layout, never from the shard's own headers.
+Opening reads the manifest alone and checks what `verify` asks. 'size': all sizes. 'full': all sizes and hashes.
+'auto': hashes up to 2 GiB in all, sizes up to 10,000 shards; beyond, a shard's size is checked when it is first mapped.
+A remote dataset's files come through the cache, which checks size and hash of each as it arrives.
+
+Invariant: nothing is copied, nothing is scanned and nothing is unpickled; what a row's member holds follows from the
+manifest's task layout, never from the shard's own headers.
 """
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from schemas.dataset import INDEX_NAME, INDEX_SCHEMA, DatasetError, load_manifest
+from schemas.dataset import (
+    INDEX_SCHEMA,
+    MANIFEST_NAME,
+    SHARD_SCHEMA,
+    DatasetError,
+    FileDigest,
+    Shard,
+    load_manifest,
+    parse_manifest,
+)
 from schemas.files import sha256_of
 from schemas.layout import PATCH_SIZE, layout_of
+from shards.cache import BadFile, Cache, CacheConfig, CacheFull
+from shards.folder import Folder
+from shards.maps import Maps
 
 Verify = Literal["auto", "size", "full"]
-AUTO_LIMIT = 2 << 30
+AUTO_BYTES = 2 << 30
+AUTO_SHARDS = 10_000
+FULL_PAUSE = 0.2
+
+
+class BadShard(BadFile):
+    """A shard that cannot be read; `shard` is its number."""
+
+    def __init__(self, message: str, shard: int):
+        super().__init__(message)
+        self.shard = shard
+
+
+class Store:
+    """What the datasets of a process share: open maps, and the cache of remote files."""
+
+    def __init__(self, cache: CacheConfig | None = None):
+        self.maps = Maps()
+        self.cache = Cache(cache or CacheConfig())
 
 
 class Dataset:
-    """A finished dataset folder. `column(name)` is an index column; `tokens(row)` and its like are
-    views of one sample's arrays. DatasetError names file and remedy."""
+    """A finished dataset folder or its URL. `column(name)` is an index column; `tokens(row)` and its like are
+    views of one sample's arrays. With `skip`, bad shards are noted in `bad` (number -> reason) on opening and not
+    refused. DatasetError names file and remedy."""
 
-    def __init__(self, folder: Path, verify: Verify = "auto"):
-        self.folder = Path(folder)
-        self.manifest = load_manifest(self.folder)
-        self._check_files(verify)
-        with pa.memory_map(str(self.folder / INDEX_NAME)) as source:
-            try:
-                self.index = pa.ipc.open_file(source).read_all()
-            except pa.ArrowInvalid as error:
-                raise DatasetError(f"{self.folder / INDEX_NAME}: {error}; rebuild the dataset") from None
-        if not self.index.schema.equals(INDEX_SCHEMA):
-            raise DatasetError(f"{self.folder / INDEX_NAME}: unexpected columns; rebuild it with python -m etl.build")
-        self._columns: dict[str, np.ndarray] = {}
-        self._maps: dict[int, np.memmap] = {}
+    def __init__(self, place: Path | str, verify: Verify = "auto", store: Store | None = None, skip: bool = False):
+        self.place, self.store = Folder(place), store or Store()
+        self.skip, self.bad = skip, dict[int, str]()
+        if self.place.local is not None:
+            self.manifest = load_manifest(self.place.local)
+        else:
+            data = self.store.cache.read(self.place, MANIFEST_NAME)
+            if data is None:
+                raise DatasetError(f"{place}: no {MANIFEST_NAME}, so no finished dataset; see python -m etl.build")
+            self.manifest = parse_manifest(data, self.place.path(MANIFEST_NAME))
         self.layouts = [layout_of(task.spec) for task in self.manifest.tasks]
+        self._columns: dict[str, np.ndarray] = {}
+        self._check(verify)
+
+    @cached_property
+    def index(self) -> pa.Table:
+        """index.arrow, mapped."""
+        return self._table(self.manifest.index, INDEX_SCHEMA)
+
+    @cached_property
+    def shards(self) -> pa.Table:
+        """shards.arrow, mapped."""
+        return self._table(self.manifest.shards, SHARD_SCHEMA)
+
+    def shard(self, number: int) -> Shard:
+        """A row of shards.arrow; DatasetError for a name that leaves the folder."""
+        if not 0 <= number < self.shards.num_rows:
+            raise DatasetError(f"{self.place}: the index names shard {number} of {self.shards.num_rows}; rebuild it")
+        shard = Shard(**{name: self.shards.column(name)[number].as_py() for name in SHARD_SCHEMA.names})
+        return self._inside(shard)
 
     def column(self, name: str) -> np.ndarray:
         """One index column (rows,), zero-copy for numbers."""
@@ -49,60 +102,147 @@ class Dataset:
             self._columns[name] = chunk.to_numpy(zero_copy_only=False)
         return self._columns[name]
 
+    def span(self, task: int, held_out: bool) -> tuple[int, int]:
+        """Rows [first, stop) of one task and split, ordered by episode and start."""
+        about = self.manifest.tasks[task]
+        stop = about.first_row + about.rows
+        middle = stop - about.held_out_rows
+        return (middle, stop) if held_out else (about.first_row, middle)
+
     def rows(self, task: int, held_out: bool) -> np.ndarray:
-        """Rows of one task and split, ordered by episode and start, int64."""
-        rows = np.flatnonzero((self.column("task") == task) & (self.column("held_out") == held_out))
-        return rows[np.lexsort((self.column("start")[rows], self.column("episode")[rows]))]
+        """The rows of `span`, int64."""
+        return np.arange(*self.span(task, held_out))
 
     def tokens(self, row: int) -> np.ndarray:
         """Stored tokens of a sample, uint16 (T, stored)."""
-        layout = self.layouts[self.column("task")[row]]
-        return self._array(row, "tokens", np.uint16).reshape(-1, layout.stored)
+        return self._array(row, "tokens", np.uint16, (self.layouts[self.column("task")[row]].stored,))
 
     def patches(self, row: int) -> np.ndarray:
         """uint8 (T, P, 16, 16, C)."""
         layout = self.layouts[self.column("task")[row]]
-        shape = (-1, layout.patches, PATCH_SIZE, PATCH_SIZE, layout.channels)
-        return self._array(row, "patches", np.uint8).reshape(shape)
+        return self._array(row, "patches", np.uint8, (layout.patches, PATCH_SIZE, PATCH_SIZE, layout.channels))
 
     def reward(self, row: int) -> np.ndarray:
         """float32 (T,)."""
-        return self._array(row, "reward", np.float32)
+        return self._array(row, "reward", np.float32, ())
 
     def observation(self, row: int) -> np.ndarray | None:
         """Raw observations of a control task, float32 (T, D); None where the sample has none."""
-        return self._rows_of(row, "observation")
+        return self._raw(row, "observation")
 
     def action(self, row: int) -> np.ndarray | None:
         """Raw continuous actions, float32 (T, A); None where actions are discrete."""
-        return self._rows_of(row, "action")
+        return self._raw(row, "action")
 
-    def _rows_of(self, row: int, member: str) -> np.ndarray | None:
+    def _raw(self, row: int, member: str) -> np.ndarray | None:
         if self.column(f"{member}_offset")[row] < 0:
             return None
-        return self._array(row, member, np.float32).reshape(int(self.column("timesteps")[row]), -1)
+        width = int(self.column(f"{member}_bytes")[row]) // (4 * max(1, int(self.column("timesteps")[row])))
+        return self._array(row, member, np.float32, (width,))
 
-    def _array(self, row: int, member: str, dtype: type) -> np.ndarray:
-        offset = int(self.column(f"{member}_offset")[row])
-        size = int(self.column(f"{member}_bytes")[row])
+    def _array(self, row: int, member: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+        offset, T = int(self.column(f"{member}_offset")[row]), int(self.column("timesteps")[row])
         if offset < 0:
-            raise DatasetError(f"{self.folder}: sample {row} has no member '{member}'")
-        shard = int(self.column("shard")[row])
-        if shard not in self._maps:
-            self._maps[shard] = np.memmap(self.folder / self.manifest.shards[shard].name, np.uint8, "r")
-        return np.ndarray(size // np.dtype(dtype).itemsize, dtype, buffer=self._maps[shard], offset=offset)
+            raise DatasetError(f"{self.place}: sample {row} has no member '{member}'")
+        number = int(self.column("shard")[row])
+        data = self.mapped(number)
+        try:
+            return np.ndarray((T, *shape), dtype, data, offset)
+        except (TypeError, ValueError):
+            name = self.shard(number).name
+            raise BadShard(f"{self.place.path(name)}: sample {row} points behind its end; rebuild it", number) from None
 
-    def _check_files(self, verify: Verify) -> None:
-        files = self.manifest.files
-        full = verify == "full" or (verify == "auto" and sum(file.bytes for file in files) <= AUTO_LIMIT)
-        for file in files:
-            path = self.folder / file.name
-            remedy = "remove it and run python -m etl.build again with the same arguments"
-            if Path(file.name).name != file.name:
-                raise DatasetError(f"{self.folder}: file name '{file.name}' leaves the folder; refused")
-            if not path.is_file():
-                raise DatasetError(f"{path}: missing; run python -m etl.build again with the same arguments")
-            if path.stat().st_size != file.bytes:
-                raise DatasetError(f"{path}: {path.stat().st_size} bytes, the manifest says {file.bytes}; {remedy}")
-            if full and sha256_of(path) != file.sha256:
-                raise DatasetError(f"{path}: sha256 differs from the manifest, the file is damaged; {remedy}")
+    def mapped(self, number: int) -> np.ndarray:
+        """The bytes (n,) uint8 of a shard; BadShard where it cannot be read."""
+        found = self.store.maps.get((self.place.place, number))
+        if found is not None:
+            return found
+        if number in self.bad:
+            raise BadShard(self.bad[number], number)
+        shard = self.shard(number)
+        try:
+            self._whole(shard, hashed=False)
+            found = self.store.maps.open((self.place.place, number), self.local(shard))
+        except BadFile as error:
+            raise BadShard(str(error), number) from error
+        except (OSError, ValueError) as error:
+            if isinstance(error, DatasetError):
+                raise
+            raise BadShard(f"{self.place.path(shard.name)}: {error}; {_again(self.place)}", number) from error
+        if len(found) != shard.bytes:
+            raise BadShard(f"{self.place.path(shard.name)}: was cut while it was opened; {_again(self.place)}", number)
+        return found
+
+    def prefetch(self, number: int) -> None:
+        """Bring a remote shard into the cache, unless it is mapped or bad. CacheFull where there is no room now."""
+        if self.store.maps.get((self.place.place, number)) is None and number not in self.bad:
+            with suppress(BadFile):  # who needs it will say so
+                self.store.cache.fetch(self.place, self.shard(number))
+
+    def local(self, file: Shard | FileDigest) -> Path:
+        """Where a file lies on this machine; a remote one is fetched into the cache. BadFile, or DatasetError where
+        the cache stays full."""
+        if self.place.local is not None:
+            return self.place.local / self._inside(file).name
+        patience = time.monotonic() + self.store.cache.config.stall_seconds
+        while True:
+            try:
+                return self.store.cache.fetch(self.place, self._inside(file))
+            except CacheFull:
+                if not self.store.maps.drop_oldest():
+                    if time.monotonic() > patience:
+                        raise
+                    time.sleep(FULL_PAUSE)  # other processes may let go of theirs
+
+    def _inside(self, file: Any) -> Any:
+        if Path(file.name).name != file.name:
+            raise DatasetError(f"{self.place}: file name '{file.name}' leaves the folder; refused")
+        return file
+
+    def _table(self, file: FileDigest, schema: pa.Schema) -> pa.Table:
+        path = self.local(file)
+        try:
+            with pa.memory_map(str(path)) as source:
+                table = pa.ipc.open_file(source).read_all()
+        except FileNotFoundError:
+            raise DatasetError(f"{path}: missing; {_again(self.place)}") from None
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DatasetError(f"{path}: {error}; {_again(self.place)}") from None
+        if not table.schema.equals(schema):
+            raise DatasetError(f"{path}: unexpected columns; rebuild it with python -m etl.build")
+        return table
+
+    def _check(self, verify: Verify) -> None:
+        manifest, remote = self.manifest, self.place.local is None
+        hashed = verify == "full" or (verify == "auto" and manifest.bytes <= AUTO_BYTES)
+        for file in manifest.files:
+            if not remote:
+                self._whole(file, hashed)
+        if verify == "auto" and manifest.shards.rows > AUTO_SHARDS:
+            return
+        if remote and verify != "full":
+            return
+        for number in range(manifest.shards.rows):
+            try:
+                self._whole(self.shard(number), hashed)
+            except BadFile as error:
+                if not self.skip:
+                    raise
+                self.bad[number] = str(error)
+
+    def _whole(self, file: Shard | FileDigest, hashed: bool) -> None:
+        path = self.local(file)
+        if self.place.local is None:
+            return  # was checked when it arrived
+        if not path.is_file():
+            raise BadFile(f"{path}: missing; {_again(self.place)}")
+        if path.stat().st_size != file.bytes:
+            said = f"{path.stat().st_size} bytes, the manifest says {file.bytes}"
+            raise BadFile(f"{path}: {said}; remove it and {_again(self.place)}")
+        if hashed and sha256_of(path) != file.sha256:
+            said = "sha256 differs from the manifest, the file is damaged"
+            raise BadFile(f"{path}: {said}; remove it and {_again(self.place)}")
+
+
+def _again(place: Folder) -> str:
+    return f"run python -m etl.build --output {place} again with the same arguments"

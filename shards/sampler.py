@@ -13,6 +13,7 @@ whatever the world size, the worker count or the place where a run was resumed.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -92,21 +93,34 @@ class Places:
 
 class Sampler:
     """windows: windows an epoch of each task; weights: mixture weights (any positive scale);
-    block: sequences in which the weights hold exactly, up to rounding to 1 / block."""
+    block: sequences in which the weights hold exactly, up to rounding to 1 / block; None: 256, or the least power of
+    two that gives every task one; runs, together: of each task, how many windows are kept together as a run and how
+    many runs are mixed at a time, see `_window`; None: all windows are mixed."""
 
-    def __init__(self, windows: list[int], weights: list[float], seed: int, block: int = 256):
+    def __init__(
+        self,
+        windows: list[int],
+        weights: list[float],
+        seed: int,
+        block: int | None = None,
+        runs: list[int] | None = None,
+        together: list[int] | None = None,
+    ):
         share = np.asarray(weights, np.float64)
         if len(share) != len(windows) or not len(share):
             raise ValueError("one weight a task, and at least one task")
         if not np.isfinite(share).all() or (share < 0).any() or not share.sum():
             raise ValueError(f"mixture weights must be finite, not negative, not all zero: {weights}")
-        exact = share / share.sum() * block
+        share /= share.sum()
+        block = block or max(256, 2 ** math.ceil(math.log2(1 / share[share > 0].min())))
+        exact = share * block
         counts = np.floor(exact).astype(np.int64)
         # largest remainder, ties to the earlier task
         counts[np.argsort(counts - exact, kind="stable")[: block - counts.sum()]] += 1
         if (counts[share > 0] == 0).any():
             raise ValueError(f"a task's weight is below 1/{block} of the mixture; raise it or the mixture block")
         self.windows, self.counts, self.seed, self.block = np.asarray(windows, np.int64), counts, seed, block
+        self.runs, self.together = (None if a is None else np.asarray(a, np.int64) for a in (runs, together))
         self.task_of_slot = np.repeat(np.arange(len(counts)), counts)
         self.first_slot = np.cumsum(counts) - counts
 
@@ -117,4 +131,28 @@ class Sampler:
         task = self.task_of_slot[slot]
         ordinal = block * self.counts[task] + slot - self.first_slot[task]
         epoch, place = np.divmod(ordinal, self.windows[task])
-        return Places(task, epoch, permuted(place, self.windows[task], words(self.seed, "epoch", epoch, task)))
+        return Places(task, epoch, self._window(task, place, words(self.seed, "epoch", epoch, task)))
+
+    def _window(self, task: np.ndarray, place: np.ndarray, key: np.ndarray) -> np.ndarray:
+        """The window at each place of an epoch. Runs of neighbouring windows, which lie in the same shard or two, are
+        shuffled; a group of them after the other is used up, its windows mixed. Windows behind the last whole run
+        belong to the last group: each epoch begins its windows at another phase, so these are others each time."""
+        windows = self.windows[task]
+        if self.runs is None or self.together is None:
+            return permuted(place, windows, key)
+        run = self.runs[task]
+        count = windows // run
+        group = np.minimum(place // (run * self.together[task]), np.maximum(0, count - 1) // self.together[task])
+        first = group * run * self.together[task]
+        last = group == np.maximum(0, count - 1) // self.together[task]
+        size = np.where(last, windows - first, run * self.together[task])
+        within = first + permuted(place - first, size, mixed(key, 1 + group))
+        number = within // run
+        shuffled = permuted(np.minimum(number, count - 1).clip(0), np.maximum(1, count), key) * run + within % run
+        return np.where(number < count, shuffled, within)
+
+    def seen(self, i: int) -> np.ndarray:
+        """How many of the sequences [0, i) are of each task, int64 (tasks,)."""
+        blocks, rest = divmod(i, self.block)
+        tail = self.places(np.arange(i - rest, i)).task
+        return blocks * self.counts + np.bincount(tail, minlength=len(self.counts))

@@ -27,12 +27,17 @@ class Trajectory:
     terminated: bool
     complete: bool
 
+    @property
+    def returns_to_go(self) -> np.ndarray:
+        """Sum of the rewards from each timestep on, float64 (T,) (Decision Transformer, section 3)."""
+        return np.cumsum(self.reward[::-1], dtype=np.float64)[::-1]
+
 
 def trajectories(dataset: Dataset, task: int, held_out: bool = False) -> list[Trajectory]:
     """All episodes of a task's split, pieces of long ones joined again."""
     rows = dataset.rows(task, held_out)
-    episodes = dataset.column("episode")[rows]
-    return [_join(dataset, task, rows[episodes == episode]) for episode in np.unique(episodes)]
+    firsts = np.flatnonzero(np.diff(dataset.column("split_episode")[rows]) > 0) + 1
+    return [_join(dataset, task, own) for own in np.split(rows, firsts) if len(own)]
 
 
 def _join(dataset: Dataset, task: int, rows: np.ndarray) -> Trajectory:

@@ -20,7 +20,7 @@ from io import BytesIO
 import numpy as np
 import pyarrow as pa
 
-from schemas.dataset import INDEX_NAME, INDEX_SCHEMA, MANIFEST_NAME, MEMBERS, FileDigest, Manifest, Shard
+from schemas.dataset import MANIFEST_NAME, MEMBERS, FileDigest, Manifest, Shard
 from shards.folder import Folder, digest_of
 
 BLOCK = 512
@@ -131,13 +131,12 @@ def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     return header.getvalue()
 
 
-def write_index(folder: Folder, columns: dict[str, list]) -> FileDigest:
-    """Write index.arrow, an Arrow IPC file of a single record batch, so that it maps without a copy."""
-    table = pa.table(columns, schema=INDEX_SCHEMA).combine_chunks()
+def write_table(folder: Folder, name: str, table: pa.Table) -> FileDigest:
+    """Write index.arrow or shards.arrow, an Arrow IPC file of a single record batch, so that it maps without a copy."""
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
-        writer.write_table(table, max_chunksize=max(1, table.num_rows))
-    return write_file(folder, INDEX_NAME, sink.getvalue().to_pybytes(), table.num_rows)
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks(), max_chunksize=max(1, table.num_rows))
+    return write_file(folder, name, sink.getvalue().to_pybytes(), table.num_rows)
 
 
 def write_file(folder: Folder, name: str, data: bytes, rows: int) -> FileDigest:

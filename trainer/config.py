@@ -13,8 +13,9 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from schemas.episode import STRICT
+from shards.cache import CacheConfig
 from shards.reader import Verify
-from shards.stream import StreamConfig
+from shards.stream import OnBadShard, StreamConfig
 from trainer.loss import LossConfig
 from trainer.model.presets import ModelConfig
 
@@ -25,18 +26,21 @@ class DataConfig:
 
     __pydantic_config__ = STRICT
 
-    folders: tuple[Path, ...] = ()
-    """Dataset folders; all finished ones in `root` where none is named."""
-    root: Path = Path("data/shards")
-    """Where python -m etl.build puts datasets."""
+    folders: tuple[str, ...] = ()
+    """Dataset folders or URLs (s3://bucket/name); all finished ones in `root` where none is named."""
+    root: str = "data/shards"
+    """Where python -m etl.build puts datasets, a folder or a URL."""
     verify: Verify = "auto"
-    """Hash shards on opening: auto (up to 2 GiB), size (sizes only) or full."""
+    """What is checked on opening: size (all sizes), full (all hashes too) or auto (hashes up to 2 GiB in all)."""
+    on_bad_shard: OnBadShard = "stop"
+    """skip: sequences that touch a missing or damaged shard are drawn anew, and counted."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
     global_batch: int = 512
     """Sequences a step, over all ranks."""
     micro_batch: int = 8
     """Sequences a rank runs at once; the rest is accumulated."""
     threads: int = 1
-    """Threads a rank assembles batches with."""
+    """Threads a rank assembles batches with; 0: none, it waits for each."""
     stream: StreamConfig = field(default_factory=StreamConfig)
 
 

@@ -31,6 +31,8 @@ import tyro
 from schemas.dataset import DatasetError
 from schemas.files import atomic_write
 from schemas.vocabulary import VocabularyMismatch
+from shards.loader import Loader
+from shards.reader import Store
 from shards.stream import Stream, find_datasets
 from trainer import checkpoint, engine
 from trainer.config import TrainConfig, deciding, to_dict
@@ -73,10 +75,11 @@ def train(recipe: str, config: TrainConfig, device: torch.device) -> None:
         raise DatasetError(
             f"{config.data.root}: no finished dataset there; build one with python -m etl.build, or name --data.folders"
         )
-    stream = Stream(folders, config.data.stream, config.seed, verify=config.data.verify)
+    store, data = Store(config.data.cache), config.data
+    stream = Stream(folders, data.stream, config.seed, False, data.verify, data.on_bad_shard, store)
     held_out = None
     if any(task.held_out_episodes for dataset in stream.datasets for task in dataset.manifest.tasks):
-        held_out = Stream(folders, config.data.stream, config.seed, held_out=True, verify="size")
+        held_out = Stream(folders, data.stream, config.seed, True, "size", data.on_bad_shard, store)
     model = Gato(config.model, stream.vocabulary).initialise(config.seed)
     _check_layouts(stream, config)
     specs = [t.dataset.manifest.tasks[t.task].spec for t in stream.timelines]
@@ -92,7 +95,8 @@ def train(recipe: str, config: TrainConfig, device: torch.device) -> None:
             f"parameters: {counts}; tasks: {', '.join(stream.tasks)}; {run.world} process(es) on {device}", flush=True
         )
     G, L = config.data.global_batch, config.data.stream.sequence_length
-    batches = stream.batches(step * G, G, config.data.micro_batch, run.rank, run.world, config.data.threads)
+    pinned = device.type == "cuda"
+    batches = Loader(stream, step * G, G, data.micro_batch, run.rank, run.world, data.threads, pinned)
     if held_out and step == 0:
         untrained = evaluate(
             run.whole_model(), held_out, config.run.evaluate_sequences, config.data.micro_batch, device
@@ -100,12 +104,9 @@ def train(recipe: str, config: TrainConfig, device: torch.device) -> None:
         if metrics:
             metrics.write(0, 0, 0.0, untrained)
     begun = interval = time.monotonic()
-    waited, first, losses = 0.0, step, []
+    first, losses = step, []
     while step < config.steps:
-        asked = time.monotonic()
-        own = next(batches)
-        waited += time.monotonic() - asked
-        result = run.train_step(step, own, stop.asked)
+        result = run.train_step(step, next(batches), stop.asked)
         step += 1
         losses.append(result.loss)
         now = time.monotonic()
@@ -118,11 +119,11 @@ def train(recipe: str, config: TrainConfig, device: torch.device) -> None:
                 "train/learning_rate": engine.learning_rate(step - 1, config.optimiser),
                 "train/gradient_norm": result.gradient_norm,
                 "train/tokens_per_second": rate,
-                "train/data_wait_share": waited / (now - interval),
+                **batches.figures(),
             }
-            wait = 100 * figures["train/data_wait_share"]
+            wait = 100 * figures["data/wait_share"]
             metrics.progress(step, f"loss {figures['train/loss']:.4f}  {rate:,.0f} tokens/s  data wait {wait:.1f} %")
-            interval, first, waited, losses = now, step, 0.0, []
+            interval, first, losses = now, step, []
         if held_out and (step % config.run.evaluate_every == 0 or last):
             figures |= evaluate(
                 run.whole_model(), held_out, config.run.evaluate_sequences, config.data.micro_batch, device
@@ -146,7 +147,7 @@ def train(recipe: str, config: TrainConfig, device: torch.device) -> None:
             sequence_length=L,
             step=step,
             tasks=tuple(specs),
-            datasets={d.folder.name: d.manifest.fingerprint for d in stream.datasets},
+            datasets={d.place.name: d.manifest.fingerprint for d in stream.datasets},
             training={"recipe": recipe, "steps": config.steps, "global_batch": G, "seed": config.seed},
         )
         checkpoint.export(output / "export", weights, info)

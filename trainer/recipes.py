@@ -40,7 +40,7 @@ QUICKSTART = replace(
     optimiser=replace(TINY.optimiser, decay_steps=500, warmup_steps=50),
     data=replace(
         TINY.data,
-        root=Path("data/quickstart/shards"),
+        root="data/quickstart/shards",
         global_batch=16,
         stream=replace(TINY.data.stream, weights={"hopper-expert-v4": 3.0, "freeway-run1": 1.0}),
     ),

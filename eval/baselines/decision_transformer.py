@@ -162,7 +162,7 @@ class Windows:
 
     def __init__(self, episodes: Sequence[Trajectory], config: Config, scaling: Scaling):
         self.episodes, self.config = episodes, config
-        self.to_go = [np.cumsum(e.reward[::-1], dtype=np.float64)[::-1] / config.return_scale for e in episodes]
+        self.to_go = [e.returns_to_go / config.return_scale for e in episodes]
         if episodes[0].frames is None:
             self.states = [scaling.state(e.observation) for e in episodes if e.observation is not None]
             self.actions = [scaling.action(e.action) for e in episodes]

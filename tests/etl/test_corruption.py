@@ -54,7 +54,7 @@ def episodes(dataset):
 
 def rejections(dataset):
     """(file, position) -> its line; no two lines speak of the same one."""
-    lines = [json.loads(line) for line in (dataset.folder / "rejected.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in dataset.local(dataset.manifest.rejected).read_text().splitlines()]
     assert all(line["reason"] and line["detail"] and "\n" not in line["detail"] for line in lines)
     found = {(line["file"], line["position"]): line for line in lines}
     assert len(found) == len(lines) == dataset.manifest.rejected.rows
@@ -78,9 +78,9 @@ def check(before, after, expected):
         if all(line["position"] != WHOLE for line in own):
             assert task.episodes + task.rejected_episodes == planned[task.spec.name].episodes
     assert set(planned) - {task.spec.name for task in after.manifest.tasks} <= {line["task"] for line in lines.values()}
-    shards = after.manifest.shards
-    assert sum(shard.timesteps for shard in shards) == sum(about[0] for about in new.values())
-    assert len(new) == after.index.num_rows == sum(shard.samples for shard in shards)
+    timesteps, samples = (sum(after.shards.column(name).to_pylist()) for name in ("timesteps", "samples"))
+    assert timesteps == sum(about[0] for about in new.values())
+    assert len(new) == after.index.num_rows == samples
 
 
 def put(group, key, values, **how):
@@ -172,7 +172,7 @@ def test_one_percent_of_episodes_damaged_in_eight_ways(tmp_path):
     before = build_here("minari", log, tmp_path / "a")
     places = [0, 799, 100, 101, 102, 400, 650, 300]  # the first, the last, neighbours
     bad, expected = damaged(log, tmp_path / "data", places)
-    assert len(expected) * 100 == EPISODES and len(before.manifest.shards) > 10
+    assert len(expected) * 100 == EPISODES and before.shards.num_rows > 10
     after = build_here("minari", bad, tmp_path / "b")
     check(before, after, expected)
     for n, (_, _, word) in zip(places, MINARI_DAMAGE.values()):
@@ -191,8 +191,8 @@ def test_shards_of_bad_episodes_alone_leave_no_trace(tmp_path):
     bad, expected = damaged(log, tmp_path / "data", [0, 1, 2, 3, 4, 5, 19, 9])
     before = build_here("minari", log, tmp_path / "a", megabytes=0.001)
     after = build_here("minari", bad, tmp_path / "b", megabytes=0.001, share=0.5)
-    assert (len(before.manifest.shards), len(after.manifest.shards)) == (20, 12)
-    assert sorted(p.name for p in after.folder.glob("shard-*")) == [shard.name for shard in after.manifest.shards]
+    assert (before.shards.num_rows, after.shards.num_rows) == (20, 12)
+    assert sorted(p.name for p in after.place.local.glob("shard-*")) == after.shards.column("name").to_pylist()
     check(before, after, expected)
 
 

@@ -245,7 +245,8 @@ def decoded(dataset, neighbour=False):
     """(file's last name, position) -> task and arrays, from the shards alone. `neighbour`: of the tokens beside the
     stored ones, in the same ranges."""
     vocabulary = dataset.manifest.vocabulary
-    text = TextTokenizer(dataset.folder / "text.model", vocabulary) if dataset.manifest.text_model else None
+    model = dataset.manifest.text_model
+    text = TextTokenizer(dataset.local(model.file), vocabulary) if model else None
     other = np.uint16(1 if neighbour else 0)
     found = {}
     order = np.lexsort([dataset.column(name) for name in ("start", "episode", "task")])
@@ -336,7 +337,7 @@ def dataset(request, log, tmp_path_factory):
 def test_tokens_decode_to_the_log(log, dataset):
     found = decoded(dataset)
     assert set(found) == set(log.episodes) and dataset.manifest.rejected.rows == 0
-    assert len(dataset.manifest.shards) > 1 or dataset.manifest.tasks[0].spec.action is None
+    assert dataset.shards.num_rows > 1 or dataset.manifest.tasks[0].spec.action is None
     assert dataset.index.num_rows > len(found)  # pieces
     differ, _, counts = compare(log, dataset, found)
     assert differ == []

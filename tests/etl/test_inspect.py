@@ -16,10 +16,9 @@ from rich.console import Console
 from etl import decoded, inspect
 from etl.decoded import InspectError, TaskView
 from etl.inspect import Options
-from schemas.dataset import MANIFEST_NAME
-from schemas.files import sha256_of
 from shards.reader import Dataset
 from tests.conftest import run
+from tests.shards.made import sign
 
 ROW = re.compile(r"<tr(?: class=\"(\w+)\")?><td class=\"n\">(\d+)(?:–(\d+))?</td>(.*?)</tr>")
 CELL = re.compile(r"<td[^>]*>(.*?)</td>")
@@ -171,14 +170,11 @@ def damaged(folder, copy, value):
     shutil.copytree(folder, copy)
     dataset = Dataset(copy)
     row = rows_of(dataset, 0)[0]
-    shard = copy / dataset.manifest.shards[dataset.column("shard")[row]].name
+    shard = copy / dataset.shard(dataset.column("shard")[row]).name
     with open(shard, "r+b") as file:
         file.seek(int(dataset.column("tokens_offset")[row]))
         file.write(np.uint16(value).tobytes())
-    manifest = json.loads((copy / MANIFEST_NAME).read_text())
-    for one in manifest["shards"]:
-        one["sha256"] = sha256_of(copy / one["name"])
-    (copy / MANIFEST_NAME).write_text(json.dumps(manifest))
+    sign(copy)
     return copy
 
 

@@ -43,7 +43,7 @@ def test_every_document_comes_back(tmp_path, suffix):
     write(tmp_path / f"corpus{suffix}")
     build(tmp_path / f"corpus{suffix}", tmp_path / "d", "--shard-megabytes", "0.05")
     manifest = load_manifest(tmp_path / "d")
-    assert documents(tmp_path / "d") == TEXTS and len(manifest.shards) > 2
+    assert documents(tmp_path / "d") == TEXTS and manifest.shards.rows > 2
     assert manifest.text_model.file.sha256 == TextTokenizer(DEFAULT_MODEL, SEED).fingerprint
     assert manifest.text_model.pieces == 32_000 and manifest.tasks[0].spec.action is None
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from schemas.layout import ACTION, OBSERVATION, PAD, PATCH, SEPARATOR
 from shards.assembly import Timeline
+from shards.loader import Loader
 from shards.reader import Dataset
 from shards.sampler import below, mixed, words
 from shards.stream import Stream, StreamConfig
@@ -37,10 +38,10 @@ def test_a_sequence_is_a_function_of_its_number(stream, hopper, pong):
     assert not all(equal(stream.sequence(i), other.sequence(i)) for i in range(8))
 
 
-@pytest.mark.parametrize(("world", "threads"), [(1, 1), (1, 3), (2, 1), (4, 2), (8, 1)])
+@pytest.mark.parametrize(("world", "threads"), [(world, threads) for world in (1, 2, 4, 8) for threads in (0, 1, 4)])
 def test_global_batches_do_not_depend_on_world_size_or_threads(stream, world, threads):
     wanted = [stream.batch(16, 8), stream.batch(24, 8)]
-    ranks = [stream.batches(16, 8, 1, rank, world, threads) for rank in range(world)]
+    ranks = [Loader(stream, 16, 8, 1, rank, world, threads) for rank in range(world)]
     for step in wanted:
         pieces = [batch for rank in ranks for batch in next(rank)]
         for name in ("tokens", "roles", "segments", "supervised", "patches", "patch_positions", "sequence"):
@@ -55,14 +56,14 @@ def slow_sequence(stream: Stream, i: int) -> dict[str, list]:
     task, epoch, window = (int(a[0]) for a in (place.task, place.epoch, place.window))
     timeline, config = stream.timelines[task], stream.config
     dataset, layout, W = timeline.dataset, timeline.layout, timeline.width
-    episode_of = dataset.column("episode")
-    steps = [(int(row), t) for row in timeline.rows for t in range(dataset.column("timesteps")[row])]
+    episode_of, rows = dataset.column("episode"), dataset.rows(timeline.task, stream.held_out)
+    steps = [(int(row), t) for row in rows for t in range(dataset.column("timesteps")[row])]
     phase = int(below(words(stream.seed, "phase", epoch, task), len(steps))[0])
     first = phase + window * W
     body = [(*steps[(first + n) % len(steps)], (first + n) // len(steps)) for n in range(W)]
     asked, end, size, choice = (words(stream.seed, "prompt", i, n) for n in range(4))
     prompt = []
-    others = [e for e in dict.fromkeys(episode_of[timeline.rows].tolist()) if e != episode_of[body[0][0]]]
+    others = [e for e in dict.fromkeys(episode_of[rows].tolist()) if e != episode_of[body[0][0]]]
     if int(asked[0]) / 2**64 < config.prompt_probability and layout.action and others:
         length = 1 + int(below(size, max(1, int(W * config.prompt_max_share)))[0])
         chosen = others[int(below(choice, len(others))[0])]
@@ -152,8 +153,9 @@ def test_an_epoch_shows_every_timestep(hopper):
 def test_held_out_episodes_are_never_trained_on(hopper):
     training = Stream([hopper], StreamConfig(sequence_length=L), seed=0).timelines[0]
     held_out = Stream([hopper], StreamConfig(sequence_length=L), seed=0, held_out=True).timelines[0]
-    assert not set(training.episodes) & set(held_out.episodes)
-    assert len(held_out.episodes) and len(training.episodes)
+    episode = training.dataset.column("episode")
+    mine, theirs = (set(episode[t.first : t.first + t.pieces]) for t in (training, held_out))
+    assert mine and theirs and not mine & theirs
 
 
 def test_prompts_come_as_often_as_asked_and_from_other_episodes(hopper):
@@ -166,12 +168,14 @@ def test_prompts_come_as_often_as_asked_and_from_other_episodes(hopper):
     assert abs(from_end[length > 0].mean() - 0.5) < 0.06
     begin = np.random.default_rng(0).integers(0, timeline.total, 4000)
     a, b = timeline.prompts(begin, length, from_end, word)
-    ends = timeline.episode_ends
+    last = np.flatnonzero(np.diff(timeline.episodes, append=-1))
+    ends = timeline.ends[last]
+    starts = np.append(0, ends[:-1])
     asked = length > 0
     assert (a == b)[~asked].all()
     begin, a, b, length, from_end = (array[asked] for array in (begin, a, b, length, from_end))
     own, first, last = (np.searchsorted(ends, p, side="right") for p in (begin, a, b - 1))
-    assert ((b - a) == np.minimum(length, ends[first] - timeline.episode_starts[first])).all()
+    assert ((b - a) == np.minimum(length, ends[first] - starts[first])).all()
     assert (first == last).all() and (first != own).all()
     assert (b == ends[first])[from_end].all()
     assert len(np.unique(first)) == len(ends)
@@ -182,9 +186,9 @@ def test_prompts_come_as_often_as_asked_and_from_other_episodes(hopper):
 def test_spans_walk_the_circle(lengths, width, first):
     """Against one timestep at a time, for circles shorter than a window too."""
     timeline = object.__new__(Timeline)
-    timeline.ends, timeline.width = np.cumsum(lengths), width
-    timeline.starts, timeline.total = timeline.ends - lengths, sum(lengths)
-    timeline.episodes, timeline.rows = np.arange(len(lengths)) // 2, np.arange(len(lengths)) + 100
+    timeline.ends, timeline.lengths, timeline.width = np.cumsum(lengths), np.array(lengths), width
+    timeline.total, timeline.first, timeline.pieces = sum(lengths), 100, len(lengths)
+    timeline.episodes = np.arange(len(lengths)) // 2
     begin = np.array([first, first + 3]) % timeline.total
     spans = timeline.spans(begin, (begin, begin))
     steps = [(100 + row, t, row // 2) for row, length in enumerate(lengths) for t in range(length)]
@@ -209,6 +213,6 @@ def test_bad_requests_are_refused(stream, hopper, pong):
     with pytest.raises(ValueError, match="unknown task"):
         Stream([hopper], StreamConfig(weights={"nonsense": 1.0}), seed=0)
     with pytest.raises(ValueError, match="multiple"):
-        next(stream.batches(0, 6, 4))
+        Loader(stream, 0, 6, 4)
     with pytest.raises(ValueError, match="more than one dataset"):
         Stream([hopper, hopper], StreamConfig(), seed=0)

@@ -1,0 +1,239 @@
+"""Local copies of remote files: fetched once a machine, verified on arrival, never more than a set size in all.
+
+    file of a manifest (name, bytes, sha256) -> CACHE/SHA256, there already, or: room -> download -> sha256 -> rename
+
+Processes of one machine share the folder. A lock lets one of them fetch a file while the others wait for it. Who maps a
+file holds a shared lock on it, and what is locked is not evicted; of the rest the least recently used goes first.
+
+Invariant: a file named by a hash has that content, and the files of the folder, unfinished ones included, never take
+more than the limit.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+from uuid import uuid4
+
+from schemas.dataset import DatasetError, FileDigest, Shard
+from schemas.episode import STRICT
+from schemas.files import sha256_of
+from shards.folder import Folder
+
+T = TypeVar("T")
+STRIPES = 256
+POLL_SECONDS = 0.02
+FIRST_PAUSE = 0.25
+FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Local copies of remote datasets."""
+
+    __pydantic_config__ = STRICT
+
+    folder: Path = field(default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "gato" / "shards")
+    """Where copies of remote shards are kept; processes of one machine share it."""
+    gigabytes: float = 50.0
+    """All copies together never take more."""
+    attempts: int = 6
+    """Tries of a download, pauses between them growing from a quarter of a second twofold."""
+    stall_seconds: float = 30.0
+    """A download without a new byte for so long is given up and tried again."""
+
+
+class BadFile(DatasetError):
+    """A file of a dataset is missing, cut or damaged, or its origin does not give it."""
+
+
+class CacheFull(DatasetError):
+    """There is no room, since what is there is in use."""
+
+
+@dataclass
+class Counts:
+    """Since the start: files found here and fetched, bytes fetched, tries that failed, files evicted."""
+
+    hits: int = 0
+    misses: int = 0
+    bytes: int = 0
+    retries: int = 0
+    evicted: int = 0
+
+
+class Cache:
+    """One for a process. Thread-safe."""
+
+    def __init__(self, config: CacheConfig):
+        self.config = config
+        self.folder = Path(config.folder).expanduser()
+        self.limit = int(config.gigabytes * 1e9)
+        self.counts = Counts()
+        self._counting = threading.Lock()
+
+    def read(self, place: Folder, name: str) -> bytes | None:
+        """A small file, tried again where its store fails; None where there is none."""
+        try:
+            return self._tried(place.path(name), lambda: self._watched(lambda: place.read(name), lambda: None))
+        except FINAL as error:
+            raise BadFile(f"{place.path(name)}: {_line(error)}; check the address and the credentials") from error
+
+    def fetch(self, place: Folder, file: Shard | FileDigest) -> Path:
+        """The local copy of a remote file. BadFile where the origin does not give what the manifest says, CacheFull
+        where everything that could make room is in use."""
+        path = self.folder / file.sha256
+        if self._touched(path, file.bytes):
+            self._count(hits=1)
+            return path
+        if file.bytes > self.limit:
+            raise DatasetError(f"{self.folder}: {place.path(file.name)} alone, {file.bytes} bytes, is more than its "
+                               f"limit of {self.limit}; raise --data.cache.gigabytes")  # fmt: skip
+        with self._locked(f".fetch-{int(file.sha256[:8], 16) % STRIPES:03d}"):
+            if self._touched(path, file.bytes):  # another process was first
+                self._count(hits=1)
+                return path
+            try:
+                self._tried(place.path(file.name), lambda: self._download(place, file, path))
+            except FINAL as error:
+                raise BadFile(f"{place.path(file.name)}: {_line(error)}; upload it again, or build it again") from error
+        self._count(misses=1, bytes=file.bytes)
+        return path
+
+    def _tried(self, what: str, call: Callable[[], T]) -> T:
+        pause = FIRST_PAUSE
+        for attempt in range(1, self.config.attempts + 1):
+            try:
+                return call()
+            except (CacheFull, *FINAL):
+                raise
+            except Exception as error:  # every store has exceptions of its own
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                    raise DatasetError(f"{self.folder}: {error.strerror}; free some of the disk, or name another "
+                                       "folder by --data.cache.folder") from error  # fmt: skip
+                if attempt == self.config.attempts:
+                    kind = BadFile if isinstance(error, BadFile) else DatasetError
+                    tried = f"{_line(error)} ({attempt} attempts)"
+                    raise kind(f"{what}: {tried}; check the store and the network") from error
+            self._count(retries=1)
+            time.sleep(pause * random.uniform(0.5, 1.5))
+            pause = min(2 * pause, 30.0)
+        raise AssertionError("at least one attempt")
+
+    def _download(self, place: Folder, file: Shard | FileDigest, path: Path) -> None:
+        with self._room(file.bytes, file.sha256) as temporary:
+            self._watched(
+                lambda: place.store.get_file(f"{place.root}/{file.name}", str(temporary)),
+                lambda: temporary.stat().st_size,
+            )
+            size = temporary.stat().st_size
+            if size != file.bytes or sha256_of(temporary) != file.sha256:
+                sizes = f"{size} bytes arrived, the manifest says {file.bytes}"
+                raise BadFile(f"{place.path(file.name)}: {sizes if size != file.bytes else 'sha256 differs'}")
+            os.replace(temporary, path)
+
+    def _watched(self, call: Callable[[], T], progress: Callable[[], object]) -> T:
+        """The result of `call`, which runs in a thread that is left behind if `progress` stands still for too long."""
+        results: list[T] = []
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                results.append(call())
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        seen, since = progress(), time.monotonic()
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+            now = progress()
+            if now != seen:
+                seen, since = now, time.monotonic()
+            elif time.monotonic() - since > self.config.stall_seconds and thread.is_alive():
+                raise TimeoutError(f"no byte came for {self.config.stall_seconds:g} s")
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    @contextmanager
+    def _room(self, size: int, name: str) -> Iterator[Path]:
+        """A temporary file for which there is room; gone afterwards unless it was renamed. Its name says how much it
+        will hold, and it is locked as long as its process lives."""
+        with self._locked(".room"):
+            free = self.limit
+            candidates = []
+            for entry in os.scandir(self.folder):
+                if entry.name.startswith("."):
+                    if entry.name.endswith(".tmp") and not self._removed(Path(entry.path)):
+                        free -= int(entry.name.split(".")[2])
+                    continue
+                status = entry.stat()
+                free -= status.st_size
+                candidates.append((status.st_mtime_ns, status.st_size, Path(entry.path)))
+            for _, bytes_, path in sorted(candidates):
+                if free >= size:
+                    break
+                if self._removed(path):
+                    free += bytes_
+                    self._count(evicted=1)
+            if free < size:
+                raise CacheFull(
+                    f"{self.folder}: {size} bytes more do not fit into its limit of {self.limit}, what it holds is in "
+                    "use; raise --data.cache.gigabytes, or lower --data.stream.working-set"
+                )
+            temporary = self.folder / f".{name}.{size}.{uuid4().hex[:8]}.tmp"
+            file = open(temporary, "wb")  # noqa: SIM115
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield temporary
+        finally:
+            file.close()
+            temporary.unlink(missing_ok=True)
+
+    def _removed(self, path: Path) -> bool:
+        """Remove a file that nobody holds a lock on."""
+        try:
+            with open(path, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+        except BlockingIOError:
+            return False
+        except FileNotFoundError:
+            pass
+        return True
+
+    def _touched(self, path: Path, size: int) -> bool:
+        """Whether a file is there; it is then the most recently used."""
+        try:
+            os.utime(path)
+            return path.stat().st_size == size
+        except FileNotFoundError:
+            return False
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[BinaryIO]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / name, "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+
+    def _count(self, **more: int) -> None:
+        with self._counting:
+            for name, value in more.items():
+                setattr(self.counts, name, getattr(self.counts, name) + value)
+
+
+def _line(error: Exception) -> str:
+    """A first line that says something."""
+    return (str(error).splitlines() or [""])[0][:300] or type(error).__name__

@@ -1,0 +1,140 @@
+"""This rank's batches in order, assembled ahead of the trainer by threads of its own process.
+
+    Stream (pure function of i) -> threads fill a ring of reused buffers -> next(): the micro-batches of one step
+
+No worker processes and no queues of copies: a thread writes a micro-batch where the trainer reads it. Assembly is
+copying, which lets other threads run. Where a dataset is remote, one more thread brings its shards into the cache.
+
+Invariant: global batch n holds sequences [n G, (n + 1) G); a rank takes a contiguous slice of it, so the same global
+batch is seen at any world size, any number of threads and after any restart.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from schemas.dataset import DatasetError
+from schemas.layout import TEXT
+from shards.batch import Batch, Memory
+from shards.stream import Stream
+
+AHEAD = 4  # steps whose remote shards are fetched before they are needed
+
+
+class Loader(Iterator[list[Batch]]):
+    """Endless steps from sequence `start` on: this rank's micro-batches of each global batch. A step's arrays are
+    written again once the next step is asked for. `threads` 0: all is done inside `next`. ValueError for a global
+    batch that ranks and micro-batches do not divide. `pinned`: see `Memory`."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        start: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world: int = 1,
+        threads: int = 1,
+        pinned: bool = False,
+    ):
+        if global_batch % (world * micro_batch):
+            raise ValueError(
+                f"global batch {global_batch} is not a multiple of world size {world} x micro-batch {micro_batch}"
+            )
+        self.stream, self.start, self.global_batch, self.micro_batch = stream, start, global_batch, micro_batch
+        self.rank, self.share = rank, global_batch // world
+        self.parts = self.share // micro_batch
+        ahead = max(self.parts, threads + 1) if threads else 0
+        self._free = [Memory(pinned) for _ in range(self.parts + ahead)]
+        self._held: list[Memory] = []
+        self._pending: deque[tuple[Memory, Future[Batch]]] = deque()
+        self._pool = ThreadPoolExecutor(threads, "stream") if threads else None
+        self._asked = self.step = 0  # micro-batches asked for, steps given
+        self._waited, self._since, self._tokens, self._padding = 0.0, time.monotonic(), 0, 0
+        self._closed = threading.Event()
+        if any(dataset.place.local is None for dataset in stream.datasets):
+            threading.Thread(target=self._prefetch, name="prefetch", daemon=True).start()
+
+    def __next__(self) -> list[Batch]:
+        begun = time.monotonic()
+        self._free += self._held
+        self._held = []
+        batches = []
+        self._ask()
+        for _ in range(self.parts):
+            if self._pool is None:
+                memory = self._free.pop()
+                batches.append(self._part(self._next_first(), memory))
+            else:
+                memory, future = self._pending.popleft()
+                batches.append(future.result())
+            self._held.append(memory)
+        self.step += 1
+        self._waited += time.monotonic() - begun
+        for batch in batches:
+            self._tokens += batch.tokens.size
+            self._padding += self._padded(batch)
+        return batches
+
+    def _ask(self) -> None:
+        while self._pool is not None and self._free:
+            memory = self._free.pop()
+            self._pending.append((memory, self._pool.submit(self._part, self._next_first(), memory)))
+
+    def _next_first(self) -> int:
+        step, part = divmod(self._asked, self.parts)
+        self._asked += 1
+        return self.start + step * self.global_batch + self.rank * self.share + part * self.micro_batch
+
+    def _part(self, first: int, memory: Memory) -> Batch:
+        return self.stream.batch(first, self.micro_batch, memory)
+
+    def _prefetch(self) -> None:
+        """Shards of this rank's sequences, some steps before they are assembled. An error is left to the assembly,
+        which meets it again and tells the trainer."""
+        done = 0
+        while not self._closed.wait(0.05 if done > self.step + AHEAD else 0):
+            if done <= self.step + AHEAD:
+                try:
+                    self.stream.prefetch(self.start + done * self.global_batch + self.rank * self.share, self.share)
+                except (DatasetError, OSError):
+                    self._closed.wait(1.0)
+                done += 1
+
+    def _padded(self, batch: Batch) -> int:
+        """Tokens that fill a text up to its length."""
+        texts = {t.padding for t in self.stream.timelines if t.layout.text and t.layout.action and t.padding >= 0}
+        if not texts:
+            return 0
+        return int(np.isin(batch.tokens[batch.roles == TEXT], list(texts)).sum())
+
+    def figures(self) -> dict[str, float]:
+        """Since the last call: the share of the time that the trainer waited, of tokens that are padding. Since
+        sequence 0: each task's sequences, of all ranks. Since this process began: the cache's counts."""
+        now = time.monotonic()
+        stream, counts = self.stream, self.stream.store.cache.counts
+        seen = stream.sampler.seen(self.start + self.step * self.global_batch)
+        figures = {
+            "data/wait_share": self._waited / max(1e-9, now - self._since),
+            "data/padding_share": self._padding / max(1, self._tokens),
+        }
+        for name, timeline, count in zip(stream.tasks, stream.timelines, seen.tolist()):
+            figures |= {f"data/sequences/{name}": count, f"data/epochs/{name}": count / timeline.windows}
+        if any(dataset.place.local is None for dataset in stream.datasets):
+            figures |= {f"cache/{name}": value for name, value in vars(counts).items()}
+        if bad := sum(len(dataset.bad) for dataset in stream.datasets):
+            figures |= {"data/bad_shards": bad, "data/redrawn_sequences": stream.redrawn}
+        self._waited, self._since, self._tokens, self._padding = 0.0, now, 0, 0
+        return figures
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._closed.set()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)

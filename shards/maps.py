@@ -1,0 +1,54 @@
+"""Open maps of files, at most so many at a time: the least recently used is let go.
+
+An array made of a map keeps it alive, so letting one go never takes memory from under a reader. A map holds a file
+descriptor, hence the limit, and with it a shared lock, which keeps a cached file from being evicted.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import resource
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from pathlib import Path
+
+import numpy as np
+
+
+class Maps:
+    """Maps by key. `limit`: half of the descriptors that the process may open, unless given. Thread-safe."""
+
+    def __init__(self, limit: int | None = None):
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.limit = limit or (allowed // 2 if allowed != resource.RLIM_INFINITY else 2**15)
+        self._open: OrderedDict[Hashable, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> np.ndarray | None:
+        """The bytes (n,) uint8 of an open map."""
+        with self._lock:
+            found = self._open.get(key)
+            if found is not None:
+                self._open.move_to_end(key)
+            return found
+
+    def open(self, key: Hashable, path: Path) -> np.ndarray:
+        """Map a file, which must not be empty, and keep it open under a key. OSError as `open` gives it."""
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        with self._lock:
+            self._open[key] = mapped
+            while len(self._open) > self.limit:
+                self._open.popitem(last=False)
+        return mapped
+
+    def drop_oldest(self) -> bool:
+        """Let the least recently used map go; False where none is open."""
+        with self._lock:
+            if self._open:
+                self._open.popitem(last=False)
+                return True
+            return False
