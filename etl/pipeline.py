@@ -28,7 +28,7 @@ from etl.plan import Item, packed, unpacked
 from etl.shard import BUILD_FOLDER, write_shard
 from etl.sources import SourceError
 from etl.watch import Watch, WorkerLost
-from schemas.dataset import MANIFEST_NAME, DatasetError, Manifest
+from schemas.dataset import MANIFEST_NAME, SHARDS_NAME, DatasetError, Manifest, parse_shards
 from shards.folder import Folder
 from shards.writer import shard_name
 
@@ -198,6 +198,9 @@ def damaged_file(folder: Folder, manifest: Manifest) -> str | None:
     for file in manifest.files:
         if not folder.holds(file.name, file.bytes, file.sha256):
             return file.name
+    for shard in parse_shards(folder.read(SHARDS_NAME) or b""):
+        if not folder.holds(shard.name, shard.bytes, shard.sha256):
+            return shard.name
     return None
 
 

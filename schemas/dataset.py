@@ -69,6 +69,11 @@ SHARD_SCHEMA = pa.schema(
 )
 
 
+def parse_shards(data: bytes) -> list[Shard]:
+    """The rows of a shards.arrow whose hash was checked."""
+    return [Shard(**row) for row in pa.ipc.open_file(pa.py_buffer(data)).read_all().to_pylist()]
+
+
 class DatasetError(ValueError):
     """A dataset folder cannot be used; the message names the file and the remedy."""
 

@@ -17,6 +17,13 @@ from pathlib import Path
 import numpy as np
 
 
+def mapped_bytes(path: Path) -> np.ndarray:
+    """The bytes (n,) uint8 of a file, mapped and locked. OSError as `open` gives it, ValueError for an empty file."""
+    with open(path, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # of the open file, which the map keeps open
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+
+
 class Maps:
     """Maps by key. `limit`: half of the descriptors that the process may open, unless given. Thread-safe."""
 
@@ -35,10 +42,8 @@ class Maps:
             return found
 
     def open(self, key: Hashable, path: Path) -> np.ndarray:
-        """Map a file, which must not be empty, and keep it open under a key. OSError as `open` gives it."""
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
-            mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        """Map a file and keep it open under a key; see `mapped_bytes`."""
+        mapped = mapped_bytes(path)
         with self._lock:
             self._open[key] = mapped
             while len(self._open) > self.limit:

@@ -35,7 +35,7 @@ from schemas.files import sha256_of
 from schemas.layout import PATCH_SIZE, layout_of
 from shards.cache import BadFile, Cache, CacheConfig, CacheFull
 from shards.folder import Folder
-from shards.maps import Maps
+from shards.maps import Maps, mapped_bytes
 
 Verify = Literal["auto", "size", "full"]
 AUTO_BYTES = 2 << 30
@@ -202,11 +202,10 @@ class Dataset:
     def _table(self, file: FileDigest, schema: pa.Schema) -> pa.Table:
         path = self.local(file)
         try:
-            with pa.memory_map(str(path)) as source:
-                table = pa.ipc.open_file(source).read_all()
+            table = pa.ipc.open_file(pa.py_buffer(mapped_bytes(path))).read_all()
         except FileNotFoundError:
             raise DatasetError(f"{path}: missing; {_again(self.place)}") from None
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowInvalid, OSError, ValueError) as error:
             raise DatasetError(f"{path}: {error}; {_again(self.place)}") from None
         if not table.schema.equals(schema):
             raise DatasetError(f"{path}: unexpected columns; rebuild it with python -m etl.build")

@@ -1,7 +1,7 @@
 """Decision Transformer: causality, padding, windows, determinism, export, and that it learns what returns mean."""
 
 import json
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ import torch
 
 from eval.baselines import decision_transformer as dt
 from schemas.episode import ActionSpec, EnvironmentSpec, FieldSpec, TaskSpec
+from shards.views import Trajectory
 
 VECTORS = (FieldSpec("observation", "continuous", (3,)),)
 CONTROL = TaskSpec("line-v0", "d4rl", VECTORS, ActionSpec("continuous", 2, low=-2.0, high=2.0))
@@ -17,14 +18,7 @@ GAME = TaskSpec("Pong", "atari", FRAMES, ActionSpec("discrete", 1, choices=3), E
 SMALL = dict(context=4, layers=2, heads=2, width=16, steps=3, batch=4, warmup=1, dropout=0.1)
 
 
-@dataclass(frozen=True)
-class Episode:
-    observation: np.ndarray | None
-    frames: np.ndarray | None
-    action: np.ndarray
-    reward: np.ndarray
-    terminated: bool = True
-    complete: bool = True
+Episode = partial(Trajectory, terminated=True, complete=True)
 
 
 def control_episode(rng, T, reward=1.0):

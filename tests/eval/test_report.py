@@ -80,11 +80,13 @@ def rows():
 
 def manifest():
     tasks = tuple(
-        TaskSummary(task, 101, 1, 5, 2, 0, 40234, 602010, 1, 1220.0, 359.0, (1.0, 2.0, 3.0, 4.0, 5.0), 0, 0, 0)
+        TaskSummary(
+            task, 101, 1, 5, 2, 0, 40234, 2000, 0, 101, 5, 602010, 1, 1220.0, 359.0, (1.0, 2.0, 3.0, 4.0, 5.0), 0, 0, 0
+        )
         for task in (HOPPER, PONG)
     )
     digest = FileDigest("index.arrow", 1, "a" * 64, 2)
-    return Manifest("gato.dataset", 1, "two-tasks", SEED, SEED.fingerprint, None, tasks, (), digest, digest)
+    return Manifest("gato.dataset", 1, "two-tasks", SEED, SEED.fingerprint, None, tasks, digest, digest, digest)
 
 
 TASKS = {task.name: task for task in (HOPPER, PONG)}

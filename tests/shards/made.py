@@ -16,9 +16,11 @@ from schemas.dataset import (
     SCHEMA_VERSION,
     SHARD_SCHEMA,
     SHARDS_NAME,
+    TEXT_MODEL_NAME,
     FileDigest,
     Manifest,
     TaskSummary,
+    TextModel,
 )
 from schemas.episode import ActionSpec, FieldSpec, TaskSpec
 from schemas.files import sha256_of
@@ -26,6 +28,8 @@ from schemas.layout import PATCH_SIZE, layout_of
 from schemas.vocabulary import SEED
 from shards.folder import Folder
 from shards.writer import ShardWriter, shard_name, write_file, write_manifest, write_table
+
+PADDING = 31
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Task:
     action: int = 2
     patches: tuple[int, int] = (0, 0)
     channels: int = 1
+    text: int = 0
+    """Text tokens a timestep; a task without action is one of documents."""
 
     @property
     def spec(self) -> TaskSpec:
@@ -46,7 +52,10 @@ class Task:
         if self.patches[0]:
             size = tuple(PATCH_SIZE * n for n in self.patches)
             fields.insert(0, FieldSpec("image", "image", (*size, self.channels), resized=size))
-        return TaskSpec(self.name, "made", tuple(fields), ActionSpec("continuous", self.action))
+        if self.text:
+            fields.append(FieldSpec("text", "text", (self.text,)))
+        action = ActionSpec("continuous", self.action) if self.action else None
+        return TaskSpec(self.name, "made", tuple(fields), action)
 
 
 def make(folder: Path, tasks: list[Task], piece: int = 1000, shards: int = 1, seed: int = 0) -> Path:
@@ -64,12 +73,13 @@ def make(folder: Path, tasks: list[Task], piece: int = 1000, shards: int = 1, se
                 T = task.lengths[episode]
                 for start in range(0, T, piece):
                     t = np.arange(start, min(T, start + piece))
+                    # small numbers, so that a text holds its padding now and then
                     tokens = (episode * 1009 + t[:, None] * 31 + np.arange(layout.stored)) % SEED.size
                     members = {
                         "tokens": tokens.astype(np.uint16),
                         "reward": np.ones(len(t), np.float32),
                         "observation": rng.random((len(t), task.observation), np.float32) if task.observation else None,
-                        "action": rng.random((len(t), task.action), np.float32),
+                        "action": rng.random((len(t), task.action), np.float32) if task.action else None,
                     }
                     if layout.patches:
                         shape = (len(t), layout.patches, PATCH_SIZE, PATCH_SIZE, layout.channels)
@@ -85,9 +95,10 @@ def make(folder: Path, tasks: list[Task], piece: int = 1000, shards: int = 1, se
                     for name, value in row.items():
                         columns.setdefault(name, []).append(value)
             written.append(asdict(writer.close()))
+    text = TextModel(write_file(place, TEXT_MODEL_NAME, b"none", 1), 1, PADDING) if any(t.text for t in tasks) else None
     manifest = Manifest(
-        "gato.dataset", SCHEMA_VERSION, folder.name, SEED, SEED.fingerprint, None,
-        tasks=tuple(_summary(task, number, columns) for number, task in enumerate(tasks)),
+        "gato.dataset", SCHEMA_VERSION, folder.name, SEED, SEED.fingerprint, text,
+        tasks=tuple(_summary(task, number, columns, written) for number, task in enumerate(tasks)),
         shards=write_table(place, SHARDS_NAME, pa.Table.from_pylist(written, SHARD_SCHEMA)),
         index=write_table(place, INDEX_NAME, _ordered(columns)),
         rejected=write_file(place, "rejected.jsonl", b"", 0),
@@ -96,14 +107,15 @@ def make(folder: Path, tasks: list[Task], piece: int = 1000, shards: int = 1, se
     return folder
 
 
-def _summary(task: Task, number: int, columns: dict[str, list]) -> TaskSummary:
+def _summary(task: Task, number: int, columns: dict[str, list], written: list[dict]) -> TaskSummary:
     own = np.array(columns["task"]) == number
     held_out = np.array(columns["held_out"])[own]
     timesteps = np.array(columns["timesteps"])[own]
+    size = sum(written[shard]["bytes"] for shard in np.unique(np.array(columns["shard"])[own]))
     return TaskSummary(
         task.spec, len(task.lengths), 0, len(task.held_out), 0, 0, int(timesteps.sum()), int(timesteps[held_out].sum()),
         first_row=int(np.argmax(own)), rows=int(own.sum()), held_out_rows=int(held_out.sum()),
-        tokens=int(timesteps.sum()) * layout_of(task.spec).length, bytes=0, return_mean=None, return_std=None,
+        tokens=int(timesteps.sum()) * layout_of(task.spec).length, bytes=size, return_mean=None, return_std=None,
         returns=None, out_of_range_actions=0, clipped_observations=0, cut_texts=0,
     )  # fmt: skip
 

@@ -11,8 +11,9 @@ from schemas.layout import ACTION, OBSERVATION, PAD, PATCH, SEPARATOR
 from shards.assembly import Timeline
 from shards.loader import Loader
 from shards.reader import Dataset
-from shards.sampler import below, mixed, words
+from shards.sampler import below, words
 from shards.stream import Stream, StreamConfig
+from tests.shards.slow import check_batch
 
 L = 120
 
@@ -50,69 +51,13 @@ def test_global_batches_do_not_depend_on_world_size_or_threads(stream, world, th
         rank.close()
 
 
-def slow_sequence(stream: Stream, i: int) -> dict[str, list]:
-    """Sequence i, one timestep and one token at a time, from the sampler's place and the prompt's draws."""
-    place = stream.sampler.places(np.array([i]))
-    task, epoch, window = (int(a[0]) for a in (place.task, place.epoch, place.window))
-    timeline, config = stream.timelines[task], stream.config
-    dataset, layout, W = timeline.dataset, timeline.layout, timeline.width
-    episode_of, rows = dataset.column("episode"), dataset.rows(timeline.task, stream.held_out)
-    steps = [(int(row), t) for row in rows for t in range(dataset.column("timesteps")[row])]
-    phase = int(below(words(stream.seed, "phase", epoch, task), len(steps))[0])
-    first = phase + window * W
-    body = [(*steps[(first + n) % len(steps)], (first + n) // len(steps)) for n in range(W)]
-    asked, end, size, choice = (words(stream.seed, "prompt", i, n) for n in range(4))
-    prompt = []
-    others = [e for e in dict.fromkeys(episode_of[rows].tolist()) if e != episode_of[body[0][0]]]
-    if int(asked[0]) / 2**64 < config.prompt_probability and layout.action and others:
-        length = 1 + int(below(size, max(1, int(W * config.prompt_max_share)))[0])
-        chosen = others[int(below(choice, len(others))[0])]
-        episode = [step for step in steps if episode_of[step[0]] == chosen]
-        length = min(length, len(episode))
-        start = int(below(mixed(choice, 0), len(episode) - length + 1)[0])
-        prompt = episode[-length:] if int(end[0]) / 2**64 < config.prompt_end_share else episode[start : start + length]
-    out: dict[str, list] = {name: [] for name in ("tokens", "roles", "positions", "segments", "supervised")}
-    out |= {"patches": [], "patch_index": []}
-    segment, previous = 0, None
-    for n, (row, t, *lap) in enumerate([*prompt, *body[: W - len(prompt)]]):
-        here = (episode_of[row], lap)
-        if n > len(prompt) and here != previous:
-            segment += 1
-        previous = here
-        stored = iter(dataset.tokens(row)[t].tolist())
-        patches = iter(dataset.patches(row)[t] if layout.patches else [])
-        for column, role in enumerate(layout.roles.tolist()):
-            p = len(out["tokens"])
-            if p == L:
-                return out
-            if role == PATCH:
-                out["patches"].append(next(patches))
-                out["patch_index"].append(p)
-            out["tokens"].append({PATCH: 0, SEPARATOR: 34048}.get(role) if role in (PATCH, SEPARATOR) else next(stored))
-            target = role == ACTION and p > 0 and out["segments"][p - 1] == segment
-            out["supervised"].append(target and (config.prompt_loss or n >= len(prompt)))
-            out["roles"].append(role)
-            out["positions"].append(column)
-            out["segments"].append(segment)
-    return out
-
-
 @pytest.mark.parametrize("prompt_loss", [True, False])
 def test_sequences_match_the_slow_reference(hopper, pong, prompt_loss):
     config = StreamConfig(sequence_length=L, mixture_block=16, prompt_loss=prompt_loss, prompt_probability=0.5)
     stream = Stream([hopper, pong], config, seed=5)
     batch = stream.batch(30, 40)
-    patches = 0
-    for n in range(40):
-        slow = slow_sequence(stream, 30 + n)
-        for name in ("tokens", "roles", "positions", "segments", "supervised"):
-            assert getattr(batch, name)[n].tolist() == slow[name], (n, name)
-        index = batch.patch_index[patches : patches + len(slow["patch_index"])] - n * L
-        assert index.tolist() == slow["patch_index"]
-        for pixels, wanted in zip(batch.patches[patches:], slow["patches"]):
-            assert (pixels == wanted).all()
-        patches += len(index)
-    assert patches == len(batch.patches) > 0
+    check_batch(stream, batch)
+    assert len(batch.patches) > 0
 
 
 def test_patches_lie_in_their_intervals(stream, pong):
