@@ -25,7 +25,8 @@ class Batch:
     positions (B, L) int16, index within the timestep; segments (B, L) int16, attention stays within one,
     -1 is padding; supervised (B, L) bool, True where the token AT that place is a target of the loss;
     patches (M, 16, 16, C) uint8, grey ones repeated where others have colours; patch_index (M,) int64, place of
-    each in the flattened (B * L); patch_positions (M, 2) int64, row and column bin; tasks (B,) int64; sequence (B,) int64, the i of each.
+    each in the flattened (B * L); patch_positions (M, 2) int64, row and column bin; tasks (B,) int64;
+    sequence (B,) int64, the i of each.
     """
 
     tokens: Any
