@@ -280,7 +280,9 @@ def checksums(batch: Batch) -> list[int]:
     sums = [0] * len(batch["tokens"])
     for name in FIELDS:
         if name in batch:
-            sums = [zlib.crc32(np.ascontiguousarray(sample), old) for sample, old in zip(np.asarray(batch[name]), sums)]
+            sums = [
+                zlib.crc32(np.ascontiguousarray(sample).data, old) for sample, old in zip(np.asarray(batch[name]), sums)
+            ]
     return sums
 
 

@@ -1,18 +1,19 @@
 """Windows of timesteps -> token sequences of exactly L tokens, many at once.
 
-A task's timesteps lie on a circle, episode after episode. An epoch cuts the circle
-at a random phase into windows of W = ceil(L / K) timesteps; a window is a regular
-(W, K) grid, filled from the mapped arrays, flattened and cut at L. Where an episode
-ends inside the window the next one follows with its own segment number. A prompt,
-where one is drawn, takes the first timesteps of the grid and shares the segment of
-the episode behind it (paper §2.2).
+A task's timesteps lie on a circle, episode after episode. An epoch cuts the circle at a random phase into windows of
+W = ceil(L / K) timesteps; a window is a regular (W, K) grid, copied from the mapped arrays, flattened and cut at L.
+Where an episode ends inside the window the next one follows with its own segment number. A prompt, where one is drawn,
+takes the first timesteps of the grid and shares the segment of the episode behind it (paper §2.2).
 
-    runs (timesteps [a, b) of the circle) -> spans (runs cut at rows of the index) -> grids -> rows of a Batch
+    runs (timesteps [a, b) of the circle) -> spans (runs cut at rows of the index) -> copies of bytes -> rows of a Batch
+
+What needs random numbers and searches is done for many sequences at once (`Timeline.part`), what is left for a batch
+are copies (`fill`), one a span, and look-ups in tables of the tasks.
 
 Invariant: an epoch shows every timestep at least once, fewer than W of them twice;
 loss falls only on text and action tokens that have a predecessor in their segment, and not on a text's padding.
 
-Shapes: n sequences, W timesteps, K tokens a timestep, L tokens, M patches a sequence.
+Shapes: n sequences, s spans, W timesteps, K tokens a timestep, L tokens, P patches a timestep, M patches a sequence.
 """
 
 from __future__ import annotations
@@ -22,23 +23,47 @@ from functools import cached_property
 
 import numpy as np
 
-from schemas.layout import ACTION, SEPARATOR, TEXT, TimestepLayout
-from shards.batch import Batch
-from shards.reader import Dataset
-from shards.sampler import below, mixed
+from schemas.dataset import DatasetError
+from schemas.layout import ACTION, PATCH_SIZE, TEXT, TimestepLayout
+from shards.batch import Batch, Memory
+from shards.reader import BadShard, Dataset
+from shards.sampler import below, mixed, random
+
+PATCH = (PATCH_SIZE, PATCH_SIZE)
+DRAWS = 4096  # timesteps of a task for which patch positions are drawn; a sequence takes W in a row of them
 
 
 @dataclass(frozen=True)
 class Spans:
-    """Timesteps [start, start + count) of index row `row`, for timesteps `place` and on of grid `grid`, in its segment
-    `segment`. int64 arrays, ordered by grid and place."""
+    """Timesteps [start, start + count) of index row `row`, for timesteps `place` and on of grid `grid`; `fresh` where
+    they begin another segment. Arrays (s,), ordered by grid and place."""
 
     row: np.ndarray
     start: np.ndarray
     count: np.ndarray
     grid: np.ndarray
     place: np.ndarray
-    segment: np.ndarray
+    fresh: np.ndarray
+
+
+@dataclass(frozen=True)
+class Part:
+    """The sequences of one task in a plan: spans as places of bytes. All arrays int64 but `fresh`.
+
+    at (n,): where the sequences stand in the plan, ascending; first (n + 1,): each one's first span; draws (n,): first
+    of its drawn patch positions; prompt (n,): timesteps that carry no loss. Of each span (s,): its shard; the first
+    byte of its tokens and of its patches there; timesteps; timestep in the grids of all sequences, end to end."""
+
+    at: np.ndarray
+    first: np.ndarray
+    draws: np.ndarray
+    prompt: np.ndarray
+    shard: np.ndarray
+    tokens: np.ndarray
+    patches: np.ndarray
+    count: np.ndarray
+    place: np.ndarray
+    fresh: np.ndarray
 
 
 class Timeline:
@@ -56,11 +81,6 @@ class Timeline:
         self.windows = -(-self.total // self.width)
         text = dataset.manifest.text_model
         self.padding = text.padding if text else -1
-        L, columns = sequence_length, np.arange(self.layout.length)
-        self.roles = np.tile(self.layout.roles, self.width)[:L]
-        self.positions = np.tile(self.layout.local_positions, self.width)[:L]
-        slots = np.arange(self.width)[:, None] * len(columns) + self.layout.patch_slots
-        self.patch_index = slots.reshape(-1)[slots.reshape(-1) < L]
 
     @cached_property
     def ends(self) -> np.ndarray:
@@ -89,14 +109,46 @@ class Timeline:
     def name(self) -> str:
         return self.dataset.manifest.tasks[self.task].spec.name
 
+    @cached_property
+    def patch_index(self) -> np.ndarray:
+        """Places of a sequence's patches among its tokens, int32 (M,)."""
+        slots = np.arange(self.width, dtype=np.int32)[:, None] * self.layout.length + self.layout.patch_slots
+        return slots.reshape(-1)[slots.reshape(-1) < self.sequence_length].astype(np.int32)
+
+    @property
+    def supervised(self) -> np.ndarray:
+        """Where loss may fall, bool (L,)."""
+        mask = np.isin(self.layout.roles, (TEXT, ACTION))
+        mask = np.tile(mask, self.width)[: self.sequence_length]
+        mask[0] = False
+        return mask
+
+    def patch_positions(self, seed: int | None) -> np.ndarray:
+        """Row and column bins of the patches of DRAWS + W timesteps, uint8 (.., 2): drawn from their intervals (paper,
+        appendix C.3), or without a seed the intervals' means."""
+        layout = self.layout
+        if seed is None:
+            return np.tile(layout.patch_centres.astype(np.uint8), (self.width, 1))
+        low, high = (layout.patch_intervals[:, :, end].astype(np.float32) for end in (0, 1))
+        shape = DRAWS, layout.patches, 2
+        drawn = low + random(seed, "patch").random(shape, np.float32) * (high - low)
+        bins = np.minimum(drawn, high - 1).astype(np.uint8).reshape(-1, 2)
+        return np.resize(bins, (len(bins) + self.width * layout.patches, 2))
+
     def prompts(
-        self, first: np.ndarray, length: np.ndarray, from_end: np.ndarray, word: np.ndarray
+        self, first: np.ndarray, length: np.ndarray, from_end: np.ndarray, word: np.ndarray, near: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Circle positions [a, b) of prompts for windows that begin at `first` (n,): at most `length` timesteps of
-        another episode than the window's first, its end or from anywhere; a = b where length is 0 or there is none."""
-        own = self.episodes[np.searchsorted(self.ends, first % self.total, side="right")]
-        other = below(word, self.count - 1)
-        other += other >= own
+        another episode than the window's first, its end or from anywhere; a = b where length is 0 or there is none.
+        The episode is any, all alike, or where positions `near` (n,) are given, the one there or the next."""
+        own = self._episode(first)
+        if near is None:
+            other = below(word, self.count - 1)
+            other += other >= own
+        else:
+            other = self._episode(near)
+            other += other == own
+            other[other == self.count] = 0
         other = np.minimum(other, self.count - 1)
         row, behind = (np.searchsorted(self.episodes, other, side=side) for side in ("left", "right"))
         start, stop = self.ends[row] - self.lengths[row], self.ends[behind - 1]
@@ -104,6 +156,9 @@ class Timeline:
         anywhere = start + below(mixed(word, 0), stop - start - length + 1)
         a = np.where(from_end, stop - length, anywhere)
         return a, a + length
+
+    def _episode(self, position: np.ndarray) -> np.ndarray:
+        return self.episodes[np.searchsorted(self.ends, position % self.total, side="right")]
 
     def spans(self, first: np.ndarray, prompt: tuple[np.ndarray, np.ndarray]) -> Spans:
         """What fills the grids of windows that begin at circle positions `first` (n,), behind their prompts."""
@@ -125,15 +180,13 @@ class Timeline:
         previous = np.maximum(np.arange(len(run)) - 1, 0)
         fresh = (self.episodes[row] != self.episodes[row[previous]]) | (lap != lap[previous])
         fresh &= (run == run[previous]) & (np.arange(len(run)) > 0)
-        segment = np.cumsum(fresh)
-        base = segment[np.searchsorted(grid, np.arange(n))]
         return Spans(
             row=self.first + row,
             start=start - lap * self.total - self.ends[row] + self.lengths[row],
             count=stop - start,
             grid=grid,
             place=place[run] + start - a[run],
-            segment=segment - base[grid],
+            fresh=fresh,
         )
 
     def _unrolled(self, position: np.ndarray) -> np.ndarray:
@@ -141,58 +194,109 @@ class Timeline:
         lap, within = np.divmod(position, self.total)
         return lap * self.pieces + np.searchsorted(self.ends, within, side="right")
 
+    def part(self, at: np.ndarray, first: np.ndarray, prompt: tuple[np.ndarray, np.ndarray], draws: np.ndarray) -> Part:
+        """What the sequences `at` (n,) of a plan, whose windows begin at `first` (n,), are copied from."""
+        spans, column, layout = self.spans(first, prompt), self.dataset.column, self.layout
+        tokens, patches = column("tokens_offset")[spans.row], column("patches_offset")[spans.row]
+        if (tokens < 0).any() or (layout.patches and (patches < 0).any()):
+            raise DatasetError(f"{self.dataset.place}: a sample of '{self.name}' lacks tokens or patches; rebuild it")
+        return Part(
+            at=at,
+            first=np.searchsorted(spans.grid, np.arange(len(at) + 1)),
+            draws=draws * layout.patches,
+            prompt=prompt[1] - prompt[0],
+            shard=column("shard")[spans.row],
+            tokens=tokens + spans.start * (2 * layout.stored),
+            patches=patches + spans.start * (layout.patches * PATCH_SIZE**2 * layout.channels),
+            count=spans.count,
+            place=spans.grid * self.width + spans.place,
+            fresh=spans.fresh,
+        )
+
     def fill(
         self,
         batch: Batch,
+        part: Part,
+        begin: int,
+        end: int,
         at: np.ndarray,
         patches_at: np.ndarray,
-        spans: Spans,
-        prompt: np.ndarray | None,
+        positions: np.ndarray,
         separator: int,
-        word: np.ndarray | None,
+        memory: Memory,
     ) -> None:
-        """Write sequences into rows `at` (n,) of a batch, their patches from `patches_at` (n,) on. `prompt` (n,): how
-        many timesteps of each carry no loss, None where all do; `word`:
-        see `patch_positions`. Not written: tasks, sequence."""
-        layout, W, L, n = self.layout, self.width, self.sequence_length, len(at)
-        grid = np.zeros((n * W, layout.length), np.int32)
-        stored = np.empty((n * W, layout.stored), np.uint16)
-        M, P = len(self.patch_index), layout.patches
-        for row, start, count, number, place in zip(
-            *(a.tolist() for a in (spans.row, spans.start, spans.count, spans.grid, spans.place))
-        ):
-            first = number * W + place
-            stored[first : first + count] = self.dataset.tokens(row)[start : start + count]
-            if P:
-                shown = min(count * P, M - place * P)  # the last timestep may be cut
-                pixels = self.dataset.patches(row)[start : start + count]
-                begin = patches_at[number] + place * P
-                batch.patches[begin : begin + shown] = pixels.reshape(-1, *pixels.shape[2:])[:shown]
-        grid[:, layout.stored_columns] = stored
-        grid[:, layout.roles == SEPARATOR] = separator
-        segments = np.repeat(spans.segment.astype(np.int16), spans.count * layout.length).reshape(n, -1)[:, :L]
-        tokens = grid.reshape(n, -1)[:, :L]
-        supervised = np.tile(np.isin(self.roles, (TEXT, ACTION)), (n, 1))
-        if layout.text and layout.action:
-            supervised &= (self.roles != TEXT) | (tokens != self.padding)
-        supervised[:, 1:] &= segments[:, 1:] == segments[:, :-1]
-        supervised[:, 0] = False
-        if prompt is not None:
-            supervised &= np.arange(L) >= prompt[:, None] * layout.length
-        batch.tokens[at], batch.segments[at], batch.supervised[at] = tokens, segments, supervised
-        batch.roles[at], batch.positions[at] = self.roles, self.positions
-        if P:
-            places = patches_at[:, None] + np.arange(M)
-            batch.patch_index[places] = at[:, None] * L + self.patch_index
-            batch.patch_positions[places] = self.patch_positions(word, n)
+        """Copy sequences [begin, end) of a part into rows `at` (n,) of a batch, their patches from `patches_at` (n,)
+        on, with the positions that `patch_positions` gave. Roles, positions and the plain mask are there; segments
+        are 0. BadShard where one cannot be read."""
+        layout, W, L, n = self.layout, self.width, self.sequence_length, end - begin
+        K, size = layout.length, 2 * layout.stored
+        spans = slice(part.first[begin], part.first[end])
+        place, count = part.place[spans] - begin * W, part.count[spans]
+        stored = memory.take("stored", np.uint8, n * W * size)
+        self._copy(part, part.tokens, spans, place * size, count * size, stored)
+        if layout.patches:
+            self._fill_patches(batch, part, begin, spans, at, patches_at, positions)
+        grid = memory.take("grid", np.int32, n, W * K)
+        columns, values = grid.reshape(n * W, K), stored.view(np.uint16).reshape(n * W, -1)
+        text, middle, last = layout.text, layout.text + layout.patches, K - layout.action
+        columns[:, :text] = values[:, :text]
+        columns[:, text:middle] = 0
+        columns[:, middle : middle + layout.observation] = values[:, text : text + layout.observation]
+        if layout.action:
+            columns[:, last - 1] = separator
+            columns[:, last:] = values[:, text + layout.observation :]
+        batch.tokens[at] = grid[:, :L]
+        if part.fresh[spans].any():
+            fresh = part.fresh[spans]
+            rows, behind = at[place[fresh] // W], place[fresh] % W * K
+            batch.supervised[rows, behind] = False
+            for row, token in zip(rows.tolist(), behind.tolist()):
+                batch.segments[row, token:] += 1
+        if text and layout.action:
+            batch.supervised[at] &= (np.tile(layout.roles != TEXT, W)[:L]) | (grid[:, :L] != self.padding)
 
-    def patch_positions(self, word: np.ndarray | None, n: int) -> np.ndarray:
-        """Row and column bins (n, M, 2) int64 of n sequences' patches: drawn from their intervals by each sequence's
-        word (paper, appendix C.3), or the intervals' means."""
-        layout, M = self.layout, len(self.patch_index)
-        patch = np.arange(M) % layout.patches
-        if word is None:
-            return np.broadcast_to(layout.patch_centres[patch], (n, M, 2))
-        low, high = (layout.patch_intervals[patch, :, end] for end in (0, 1))
-        drawn = mixed(word[:, None], np.arange(M))
-        return low + below(np.stack([drawn, drawn << np.uint64(32)], axis=2), high - low)
+    def _fill_patches(
+        self,
+        batch: Batch,
+        part: Part,
+        begin: int,
+        spans: slice,
+        at: np.ndarray,
+        patches_at: np.ndarray,
+        positions: np.ndarray,
+    ) -> None:
+        layout, W, L = self.layout, self.width, self.sequence_length
+        P, M, size = layout.patches, len(self.patch_index), PATCH_SIZE**2 * layout.channels
+        sequence, place = np.divmod(part.place[spans] - begin * W, W)
+        shown = np.minimum(part.count[spans] * P, M - place * P)  # the last timestep may be cut
+        target = patches_at[sequence] + place * P
+        if batch.patches.shape[3] == layout.channels:
+            self._copy(part, part.patches, spans, target * size, shown * size, batch.patches.reshape(-1))
+        else:
+            grey = np.empty(int(target[-1] + shown[-1]) * size, np.uint8)
+            self._copy(part, part.patches, spans, target * size, shown * size, grey)
+            for first in patches_at.tolist():
+                batch.patches[first : first + M] = grey[first * size : (first + M) * size].reshape(M, *PATCH, -1)
+        for row, first, draws in zip(at.tolist(), patches_at.tolist(), part.draws[begin : begin + len(at)].tolist()):
+            np.add(self.patch_index, row * L, out=batch.patch_index[first : first + M])
+            batch.patch_positions[first : first + M] = positions[draws : draws + M]
+
+    def _copy(
+        self, part: Part, sources: np.ndarray, spans: slice, target: np.ndarray, length: np.ndarray, out: np.ndarray
+    ) -> None:
+        """Copy bytes of shards, from `sources` of a part's spans on, to `out`, one shard after the other."""
+        order = np.argsort(part.shard[spans], kind="stable")
+        current, data = -1, out
+        for number, source, first, size in zip(
+            part.shard[spans][order].tolist(),
+            sources[spans][order].tolist(),
+            target[order].tolist(),
+            length[order].tolist(),
+        ):
+            if number != current:
+                current, data = number, self.dataset.mapped(number)
+            piece = data[source : source + size]
+            if len(piece) < size:
+                name = self.dataset.place.path(self.dataset.shard(number).name)
+                raise BadShard(f"{name}: the index points behind its end; rebuild it", self.dataset, number)
+            out[first : first + size] = piece

@@ -24,8 +24,8 @@ class Batch:
     tokens (B, L) int32, 0 where a patch or padding stands; roles (B, L) uint8 of schemas.layout;
     positions (B, L) int16, index within the timestep; segments (B, L) int16, attention stays within one,
     -1 is padding; supervised (B, L) bool, True where the token AT that place is a target of the loss;
-    patches (M, 16, 16, C) uint8, grey ones repeated where others have colours; patch_index (M,) int64, place of
-    each in the flattened (B * L); patch_positions (M, 2) int64, row and column bin; tasks (B,) int64;
+    patches (M, 16, 16, C) uint8, grey ones repeated where others have colours; patch_index (M,) int32, place of
+    each in the flattened (B * L); patch_positions (M, 2) uint8, row and column bin; tasks (B,) int64;
     sequence (B,) int64, the i of each.
     """
 
@@ -63,8 +63,8 @@ class Batch:
             segments=take("segments", np.int16, B, length),
             supervised=take("supervised", bool, B, length),
             patches=take("patches", np.uint8, patches, PATCH_SIZE, PATCH_SIZE, channels),
-            patch_index=take("patch_index", np.int64, patches),
-            patch_positions=take("patch_positions", np.int64, patches, 2),
+            patch_index=take("patch_index", np.int32, patches),
+            patch_positions=take("patch_positions", np.uint8, patches, 2),
             tasks=take("tasks", np.int64, B),
             sequence=take("sequence", np.int64, B),
         )

@@ -22,8 +22,9 @@ import numpy as np
 from schemas.dataset import DatasetError
 from schemas.layout import TEXT
 from shards.batch import Batch, Memory
-from shards.stream import Stream
+from shards.stream import Plan, Stream
 
+PLANNED = 512  # sequences that are planned together
 AHEAD = 4  # steps whose remote shards are fetched before they are needed
 
 
@@ -56,6 +57,9 @@ class Loader(Iterator[list[Batch]]):
         self._pending: deque[tuple[Memory, Future[Batch]]] = deque()
         self._pool = ThreadPoolExecutor(threads, "stream") if threads else None
         self._asked = self.step = 0  # micro-batches asked for, steps given
+        self._together = max(1, PLANNED // micro_batch)
+        self._plans: dict[int, Plan] = {}
+        self._planning = threading.Lock()
         self._waited, self._since, self._tokens, self._padding = 0.0, time.monotonic(), 0, 0
         self._closed = threading.Event()
         if any(dataset.place.local is None for dataset in stream.datasets):
@@ -70,7 +74,7 @@ class Loader(Iterator[list[Batch]]):
         for _ in range(self.parts):
             if self._pool is None:
                 memory = self._free.pop()
-                batches.append(self._part(self._next_first(), memory))
+                batches.append(self._part(self._next(), memory))
             else:
                 memory, future = self._pending.popleft()
                 batches.append(future.result())
@@ -85,15 +89,32 @@ class Loader(Iterator[list[Batch]]):
     def _ask(self) -> None:
         while self._pool is not None and self._free:
             memory = self._free.pop()
-            self._pending.append((memory, self._pool.submit(self._part, self._next_first(), memory)))
+            self._pending.append((memory, self._pool.submit(self._part, self._next(), memory)))
 
-    def _next_first(self) -> int:
-        step, part = divmod(self._asked, self.parts)
+    def _next(self) -> int:
         self._asked += 1
-        return self.start + step * self.global_batch + self.rank * self.share + part * self.micro_batch
+        return self._asked - 1
 
-    def _part(self, first: int, memory: Memory) -> Batch:
-        return self.stream.batch(first, self.micro_batch, memory)
+    def _part(self, number: int, memory: Memory) -> Batch:
+        """Micro-batch `number` of this rank."""
+        plan, first = self._planned(number)
+        begin = (number - first) * self.micro_batch
+        return self.stream.fill(plan, begin, begin + self.micro_batch, memory)
+
+    def _planned(self, number: int) -> tuple[Plan, int]:
+        """The plan that holds a micro-batch, and the first micro-batch of that plan. Many are planned together, which
+        costs little more than one; the very first alone, so that it is there at once."""
+        group = -(-number // self._together)
+        first = max(0, (group - 1) * self._together + 1)
+        with self._planning:
+            if group not in self._plans:
+                for old in [g for g in self._plans if g < group - 1]:
+                    del self._plans[old]
+                numbers = np.arange(first, group * self._together + 1)
+                step, part = np.divmod(numbers, self.parts)
+                starts = self.start + step * self.global_batch + self.rank * self.share + part * self.micro_batch
+                self._plans[group] = self.stream.plan((starts[:, None] + np.arange(self.micro_batch)).reshape(-1))
+            return self._plans[group], first
 
     def _prefetch(self) -> None:
         """Shards of this rank's sequences, some steps before they are assembled. An error is left to the assembly,

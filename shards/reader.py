@@ -2,8 +2,8 @@
 
     folder or URL -> dataset.json -> (index.arrow, shards.arrow) -> row -> shard -> map -> view
 
-Opening reads the manifest alone and checks what `verify` asks. 'size': all sizes. 'full': all sizes and hashes.
-'auto': hashes up to 2 GiB in all, sizes up to 10,000 shards; beyond, a shard's size is checked when it is first mapped.
+Opening reads the manifest alone; `check` then checks what `verify` asks. 'size': all sizes. 'full': all sizes and
+hashes. 'auto': hashes up to 2 GiB in all, sizes up to 10,000 shards; beyond, a shard's size when it is first mapped.
 A remote dataset's files come through the cache, which checks size and hash of each as it arrives.
 
 Invariant: nothing is copied, nothing is scanned and nothing is unpickled; what a row's member holds follows from the
@@ -13,6 +13,7 @@ manifest's task layout, never from the shard's own headers.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -44,11 +45,11 @@ FULL_PAUSE = 0.2
 
 
 class BadShard(BadFile):
-    """A shard that cannot be read; `shard` is its number."""
+    """A shard that cannot be read: number `shard` of `dataset`."""
 
-    def __init__(self, message: str, shard: int):
+    def __init__(self, message: str, dataset: Dataset, shard: int):
         super().__init__(message)
-        self.shard = shard
+        self.dataset, self.shard = dataset, shard
 
 
 class Store:
@@ -61,10 +62,12 @@ class Store:
 
 class Dataset:
     """A finished dataset folder or its URL. `column(name)` is an index column; `tokens(row)` and its like are
-    views of one sample's arrays. With `skip`, bad shards are noted in `bad` (number -> reason) on opening and not
-    refused. DatasetError names file and remedy."""
+    views of one sample's arrays. `verify` None: nothing is checked yet, `check` follows. With `skip`, bad shards are
+    noted in `bad` (number -> reason) by `check` and not refused. DatasetError names file and remedy."""
 
-    def __init__(self, place: Path | str, verify: Verify = "auto", store: Store | None = None, skip: bool = False):
+    def __init__(
+        self, place: Path | str, verify: Verify | None = "auto", store: Store | None = None, skip: bool = False
+    ):
         self.place, self.store = Folder(place), store or Store()
         self.skip, self.bad = skip, dict[int, str]()
         if self.place.local is not None:
@@ -76,7 +79,8 @@ class Dataset:
             self.manifest = parse_manifest(data, self.place.path(MANIFEST_NAME))
         self.layouts = [layout_of(task.spec) for task in self.manifest.tasks]
         self._columns: dict[str, np.ndarray] = {}
-        self._check(verify)
+        if verify is not None:
+            check([self], verify)
 
     @cached_property
     def index(self) -> pa.Table:
@@ -150,7 +154,9 @@ class Dataset:
             return np.ndarray((T, *shape), dtype, data, offset)
         except (TypeError, ValueError):
             name = self.shard(number).name
-            raise BadShard(f"{self.place.path(name)}: sample {row} points behind its end; rebuild it", number) from None
+            raise BadShard(
+                f"{self.place.path(name)}: sample {row} points behind its end; rebuild it", self, number
+            ) from None
 
     def mapped(self, number: int) -> np.ndarray:
         """The bytes (n,) uint8 of a shard; BadShard where it cannot be read."""
@@ -158,19 +164,21 @@ class Dataset:
         if found is not None:
             return found
         if number in self.bad:
-            raise BadShard(self.bad[number], number)
+            raise BadShard(self.bad[number], self, number)
         shard = self.shard(number)
         try:
             self._whole(shard, hashed=False)
             found = self.store.maps.open((self.place.place, number), self.local(shard))
         except BadFile as error:
-            raise BadShard(str(error), number) from error
+            raise BadShard(str(error), self, number) from error
         except (OSError, ValueError) as error:
             if isinstance(error, DatasetError):
                 raise
-            raise BadShard(f"{self.place.path(shard.name)}: {error}; {_again(self.place)}", number) from error
+            raise BadShard(f"{self.place.path(shard.name)}: {error}; {_again(self.place)}", self, number) from error
         if len(found) != shard.bytes:
-            raise BadShard(f"{self.place.path(shard.name)}: was cut while it was opened; {_again(self.place)}", number)
+            raise BadShard(
+                f"{self.place.path(shard.name)}: was cut while it was opened; {_again(self.place)}", self, number
+            )
         return found
 
     def prefetch(self, number: int) -> None:
@@ -211,17 +219,12 @@ class Dataset:
             raise DatasetError(f"{path}: unexpected columns; rebuild it with python -m etl.build")
         return table
 
-    def _check(self, verify: Verify) -> None:
-        manifest, remote = self.manifest, self.place.local is None
-        hashed = verify == "full" or (verify == "auto" and manifest.bytes <= AUTO_BYTES)
-        for file in manifest.files:
-            if not remote:
+    def check(self, hashed: bool, shards: bool) -> None:
+        """Sizes, and hashes where asked, of the tables and of the shards; a remote one's as each file arrives."""
+        if self.place.local is not None:
+            for file in self.manifest.files:
                 self._whole(file, hashed)
-        if verify == "auto" and manifest.shards.rows > AUTO_SHARDS:
-            return
-        if remote and verify != "full":
-            return
-        for number in range(manifest.shards.rows):
+        for number in range(self.manifest.shards.rows if shards else 0):
             try:
                 self._whole(self.shard(number), hashed)
             except BadFile as error:
@@ -241,6 +244,16 @@ class Dataset:
         if hashed and sha256_of(path) != file.sha256:
             said = "sha256 differs from the manifest, the file is damaged"
             raise BadFile(f"{path}: {said}; remove it and {_again(self.place)}")
+
+
+def check(datasets: Sequence[Dataset], verify: Verify) -> None:
+    """Check datasets as `verify` asks of all of them together. DatasetError names the first bad file."""
+    small = sum(dataset.manifest.bytes for dataset in datasets) <= AUTO_BYTES
+    few = sum(dataset.manifest.shards.rows for dataset in datasets) <= AUTO_SHARDS
+    for dataset in datasets:
+        local = dataset.place.local is not None
+        hashed = verify == "full" or (verify == "auto" and small)
+        dataset.check(hashed, shards=verify == "full" or (local and (few or verify == "size")))
 
 
 def _again(place: Folder) -> str:

@@ -84,11 +84,12 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Places:
-    """Windows `window` of tasks `task` in those tasks' epochs `epoch`, int64 arrays (n,)."""
+    """Windows `window` of tasks `task` in those tasks' epochs `epoch`, at `place` of the epoch; int64 arrays (n,)."""
 
     task: np.ndarray
     epoch: np.ndarray
     window: np.ndarray
+    place: np.ndarray
 
 
 class Sampler:
@@ -131,25 +132,34 @@ class Sampler:
         task = self.task_of_slot[slot]
         ordinal = block * self.counts[task] + slot - self.first_slot[task]
         epoch, place = np.divmod(ordinal, self.windows[task])
-        return Places(task, epoch, self._window(task, place, words(self.seed, "epoch", epoch, task)))
+        return Places(task, epoch, self._window(task, epoch, place), place)
 
-    def _window(self, task: np.ndarray, place: np.ndarray, key: np.ndarray) -> np.ndarray:
+    def beside(self, places: Places, word: np.ndarray) -> np.ndarray:
+        """Other windows (n,), chosen by words (n,) from the runs that are mixed with each place's own."""
+        first, size = self._group(places.task, places.place)
+        return self._window(places.task, places.epoch, first + below(word, size))
+
+    def _group(self, task: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First place and size of the group of runs that each place is in."""
+        assert self.runs is not None and self.together is not None
+        windows, size = self.windows[task], self.runs[task] * self.together[task]
+        groups = np.maximum(1, -(-(windows // self.runs[task]) // self.together[task]))
+        group = np.minimum(place // size, groups - 1)
+        return group * size, np.where(group == groups - 1, windows - group * size, size)
+
+    def _window(self, task: np.ndarray, epoch: np.ndarray, place: np.ndarray) -> np.ndarray:
         """The window at each place of an epoch. Runs of neighbouring windows, which lie in the same shard or two, are
         shuffled; a group of them after the other is used up, its windows mixed. Windows behind the last whole run
         belong to the last group: each epoch begins its windows at another phase, so these are others each time."""
-        windows = self.windows[task]
+        key, windows = words(self.seed, "epoch", epoch, task), self.windows[task]
         if self.runs is None or self.together is None:
             return permuted(place, windows, key)
+        first, size = self._group(task, place)
+        within = first + permuted(place - first, size, mixed(key, first))
         run = self.runs[task]
-        count = windows // run
-        group = np.minimum(place // (run * self.together[task]), np.maximum(0, count - 1) // self.together[task])
-        first = group * run * self.together[task]
-        last = group == np.maximum(0, count - 1) // self.together[task]
-        size = np.where(last, windows - first, run * self.together[task])
-        within = first + permuted(place - first, size, mixed(key, 1 + group))
-        number = within // run
-        shuffled = permuted(np.minimum(number, count - 1).clip(0), np.maximum(1, count), key) * run + within % run
-        return np.where(number < count, shuffled, within)
+        number, count = within // run, windows // run
+        shuffled = permuted(np.minimum(number, np.maximum(count, 1) - 1), np.maximum(count, 1), key)
+        return np.where(number < count, shuffled * run + within % run, within)
 
     def seen(self, i: int) -> np.ndarray:
         """How many of the sequences [0, i) are of each task, int64 (tasks,)."""

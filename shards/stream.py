@@ -1,6 +1,6 @@
 """The stream: training sequence i of a mixture of datasets, a pure function.
 
-    StreamConfig + datasets -> sampler: task, epoch, window -> timeline: spans of episodes -> Batch
+    StreamConfig + datasets -> sampler: task, epoch, window -> Plan: spans of episodes, as bytes -> copies -> Batch
 
 The state of a run is the next i, an integer; `shards.loader` walks through i in order and ahead of the trainer.
 
@@ -13,9 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -23,16 +23,17 @@ import numpy as np
 
 from schemas.dataset import MANIFEST_NAME, TEXT_MODEL_NAME, DatasetError
 from schemas.episode import STRICT
+from schemas.layout import TimestepLayout
 from schemas.vocabulary import Vocabulary
-from shards.assembly import Spans, Timeline
+from shards.assembly import DRAWS, Part, Timeline
 from shards.batch import Batch, Memory
 from shards.folder import Folder
-from shards.reader import BadShard, Dataset, Store, Verify
-from shards.sampler import Sampler, below, mixed, words
+from shards.reader import BadShard, Dataset, Store, Verify, check
+from shards.sampler import Places, Sampler, below, mixed, words
 
 OnBadShard = Literal["stop", "skip"]
 REDRAWS = 100
-Draw = Callable[[np.ndarray], tuple[Spans, np.ndarray | None]]
+_NONE = np.empty((0, 2), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class StreamConfig:
     mixture_block: int | None = None
     """Sequences in which the weights hold exactly; by default 256, or as many more as every task needs to have one."""
     working_set: int | None = None
-    """Shards that a stretch of sequences is drawn from, shared among the tasks by weight; all where not given. For
-    remote datasets larger than the cache."""
+    """Shards that a stretch of sequences and their prompts are drawn from, shared among the tasks by weight; all where
+    not given. For remote datasets larger than the cache."""
     prompt_probability: float = 0.25
     """Share of control sequences that start with a piece of another episode (paper §2.2)."""
     prompt_end_share: float = 0.5
@@ -56,6 +57,27 @@ class StreamConfig:
     """Longest prompt, as a share of the window's timesteps; the length is drawn uniformly from 1 up to it."""
     prompt_loss: bool = True
     """Whether prompt tokens carry loss; the paper leaves it open."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sequences i (n,), their tasks, how often each was drawn anew, and the part of each task."""
+
+    i: np.ndarray
+    task: np.ndarray
+    redraw: np.ndarray
+    parts: dict[int, Part]
+    evaluation: bool
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What a task's sequences have in common: roles, positions, supervised (T, L), and patches (T,) of each."""
+
+    roles: np.ndarray
+    positions: np.ndarray
+    supervised: np.ndarray
+    patches: np.ndarray
 
 
 class Stream:
@@ -75,7 +97,7 @@ class Stream:
             raise DatasetError("no dataset given; build one with python -m etl.build and name its folder")
         self.store = store or Store()
         skip = on_bad_shard == "skip"
-        datasets = [Dataset(folder, verify, self.store, skip) for folder in sorted(folders, key=str)]
+        datasets = [Dataset(folder, None, self.store, skip) for folder in sorted(folders, key=str)]
         self.vocabulary: Vocabulary = datasets[0].manifest.vocabulary
         for dataset in datasets[1:]:
             self.vocabulary.require(dataset.manifest.vocabulary_fingerprint, str(dataset.place))
@@ -87,6 +109,8 @@ class Stream:
             )
         self.config, self.seed, self.held_out, self.datasets, self.skip = config, seed, held_out, datasets, skip
         self.redrawn = 0
+        self._drawn: dict[tuple[TimestepLayout, bool], np.ndarray] = {}
+        check(datasets, verify)
         timelines = [
             Timeline(dataset, task, held_out, config.sequence_length)
             for dataset in datasets
@@ -148,113 +172,148 @@ class Stream:
         """Training sequence i, a batch of one."""
         return self.batch(i, 1)
 
-    def batch(self, first: int, count: int, memory: Memory | None = None) -> Batch:
-        """Training sequences [first, first + count), in `memory` where it is given. BadShard where a shard that they
-        need cannot be read, unless these are skipped."""
-        i = np.arange(first, first + count)
-        places = self.sampler.places(i)
-        batch, patches_at = self._empty(places.task, memory)
-        batch.sequence[:] = i
-        for task in np.unique(places.task).tolist():
-            at = np.flatnonzero(places.task == task)
-            timeline, own = self.timelines[task], i[at]
-            phase = below(words(self.seed, "phase", places.epoch[at], task), timeline.total)
-            begin = (phase + places.window[at] * timeline.width) % timeline.total
-            word = words(self.seed, "patch", own)
-            draw = partial(self._spans, timeline, own, begin)
-            self._fill(timeline, batch, at, patches_at[at], draw, word)
-        return batch
-
-    def _spans(
-        self, timeline: Timeline, i: np.ndarray, begin: np.ndarray, redraw: np.ndarray
-    ) -> tuple[Spans, np.ndarray | None]:
-        """What sequences i of one task consist of, and how many timesteps of each carry no loss. `redraw`: how often
-        each was drawn anew."""
-        length, from_end, choice = self._prompts(timeline, i)
-        if redraw.any():
-            again = words(self.seed, "redraw", i, redraw)
-            begin = np.where(redraw > 0, below(again, timeline.total), begin)
-            choice = np.where(redraw > 0, mixed(choice, redraw), choice)
-        a, b = timeline.prompts(begin, length, from_end, choice)
-        return timeline.spans(begin, (a, b)), None if self.config.prompt_loss else b - a
-
-    def _fill(
-        self,
-        timeline: Timeline,
-        batch: Batch,
-        at: np.ndarray,
-        patches_at: np.ndarray,
-        draw: Draw,
-        word: np.ndarray | None,
-    ) -> None:
-        """Fill rows `at` (n,) of a batch. Where bad shards are skipped, the sequences that touch one are drawn anew."""
-        redraw = np.zeros(len(at), np.int64)
-        while True:
-            spans, prompt = draw(redraw)
-            try:
-                timeline.fill(batch, at, patches_at, spans, prompt, self.vocabulary.separator, word)
-                return
-            except BadShard as error:
-                if not self.skip:
-                    raise
-                bad = timeline.dataset.bad
-                if error.shard not in bad:
-                    print(f"skipping a bad shard: {error}", file=sys.stderr, flush=True)
-                bad[error.shard] = str(error)
-                shards = timeline.dataset.column("shard")[spans.row]
-                touched = np.unique(spans.grid[np.isin(shards, list(bad))])
-                self.redrawn += len(touched)
-                redraw[touched] += 1
-                if redraw.max() > REDRAWS:
-                    raise DatasetError(f"task '{timeline.name}': too little of it can be read; {error}") from error
-
-    def prefetch(self, first: int, count: int) -> None:
-        """Bring the remote shards of sequences [first, first + count) into the cache. Bad ones are left to `batch`."""
-        i = np.arange(first, first + count)
-        places = self.sampler.places(i)
-        for task in np.unique(places.task).tolist():
-            at = np.flatnonzero(places.task == task)
-            timeline = self.timelines[task]
-            if timeline.dataset.place.local is None:
-                phase = below(words(self.seed, "phase", places.epoch[at], task), timeline.total)
-                begin = (phase + places.window[at] * timeline.width) % timeline.total
-                spans, _ = self._spans(timeline, i[at], begin, np.zeros(len(at), np.int64))
-                for number in np.unique(timeline.dataset.column("shard")[spans.row]).tolist():
-                    timeline.dataset.prefetch(number)
+    def batch(self, first: int, count: int) -> Batch:
+        """Training sequences [first, first + count). BadShard where a shard that they need cannot be read, unless
+        these are skipped."""
+        return self.fill(self.plan(np.arange(first, first + count)), 0, count)
 
     def evaluation_batch(self, task: int, windows: np.ndarray) -> Batch:
         """Windows (n,) of a task (modulo its count), no prompts, no phase, mean patch positions."""
-        timeline = self.timelines[task]
-        batch, patches_at = self._empty(np.full(len(windows), task))
-        batch.sequence[:] = windows
-        begin = (np.asarray(windows) % timeline.windows) * timeline.width
+        return self.fill(self._evaluation_plan(task, np.asarray(windows)), 0, len(windows))
 
-        def draw(redraw: np.ndarray) -> tuple[Spans, None]:
-            again = below(words(self.seed, "redraw", windows, redraw), timeline.total)
-            first = np.where(redraw > 0, again, begin)
-            return timeline.spans(first, (first, first)), None
+    def plan(self, i: np.ndarray, redraw: np.ndarray | None = None) -> Plan:
+        """Where training sequences i (n,) come from. `redraw` (n,): how often each was drawn anew."""
+        places = self.sampler.places(i)
+        redraw = np.zeros(len(i), np.int64) if redraw is None else redraw
+        parts = {}
+        for task, at in _by_task(places.task):
+            timeline, own = self.timelines[task], i[at]
+            here = Places(places.task[at], places.epoch[at], places.window[at], places.place[at])
+            phase = below(words(self.seed, "phase", here.epoch, task), timeline.total)
+            begin = (phase + here.window * timeline.width) % timeline.total
+            length, from_end, choice = self._prompts(timeline, own)
+            again = redraw[at]
+            if again.any():
+                anew = below(words(self.seed, "redraw", own, again), timeline.total)
+                begin, choice = np.where(again > 0, anew, begin), np.where(again > 0, mixed(choice, again), choice)
+            near = None
+            if self.sampler.runs is not None:
+                near = phase + self.sampler.beside(here, mixed(choice, 1)) * timeline.width
+            a, b = timeline.prompts(begin, length, from_end, choice, near)
+            parts[task] = timeline.part(at, begin, (a, b), below(words(self.seed, "patch", own), DRAWS))
+        return Plan(i, places.task, redraw, parts, evaluation=False)
 
-        self._fill(timeline, batch, np.arange(len(windows)), patches_at, draw, None)
+    def _evaluation_plan(self, task: int, windows: np.ndarray, redraw: np.ndarray | None = None) -> Plan:
+        timeline, n = self.timelines[task], len(windows)
+        redraw = np.zeros(n, np.int64) if redraw is None else redraw
+        anew = below(words(self.seed, "redraw", windows, redraw), timeline.total)
+        begin = np.where(redraw > 0, anew, (windows % timeline.windows) * timeline.width)
+        part = timeline.part(np.arange(n), begin, (begin, begin), np.zeros(n, np.int64))
+        return Plan(windows, np.full(n, task), redraw, {task: part}, evaluation=True)
+
+    def fill(self, plan: Plan, begin: int, end: int, memory: Memory | None = None) -> Batch:
+        """Sequences [begin, end) of a plan, in `memory` where it is given."""
+        memory = memory or Memory()
+        while True:
+            try:
+                return self._filled(plan, begin, end, memory)
+            except BadShard as error:
+                if not self.skip:
+                    raise
+                plan = self._redrawn(plan, begin, end, error)
+                begin, end = 0, end - begin
+
+    def _filled(self, plan: Plan, begin: int, end: int, memory: Memory) -> Batch:
+        task, tables = plan.task[begin:end], self._tables
+        patches = tables.patches[task]
+        tasks = np.unique(task).tolist()
+        channels = max((self.timelines[t].layout.channels for t in tasks if tables.patches[t]), default=1)
+        batch = Batch.empty(task, self.config.sequence_length, int(patches.sum()), channels, memory)
+        batch.sequence[:] = plan.i[begin:end]
+        for name in ("roles", "positions", "supervised"):
+            np.take(getattr(tables, name), task, axis=0, out=getattr(batch, name), mode="clip")
+        batch.segments.fill(0)
+        patches_at = np.cumsum(patches) - patches
+        for t in tasks:
+            part, timeline = plan.parts[t], self.timelines[t]
+            a, b = np.searchsorted(part.at, (begin, end)).tolist()
+            at = part.at[a:b] - begin
+            positions = self._patch_positions(t, plan.evaluation) if tables.patches[t] else _NONE
+            timeline.fill(batch, part, a, b, at, patches_at[at], positions, self.vocabulary.separator, memory)
+            if not (self.config.prompt_loss or plan.evaluation):
+                length = part.prompt[a:b, None] * timeline.layout.length
+                batch.supervised[at] &= np.arange(self.config.sequence_length) >= length
         return batch
+
+    def _redrawn(self, plan: Plan, begin: int, end: int, error: BadShard) -> Plan:
+        """Another plan of sequences [begin, end), those that touch a bad shard drawn anew."""
+        redraw = plan.redraw[begin:end].copy()
+        for task, part in plan.parts.items():
+            dataset = self.timelines[task].dataset
+            if dataset is not error.dataset:
+                continue
+            if error.shard not in dataset.bad:
+                print(f"skipping a bad shard: {error}", file=sys.stderr, flush=True)
+                dataset.bad[error.shard] = str(error)
+            bad = np.add.reduceat(np.isin(part.shard, list(dataset.bad)), part.first[:-1]) > 0
+            touched = part.at[bad]
+            touched = touched[(touched >= begin) & (touched < end)] - begin
+            redraw[touched] += 1
+            self.redrawn += len(touched)
+            if redraw.max() > REDRAWS:
+                raise DatasetError(f"task '{self.tasks[task]}': too little of it can be read; {error}") from error
+        if plan.evaluation:
+            return self._evaluation_plan(int(plan.task[0]), plan.i[begin:end], redraw)
+        return self.plan(plan.i[begin:end], redraw)
+
+    def prefetch(self, first: int, count: int) -> None:
+        """Bring the remote shards of sequences [first, first + count) into the cache. Bad ones are left to `fill`."""
+        for task, part in self.plan(np.arange(first, first + count)).parts.items():
+            dataset = self.timelines[task].dataset
+            if dataset.place.local is None:
+                for number in np.unique(part.shard).tolist():
+                    dataset.prefetch(number)
 
     def _prompts(self, timeline: Timeline, i: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Length in timesteps (0: none), whether from an episode's end, and the word that chooses, of sequences i."""
-        asked, end, size, choice = (words(self.seed, "prompt", i, n) for n in range(4))
+        asked, end, size, choice = words(self.seed, "prompt", i, np.arange(4)[:, None])
         longest = min(max(1, int(timeline.width * self.config.prompt_max_share)), timeline.width - 1)
         wanted = (_unit(asked) < self.config.prompt_probability) & bool(timeline.layout.action and longest)
         return np.where(wanted, 1 + below(size, longest), 0), _unit(end) < self.config.prompt_end_share, choice
 
-    def _empty(self, task: np.ndarray, memory: Memory | None = None) -> tuple[Batch, np.ndarray]:
-        """A batch to be filled with sequences of those tasks (n,), and where the patches of each begin (n,)."""
-        patches = np.array([len(timeline.patch_index) for timeline in self.timelines])[task]
-        channels = max((self.timelines[t].layout.channels for t in np.unique(task[patches > 0])), default=1)
-        batch = Batch.empty(task, self.config.sequence_length, int(patches.sum()), channels, memory)
-        return batch, np.cumsum(patches) - patches
+    @cached_property
+    def _tables(self) -> Tables:
+        T, L = len(self.timelines), self.config.sequence_length
+        tables = Tables(
+            np.empty((T, L), np.uint8), np.empty((T, L), np.int16), np.empty((T, L), bool), np.empty(T, np.int64)
+        )
+        for n, timeline in enumerate(self.timelines):
+            layout = timeline.layout
+            tables.roles[n] = np.tile(layout.roles, timeline.width)[:L]
+            tables.positions[n] = np.tile(layout.local_positions, timeline.width)[:L]
+            tables.supervised[n] = timeline.supervised
+            tables.patches[n] = len(timeline.patch_index)
+        return tables
+
+    def _patch_positions(self, task: int, mean: bool) -> np.ndarray:
+        """See `Timeline.patch_positions`; tasks of one layout share them."""
+        layout = self.timelines[task].layout
+        key = (layout, mean)
+        if key not in self._drawn:
+            self._drawn[key] = self.timelines[task].patch_positions(None if mean else self.seed)
+        return self._drawn[key]
 
 
 def _unit(word: np.ndarray) -> np.ndarray:
     """Words to uniform float64 in [0, 1)."""
     return (word >> np.uint64(11)) * 2.0**-53
+
+
+def _by_task(task: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(task, where it stands, ascending) for every task in an array (n,)."""
+    order = np.argsort(task, kind="stable")
+    tasks, first = np.unique(task[order], return_index=True)
+    return zip(tasks.tolist(), np.split(order, first[1:]))
 
 
 def find_datasets(root: Path | str) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from schemas.layout import ACTION, PATCH, SEPARATOR, TEXT
+from shards.assembly import DRAWS
 from shards.batch import Batch
-from shards.sampler import below, mixed, words
+from shards.sampler import below, mixed, random, words
 from shards.stream import Stream
 
 
@@ -27,12 +28,20 @@ def slow_sequence(stream: Stream, i: int) -> dict[str, list]:
     if int(asked[0]) / 2**64 < config.prompt_probability and layout.action and others:
         length = 1 + int(below(size, max(1, int(W * config.prompt_max_share)))[0])
         chosen = others[int(below(choice, len(others))[0])]
+        if config.working_set is not None:
+            near = phase + int(stream.sampler.beside(place, mixed(choice, 1))[0]) * W
+            order = list(dict.fromkeys(episode_of[rows].tolist()))
+            chosen = episode_of[steps[near % len(steps)][0]]
+            if chosen == episode_of[body[0][0]]:
+                chosen = order[(order.index(chosen) + 1) % len(order)]
         episode = [step for step in steps if episode_of[step[0]] == chosen]
         length = min(length, len(episode))
         start = int(below(mixed(choice, 0), len(episode) - length + 1)[0])
         prompt = episode[-length:] if int(end[0]) / 2**64 < config.prompt_end_share else episode[start : start + length]
     out: dict[str, list] = {name: [] for name in ("tokens", "roles", "positions", "segments", "supervised")}
-    out |= {"patches": [], "patch_index": []}
+    out |= {"patches": [], "patch_index": [], "patch_positions": []}
+    rng = random(stream.seed, "patch").random((DRAWS, layout.patches, 2), np.float32)
+    draw = int(below(words(stream.seed, "patch", i), DRAWS)[0])
     segment, previous = 0, None
     for n, (row, t, *lap) in enumerate([*prompt, *body[: W - len(prompt)]]):
         here = (episode_of[row], lap)
@@ -46,6 +55,12 @@ def slow_sequence(stream: Stream, i: int) -> dict[str, list]:
             if p == config.sequence_length:
                 return out
             if role == PATCH:
+                patch = len(out["patches"]) % layout.patches
+                low, high = layout.patch_intervals[patch].T
+                drawn = rng[(draw + n) % DRAWS, patch]
+                out["patch_positions"].append(
+                    [int(a + np.float32(u) * np.float32(b - a)) for a, b, u in zip(low, high, drawn)]
+                )
                 out["patches"].append(next(patches))
                 out["patch_index"].append(p)
             out["tokens"].append({PATCH: 0, SEPARATOR: 34048}.get(role) if role in (PATCH, SEPARATOR) else next(stored))
@@ -68,6 +83,8 @@ def check_batch(stream: Stream, batch: Batch) -> None:
             assert getattr(batch, name)[n].tolist() == slow[name], (i, name)
         index = batch.patch_index[patches : patches + len(slow["patch_index"])] - n * L
         assert index.tolist() == slow["patch_index"]
+        positions = batch.patch_positions[patches : patches + len(index)]
+        assert positions.tolist() == slow["patch_positions"]
         for pixels, wanted in zip(batch.patches[patches:], slow["patches"]):
             assert (pixels == wanted).all()  # grey beside colours is repeated
         patches += len(index)

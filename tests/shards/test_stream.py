@@ -112,7 +112,7 @@ def test_prompts_come_as_often_as_asked_and_from_other_episodes(hopper):
     assert set(length[length > 0].tolist()) == set(range(1, timeline.width // 2 + 1))
     assert abs(from_end[length > 0].mean() - 0.5) < 0.06
     begin = np.random.default_rng(0).integers(0, timeline.total, 4000)
-    a, b = timeline.prompts(begin, length, from_end, word)
+    a, b = timeline.prompts(begin, length, from_end, word, None)
     last = np.flatnonzero(np.diff(timeline.episodes, append=-1))
     ends = timeline.ends[last]
     starts = np.append(0, ends[:-1])
@@ -145,11 +145,13 @@ def test_spans_walk_the_circle(lengths, width, first):
             segment += (episode, lap) != previous
             previous = episode, lap
             walked.append((row, t, segment))
+        own = spans.grid == grid
         mine = [
             (int(row), int(start) + n, int(segment))
-            for row, start, count, own, segment in zip(spans.row, spans.start, spans.count, spans.grid, spans.segment)
+            for row, start, count, segment in zip(
+                spans.row[own], spans.start[own], spans.count[own], np.cumsum(spans.fresh[own])
+            )
             for n in range(count)
-            if own == grid
         ]
         assert mine == walked
 

@@ -74,7 +74,7 @@ class Gato(nn.Module):
         x = self.tokens(batch.tokens.int())
         # also where a batch has no patches: every rank must make the same gradients, or their reduction jams
         embedded = self.patches(batch.patches, batch.patch_positions).to(x.dtype)
-        x = x.flatten(0, 1).index_copy(0, batch.patch_index, embedded).view_as(x)
+        x = x.flatten(0, 1).index_copy(0, batch.patch_index.long(), embedded).view_as(x)
         last, action = self.config.local_positions, roles == ACTION
         shown = observed | action if self.config.action_position == "shared" else observed
         index = torch.where(action, last, positions.clamp(max=last - 1))

@@ -34,8 +34,9 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, patches: Tensor, positions: Tensor) -> Tensor:
         dtype = self.out.weight.dtype
+        row, column = positions.int().unbind(1)
         x = (patches.to(dtype) / 127.5 - 1.0) / PATCH_SIZE**0.5
         x = self.stem(x.permute(0, 3, 1, 2).expand(-1, 3, -1, -1))
         h = self.conv_1(F.gelu(self.norm_1(x)))
         h = self.conv_2(F.gelu(self.norm_2(h))) + self.skip(x)
-        return self.out(h.flatten(1)) + self.row(positions[:, 0]) + self.column(positions[:, 1])
+        return self.out(h.flatten(1)) + self.row(row) + self.column(column)
