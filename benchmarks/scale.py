@@ -65,8 +65,8 @@ def open_many(folder: Path) -> None:
         found, opened, batch, *memory, tasks = map(float, done.stdout.split())
         before, after, total = (value / 2**20 for value in memory)
         print(
-            f"{tasks:,.0f} datasets of {SHARDS:,} shards, {turn}: found in {found:.2f} s, opened in {opened:.2f} s, "
-            f"first batch of 32 in {batch:.2f} s; MiB {before:.0f} before, {after:.0f} opened, {total:.0f} with a batch",
+            f"{tasks:,.0f} datasets x {SHARDS:,} shards, {turn}: found in {found:.2f} s, opened in {opened:.2f} s, "
+            f"first batch in {batch:.2f} s; {before:.0f} MiB before, {after:.0f} opened, {total:.0f} with a batch",
             flush=True,
         )
 

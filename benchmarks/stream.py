@@ -1,8 +1,8 @@
 """`python -m benchmarks.stream`: finished training batches, beside other projects' loaders on samples made beforehand.
 
 logs (GATO_SHARED_DATA/{d4rl,dqn_replay}, else recorded here) -> shards -> our stream: windows, separators, roles,
-positions, segments, loss mask, prompts; a whole epoch of its sequences, tokens and patches alone, as .npy -> each peer's
-own format -> benchmarks/loaders.py in an environment of its own, which also reads the .npy with np.memmap in order.
+positions, segments, loss mask, prompts; its first sequences, tokens and patches alone, as .npy -> each peer's own
+format -> benchmarks/loaders.py in an environment of its own, which also reads the .npy with np.memmap in order.
 
 Batches are 32 sequences of 1024 tokens; the page cache is warm; each loader runs in a fresh process, on one core, and
 once more with two threads or worker processes on two. Rates are of the best pass over the samples.
@@ -151,11 +151,11 @@ def compare(kind: str, shards: Path, python: Path, folder: Path, seconds: float)
     others = [row for name, row in whole.items() if not name.startswith("ours") and name != "memmap"]
     best = max(others, key=lambda row: row["samples_per_second"])
     quick = min(others, key=lambda row: row["first_batch_seconds"])
+    rate, first = "samples_per_second", "first_batch_seconds"
     console.print(
-        f"stream, {kind}, one core: ours / sequential memmap {mine['samples_per_second'] / yard['samples_per_second']:.2f}; "
-        f"ours / best peer ({best['peer']}) {mine['samples_per_second'] / best['samples_per_second']:.2f}; first batch "
-        f"{1e3 * mine['first_batch_seconds']:.1f} ms, quickest peer ({quick['peer']}) "
-        f"{1e3 * quick['first_batch_seconds']:.1f} ms",
+        f"stream, {kind}, one core: ours / sequential memmap {mine[rate] / yard[rate]:.2f}; ours / best peer "
+        f"({best['peer']}) {mine[rate] / best[rate]:.2f}; first batch {1e3 * mine[first]:.1f} ms, quickest peer "
+        f"({quick['peer']}) {1e3 * quick[first]:.1f} ms",
         soft_wrap=True,
     )
 

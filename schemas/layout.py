@@ -66,6 +66,13 @@ class TimestepLayout:
         return np.flatnonzero(np.isin(self.roles, (TEXT, OBSERVATION, ACTION)))
 
     @cached_property
+    def stored_blocks(self) -> list[tuple[int, int, int]]:
+        """The stored tokens as blocks (first stored one, first column, width): text, observation, action."""
+        blocks = [(0, 0, self.text), (self.text, self.text + self.patches, self.observation)]
+        blocks.append((self.text + self.observation, self.length - self.action, self.action))
+        return [block for block in blocks if block[2]]
+
+    @cached_property
     def patch_slots(self) -> np.ndarray:
         """Columns that hold patches, int64 (P,)."""
         return np.flatnonzero(self.roles == PATCH)

@@ -24,13 +24,13 @@ from functools import cached_property
 import numpy as np
 
 from schemas.dataset import DatasetError
-from schemas.layout import ACTION, PATCH_SIZE, TEXT, TimestepLayout
+from schemas.layout import ACTION, PATCH_SIZE, SEPARATOR, TEXT, TimestepLayout
 from shards.batch import Batch, Memory
 from shards.reader import BadShard, Dataset
 from shards.sampler import below, mixed, random
 
 PATCH = (PATCH_SIZE, PATCH_SIZE)
-DRAWS = 4096  # timesteps of a task for which patch positions are drawn; a sequence takes W in a row of them
+DRAWS = 1024  # timesteps of a task for which patch positions are drawn; a sequence takes W in a row of them
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,12 @@ class Spans:
 class Part:
     """The sequences of one task in a plan: spans as places of bytes. All arrays int64 but `fresh`.
 
-    at (n,): where the sequences stand in the plan, ascending; first (n + 1,): each one's first span; draws (n,): first
-    of its drawn patch positions; prompt (n,): timesteps that carry no loss. Of each span (s,): its shard; the first
-    byte of its tokens and of its patches there; timesteps; timestep in the grids of all sequences, end to end."""
+    at (n,): where the sequences stand in the plan, ascending; first (n + 1,): each one's first span; prompt (n,):
+    timesteps of its prompt. Of each span (s,): its shard; the first byte of its tokens and of its patches there;
+    timesteps; timestep in the grids of all sequences, end to end."""
 
     at: np.ndarray
     first: np.ndarray
-    draws: np.ndarray
     prompt: np.ndarray
     shard: np.ndarray
     tokens: np.ndarray
@@ -116,6 +115,13 @@ class Timeline:
         return slots.reshape(-1)[slots.reshape(-1) < self.sequence_length].astype(np.int32)
 
     @property
+    def plain(self) -> np.ndarray:
+        """The tokens of a sequence that are not stored: separators, and 0 elsewhere, int32 (L,)."""
+        separator = self.dataset.manifest.vocabulary.separator
+        tokens = np.where(self.layout.roles == SEPARATOR, separator, 0).astype(np.int32)
+        return np.tile(tokens, self.width)[: self.sequence_length]
+
+    @property
     def supervised(self) -> np.ndarray:
         """Where loss may fall, bool (L,)."""
         mask = np.isin(self.layout.roles, (TEXT, ACTION))
@@ -164,9 +170,10 @@ class Timeline:
         """What fills the grids of windows that begin at circle positions `first` (n,), behind their prompts."""
         n, R = len(first), self.pieces
         taken = prompt[1] - prompt[0]
-        a = np.stack([prompt[0], first], axis=1).reshape(-1)  # runs: each grid's prompt, then its body
-        b = np.stack([prompt[1], first + self.width - taken], axis=1).reshape(-1)
-        place = np.stack([np.zeros(n, np.int64), taken], axis=1).reshape(-1)
+        a, b, place = np.zeros((3, 2 * n), np.int64)  # runs: each grid's prompt, then its body
+        a[::2], a[1::2] = prompt[0], first
+        b[::2], b[1::2] = prompt[1], first + self.width - taken
+        place[1::2] = taken
         low, high = self._unrolled(a), self._unrolled(b - 1)
         counts = np.where(b > a, high - low + 1, 0)
         run = np.repeat(np.arange(2 * n), counts)
@@ -194,7 +201,7 @@ class Timeline:
         lap, within = np.divmod(position, self.total)
         return lap * self.pieces + np.searchsorted(self.ends, within, side="right")
 
-    def part(self, at: np.ndarray, first: np.ndarray, prompt: tuple[np.ndarray, np.ndarray], draws: np.ndarray) -> Part:
+    def part(self, at: np.ndarray, first: np.ndarray, prompt: tuple[np.ndarray, np.ndarray]) -> Part:
         """What the sequences `at` (n,) of a plan, whose windows begin at `first` (n,), are copied from."""
         spans, column, layout = self.spans(first, prompt), self.dataset.column, self.layout
         tokens, patches = column("tokens_offset")[spans.row], column("patches_offset")[spans.row]
@@ -203,7 +210,6 @@ class Timeline:
         return Part(
             at=at,
             first=np.searchsorted(spans.grid, np.arange(len(at) + 1)),
-            draws=draws * layout.patches,
             prompt=prompt[1] - prompt[0],
             shard=column("shard")[spans.row],
             tokens=tokens + spans.start * (2 * layout.stored),
@@ -221,13 +227,10 @@ class Timeline:
         end: int,
         at: np.ndarray,
         patches_at: np.ndarray,
-        positions: np.ndarray,
-        separator: int,
         memory: Memory,
     ) -> None:
         """Copy sequences [begin, end) of a part into rows `at` (n,) of a batch, their patches from `patches_at` (n,)
-        on, with the positions that `patch_positions` gave. Roles, positions and the plain mask are there; segments
-        are 0. BadShard where one cannot be read."""
+        on. What follows from the tasks alone is there already. BadShard where one cannot be read."""
         layout, W, L, n = self.layout, self.width, self.sequence_length, end - begin
         K, size = layout.length, 2 * layout.stored
         spans = slice(part.first[begin], part.first[end])
@@ -235,51 +238,50 @@ class Timeline:
         stored = memory.take("stored", np.uint8, n * W * size)
         self._copy(part, part.tokens, spans, place * size, count * size, stored)
         if layout.patches:
-            self._fill_patches(batch, part, begin, spans, at, patches_at, positions)
-        grid = memory.take("grid", np.int32, n, W * K)
-        columns, values = grid.reshape(n * W, K), stored.view(np.uint16).reshape(n * W, -1)
-        text, middle, last = layout.text, layout.text + layout.patches, K - layout.action
-        columns[:, :text] = values[:, :text]
-        columns[:, text:middle] = 0
-        columns[:, middle : middle + layout.observation] = values[:, text : text + layout.observation]
-        if layout.action:
-            columns[:, last - 1] = separator
-            columns[:, last:] = values[:, text + layout.observation :]
-        batch.tokens[at] = grid[:, :L]
+            self._fill_patches(batch, part.patches, part, spans, np.divmod(place, W), count, patches_at)
+        values = stored.view(np.uint16).reshape(n, W, layout.stored)
+        whole = n == len(batch.tokens)
+        tokens = batch.tokens if whole else batch.tokens[at]
+        full, cut = L // K, L % K
+        grid = tokens[:, : full * K].reshape(n, full, K)
+        for first, column, width in layout.stored_blocks:
+            grid[:, :, column : column + width] = values[:, :full, first : first + width]
+            if cut > column:
+                last = values[:, full, first : first + min(width, cut - column)]
+                tokens[:, full * K + column : full * K + column + last.shape[1]] = last
+        if not whole:
+            batch.tokens[at] = tokens
         if part.fresh[spans].any():
             fresh = part.fresh[spans]
             rows, behind = at[place[fresh] // W], place[fresh] % W * K
             batch.supervised[rows, behind] = False
             for row, token in zip(rows.tolist(), behind.tolist()):
                 batch.segments[row, token:] += 1
-        if text and layout.action:
-            batch.supervised[at] &= (np.tile(layout.roles != TEXT, W)[:L]) | (grid[:, :L] != self.padding)
+        if layout.text and layout.action:
+            batch.supervised[at] &= np.tile(layout.roles != TEXT, W)[:L] | (tokens != self.padding)
 
     def _fill_patches(
         self,
         batch: Batch,
+        sources: np.ndarray,
         part: Part,
-        begin: int,
         spans: slice,
-        at: np.ndarray,
+        where: tuple[np.ndarray, np.ndarray],
+        count: np.ndarray,
         patches_at: np.ndarray,
-        positions: np.ndarray,
     ) -> None:
-        layout, W, L = self.layout, self.width, self.sequence_length
-        P, M, size = layout.patches, len(self.patch_index), PATCH_SIZE**2 * layout.channels
-        sequence, place = np.divmod(part.place[spans] - begin * W, W)
-        shown = np.minimum(part.count[spans] * P, M - place * P)  # the last timestep may be cut
+        """Copy the pixels of spans, which begin at timestep where[1] of sequence where[0]."""
+        P, M, size = self.layout.patches, len(self.patch_index), PATCH_SIZE**2 * self.layout.channels
+        sequence, place = where
+        shown = np.minimum(count * P, M - place * P)  # the last timestep may be cut
         target = patches_at[sequence] + place * P
-        if batch.patches.shape[3] == layout.channels:
-            self._copy(part, part.patches, spans, target * size, shown * size, batch.patches.reshape(-1))
-        else:
-            grey = np.empty(int(target[-1] + shown[-1]) * size, np.uint8)
-            self._copy(part, part.patches, spans, target * size, shown * size, grey)
-            for first in patches_at.tolist():
-                batch.patches[first : first + M] = grey[first * size : (first + M) * size].reshape(M, *PATCH, -1)
-        for row, first, draws in zip(at.tolist(), patches_at.tolist(), part.draws[begin : begin + len(at)].tolist()):
-            np.add(self.patch_index, row * L, out=batch.patch_index[first : first + M])
-            batch.patch_positions[first : first + M] = positions[draws : draws + M]
+        if batch.patches.shape[3] == self.layout.channels:
+            self._copy(part, sources, spans, target * size, shown * size, batch.patches.reshape(-1))
+            return
+        grey = np.empty(int((target + shown).max()) * size, np.uint8)
+        self._copy(part, sources, spans, target * size, shown * size, grey)
+        for first in patches_at.tolist():
+            batch.patches[first : first + M] = grey[first * size : (first + M) * size].reshape(M, *PATCH, -1)
 
     def _copy(
         self, part: Part, sources: np.ndarray, spans: slice, target: np.ndarray, length: np.ndarray, out: np.ndarray

@@ -24,7 +24,7 @@ from schemas.layout import TEXT
 from shards.batch import Batch, Memory
 from shards.stream import Plan, Stream
 
-PLANNED = 512  # sequences that are planned together
+PLANNED = 2048  # sequences that are planned together
 AHEAD = 4  # steps whose remote shards are fetched before they are needed
 
 

@@ -79,6 +79,7 @@ class Dataset:
             self.manifest = parse_manifest(data, self.place.path(MANIFEST_NAME))
         self.layouts = [layout_of(task.spec) for task in self.manifest.tasks]
         self._columns: dict[str, np.ndarray] = {}
+        self._shards: dict[int, Shard] = {}
         if verify is not None:
             check([self], verify)
 
@@ -96,8 +97,10 @@ class Dataset:
         """A row of shards.arrow; DatasetError for a name that leaves the folder."""
         if not 0 <= number < self.shards.num_rows:
             raise DatasetError(f"{self.place}: the index names shard {number} of {self.shards.num_rows}; rebuild it")
-        shard = Shard(**{name: self.shards.column(name)[number].as_py() for name in SHARD_SCHEMA.names})
-        return self._inside(shard)
+        if number not in self._shards:
+            row = {name: self.shards.column(name)[number].as_py() for name in SHARD_SCHEMA.names}
+            self._shards[number] = self._inside(Shard(**row))
+        return self._shards[number]
 
     def column(self, name: str) -> np.ndarray:
         """One index column (rows,), zero-copy for numbers."""
@@ -203,7 +206,7 @@ class Dataset:
                     time.sleep(FULL_PAUSE)  # other processes may let go of theirs
 
     def _inside(self, file: Any) -> Any:
-        if Path(file.name).name != file.name:
+        if "/" in file.name or file.name in ("", ".", ".."):
             raise DatasetError(f"{self.place}: file name '{file.name}' leaves the folder; refused")
         return file
 
@@ -238,8 +241,8 @@ class Dataset:
             return  # was checked when it arrived
         if not path.is_file():
             raise BadFile(f"{path}: missing; {_again(self.place)}")
-        if path.stat().st_size != file.bytes:
-            said = f"{path.stat().st_size} bytes, the manifest says {file.bytes}"
+        if (size := path.stat().st_size) != file.bytes:
+            said = f"{size} bytes, the manifest says {file.bytes}"
             raise BadFile(f"{path}: {said}; remove it and {_again(self.place)}")
         if hashed and sha256_of(path) != file.sha256:
             said = "sha256 differs from the manifest, the file is damaged"

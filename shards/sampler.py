@@ -18,17 +18,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from numpy.random import Generator, Philox
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's step
 ROUNDS = 4
 Counter = np.ndarray | int
 
 
-def random(seed: int, purpose: str, *counter: int) -> np.random.Generator:
+def random(seed: int, purpose: str, *counter: int) -> Generator:
     """Generator (Philox) that is a pure function of its arguments."""
     counters = [*counter, 0, 0, 0][:3]
     # the last counter word stays zero: it is the one that counts the draws up
-    return np.random.Generator(np.random.Philox(key=[seed, _purpose(purpose)], counter=[0, *counters]))
+    return Generator(Philox(key=[seed, _purpose(purpose)], counter=[0, *counters]))
 
 
 def words(seed: int, purpose: str, *counters: Counter) -> np.ndarray:
@@ -40,7 +41,10 @@ def mixed(key: np.ndarray | np.uint64, *counters: Counter) -> np.ndarray:
     """The words of further counters under a word as key: a chain of splitmix64 steps, uint64."""
     word = np.atleast_1d(np.asarray(key, np.uint64))
     for counter in counters:
-        word = _mix(word + GAMMA * (np.atleast_1d(counter).astype(np.uint64) + np.uint64(1)))
+        if isinstance(counter, np.ndarray):
+            word = _mix(word + GAMMA * (counter.astype(np.uint64) + np.uint64(1)))
+        else:
+            word = _mix(word + np.uint64(int(GAMMA) * (int(counter) + 1) % 2**64))
     return word
 
 

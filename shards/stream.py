@@ -33,7 +33,6 @@ from shards.sampler import Places, Sampler, below, mixed, words
 
 OnBadShard = Literal["stop", "skip"]
 REDRAWS = 100
-_NONE = np.empty((0, 2), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -61,23 +60,28 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class Plan:
-    """Sequences i (n,), their tasks, how often each was drawn anew, and the part of each task."""
+    """Sequences i (n,), their tasks, how often each was drawn anew, the first timestep of its patch positions' draws,
+    and the part of each task."""
 
     i: np.ndarray
     task: np.ndarray
     redraw: np.ndarray
+    draws: np.ndarray
     parts: dict[int, Part]
     evaluation: bool
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What a task's sequences have in common: roles, positions, supervised (T, L), and patches (T,) of each."""
+    """What the sequences of a task have in common, for each of T tasks: the tokens that are not stored, roles,
+    positions, where loss may fall (T, L); patches of each, and the number of its layout (T,)."""
 
+    tokens: np.ndarray
     roles: np.ndarray
     positions: np.ndarray
     supervised: np.ndarray
     patches: np.ndarray
+    layout: np.ndarray
 
 
 class Stream:
@@ -200,16 +204,16 @@ class Stream:
             if self.sampler.runs is not None:
                 near = phase + self.sampler.beside(here, mixed(choice, 1)) * timeline.width
             a, b = timeline.prompts(begin, length, from_end, choice, near)
-            parts[task] = timeline.part(at, begin, (a, b), below(words(self.seed, "patch", own), DRAWS))
-        return Plan(i, places.task, redraw, parts, evaluation=False)
+            parts[task] = timeline.part(at, begin, (a, b))
+        return Plan(i, places.task, redraw, below(words(self.seed, "patch", i), DRAWS), parts, evaluation=False)
 
     def _evaluation_plan(self, task: int, windows: np.ndarray, redraw: np.ndarray | None = None) -> Plan:
         timeline, n = self.timelines[task], len(windows)
         redraw = np.zeros(n, np.int64) if redraw is None else redraw
         anew = below(words(self.seed, "redraw", windows, redraw), timeline.total)
         begin = np.where(redraw > 0, anew, (windows % timeline.windows) * timeline.width)
-        part = timeline.part(np.arange(n), begin, (begin, begin), np.zeros(n, np.int64))
-        return Plan(windows, np.full(n, task), redraw, {task: part}, evaluation=True)
+        part = timeline.part(np.arange(n), begin, (begin, begin))
+        return Plan(windows, np.full(n, task), redraw, np.zeros(n, np.int64), {task: part}, evaluation=True)
 
     def fill(self, plan: Plan, begin: int, end: int, memory: Memory | None = None) -> Batch:
         """Sequences [begin, end) of a plan, in `memory` where it is given."""
@@ -226,11 +230,11 @@ class Stream:
     def _filled(self, plan: Plan, begin: int, end: int, memory: Memory) -> Batch:
         task, tables = plan.task[begin:end], self._tables
         patches = tables.patches[task]
-        tasks = np.unique(task).tolist()
+        tasks = sorted(set(task.tolist()))
         channels = max((self.timelines[t].layout.channels for t in tasks if tables.patches[t]), default=1)
         batch = Batch.empty(task, self.config.sequence_length, int(patches.sum()), channels, memory)
         batch.sequence[:] = plan.i[begin:end]
-        for name in ("roles", "positions", "supervised"):
+        for name in ("tokens", "roles", "positions", "supervised"):
             np.take(getattr(tables, name), task, axis=0, out=getattr(batch, name), mode="clip")
         batch.segments.fill(0)
         patches_at = np.cumsum(patches) - patches
@@ -238,12 +242,31 @@ class Stream:
             part, timeline = plan.parts[t], self.timelines[t]
             a, b = np.searchsorted(part.at, (begin, end)).tolist()
             at = part.at[a:b] - begin
-            positions = self._patch_positions(t, plan.evaluation) if tables.patches[t] else _NONE
-            timeline.fill(batch, part, a, b, at, patches_at[at], positions, self.vocabulary.separator, memory)
+            timeline.fill(batch, part, a, b, at, patches_at[at], memory)
             if not (self.config.prompt_loss or plan.evaluation):
                 length = part.prompt[a:b, None] * timeline.layout.length
                 batch.supervised[at] &= np.arange(self.config.sequence_length) >= length
+        if len(batch.patches):
+            self._place_patches(batch, plan.draws[begin:end], patches_at, plan.evaluation)
         return batch
+
+    def _place_patches(self, batch: Batch, draws: np.ndarray, patches_at: np.ndarray, mean: bool) -> None:
+        """Where a batch's patches stand among its tokens, and in their pictures."""
+        B, L = batch.tokens.shape
+        layouts = self._tables.layout[batch.tasks]
+        for layout in sorted(set(layouts[self._tables.patches[batch.tasks] > 0].tolist())):
+            rows = np.flatnonzero(layouts == layout)
+            timeline = self.timelines[int(batch.tasks[rows[0]])]
+            M = len(timeline.patch_index)
+            table, first = self._patch_positions(timeline, mean), draws[rows] * timeline.layout.patches * 2
+            tokens = (rows * L).astype(np.int32)[:, None]
+            if len(rows) * M == len(batch.patches):  # all of one layout, end to end
+                np.add(timeline.patch_index, tokens, out=batch.patch_index.reshape(-1, M))
+                batch.patch_positions.reshape(-1, 2 * M)[:] = table[first]
+                continue
+            places = patches_at[rows, None] + np.arange(M)
+            batch.patch_index[places] = timeline.patch_index + tokens
+            batch.patch_positions[places] = table[first].reshape(len(rows), M, 2)
 
     def _redrawn(self, plan: Plan, begin: int, end: int, error: BadShard) -> Plan:
         """Another plan of sequences [begin, end), those that touch a bad shard drawn anew."""
@@ -284,23 +307,31 @@ class Stream:
     @cached_property
     def _tables(self) -> Tables:
         T, L = len(self.timelines), self.config.sequence_length
+        kinds: dict[TimestepLayout, int] = {}
         tables = Tables(
-            np.empty((T, L), np.uint8), np.empty((T, L), np.int16), np.empty((T, L), bool), np.empty(T, np.int64)
+            tokens=np.empty((T, L), np.int32),
+            roles=np.empty((T, L), np.uint8),
+            positions=np.empty((T, L), np.int16),
+            supervised=np.empty((T, L), bool),
+            patches=np.empty(T, np.int64),
+            layout=np.empty(T, np.int64),
         )
         for n, timeline in enumerate(self.timelines):
             layout = timeline.layout
+            tables.tokens[n], tables.supervised[n] = timeline.plain, timeline.supervised
             tables.roles[n] = np.tile(layout.roles, timeline.width)[:L]
             tables.positions[n] = np.tile(layout.local_positions, timeline.width)[:L]
-            tables.supervised[n] = timeline.supervised
             tables.patches[n] = len(timeline.patch_index)
+            tables.layout[n] = kinds.setdefault(layout, len(kinds))
         return tables
 
-    def _patch_positions(self, task: int, mean: bool) -> np.ndarray:
-        """See `Timeline.patch_positions`; tasks of one layout share them."""
-        layout = self.timelines[task].layout
-        key = (layout, mean)
+    def _patch_positions(self, timeline: Timeline, mean: bool) -> np.ndarray:
+        """See `Timeline.patch_positions`: what a sequence takes from each place on, uint8 (places, 2 M), a view. Tasks
+        of one layout share it."""
+        key = (timeline.layout, mean)
         if key not in self._drawn:
-            self._drawn[key] = self.timelines[task].patch_positions(None if mean else self.seed)
+            bins = timeline.patch_positions(None if mean else self.seed).reshape(-1)
+            self._drawn[key] = np.lib.stride_tricks.sliding_window_view(bins, 2 * len(timeline.patch_index))
         return self._drawn[key]
 
 
@@ -312,8 +343,8 @@ def _unit(word: np.ndarray) -> np.ndarray:
 def _by_task(task: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """(task, where it stands, ascending) for every task in an array (n,)."""
     order = np.argsort(task, kind="stable")
-    tasks, first = np.unique(task[order], return_index=True)
-    return zip(tasks.tolist(), np.split(order, first[1:]))
+    first = np.flatnonzero(np.diff(task[order], prepend=-1))
+    return zip(task[order[first]].tolist(), np.split(order, first[1:]))
 
 
 def find_datasets(root: Path | str) -> list[str]:
