@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import etl
+from benchmarks import etl, scale, stream
 from benchmarks.etl import pair as timed
 from eval.agent import AgentConfig, GatoAgent, best_demonstration
 from schemas.vocabulary import SEED
@@ -36,28 +36,9 @@ def command(*arguments: str | Path) -> None:
     subprocess.run([sys.executable, "-m", *map(str, arguments)], check=True, capture_output=True)
 
 
-def bench_stream(folder: Path, name: str) -> None:
-    """Finished training batches against a sequential read of the same shard bytes."""
-    stream = Stream([folder / name], StreamConfig(sequence_length=1024), seed=0)
-    shards = [folder / name / shard.name for shard in stream.datasets[0].manifest.shards]
-    batch = stream.batch(0, 64)
-    needed = batch.patches.nbytes + 2 * batch.tokens.size
-    whole = np.concatenate([np.memmap(path, np.uint8, "r") for path in shards])
-    buffer = np.empty(needed, np.uint8)
-
-    def sequential() -> None:
-        for start in range(0, needed, len(whole)):
-            part = whole[: needed - start]
-            buffer[start : start + len(part)] = part
-
-    pair(f"stream, {name}: 64 finished sequences / memory copy of the bytes", lambda: stream.batch(0, 64), sequential,
-         "million tokens/s", 64 * 1024 / 1e6)  # fmt: skip
-
-
 def bench_loss(folder: Path) -> None:
     """Forward and backward of `tiny` with the fused loss against whole logits."""
-    stream = Stream([folder / "shards"], StreamConfig(sequence_length=256), seed=0)
-    batch = stream.batch(0, 16).to("cpu")
+    batch = Stream([folder / "shards"], StreamConfig(sequence_length=256), seed=0).batch(0, 16).to("cpu")
 
     def step(chunk: int) -> Callable[[], None]:
         objective = Objective(Gato(PRESETS["tiny"], SEED).initialise(0), LossConfig(soft_bins=8.0, chunk=chunk), [True])
@@ -94,12 +75,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         command("etl.record", "-e", "Hopper-v4", "--steps", "10000", "-o", folder / "d4rl")
-        command("etl.record", "-e", "ALE/Breakout-v5", "--steps", "2000", "-o", folder / "dqn")
         command("etl.build", "--source", "d4rl", "-i", folder / "d4rl", "-o", folder / "shards")
-        command("etl.build", "--source", "atari", "-i", folder / "dqn", "-o", folder / "atari")
         etl.run(folder / "etl")
-        bench_stream(folder, "shards")
-        bench_stream(folder, "atari")
+        stream.run(folder / "stream", stream.peers_python(Path(".venv-peers")))
+        scale.open_many(folder / "many")
+        scale.grow(folder / "grown")
         bench_loss(folder)
         bench_agent(folder)
 

@@ -51,7 +51,7 @@ class Loader(Iterator[list[Batch]]):
         self.stream, self.start, self.global_batch, self.micro_batch = stream, start, global_batch, micro_batch
         self.rank, self.share = rank, global_batch // world
         self.parts = self.share // micro_batch
-        ahead = max(self.parts, threads + 1) if threads else 0
+        ahead = max(self.parts, threads) if threads else 0
         self._free = [Memory(pinned) for _ in range(self.parts + ahead)]
         self._held: list[Memory] = []
         self._pending: deque[tuple[Memory, Future[Batch]]] = deque()

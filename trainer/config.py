@@ -40,7 +40,7 @@ class DataConfig:
     micro_batch: int = 8
     """Sequences a rank runs at once; the rest is accumulated."""
     threads: int = 1
-    """Threads a rank assembles batches with; 0: none, it waits for each."""
+    """Threads a rank assembles batches with; more than one help where storage is slow; 0: none, it waits for each."""
     stream: StreamConfig = field(default_factory=StreamConfig)
 
 

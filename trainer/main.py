@@ -9,6 +9,7 @@ next sequence. SIGTERM and SIGINT end it behind a saved checkpoint.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import signal
@@ -206,6 +207,7 @@ def _save(run: engine.Engine, config: TrainConfig, stream: Stream, step: int) ->
 
 
 def main() -> int:
+    faulthandler.enable()  # a mapped shard that is cut while it is read ends the process: say where
     recipe, local_rank, config = parse(sys.argv[1:])
     try:
         device = engine.start(local_rank)

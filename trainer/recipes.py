@@ -52,7 +52,7 @@ def _paper(name: str, deepspeed: str, micro_batch: int) -> TrainConfig:
     return TrainConfig(
         model=PRESETS[name],
         deepspeed=deepspeed,
-        data=DataConfig(micro_batch=micro_batch, threads=4),
+        data=DataConfig(micro_batch=micro_batch),
         run=RunConfig(output=Path(f"runs/{name}"), evaluate_every=1000, save_every=1000),
     )
 

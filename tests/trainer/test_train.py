@@ -1,5 +1,6 @@
 """The real command under the real launcher: world sizes, resuming after kills, damage, bad input."""
 
+import http.server
 import json
 import os
 import shutil
@@ -7,11 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainer.checkpoint import CheckpointError, latest, load_export
 
@@ -59,7 +63,7 @@ def finished(hopper, pong, tmp_path_factory):
 
 def test_a_run_leaves_an_export_that_loads(finished):
     model, info = load_export(finished / "export")
-    assert info.step == 6 and [task.name for task in info.tasks] == ["hopper-random-v4", "pong-run1"]
+    assert info.step == 6 and sorted(task.name for task in info.tasks) == ["hopper-random-v4", "pong-run1"]
     assert sum(p.numel() for p in model.parameters()) == model.parameter_counts()["total"]
     last = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
     assert {f"held_out/{t}/{f}" for t in ("hopper-random-v4",) for f in ("loss", "accuracy", "action_error")} <= set(
@@ -159,6 +163,61 @@ def test_bad_input_is_one_clear_line(finished, hopper, tmp_path):
         assert len(lines) == 1 and message in lines[0], done.stderr
     unknown = train(tmp_path / "b", [hopper], "--model.colour", "red", check=False)
     assert unknown.returncode != 0 and "colour" in unknown.stdout + unknown.stderr
+
+
+def figures(output, step):
+    return next(line for line in map(json.loads, (output / "metrics.jsonl").open()) if line["step"] == step)
+
+
+def test_what_the_model_has_seen_is_told(finished, hopper, pong):
+    own = figures(finished, 6)
+    counts = {name: own[f"data/sequences/{name}"] for name in ("hopper-random-v4", "pong-run1")}
+    assert sum(counts.values()) == 6 * 8 and set(counts.values()) == {24}
+    assert 0 <= own["data/wait_share"] < 1 and own["data/padding_share"] == 0
+    assert own["data/epochs/pong-run1"] > 0 and "cache/hits" not in own
+    events = EventAccumulator(str(finished / "tensorboard")).Reload()
+    assert {"data/wait_share", "data/sequences/pong-run1", "train/tokens_per_second"} <= set(events.Tags()["scalars"])
+
+
+@pytest.fixture
+def site(hopper, pong, tmp_path):
+    """Both datasets on a web server: their URLs and the folder that is served."""
+    for folder in (hopper, pong):
+        shutil.copytree(folder, tmp_path / "site" / folder.name)
+    handler = partial(QuietHandler, directory=str(tmp_path / "site"))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield [f"http://127.0.0.1:{server.server_port}/{folder.name}" for folder in (hopper, pong)], tmp_path / "site"
+    server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
+def test_remote_datasets_give_the_same_losses(finished, site, tmp_path):
+    pytest.importorskip("aiohttp")
+    urls, _ = site
+    cache = ["--data.cache.folder", str(tmp_path / "cache")]
+    train(tmp_path / "run", urls, *cache, steps=3, processes=2)
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished)[:3], abs=1e-6)
+    own = figures(tmp_path / "run", 3)
+    assert own["cache/misses"] > 0 and own["cache/bytes"] > 10_000
+    # and goes on from a local copy, since the data are the same
+    train(tmp_path / "run", [site[1] / Path(url).name for url in urls], steps=4, processes=2)
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished)[:4], abs=1e-6)
+
+
+def test_a_bad_shard_stops_a_run_or_is_skipped(site, tmp_path):
+    _, folder = site
+    (folder / "hopper" / "shard-000001.tar").unlink()
+    data = [folder / "hopper", folder / "pong"]
+    stopped = train(tmp_path / "run", data, check=False, steps=3)
+    lines = [line for line in stopped.stderr.splitlines() if line.startswith("error: ")]
+    assert stopped.returncode and len(lines) == 1 and "shard-000001.tar: missing" in lines[0]
+    train(tmp_path / "run", data, "--data.on-bad-shard", "skip", steps=3)
+    assert figures(tmp_path / "run", 3)["data/bad_shards"] == 1
 
 
 def test_the_gradient_norm_is_told(finished):
