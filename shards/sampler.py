@@ -49,8 +49,11 @@ def mixed(key: np.ndarray | np.uint64, *counters: Counter) -> np.ndarray:
 
 
 def below(word: np.ndarray, size: Counter) -> np.ndarray:
-    """Words to uniform integers in [0, size), size < 2**31, by their upper half: int64."""
-    return ((word >> np.uint64(32)) * np.asarray(size).astype(np.uint64) >> np.uint64(32)).astype(np.int64)
+    """Words to uniform integers in [0, size), int64: by their upper half, or where that is too short the remainder."""
+    size = np.asarray(size).astype(np.uint64)
+    if size.size and size.max() > 2**32:
+        return (word % np.maximum(size, np.uint64(1))).astype(np.int64)
+    return ((word >> np.uint64(32)) * size >> np.uint64(32)).astype(np.int64)
 
 
 def permuted(index: Counter, n: Counter, key: np.ndarray) -> np.ndarray:

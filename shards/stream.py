@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -23,13 +24,13 @@ import numpy as np
 
 from schemas.dataset import MANIFEST_NAME, TEXT_MODEL_NAME, DatasetError
 from schemas.episode import STRICT
-from schemas.layout import TimestepLayout
 from schemas.vocabulary import Vocabulary
 from shards.assembly import DRAWS, Part, Timeline
 from shards.batch import Batch, Memory
 from shards.folder import Folder
 from shards.reader import BadShard, Dataset, Store, Verify, check
 from shards.sampler import Places, Sampler, below, mixed, words
+from shards.tables import Tables
 
 OnBadShard = Literal["stop", "skip"]
 REDRAWS = 100
@@ -71,19 +72,6 @@ class Plan:
     evaluation: bool
 
 
-@dataclass(frozen=True)
-class Tables:
-    """What the sequences of a task have in common, for each of T tasks: the tokens that are not stored, roles,
-    positions, where loss may fall (T, L); patches of each, and the number of its layout (T,)."""
-
-    tokens: np.ndarray
-    roles: np.ndarray
-    positions: np.ndarray
-    supervised: np.ndarray
-    patches: np.ndarray
-    layout: np.ndarray
-
-
 class Stream:
     """Sequences of all tasks of `folders`, training split or held-out split."""
 
@@ -113,22 +101,21 @@ class Stream:
             )
         self.config, self.seed, self.held_out, self.datasets, self.skip = config, seed, held_out, datasets, skip
         self.redrawn = 0
-        self._drawn: dict[tuple[TimestepLayout, bool], np.ndarray] = {}
         check(datasets, verify)
         timelines = [
             Timeline(dataset, task, held_out, config.sequence_length)
             for dataset in datasets
             for task in range(len(dataset.manifest.tasks))
         ]
-        self.timelines = [timeline for timeline in timelines if timeline.total]
+        # by name, so that where the datasets lie does not matter
+        self.timelines = sorted((timeline for timeline in timelines if timeline.total), key=lambda t: t.name)
         if not self.timelines:
             raise DatasetError(
                 f"no {'held-out' if held_out else 'training'} episodes in {', '.join(map(str, folders))}"
             )
         self.tasks = [timeline.name for timeline in self.timelines]
-        if len(set(self.tasks)) < len(self.tasks):
-            twice = next(name for name in self.tasks if self.tasks.count(name) > 1)
-            raise DatasetError(f"task '{twice}' is in more than one dataset folder; name only one of them")
+        if twice := [name for name, following in pairwise(self.tasks) if name == following]:
+            raise DatasetError(f"task '{twice[0]}' is in more than one dataset folder; name only one of them")
         unknown = sorted(set(config.weights) - {timeline.name for timeline in timelines})
         if unknown:
             raise DatasetError(f"mixture weight for unknown task '{unknown[0]}'; tasks: {', '.join(self.tasks)}")
@@ -166,10 +153,14 @@ class Stream:
                 f"have {limit / 1e9:.3g}; raise --data.cache.gigabytes, or {remedy}"
             )
 
+    @cached_property
+    def _tables(self) -> Tables:
+        return Tables(self.timelines, self.config.sequence_length, self.seed)
+
     @property
     def fingerprint(self) -> str:
         """sha256 of all that decides sequence i; a resumed run must match it."""
-        body = [[d.manifest.fingerprint for d in self.datasets], asdict(self.config), self.seed, self.held_out]
+        body = [sorted(d.manifest.fingerprint for d in self.datasets), asdict(self.config), self.seed, self.held_out]
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
     def sequence(self, i: int) -> Batch:
@@ -228,17 +219,10 @@ class Stream:
                 begin, end = 0, end - begin
 
     def _filled(self, plan: Plan, begin: int, end: int, memory: Memory) -> Batch:
-        task, tables = plan.task[begin:end], self._tables
-        patches = tables.patches[task]
-        tasks = sorted(set(task.tolist()))
-        channels = max((self.timelines[t].layout.channels for t in tasks if tables.patches[t]), default=1)
-        batch = Batch.empty(task, self.config.sequence_length, int(patches.sum()), channels, memory)
+        task = plan.task[begin:end]
+        batch, patches_at = self._tables.batch(task, plan.draws[begin:end], plan.evaluation, memory)
         batch.sequence[:] = plan.i[begin:end]
-        for name in ("tokens", "roles", "positions", "supervised"):
-            np.take(getattr(tables, name), task, axis=0, out=getattr(batch, name), mode="clip")
-        batch.segments.fill(0)
-        patches_at = np.cumsum(patches) - patches
-        for t in tasks:
+        for t in sorted(set(task.tolist())):
             part, timeline = plan.parts[t], self.timelines[t]
             a, b = np.searchsorted(part.at, (begin, end)).tolist()
             at = part.at[a:b] - begin
@@ -246,27 +230,7 @@ class Stream:
             if not (self.config.prompt_loss or plan.evaluation):
                 length = part.prompt[a:b, None] * timeline.layout.length
                 batch.supervised[at] &= np.arange(self.config.sequence_length) >= length
-        if len(batch.patches):
-            self._place_patches(batch, plan.draws[begin:end], patches_at, plan.evaluation)
         return batch
-
-    def _place_patches(self, batch: Batch, draws: np.ndarray, patches_at: np.ndarray, mean: bool) -> None:
-        """Where a batch's patches stand among its tokens, and in their pictures."""
-        B, L = batch.tokens.shape
-        layouts = self._tables.layout[batch.tasks]
-        for layout in sorted(set(layouts[self._tables.patches[batch.tasks] > 0].tolist())):
-            rows = np.flatnonzero(layouts == layout)
-            timeline = self.timelines[int(batch.tasks[rows[0]])]
-            M = len(timeline.patch_index)
-            table, first = self._patch_positions(timeline, mean), draws[rows] * timeline.layout.patches * 2
-            tokens = (rows * L).astype(np.int32)[:, None]
-            if len(rows) * M == len(batch.patches):  # all of one layout, end to end
-                np.add(timeline.patch_index, tokens, out=batch.patch_index.reshape(-1, M))
-                batch.patch_positions.reshape(-1, 2 * M)[:] = table[first]
-                continue
-            places = patches_at[rows, None] + np.arange(M)
-            batch.patch_index[places] = timeline.patch_index + tokens
-            batch.patch_positions[places] = table[first].reshape(len(rows), M, 2)
 
     def _redrawn(self, plan: Plan, begin: int, end: int, error: BadShard) -> Plan:
         """Another plan of sequences [begin, end), those that touch a bad shard drawn anew."""
@@ -303,36 +267,6 @@ class Stream:
         longest = min(max(1, int(timeline.width * self.config.prompt_max_share)), timeline.width - 1)
         wanted = (_unit(asked) < self.config.prompt_probability) & bool(timeline.layout.action and longest)
         return np.where(wanted, 1 + below(size, longest), 0), _unit(end) < self.config.prompt_end_share, choice
-
-    @cached_property
-    def _tables(self) -> Tables:
-        T, L = len(self.timelines), self.config.sequence_length
-        kinds: dict[TimestepLayout, int] = {}
-        tables = Tables(
-            tokens=np.empty((T, L), np.int32),
-            roles=np.empty((T, L), np.uint8),
-            positions=np.empty((T, L), np.int16),
-            supervised=np.empty((T, L), bool),
-            patches=np.empty(T, np.int64),
-            layout=np.empty(T, np.int64),
-        )
-        for n, timeline in enumerate(self.timelines):
-            layout = timeline.layout
-            tables.tokens[n], tables.supervised[n] = timeline.plain, timeline.supervised
-            tables.roles[n] = np.tile(layout.roles, timeline.width)[:L]
-            tables.positions[n] = np.tile(layout.local_positions, timeline.width)[:L]
-            tables.patches[n] = len(timeline.patch_index)
-            tables.layout[n] = kinds.setdefault(layout, len(kinds))
-        return tables
-
-    def _patch_positions(self, timeline: Timeline, mean: bool) -> np.ndarray:
-        """See `Timeline.patch_positions`: what a sequence takes from each place on, uint8 (places, 2 M), a view. Tasks
-        of one layout share it."""
-        key = (timeline.layout, mean)
-        if key not in self._drawn:
-            bins = timeline.patch_positions(None if mean else self.seed).reshape(-1)
-            self._drawn[key] = np.lib.stride_tricks.sliding_window_view(bins, 2 * len(timeline.patch_index))
-        return self._drawn[key]
 
 
 def _unit(word: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.sampler import Sampler, below, permuted, random, words
+from shards.sampler import Places, Sampler, below, permuted, random, words
 
 
 def key(number: int) -> np.ndarray:
@@ -78,3 +78,53 @@ def test_a_weight_too_small_to_hold_is_refused():
         Sampler([5, 5], [1.0, 1e-6], 0, block=64)
     with pytest.raises(ValueError, match="weights"):
         Sampler([5], [-1.0], 0)
+
+
+@given(st.integers(1, 3000), st.integers(1, 60), st.integers(1, 9), st.integers(0, 2**40))
+@settings(max_examples=60, deadline=None)
+def test_a_stretch_of_an_epoch_uses_few_runs_and_every_window_comes_once(windows, run, together, seed):
+    sampler = Sampler([windows], [1.0], seed, runs=[run], together=[together])
+    found = sampler.places(np.arange(2 * windows + 256))  # a block's places come in any order
+    for epoch in range(2):
+        assert sorted(found.window[found.epoch == epoch].tolist()) == list(range(windows))
+    place = np.arange(windows)
+    task, epoch = np.zeros(windows, np.int64), np.zeros(windows, np.int64)
+    window = sampler._window(task, epoch, place)
+    size = run * together
+    tail = windows // run * run
+    for first in range(0, windows, size):
+        part = window[first : first + size]
+        assert len(set((part[part < tail] // run).tolist())) <= together
+    # prompts come from the same runs
+    beside = sampler.beside(Places(task, epoch, window, place), words(seed, "x", place))
+    whole = max(1, -(-(windows // run) // together))
+    group = np.minimum(place // size, whole - 1)
+    for number in range(whole):
+        assert set(beside[group == number].tolist()) <= set(window[group == number].tolist())
+
+
+def test_a_working_set_mixes_runs():
+    sampler = Sampler([10_000], [1.0], 3, runs=[100], together=[8])
+    first = sampler._window(np.zeros(800, np.int64), np.zeros(800, np.int64), np.arange(800))
+    assert len(set((first // 100).tolist())) == 8 and np.abs(np.diff(first)).mean() > 500
+    assert np.abs(np.diff(np.unique(first // 100))).max() > 1, "runs of a group are not neighbours"
+
+
+def test_blocks_grow_with_the_number_of_tasks():
+    sampler = Sampler([50] * 1000, [1.0] * 1000, 0)
+    assert sampler.block == 1024 and sampler.counts.min() == 1
+    assert Sampler([50, 50], [3.0, 1.0], 0).block == 256
+
+
+def test_what_was_seen_is_counted_at_once():
+    sampler = Sampler([7, 30, 4], [1.0, 2.0, 5.0], 3, block=64)
+    tasks = sampler.places(np.arange(1000)).task
+    for i in (0, 1, 63, 64, 65, 500, 999):
+        assert sampler.seen(i).tolist() == np.bincount(tasks[:i], minlength=3).tolist()
+
+
+@pytest.mark.parametrize("size", [1, 7, 2**31 + 5, 2**32, 2**33 + 1, 10**12])
+def test_numbers_below_any_size_are_even(size):
+    found = below(words(0, "x", np.arange(20_000)), size)
+    assert found.min() >= 0 and found.max() < size
+    assert abs(found.mean() / max(1, size - 1) - (0.5 if size > 1 else 0)) < 0.01
