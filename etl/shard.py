@@ -29,7 +29,7 @@ from schemas.dataset import INDEX_SCHEMA, TEXT_MODEL_NAME, DatasetError
 from schemas.episode import Document, RawEpisode, TaskSpec
 from schemas.vocabulary import by_name
 from shards.folder import Folder
-from shards.writer import ShardWriter, shard_name
+from shards.writer import ShardWriter, sample_key, shard_name
 
 BUILD_FOLDER = ".build"
 DOCUMENT_PIECE = 64  # pieces of a document are this many times longer than an episode's, in tokens
@@ -160,12 +160,11 @@ class _Shard:
 
     def _pieces(self, members: dict[str, np.ndarray], about: dict[str, Any], piece: int) -> None:
         T, number = about["episode_timesteps"], about["episode"]
-        safe = self.task.name.replace(".", "_").replace("/", "_")
         for start in range(0, T, piece):
             stop = min(start + piece, T)
             part = {name: array[start:stop] for name, array in members.items()}
             here = about | {"start": start, "timesteps": stop - start}
-            key = f"{safe}-{number:07d}-{start:07d}"
+            key = sample_key(self.task.name, number, start)
             where = self.writer.add(key, stop - start, part, here | {"task": self.task.name})
             for name, value in (here | where).items():
                 self.rows[name].append(value)

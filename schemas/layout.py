@@ -112,3 +112,20 @@ def layout_of(task: TaskSpec) -> TimestepLayout:
         else:
             observation += int(np.prod(spec.shape, dtype=np.int64))
     return TimestepLayout(text, rows, columns, channels, observation, task.action.size if task.action else 0)
+
+
+def members_of(task: TaskSpec) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The arrays that every sample of a task has: member -> (dtype, shape of one timestep)."""
+    layout = layout_of(task)
+    members: dict[str, tuple[str, tuple[int, ...]]] = {"tokens": ("<u2", (layout.stored,))}
+    if layout.patches:
+        members["patches"] = ("|u1", (layout.patches, PATCH_SIZE, PATCH_SIZE, layout.channels))
+    if task.action is None:
+        return members
+    members["reward"] = ("<f4", ())
+    continuous = [field for field in task.observation if field.kind == "continuous"]
+    if continuous:
+        members["observation"] = ("<f4", (sum(int(np.prod(f.shape, dtype=np.int64)) for f in continuous),))
+    if task.action.kind == "continuous":
+        members["action"] = ("<f4", (task.action.size,))
+    return members

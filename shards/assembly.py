@@ -10,7 +10,8 @@ takes the first timesteps of the grid and shares the segment of the episode behi
 What needs random numbers and searches is done for many sequences at once (`Timeline.part`), what is left for a batch
 are copies (`fill`), one a span, and look-ups in tables of the tasks.
 
-Invariant: an epoch shows every timestep at least once, fewer than W of them twice;
+Invariant: the windows of an epoch hold every timestep at least once, fewer than W of them twice (a prompt takes the
+place of a window's last timesteps);
 loss falls only on text and action tokens that have a predecessor in their segment, and not on a text's padding.
 
 Shapes: n sequences, s spans, W timesteps, K tokens a timestep, L tokens, P patches a timestep, M patches a sequence.

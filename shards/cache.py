@@ -15,6 +15,7 @@ import errno
 import fcntl
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,8 @@ from shards.folder import Folder
 
 T = TypeVar("T")
 STRIPES = 256
+WHOLE = re.compile(r"[0-9a-f]{64}")
+PART = re.compile(r"\.[0-9a-f]{64}\.(\d+)\.[0-9a-f]{8}\.tmp")
 POLL_SECONDS = 0.02
 FIRST_PAUSE = 0.25
 FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
@@ -77,6 +80,8 @@ class Cache:
     def __init__(self, config: CacheConfig):
         self.config = config
         self.folder = Path(config.folder).expanduser()
+        if not 0 < config.gigabytes < 1e9:
+            raise DatasetError(f"--data.cache.gigabytes {config.gigabytes} is no size; give a positive number")
         self.limit = int(config.gigabytes * 1e9)
         self.counts = Counts()
         self._counting = threading.Lock()
@@ -109,6 +114,10 @@ class Cache:
         self._count(misses=1, bytes=file.bytes)
         return path
 
+    def discard(self, file: Shard | FileDigest) -> None:
+        """Remove a copy that is not what its name says."""
+        (self.folder / file.sha256).unlink(missing_ok=True)
+
     def _tried(self, what: str, call: Callable[[], T]) -> T:
         pause = FIRST_PAUSE
         for attempt in range(1, self.config.attempts + 1):
@@ -117,6 +126,8 @@ class Cache:
             except (CacheFull, *FINAL):
                 raise
             except Exception as error:  # every store has exceptions of its own
+                if isinstance(error, DatasetError) and not isinstance(error, BadFile):
+                    raise
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
                     raise DatasetError(f"{self.folder}: {error.strerror}; free some of the disk, or name another "
                                        "folder by --data.cache.folder") from error  # fmt: skip
@@ -173,14 +184,13 @@ class Cache:
         with self._locked(".room"):
             free = self.limit
             candidates = []
-            for entry in os.scandir(self.folder):
-                if entry.name.startswith("."):
-                    if entry.name.endswith(".tmp") and not self._removed(Path(entry.path)):
-                        free -= int(entry.name.split(".")[2])
-                    continue
-                status = entry.stat()
-                free -= status.st_size
-                candidates.append((status.st_mtime_ns, status.st_size, Path(entry.path)))
+            for entry in os.scandir(self.folder):  # whatever else lies there is not ours
+                if part := PART.fullmatch(entry.name):
+                    free -= 0 if self._removed(Path(entry.path)) else int(part[1])
+                elif WHOLE.fullmatch(entry.name):
+                    status = entry.stat()
+                    free -= status.st_size
+                    candidates.append((status.st_mtime_ns, status.st_size, Path(entry.path)))
             for _, bytes_, path in sorted(candidates):
                 if free >= size:
                     break
@@ -218,13 +228,19 @@ class Cache:
         try:
             os.utime(path)
             return path.stat().st_size == size
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[BinaryIO]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / name, "wb") as file:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = open(self.folder / name, "wb")  # noqa: SIM115
+        except OSError as error:
+            raise DatasetError(
+                f"{self.folder}: cannot hold the cache ({error.strerror}); name another folder by --data.cache.folder"
+            ) from error
+        with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield file
 

@@ -35,7 +35,7 @@ class Folder:
         if self.local is None:
             try:
                 self.store, self.root = fsspec.core.url_to_fs(self.place, use_listings_cache=False)
-            except (ImportError, ValueError) as error:
+            except (ImportError, ValueError, OSError) as error:
                 raise DatasetError(f"{place}: {error}") from error
 
     def __str__(self) -> str:

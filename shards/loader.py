@@ -30,8 +30,9 @@ AHEAD = 4  # steps whose remote shards are fetched before they are needed
 
 class Loader(Iterator[list[Batch]]):
     """Endless steps from sequence `start` on: this rank's micro-batches of each global batch. A step's arrays are
-    written again once the next step is asked for. `threads` 0: all is done inside `next`. ValueError for a global
-    batch that ranks and micro-batches do not divide. `pinned`: see `Memory`."""
+    written again once the next step is asked for. After an error the same step is tried again. `threads` 0: all is
+    done inside `next`. ValueError for a global batch that ranks and micro-batches do not divide. `pinned`: see
+    `Memory`."""
 
     def __init__(
         self,
@@ -44,6 +45,18 @@ class Loader(Iterator[list[Batch]]):
         threads: int = 1,
         pinned: bool = False,
     ):
+        for name, value, least in (
+            ("start", start, 0),
+            ("global batch", global_batch, 1),
+            ("micro-batch", micro_batch, 1),
+            ("world size", world, 1),
+            ("rank", rank, 0),
+            ("threads", threads, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} {value}: must be {least} or more")
+        if rank >= world:
+            raise ValueError(f"rank {rank}: must be less than the world size {world}")
         if global_batch % (world * micro_batch):
             raise ValueError(
                 f"global batch {global_batch} is not a multiple of world size {world} x micro-batch {micro_batch}"
@@ -54,9 +67,9 @@ class Loader(Iterator[list[Batch]]):
         ahead = max(self.parts, threads) if threads else 0
         self._free = [Memory(pinned) for _ in range(self.parts + ahead)]
         self._held: list[Memory] = []
-        self._pending: deque[tuple[Memory, Future[Batch]]] = deque()
+        self._pending: deque[tuple[Memory, Future[tuple[Batch, int]]]] = deque()
         self._pool = ThreadPoolExecutor(threads, "stream") if threads else None
-        self._asked = self.step = 0  # micro-batches asked for, steps given
+        self._asked = self.step = self.redrawn = 0  # micro-batches asked for; steps given, their redrawn sequences
         self._together = max(1, PLANNED // micro_batch)
         self._plans: dict[int, Plan] = {}
         self._planning = threading.Lock()
@@ -69,22 +82,39 @@ class Loader(Iterator[list[Batch]]):
         begun = time.monotonic()
         self._free += self._held
         self._held = []
-        batches = []
         self._ask()
-        for _ in range(self.parts):
-            if self._pool is None:
-                memory = self._free.pop()
-                batches.append(self._part(self._next(), memory))
-            else:
-                memory, future = self._pending.popleft()
-                batches.append(future.result())
-            self._held.append(memory)
+        try:
+            parts = [self._give() for _ in range(self.parts)]
+        except BaseException:
+            self._start_over()
+            raise
+        batches = [batch for batch, _ in parts]
         self.step += 1
+        self.redrawn += sum(redrawn for _, redrawn in parts)
         self._waited += time.monotonic() - begun
         for batch in batches:
             self._tokens += batch.tokens.size
             self._padding += self._padded(batch)
         return batches
+
+    def _give(self) -> tuple[Batch, int]:
+        if self._pool is None:
+            self._held.append(self._free.pop())
+            return self._part(self._next(), self._held[-1])
+        memory, future = self._pending.popleft()
+        self._held.append(memory)
+        return future.result()
+
+    def _start_over(self) -> None:
+        """After an error: the next call tries the same step again."""
+        for memory, future in self._pending:
+            if not future.cancel():
+                future.exception()
+            self._free.append(memory)
+        self._pending.clear()
+        self._free += self._held
+        self._held = []
+        self._asked = self.step * self.parts
 
     def _ask(self) -> None:
         while self._pool is not None and self._free:
@@ -95,8 +125,8 @@ class Loader(Iterator[list[Batch]]):
         self._asked += 1
         return self._asked - 1
 
-    def _part(self, number: int, memory: Memory) -> Batch:
-        """Micro-batch `number` of this rank."""
+    def _part(self, number: int, memory: Memory) -> tuple[Batch, int]:
+        """Micro-batch `number` of this rank, and how many of its sequences were drawn anew."""
         plan, first = self._planned(number)
         begin = (number - first) * self.micro_batch
         return self.stream.fill(plan, begin, begin + self.micro_batch, memory)
@@ -150,7 +180,7 @@ class Loader(Iterator[list[Batch]]):
         if any(dataset.place.local is None for dataset in stream.datasets):
             figures |= {f"cache/{name}": value for name, value in vars(counts).items()}
         if bad := sum(len(dataset.bad) for dataset in stream.datasets):
-            figures |= {"data/bad_shards": bad, "data/redrawn_sequences": stream.redrawn}
+            figures |= {"data/bad_shards": bad, "data/redrawn_sequences": self.redrawn}
         self._waited, self._since, self._tokens, self._padding = 0.0, now, 0, 0
         return figures
 

@@ -6,6 +6,7 @@ descriptor, hence the limit, and with it a shared lock, which keeps a cached fil
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import resource
@@ -25,7 +26,8 @@ def mapped_bytes(path: Path) -> np.ndarray:
 
 
 class Maps:
-    """Maps by key. `limit`: half of the descriptors that the process may open, unless given. Thread-safe."""
+    """Maps by key. `limit`: half of the descriptors that the process may open, unless given; fewer where these turn
+    out to be taken. Thread-safe."""
 
     def __init__(self, limit: int | None = None):
         allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -43,7 +45,13 @@ class Maps:
 
     def open(self, key: Hashable, path: Path) -> np.ndarray:
         """Map a file and keep it open under a key; see `mapped_bytes`."""
-        mapped = mapped_bytes(path)
+        while True:
+            try:
+                mapped = mapped_bytes(path)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM) or not self.drop_oldest():
+                    raise
         with self._lock:
             self._open[key] = mapped
             while len(self._open) > self.limit:

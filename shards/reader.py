@@ -4,6 +4,7 @@
 
 Opening reads the manifest alone; `check` then checks what `verify` asks. 'size': all sizes. 'full': all sizes and
 hashes. 'auto': hashes up to 2 GiB in all, sizes up to 10,000 shards; beyond, a shard's size when it is first mapped.
+The tables' hashes are checked whenever they are mapped.
 A remote dataset's files come through the cache, which checks size and hash of each as it arrives.
 
 Invariant: nothing is copied, nothing is scanned and nothing is unpickled; what a row's member holds follows from the
@@ -34,7 +35,7 @@ from schemas.dataset import (
 )
 from schemas.files import sha256_of
 from schemas.layout import PATCH_SIZE, layout_of
-from shards.cache import BadFile, Cache, CacheConfig, CacheFull
+from shards.cache import WHOLE, BadFile, Cache, CacheConfig, CacheFull
 from shards.folder import Folder
 from shards.maps import Maps, mapped_bytes
 
@@ -162,22 +163,22 @@ class Dataset:
             ) from None
 
     def mapped(self, number: int) -> np.ndarray:
-        """The bytes (n,) uint8 of a shard; BadShard where it cannot be read."""
-        found = self.store.maps.get((self.place.place, number))
+        """The bytes (n,) uint8 of a shard; BadShard where it is missing or damaged."""
+        key = (self.place.place, number)
+        found = self.store.maps.get(key)
         if found is not None:
             return found
         if number in self.bad:
             raise BadShard(self.bad[number], self, number)
         shard = self.shard(number)
         try:
-            self._whole(shard, hashed=False)
-            found = self.store.maps.open((self.place.place, number), self.local(shard))
-        except BadFile as error:
+            found = self.store.maps.open(key, self._whole(shard, hashed=False))
+        except (BadFile, FileNotFoundError) as error:
             raise BadShard(str(error), self, number) from error
-        except (OSError, ValueError) as error:
-            if isinstance(error, DatasetError):
-                raise
-            raise BadShard(f"{self.place.path(shard.name)}: {error}; {_again(self.place)}", self, number) from error
+        except OSError as error:
+            raise DatasetError(
+                f"{self.place.path(shard.name)}: {error.strerror}; allow more open files (ulimit -n), or reading it"
+            ) from error
         if len(found) != shard.bytes:
             raise BadShard(
                 f"{self.place.path(shard.name)}: was cut while it was opened; {_again(self.place)}", self, number
@@ -208,18 +209,23 @@ class Dataset:
     def _inside(self, file: Any) -> Any:
         if "/" in file.name or file.name in ("", ".", ".."):
             raise DatasetError(f"{self.place}: file name '{file.name}' leaves the folder; refused")
+        if not WHOLE.fullmatch(file.sha256):
+            raise DatasetError(f"{self.place.path(file.name)}: sha256 '{file.sha256}' is none; refused")
         return file
 
     def _table(self, file: FileDigest, schema: pa.Schema) -> pa.Table:
-        path = self.local(file)
+        """A mapped table. Its hash is always checked, since whatever is read is found through it."""
+        path = self._whole(file, hashed=True)
         try:
             table = pa.ipc.open_file(pa.py_buffer(mapped_bytes(path))).read_all()
-        except FileNotFoundError:
-            raise DatasetError(f"{path}: missing; {_again(self.place)}") from None
-        except (pa.ArrowInvalid, OSError, ValueError) as error:
-            raise DatasetError(f"{path}: {error}; {_again(self.place)}") from None
+            table.validate()
+        except (pa.ArrowException, OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise DatasetError(f"{self.place.path(file.name)}: {reason}; {_again(self.place)}") from None
         if not table.schema.equals(schema):
-            raise DatasetError(f"{path}: unexpected columns; rebuild it with python -m etl.build")
+            raise DatasetError(f"{self.place.path(file.name)}: unexpected columns; rebuild it with python -m etl.build")
+        if table.num_rows != file.rows or any(column.null_count for column in table.columns):
+            raise DatasetError(f"{self.place.path(file.name)}: rows or values are missing; {_again(self.place)}")
         return table
 
     def check(self, hashed: bool, shards: bool) -> None:
@@ -235,10 +241,15 @@ class Dataset:
                     raise
                 self.bad[number] = str(error)
 
-    def _whole(self, file: Shard | FileDigest, hashed: bool) -> None:
+    def _whole(self, file: Shard | FileDigest, hashed: bool) -> Path:
+        """Where a file lies on this machine, of the right size and, if asked, hash. BadFile where it is not; a copy in
+        the cache is then fetched anew."""
         path = self.local(file)
         if self.place.local is None:
-            return  # was checked when it arrived
+            if hashed and sha256_of(path) != file.sha256:
+                self.store.cache.discard(file)
+                path = self.local(file)
+            return path
         if not path.is_file():
             raise BadFile(f"{path}: missing; {_again(self.place)}")
         if (size := path.stat().st_size) != file.bytes:
@@ -247,6 +258,7 @@ class Dataset:
         if hashed and sha256_of(path) != file.sha256:
             said = "sha256 differs from the manifest, the file is damaged"
             raise BadFile(f"{path}: {said}; remove it and {_again(self.place)}")
+        return path
 
 
 def check(datasets: Sequence[Dataset], verify: Verify) -> None:

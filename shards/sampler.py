@@ -22,6 +22,7 @@ from numpy.random import Generator, Philox
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's step
 ROUNDS = 4
+LARGEST_BLOCK = 2**18  # that is chosen by itself
 Counter = np.ndarray | int
 
 
@@ -117,10 +118,16 @@ class Sampler:
         share = np.asarray(weights, np.float64)
         if len(share) != len(windows) or not len(share):
             raise ValueError("one weight a task, and at least one task")
-        if not np.isfinite(share).all() or (share < 0).any() or not share.sum():
+        if not np.isfinite(share).all() or (share < 0).any() or not share.any():
             raise ValueError(f"mixture weights must be finite, not negative, not all zero: {weights}")
+        share /= share.max()
         share /= share.sum()
-        block = block or max(256, 2 ** math.ceil(math.log2(1 / share[share > 0].min())))
+        least = share[share > 0].min()
+        if block is None and least < 1 / LARGEST_BLOCK:
+            raise ValueError(
+                f"a task's weight is {least:.1e} of the mixture; make it 0, or {1 / LARGEST_BLOCK:.1e} or more"
+            )
+        block = block or max(256, 2 ** math.ceil(math.log2(1 / least)))
         exact = share * block
         counts = np.floor(exact).astype(np.int64)
         # largest remainder, ties to the earlier task

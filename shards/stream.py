@@ -77,7 +77,7 @@ class Stream:
 
     def __init__(
         self,
-        folders: Sequence[Path | str],
+        folders: Sequence[Path | str] | Path | str,
         config: StreamConfig,
         seed: int,
         held_out: bool = False,
@@ -85,8 +85,10 @@ class Stream:
         on_bad_shard: OnBadShard = "stop",
         store: Store | None = None,
     ):
+        folders = [folders] if isinstance(folders, str | Path) else list(folders)
         if not folders:
             raise DatasetError("no dataset given; build one with python -m etl.build and name its folder")
+        _check_config(config, seed)
         self.store = store or Store()
         skip = on_bad_shard == "skip"
         datasets = [Dataset(folder, None, self.store, skip) for folder in sorted(folders, key=str)]
@@ -100,7 +102,6 @@ class Stream:
                 f"with --text-model {next(iter(models.values()))}/{TEXT_MODEL_NAME}"
             )
         self.config, self.seed, self.held_out, self.datasets, self.skip = config, seed, held_out, datasets, skip
-        self.redrawn = 0
         check(datasets, verify)
         timelines = [
             Timeline(dataset, task, held_out, config.sequence_length)
@@ -170,11 +171,11 @@ class Stream:
     def batch(self, first: int, count: int) -> Batch:
         """Training sequences [first, first + count). BadShard where a shard that they need cannot be read, unless
         these are skipped."""
-        return self.fill(self.plan(np.arange(first, first + count)), 0, count)
+        return self.fill(self.plan(np.arange(first, first + count)), 0, count)[0]
 
     def evaluation_batch(self, task: int, windows: np.ndarray) -> Batch:
         """Windows (n,) of a task (modulo its count), no prompts, no phase, mean patch positions."""
-        return self.fill(self._evaluation_plan(task, np.asarray(windows)), 0, len(windows))
+        return self.fill(self._evaluation_plan(task, np.asarray(windows)), 0, len(windows))[0]
 
     def plan(self, i: np.ndarray, redraw: np.ndarray | None = None) -> Plan:
         """Where training sequences i (n,) come from. `redraw` (n,): how often each was drawn anew."""
@@ -206,12 +207,12 @@ class Stream:
         part = timeline.part(np.arange(n), begin, (begin, begin))
         return Plan(windows, np.full(n, task), redraw, np.zeros(n, np.int64), {task: part}, evaluation=True)
 
-    def fill(self, plan: Plan, begin: int, end: int, memory: Memory | None = None) -> Batch:
-        """Sequences [begin, end) of a plan, in `memory` where it is given."""
+    def fill(self, plan: Plan, begin: int, end: int, memory: Memory | None = None) -> tuple[Batch, int]:
+        """Sequences [begin, end) of a plan, in `memory` where it is given, and how many of them were drawn anew."""
         memory = memory or Memory()
         while True:
             try:
-                return self._filled(plan, begin, end, memory)
+                return self._filled(plan, begin, end, memory), int((plan.redraw[begin:end] > 0).sum())
             except BadShard as error:
                 if not self.skip:
                     raise
@@ -246,7 +247,6 @@ class Stream:
             touched = part.at[bad]
             touched = touched[(touched >= begin) & (touched < end)] - begin
             redraw[touched] += 1
-            self.redrawn += len(touched)
             if redraw.max() > REDRAWS:
                 raise DatasetError(f"task '{self.tasks[task]}': too little of it can be read; {error}") from error
         if plan.evaluation:
@@ -267,6 +267,23 @@ class Stream:
         longest = min(max(1, int(timeline.width * self.config.prompt_max_share)), timeline.width - 1)
         wanted = (_unit(asked) < self.config.prompt_probability) & bool(timeline.layout.action and longest)
         return np.where(wanted, 1 + below(size, longest), 0), _unit(end) < self.config.prompt_end_share, choice
+
+
+def _check_config(config: StreamConfig, seed: int) -> None:
+    """ValueError names a setting that makes no sense."""
+    shares = ("prompt_probability", "prompt_end_share", "prompt_max_share")
+    for name, least, most in (
+        ("sequence_length", 2, 2**24),
+        ("mixture_block", 1, 2**24),
+        ("working_set", 1, 2**31),
+        *((name, 0, 1) for name in shares),
+    ):
+        value = getattr(config, name)
+        if value is not None and not least <= value <= most:
+            setting = name.replace("_", "-")
+            raise ValueError(f"--data.stream.{setting} {value}: must be from {least} to {most}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed {seed}: must be from 0 to 2**63 - 1")
 
 
 def _unit(word: np.ndarray) -> np.ndarray:

@@ -1,37 +1,38 @@
 """Verifying a dataset: `python -m shards.verify FOLDER [--full]`.
 
-fast: manifest, file sizes, and every index row: inside its shard, of its layout's size, in its place
-full: every sha256 too, every member of every tar against the index, every token's id
+fast: manifest, tables, sizes, and every row of the index: in its place, inside its shard, of its layout's size
+full: every sha256 too, and every byte of every tar that is no payload: a shard must be exactly what the writer makes of
+      the index's rows; tokens must be ids, episodes' returns the sums of their rewards
 
-A tar is walked header by header. Nothing is extracted or unpickled, and whatever is no plain file of the kinds that
-the writer makes (a link, a device, a path, a pickle, an extended header, a size behind the end) is refused.
+A tar is walked by what it should hold. Nothing is extracted, parsed at its word or unpickled, so whatever else is in it
+(a path, a link, a device, a pickle, a size behind the end, an array of objects) is refused.
 
 Exit status 0 only if everything holds.
 """
 
 from __future__ import annotations
 
-import io
-import re
+import json
+import math
 import sys
-import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import pyarrow as pa
 import tyro
+from rich.console import Console
 from rich.progress import track
 
-from schemas.dataset import MEMBERS, DatasetError
-from schemas.layout import PATCH_SIZE, TimestepLayout
+from schemas.dataset import INDEX_NAME, MEMBERS, DatasetError
+from schemas.layout import members_of
 from schemas.vocabulary import VocabularyMismatch
 from shards.reader import Dataset
+from shards.writer import BLOCK, npy_header, sample_key, tar_header
 
-BLOCK = tarfile.BLOCKSIZE
-NAME = re.compile(rf"[^./\\\0]+\.(({'|'.join(MEMBERS)})\.npy|meta\.json)")
-DTYPES = {"tokens": "<u2", "patches": "|u1", "reward": "<f4", "observation": "<f4", "action": "<f4"}
+NAMED = ("episode", "start", "timesteps", "episode_timesteps", "episode_return", "terminated", "truncated")
+META_LIMIT = 2**20
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,23 @@ class Options:
     folders: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="FOLDER [FOLDER ...]")]]
     """Dataset folders or URLs, each with a dataset.json."""
     full: Annotated[bool, tyro.conf.arg(aliases=["-f"])] = False
-    """Also hash every file, and compare every tar member with the index."""
+    """Also hash every file, and compare every tar with the index."""
 
 
 def verify(folder: Path | str, full: bool) -> Dataset:
     """The opened dataset, or DatasetError."""
     dataset = Dataset(folder, "full" if full else "size")
+    for name, table in (("index", dataset.index), ("shards", dataset.shards)):
+        try:
+            table.validate(full=True)
+        except pa.ArrowException as error:
+            raise DatasetError(f"{dataset.place}: {name}.arrow: {str(error).splitlines()[0]}; rebuild it") from None
     _check_rows(dataset)
     if full:
         numbers = range(dataset.shards.num_rows)
-        for number in track(numbers, f"members of {dataset.place.name}", transient=True):
+        console = Console(stderr=True)
+        words = f"members of {dataset.place.name}"
+        for number in track(numbers, words, transient=True, console=console, disable=not console.is_terminal):
             _check_shard(dataset, number)
     return dataset
 
@@ -62,32 +70,39 @@ def _check_rows(dataset: Dataset) -> None:
 
     def refuse(wrong: np.ndarray, what: str) -> None:
         if wrong.any():
-            raise DatasetError(f"{place.path('index.arrow')}: row {int(np.argmax(wrong))} {what}; rebuild the dataset")
+            raise DatasetError(f"{place.path(INDEX_NAME)}: row {int(np.argmax(wrong))} {what}; rebuild the dataset")
 
-    numbers, timesteps, task = column("shard"), column("timesteps"), column("task")
+    numbers, timesteps, task = column("shard"), column("timesteps").astype(np.int64), column("task")
     refuse((numbers < 0) | (numbers >= shards), f"names a shard, of {shards}, that is not there")
     refuse(timesteps <= 0, "has no timestep")
+    refuse((task < 0) | (task >= len(tasks)), f"names a task, of {len(tasks)}, that is not there")
     sizes = dataset.shards.column("bytes").to_numpy()
-    for member in MEMBERS:
-        offset, length = column(f"{member}_offset"), column(f"{member}_bytes")
-        refuse((offset >= 0) & (offset + length > sizes[numbers]), f"points behind its shard's end ({member})")
+    rows = np.arange(len(task))
     for n, about in enumerate(tasks):
         first, stop = about.first_row, about.first_row + about.rows
-        own = np.zeros(len(task), bool)
-        own[first:stop] = True
+        own = (rows >= first) & (rows < stop)
         refuse((task == n) != own, f"is not where the manifest has the rows of task '{about.spec.name}'")
-        for member, width in _widths(dataset.layouts[n]).items():
-            wrong = own & (column(f"{member}_bytes") != width * timesteps)
-            refuse(wrong, f"has not as many bytes of '{member}' as its timesteps")
+        expected = members_of(about.spec)
+        for member in MEMBERS:
+            offset, length = column(f"{member}_offset"), column(f"{member}_bytes")
+            if member not in expected:
+                refuse(own & ((offset != -1) | (length != 0)), f"has '{member}', which its task has not")
+                continue
+            dtype, shape = expected[member]
+            width = math.prod(shape) * np.dtype(dtype).itemsize
+            refuse(own & (offset < 0), f"lacks '{member}'")
+            refuse(own & (length != width * timesteps), f"has not as many bytes of '{member}' as its timesteps")
+            refuse(own & (offset > sizes[numbers] - length), f"points behind its shard's end ({member})")
         for held_out in (False, True):
             a, b = dataset.span(n, held_out)
             stops, episodes = column("split_stop")[a:b], column("split_episode")[a:b]
             wrong = np.zeros(len(task), bool)
-            wrong[a:b] = stops != np.cumsum(timesteps[a:b], dtype=np.int64)
+            wrong[a:b] = stops != np.cumsum(timesteps[a:b])
             wrong[a:b] |= (column("held_out")[a:b] != held_out) | ~np.isin(np.diff(episodes, prepend=-1), (0, 1))
             refuse(wrong, "is out of order")
             total = about.held_out_timesteps if held_out else about.timesteps - about.held_out_timesteps
-            if (int(stops[-1]) if b > a else 0) != total:
+            count = about.held_out_episodes if held_out else about.episodes - about.held_out_episodes
+            if (int(stops[-1]), int(episodes[-1]) + 1) != (total, count) if b > a else total or count:
                 raise DatasetError(f"{place}: the manifest's counts of task '{about.spec.name}' are not the index's; "
                                    "rebuild the dataset")  # fmt: skip
     counts = np.bincount(numbers, minlength=shards), np.bincount(numbers, timesteps, shards)
@@ -97,76 +112,66 @@ def _check_rows(dataset: Dataset) -> None:
             raise DatasetError(f"{place}: the counts of {shard.name} are not the index's; rebuild the dataset")
 
 
-def _widths(layout: TimestepLayout) -> dict[str, int]:
-    """Bytes a timestep of the members whose size follows from the layout."""
-    return {"tokens": 2 * layout.stored, "patches": layout.patches * PATCH_SIZE**2 * layout.channels}
-
-
 def _check_shard(dataset: Dataset, number: int) -> None:
-    """Every member of the tar is one that the index names, at exactly that place, and the other way round."""
-    shard = dataset.shard(number)
-    path = dataset.place.path(shard.name)
+    """A shard is exactly the tar that the writer makes of the index's rows."""
     data = dataset.mapped(number)
     rows = np.flatnonzero(dataset.column("shard") == number)
-    expected = {
-        int(dataset.column(f"{member}_offset")[row]): (member, row, int(dataset.column(f"{member}_bytes")[row]))
-        for row in rows
-        for member in MEMBERS
-        if dataset.column(f"{member}_offset")[row] >= 0
-    }
-    vocabulary = dataset.manifest.vocabulary.size
-    names: set[str] = set()
-    for name, start, size in members(data, path):
-        if name in names:
-            raise DatasetError(f"{path}: member '{name}' is there twice; refused")
-        names.add(name)
-        if name.endswith(".meta.json"):
-            continue
-        kind = name.split(".")[1]
-        header, dtype = _npy_header(data[start : start + size], f"{path}: member '{name}'")
-        member, row, length = expected.pop(start + header, ("", -1, 0))
-        if member != kind or length != size - header or dtype != DTYPES[kind]:
-            raise DatasetError(f"{path}: member '{name}' is not what the index has at its place; rebuild the dataset")
-        if kind == "tokens" and length and int(dataset.tokens(int(row)).max()) >= vocabulary:
-            raise DatasetError(f"{path}: member '{name}' holds a token outside the {vocabulary} ids; rebuild it")
-    if expected:
-        member, row, _ = next(iter(expected.values()))
-        raise DatasetError(f"{path}: index row {row} '{member}' is no member of the tar; rebuild the dataset")
-
-
-def members(data: np.ndarray, path: str) -> Iterator[tuple[str, int, int]]:
-    """(name, first byte, size) of the members of a tar, given as bytes (n,) uint8. DatasetError for anything but the
-    plain files that the writer makes, and for a tar without an end."""
     at = 0
-    while True:
-        head = bytes(data[at : at + BLOCK])
-        if head == bytes(BLOCK) and not data[at:].any():
-            return
-        try:
-            info = tarfile.TarInfo.frombuf(head, "utf-8", "strict")
-        except (tarfile.HeaderError, UnicodeDecodeError, ValueError) as error:
-            raise DatasetError(f"{path}: no tar member at byte {at} ({error}); rebuild the dataset") from None
-        if info.type != tarfile.REGTYPE or not NAME.fullmatch(info.name):
-            raise DatasetError(f"{path}: member '{info.name}' is not a plain file of a Gato dataset; refused")
-        if info.size < 0 or at + BLOCK + info.size > len(data):
-            claim = f"claims {info.size} bytes, more than the file has"
-            raise DatasetError(f"{path}: member '{info.name}' {claim}; refused")
-        yield info.name, at + BLOCK, info.size
-        at += BLOCK + -(-info.size // BLOCK) * BLOCK
+    for row in rows[np.argsort(dataset.column("tokens_offset")[rows])].tolist():
+        at = _check_sample(dataset, number, data, at, row)
+    if len(data) - at != 2 * BLOCK or data[at:].any():
+        raise DatasetError(_says(dataset, number, at, "the tar's end is missing, or something stands before it"))
 
 
-def _npy_header(data: np.ndarray, what: str) -> tuple[int, str]:
-    """Bytes of an .npy header and the dtype that it names; DatasetError where it is none or names objects."""
-    stream = io.BytesIO(bytes(data[:4096]))
+def _check_sample(dataset: Dataset, number: int, data: np.ndarray, at: int, row: int) -> int:
+    """Check one sample's members from byte `at` on; returns the byte behind them."""
+    column, task = dataset.column, dataset.manifest.tasks[dataset.column("task")[row]].spec
+    T = int(column("timesteps")[row])
+    key = sample_key(task.name, int(column("episode")[row]), int(column("start")[row]))
+    for member, (dtype, shape) in members_of(task).items():
+        header, length = npy_header(dtype, (T, *shape)), int(column(f"{member}_bytes")[row])
+        name = f"{key}.{member}.npy"
+        head = tar_header(name, len(header) + length) + header
+        if bytes(data[at : at + len(head)]) != head or column(f"{member}_offset")[row] != at + len(head):
+            raise DatasetError(_says(dataset, number, at, f"not the member '{name}' that the index names"))
+        at = _padded(dataset, number, data, at + len(head) + length)
+    size = data[at + 124 : at + 135].tobytes()
+    length = int(size, 8) if set(size) <= set(b"01234567") else META_LIMIT
+    name = f"{key}.meta.json"
+    said = bytes(data[at + BLOCK : at + BLOCK + length]) if length < META_LIMIT else b""
+    if bytes(data[at : at + BLOCK]) != tar_header(name, length) or not _agrees(dataset, row, task.name, said):
+        raise DatasetError(_says(dataset, number, at, f"not the member '{name}' that the index names"))
+    if int(dataset.tokens(row).max()) >= dataset.manifest.vocabulary.size:
+        ids = dataset.manifest.vocabulary.size
+        raise DatasetError(_says(dataset, number, at, f"sample '{key}' holds a token outside the {ids} ids"))
+    if task.action and column("episode_timesteps")[row] == T:
+        total, told = float(dataset.reward(row).astype(np.float64).sum()), float(column("episode_return")[row])
+        if not math.isclose(total, told, rel_tol=1e-6, abs_tol=1e-6):
+            raise DatasetError(_says(dataset, number, at, f"rewards of '{key}' sum to {total}, the index says {told}"))
+    return _padded(dataset, number, data, at + BLOCK + length)
+
+
+def _agrees(dataset: Dataset, row: int, task: str, said: bytes) -> bool:
+    """Whether a sample's meta.json says what the index says."""
     try:
-        if np.lib.format.read_magic(stream) != (1, 0):
-            raise ValueError("not version 1.0")
-        _, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    except (ValueError, SyntaxError, TypeError) as error:
-        raise DatasetError(f"{what}: no .npy header ({error}); refused") from None
-    if fortran or dtype.hasobject:
-        raise DatasetError(f"{what}: holds objects, which would be unpickled, or is not in row order; refused")
-    return stream.tell(), dtype.str
+        meta = json.loads(said)
+    except ValueError:
+        return False
+    named = {name: dataset.column(name)[row].item() for name in NAMED}
+    return isinstance(meta, dict) and {name: meta.get(name) for name in (*NAMED, "task")} == named | {"task": task}
+
+
+def _padded(dataset: Dataset, number: int, data: np.ndarray, at: int) -> int:
+    """The next block's first byte, behind zeros."""
+    following = -(-at // BLOCK) * BLOCK
+    if data[at:following].any():
+        raise DatasetError(_says(dataset, number, at, "something stands between two members"))
+    return following
+
+
+def _says(dataset: Dataset, number: int, at: int, what: str) -> str:
+    path = dataset.place.path(dataset.shard(number).name)
+    return f"{path}: byte {at}: {what}; refused, rebuild the dataset"
 
 
 def main() -> int:

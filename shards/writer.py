@@ -32,6 +32,11 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
+def sample_key(task: str, episode: int, start: int) -> str:
+    """Name of a sample in its tar: of the piece of an episode that begins at timestep `start`."""
+    return f"{task.replace('.', '_').replace('/', '_')}-{episode:07d}-{start:07d}"
+
+
 class ShardWriter:
     """One shard, written to a temporary name; `close` makes it durable and gives it its name."""
 
@@ -54,7 +59,7 @@ class ShardWriter:
             if array is None:
                 where |= {f"{name}_offset": -1, f"{name}_bytes": 0}
                 continue
-            header = _npy_header(array.dtype.str, array.shape)
+            header = npy_header(array.dtype.str, array.shape)
             payload = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
             start = self._member(f"{key}.{name}.npy", header, payload)
             where |= {f"{name}_offset": start + len(header), f"{name}_bytes": len(payload)}
@@ -125,7 +130,8 @@ _NO_FILE_SUM = sum(_NO_FILE[:124]) + sum(_NO_FILE[135:148]) + 8 * ord(" ") + sum
 
 
 @lru_cache(maxsize=4096)
-def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """What an .npy file of that array begins with."""
     header = BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
     return header.getvalue()

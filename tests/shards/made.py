@@ -27,7 +27,7 @@ from schemas.files import sha256_of
 from schemas.layout import PATCH_SIZE, layout_of
 from schemas.vocabulary import SEED
 from shards.folder import Folder
-from shards.writer import ShardWriter, shard_name, write_file, write_manifest, write_table
+from shards.writer import ShardWriter, sample_key, shard_name, write_file, write_manifest, write_table
 
 PADDING = 31
 
@@ -77,7 +77,7 @@ def make(folder: Path, tasks: list[Task], piece: int = 1000, shards: int = 1, se
                     tokens = (episode * 1009 + t[:, None] * 31 + np.arange(layout.stored)) % SEED.size
                     members = {
                         "tokens": tokens.astype(np.uint16),
-                        "reward": np.ones(len(t), np.float32),
+                        "reward": np.ones(len(t), np.float32) if task.action else None,
                         "observation": rng.random((len(t), task.observation), np.float32) if task.observation else None,
                         "action": rng.random((len(t), task.action), np.float32) if task.action else None,
                     }
@@ -85,13 +85,22 @@ def make(folder: Path, tasks: list[Task], piece: int = 1000, shards: int = 1, se
                         shape = (len(t), layout.patches, PATCH_SIZE, PATCH_SIZE, layout.channels)
                         members["patches"] = rng.integers(0, 256, shape, np.uint8)
                     members = {name: array for name, array in members.items() if array is not None}
-                    key = f"{task.name}-{episode:07d}-{start:07d}"
+                    key = sample_key(task.name, episode, start)
                     row = {
                         "task": number, "shard": len(written), "episode": episode, "start": start, "timesteps": len(t),
                         "episode_timesteps": T, "episode_return": float(T), "terminated": True, "truncated": False,
                         "held_out": episode in task.held_out, "file": "made", "position": episode, "row": 0,
                     }  # fmt: skip
-                    row |= writer.add(key, len(t), members, {"timesteps": len(t)})
+                    said = (
+                        "episode",
+                        "start",
+                        "timesteps",
+                        "episode_timesteps",
+                        "episode_return",
+                        "terminated",
+                        "truncated",
+                    )
+                    row |= writer.add(key, len(t), members, {"task": task.name} | {name: row[name] for name in said})
                     for name, value in row.items():
                         columns.setdefault(name, []).append(value)
             written.append(asdict(writer.close()))
