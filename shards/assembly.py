@@ -148,21 +148,23 @@ class Timeline:
         """Circle positions [a, b) of prompts for windows that begin at `first` (n,): at most `length` timesteps of
         another episode than the window's first, its end or from anywhere; a = b where length is 0 or there is none.
         The episode is any, all alike, or where positions `near` (n,) are given, the one there or the next."""
-        own = self._episode(first)
+        a, b = np.zeros((2, len(first)), np.int64)
+        drawn = np.flatnonzero(length) if self.count > 1 else np.arange(0)
+        word, own = word[drawn], self._episode(first[drawn])
         if near is None:
             other = below(word, self.count - 1)
             other += other >= own
         else:
-            other = self._episode(near)
+            other = self._episode(near[drawn])
             other += other == own
             other[other == self.count] = 0
-        other = np.minimum(other, self.count - 1)
         row, behind = (np.searchsorted(self.episodes, other, side=side) for side in ("left", "right"))
         start, stop = self.ends[row] - self.lengths[row], self.ends[behind - 1]
-        length = np.minimum(length, stop - start) * (self.count > 1)
-        anywhere = start + below(mixed(word, 0), stop - start - length + 1)
-        a = np.where(from_end, stop - length, anywhere)
-        return a, a + length
+        taken = np.minimum(length[drawn], stop - start)
+        anywhere = start + below(mixed(word, 0), stop - start - taken + 1)
+        a[drawn] = np.where(from_end[drawn], stop - taken, anywhere)
+        b[drawn] = a[drawn] + taken
+        return a, b
 
     def _episode(self, position: np.ndarray) -> np.ndarray:
         return self.episodes[np.searchsorted(self.ends, position % self.total, side="right")]
@@ -175,12 +177,15 @@ class Timeline:
         a[::2], a[1::2] = prompt[0], first
         b[::2], b[1::2] = prompt[1], first + self.width - taken
         place[1::2] = taken
-        low, high = self._unrolled(a), self._unrolled(b - 1)
-        counts = np.where(b > a, high - low + 1, 0)
-        run = np.repeat(np.arange(2 * n), counts)
-        begins = np.cumsum(counts) - counts
-        unrolled = low[run] + np.arange(len(run)) - begins[run]
-        lap, row = np.divmod(unrolled, R)
+        runs = np.flatnonzero(b > a)
+        low = self._unrolled(a[runs])
+        lap, row = np.divmod(low, R)
+        further = np.flatnonzero(b[runs] > lap * self.total + self.ends[row])
+        high = low.copy()
+        high[further] = self._unrolled(b[runs[further]] - 1)
+        counts = high - low + 1
+        run, begins = np.repeat(runs, counts), np.cumsum(counts) - counts
+        lap, row = np.divmod(np.repeat(low - begins, counts) + np.arange(len(run)), R)
         start = np.maximum(a[run], lap * self.total + self.ends[row] - self.lengths[row])
         stop = np.minimum(b[run], lap * self.total + self.ends[row])
         grid = run // 2
@@ -241,25 +246,22 @@ class Timeline:
         if layout.patches:
             self._fill_patches(batch, part.patches, part, spans, np.divmod(place, W), count, patches_at)
         values = stored.view(np.uint16).reshape(n, W, layout.stored)
-        whole = n == len(batch.tokens)
-        tokens = batch.tokens if whole else batch.tokens[at]
+        rows: np.ndarray | slice = slice(None) if n == len(batch.tokens) else at
         full, cut = L // K, L % K
-        grid = tokens[:, : full * K].reshape(n, full, K)
+        grid = batch.tokens[:, : full * K].reshape(-1, full, K)
         for first, column, width in layout.stored_blocks:
-            grid[:, :, column : column + width] = values[:, :full, first : first + width]
+            grid[rows, :, column : column + width] = values[:, :full, first : first + width]
             if cut > column:
                 last = values[:, full, first : first + min(width, cut - column)]
-                tokens[:, full * K + column : full * K + column + last.shape[1]] = last
-        if not whole:
-            batch.tokens[at] = tokens
+                batch.tokens[rows, full * K + column : full * K + column + last.shape[1]] = last
         if part.fresh[spans].any():
             fresh = part.fresh[spans]
-            rows, behind = at[place[fresh] // W], place[fresh] % W * K
-            batch.supervised[rows, behind] = False
-            for row, token in zip(rows.tolist(), behind.tolist()):
+            begun, behind = at[place[fresh] // W], place[fresh] % W * K
+            batch.supervised[begun, behind] = False
+            for row, token in zip(begun.tolist(), behind.tolist()):
                 batch.segments[row, token:] += 1
         if layout.text and layout.action:
-            batch.supervised[at] &= np.tile(layout.roles != TEXT, W)[:L] | (tokens != self.padding)
+            batch.supervised[at] &= np.tile(layout.roles != TEXT, W)[:L] | (batch.tokens[at] != self.padding)
 
     def _fill_patches(
         self,

@@ -13,6 +13,7 @@ manifest's task layout, never from the shard's own headers.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -250,9 +251,11 @@ class Dataset:
                 self.store.cache.discard(file)
                 path = self.local(file)
             return path
-        if not path.is_file():
-            raise BadFile(f"{path}: missing; {_again(self.place)}")
-        if (size := path.stat().st_size) != file.bytes:
+        try:
+            size = os.stat(path).st_size
+        except (FileNotFoundError, NotADirectoryError):
+            raise BadFile(f"{path}: missing; {_again(self.place)}") from None
+        if size != file.bytes:
             said = f"{size} bytes, the manifest says {file.bytes}"
             raise BadFile(f"{path}: {said}; remove it and {_again(self.place)}")
         if hashed and sha256_of(path) != file.sha256:
