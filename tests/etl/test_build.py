@@ -183,7 +183,9 @@ def test_one_interrupt_ends_a_build_with_one_line(tmp_path):
     d4rl_file(tmp_path / "a-medium-v4.hdf5", episodes=3000)
     place = tmp_path / "d"
     command = [sys.executable, "-m", "etl.build", "-i", str(tmp_path), "-o", str(place), *SMALL]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # a shell's background jobs ignore interrupts, and so would this one
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     while process.poll() is None and len(list(place.glob("shard-*.tar"))) < 3:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
