@@ -52,9 +52,10 @@ def mixed(key: np.ndarray | np.uint64, *counters: Counter) -> np.ndarray:
 def below(word: np.ndarray, size: Counter) -> np.ndarray:
     """Words to uniform integers in [0, size), int64: by their upper half, or where that is too short the remainder."""
     size = np.asarray(size).astype(np.uint64)
-    if size.size and size.max() > 2**32:
-        return (word % np.maximum(size, np.uint64(1))).astype(np.int64)
-    return ((word >> np.uint64(32)) * size >> np.uint64(32)).astype(np.int64)
+    number = (word >> np.uint64(32)) * size >> np.uint64(32)
+    if (long := size > np.uint64(2**32)).any():
+        number = np.where(long, word % np.maximum(size, np.uint64(1)), number)
+    return number.astype(np.int64)
 
 
 def permuted(index: Counter, n: Counter, key: np.ndarray) -> np.ndarray:
@@ -147,6 +148,11 @@ class Sampler:
         ordinal = block * self.counts[task] + slot - self.first_slot[task]
         epoch, place = np.divmod(ordinal, self.windows[task])
         return Places(task, epoch, self._window(task, epoch, place), place)
+
+    @property
+    def mixes_runs(self) -> bool:
+        """Whether runs of windows are kept together."""
+        return self.runs is not None
 
     def beside(self, places: Places, word: np.ndarray) -> np.ndarray:
         """Other windows (n,), chosen by words (n,) from the runs that are mixed with each place's own."""

@@ -29,7 +29,7 @@ from shards.assembly import DRAWS, Part, Timeline
 from shards.batch import Batch, Memory
 from shards.folder import Folder
 from shards.reader import BadShard, Dataset, Store, Verify, check
-from shards.sampler import Places, Sampler, below, mixed, words
+from shards.sampler import Sampler, below, mixed, words
 from shards.tables import Tables
 
 OnBadShard = Literal["stop", "skip"]
@@ -181,22 +181,19 @@ class Stream:
         """Where training sequences i (n,) come from. `redraw` (n,): how often each was drawn anew."""
         places = self.sampler.places(i)
         redraw = np.zeros(len(i), np.int64) if redraw is None else redraw
+        total, width, longest = (self._sizes[name][places.task] for name in ("total", "width", "longest"))
+        phase = below(words(self.seed, "phase", places.epoch, places.task), total)
+        begin = (phase + places.window * width) % total
+        length, from_end, choice = self._prompts(i, longest)
+        if redraw.any():
+            anew = below(words(self.seed, "redraw", i, redraw), total)
+            begin, choice = np.where(redraw > 0, anew, begin), np.where(redraw > 0, mixed(choice, redraw), choice)
+        near = phase + self.sampler.beside(places, mixed(choice, 1)) * width if self.sampler.mixes_runs else None
         parts = {}
         for task, at in _by_task(places.task):
-            timeline, own = self.timelines[task], i[at]
-            here = Places(places.task[at], places.epoch[at], places.window[at], places.place[at])
-            phase = below(words(self.seed, "phase", here.epoch, task), timeline.total)
-            begin = (phase + here.window * timeline.width) % timeline.total
-            length, from_end, choice = self._prompts(timeline, own)
-            again = redraw[at]
-            if again.any():
-                anew = below(words(self.seed, "redraw", own, again), timeline.total)
-                begin, choice = np.where(again > 0, anew, begin), np.where(again > 0, mixed(choice, again), choice)
-            near = None
-            if self.sampler.runs is not None:
-                near = phase + self.sampler.beside(here, mixed(choice, 1)) * timeline.width
-            a, b = timeline.prompts(begin, length, from_end, choice, near)
-            parts[task] = timeline.part(at, begin, (a, b))
+            timeline, beside = self.timelines[task], None if near is None else near[at]
+            prompt = timeline.prompts(begin[at], length[at], from_end[at], choice[at], beside)
+            parts[task] = timeline.part(at, begin[at], prompt)
         return Plan(i, places.task, redraw, below(words(self.seed, "patch", i), DRAWS), parts, evaluation=False)
 
     def _evaluation_plan(self, task: int, windows: np.ndarray, redraw: np.ndarray | None = None) -> Plan:
@@ -261,12 +258,23 @@ class Stream:
                 for number in np.unique(part.shard).tolist():
                     dataset.prefetch(number)
 
-    def _prompts(self, timeline: Timeline, i: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Length in timesteps (0: none), whether from an episode's end, and the word that chooses, of sequences i."""
+    def _prompts(self, i: np.ndarray, longest: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Length in timesteps (0: none) up to `longest`, whether from an episode's end, and the word that chooses, of
+        sequences i."""
         asked, end, size, choice = words(self.seed, "prompt", i, np.arange(4)[:, None])
-        longest = min(max(1, int(timeline.width * self.config.prompt_max_share)), timeline.width - 1)
-        wanted = (_unit(asked) < self.config.prompt_probability) & bool(timeline.layout.action and longest)
+        wanted = (_unit(asked) < self.config.prompt_probability) & (longest > 0)
         return np.where(wanted, 1 + below(size, longest), 0), _unit(end) < self.config.prompt_end_share, choice
+
+    @cached_property
+    def _sizes(self) -> dict[str, np.ndarray]:
+        """Of each task, int64 (T,): timesteps, timesteps of a window, and of the longest prompt."""
+        share = self.config.prompt_max_share
+        longest = [min(max(1, int(t.width * share)), t.width - 1) if t.layout.action else 0 for t in self.timelines]
+        return {
+            "total": np.array([timeline.total for timeline in self.timelines]),
+            "width": np.array([timeline.width for timeline in self.timelines]),
+            "longest": np.array(longest),
+        }
 
 
 def _check_config(config: StreamConfig, seed: int) -> None:

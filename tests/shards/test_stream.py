@@ -98,7 +98,7 @@ def test_prompts_come_as_often_as_asked_and_from_other_episodes(hopper):
     config = StreamConfig(sequence_length=L, mixture_block=8)
     stream = Stream([hopper], config, seed=1)
     timeline, i = stream.timelines[0], np.arange(4000)
-    length, from_end, word = stream._prompts(timeline, i)
+    length, from_end, word = stream._prompts(i, np.full(len(i), timeline.width // 2))
     assert abs((length > 0).mean() - 0.25) < 0.03
     assert set(length[length > 0].tolist()) == set(range(1, timeline.width // 2 + 1))
     assert abs(from_end[length > 0].mean() - 0.5) < 0.06
