@@ -100,15 +100,15 @@ class Dataset:
         if not 0 <= number < self.shards.num_rows:
             raise DatasetError(f"{self.place}: the index names shard {number} of {self.shards.num_rows}; rebuild it")
         if number not in self._shards:
-            row = {name: self.shards.column(name)[number].as_py() for name in SHARD_SCHEMA.names}
-            self._shards[number] = self._inside(Shard(**row))
+            self._shards[number] = self._inside(Shard(**self.shards.slice(number, 1).to_pylist()[0]))
         return self._shards[number]
 
     def column(self, name: str) -> np.ndarray:
         """One index column (rows,), zero-copy for numbers."""
         if name not in self._columns:
-            chunk = self.index.column(name).combine_chunks()
-            self._columns[name] = chunk.to_numpy(zero_copy_only=False)
+            column = self.index.column(name)  # one chunk, as the writer makes it; combining would copy it
+            values = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+            self._columns[name] = values.to_numpy(zero_copy_only=False)
         return self._columns[name]
 
     def span(self, task: int, held_out: bool) -> tuple[int, int]:

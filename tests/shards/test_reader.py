@@ -89,6 +89,9 @@ def test_unmodified_webdataset_reads_the_same_arrays(pong):
 def test_arrays_are_views_not_copies(hopper):
     dataset = Dataset(hopper)
     assert not dataset.tokens(0).flags.owndata and not dataset.tokens(0).flags.writeable
+    for name in ("split_stop", "timesteps", "shard", "tokens_offset"):
+        mapped = dataset.index.column(name).chunk(0).buffers()[1]
+        assert dataset.column(name).ctypes.data == mapped.address, f"{name} was copied"
 
 
 def test_trajectories_join_the_pieces_of_an_episode(hopper, pong):
