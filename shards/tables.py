@@ -25,15 +25,21 @@ class Tables:
         self.tokens, self.positions = np.empty((T, L), np.int32), np.empty((T, L), np.int16)
         self.roles, self.supervised = np.empty((T, L), np.uint8), np.empty((T, L), bool)
         self.patches, self.channels, self.kind = (np.empty(T, np.int64) for _ in range(3))
-        kinds: dict[TimestepLayout, int] = {}
+        first: dict[TimestepLayout, int] = {}
         for n, timeline in enumerate(timelines):
             layout = timeline.layout
+            like = first.setdefault(layout, n)
+            if like < n:  # tasks of one layout look alike
+                for table in (self.tokens, self.positions, self.roles, self.supervised, self.patches, self.channels):
+                    table[n] = table[like]
+                self.kind[n] = like
+                continue
             self.tokens[n], self.supervised[n] = timeline.plain, timeline.supervised
             self.roles[n] = np.tile(layout.roles, timeline.width)[:L]
             self.positions[n] = np.tile(layout.local_positions, timeline.width)[:L]
             self.patches[n] = len(timeline.patch_index)
             self.channels[n] = layout.channels if layout.patches else 1
-            self.kind[n] = kinds.setdefault(layout, len(kinds))
+            self.kind[n] = n
         self._drawn: dict[tuple[TimestepLayout, bool], np.ndarray] = {}
 
     def batch(self, task: np.ndarray, draws: np.ndarray, mean: bool, memory: Memory) -> tuple[Batch, np.ndarray]:
