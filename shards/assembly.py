@@ -70,7 +70,7 @@ class Timeline:
     """One task's episodes of one split (training or held out), end to end on a circle."""
 
     def __init__(self, dataset: Dataset, task: int, held_out: bool, sequence_length: int):
-        self.dataset, self.task, self.held_out, self.sequence_length = dataset, task, held_out, sequence_length
+        self.dataset, self.task, self.sequence_length = dataset, task, sequence_length
         self.layout: TimestepLayout = dataset.layouts[task]
         about = dataset.manifest.tasks[task]
         self.total = about.held_out_timesteps if held_out else about.timesteps - about.held_out_timesteps
@@ -244,7 +244,7 @@ class Timeline:
         stored = memory.take("stored", np.uint8, n * W * size)
         self._copy(part, part.tokens, spans, place * size, count * size, stored)
         if layout.patches:
-            self._fill_patches(batch, part.patches, part, spans, np.divmod(place, W), count, patches_at)
+            self._fill_patches(batch, part, spans, np.divmod(place, W), count, patches_at)
         values = stored.view(np.uint16).reshape(n, W, layout.stored)
         rows: np.ndarray | slice = slice(None) if n == len(batch.tokens) else at
         full, cut = L // K, L % K
@@ -266,7 +266,6 @@ class Timeline:
     def _fill_patches(
         self,
         batch: Batch,
-        sources: np.ndarray,
         part: Part,
         spans: slice,
         where: tuple[np.ndarray, np.ndarray],
@@ -279,10 +278,10 @@ class Timeline:
         shown = np.minimum(count * P, M - place * P)  # the last timestep may be cut
         target = patches_at[sequence] + place * P
         if batch.patches.shape[3] == self.layout.channels:
-            self._copy(part, sources, spans, target * size, shown * size, batch.patches.reshape(-1))
+            self._copy(part, part.patches, spans, target * size, shown * size, batch.patches.reshape(-1))
             return
         grey = np.empty(int((target + shown).max()) * size, np.uint8)
-        self._copy(part, sources, spans, target * size, shown * size, grey)
+        self._copy(part, part.patches, spans, target * size, shown * size, grey)
         for first in patches_at.tolist():
             batch.patches[first : first + M] = grey[first * size : (first + M) * size].reshape(M, *PATCH, -1)
 

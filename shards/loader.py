@@ -74,8 +74,11 @@ class Loader(Iterator[list[Batch]]):
         self._plans: dict[int, Plan] = {}
         self._planning = threading.Lock()
         self._waited, self._since, self._tokens, self._padding = 0.0, time.monotonic(), 0, 0
+        told = [t for t in stream.timelines if t.layout.text and t.layout.action]
+        self._paddings = sorted({timeline.padding for timeline in told if timeline.padding >= 0})
+        self._remote = any(dataset.place.local is None for dataset in stream.datasets)
         self._closed = threading.Event()
-        if any(dataset.place.local is None for dataset in stream.datasets):
+        if self._remote:
             threading.Thread(target=self._prefetch, name="prefetch", daemon=True).start()
 
     def __next__(self) -> list[Batch]:
@@ -160,10 +163,9 @@ class Loader(Iterator[list[Batch]]):
 
     def _padded(self, batch: Batch) -> int:
         """Tokens that fill a text up to its length."""
-        texts = {t.padding for t in self.stream.timelines if t.layout.text and t.layout.action and t.padding >= 0}
-        if not texts:
+        if not self._paddings:
             return 0
-        return int(np.isin(batch.tokens[batch.roles == TEXT], list(texts)).sum())
+        return int(np.isin(batch.tokens[batch.roles == TEXT], self._paddings).sum())
 
     def figures(self) -> dict[str, float]:
         """Since the last call: the share of the time that the trainer waited, of tokens that are padding. Since
@@ -177,7 +179,7 @@ class Loader(Iterator[list[Batch]]):
         }
         for name, timeline, count in zip(stream.tasks, stream.timelines, seen.tolist()):
             figures |= {f"data/sequences/{name}": count, f"data/epochs/{name}": count / timeline.windows}
-        if any(dataset.place.local is None for dataset in stream.datasets):
+        if self._remote:
             figures |= {f"cache/{name}": value for name, value in vars(counts).items()}
         if bad := sum(len(dataset.bad) for dataset in stream.datasets):
             figures |= {"data/bad_shards": bad, "data/redrawn_sequences": self.redrawn}
