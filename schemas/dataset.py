@@ -136,6 +136,12 @@ class TaskSummary:
     clipped_observations: int
     cut_texts: int
 
+    def split(self, held_out: bool) -> tuple[int, int]:
+        """Timesteps and episodes that are held out, or that are trained on."""
+        if held_out:
+            return self.held_out_timesteps, self.held_out_episodes
+        return self.timesteps - self.held_out_timesteps, self.episodes - self.held_out_episodes
+
 
 @dataclass(frozen=True)
 class Manifest:

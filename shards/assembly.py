@@ -72,9 +72,7 @@ class Timeline:
     def __init__(self, dataset: Dataset, task: int, held_out: bool, sequence_length: int):
         self.dataset, self.task, self.sequence_length = dataset, task, sequence_length
         self.layout: TimestepLayout = dataset.layouts[task]
-        about = dataset.manifest.tasks[task]
-        self.total = about.held_out_timesteps if held_out else about.timesteps - about.held_out_timesteps
-        self.count = about.held_out_episodes if held_out else about.episodes - about.held_out_episodes
+        self.total, self.count = dataset.manifest.tasks[task].split(held_out)
         self.first, stop = dataset.span(task, held_out)
         self.pieces = stop - self.first
         self.width = -(-sequence_length // self.layout.length)

@@ -100,9 +100,8 @@ def _check_rows(dataset: Dataset) -> None:
             wrong[a:b] = stops != np.cumsum(timesteps[a:b])
             wrong[a:b] |= (column("held_out")[a:b] != held_out) | ~np.isin(np.diff(episodes, prepend=-1), (0, 1))
             refuse(wrong, "is out of order")
-            total = about.held_out_timesteps if held_out else about.timesteps - about.held_out_timesteps
-            count = about.held_out_episodes if held_out else about.episodes - about.held_out_episodes
-            if (int(stops[-1]), int(episodes[-1]) + 1) != (total, count) if b > a else total or count:
+            held = (int(stops[-1]), int(episodes[-1]) + 1) if b > a else (0, 0)
+            if held != about.split(held_out):
                 raise DatasetError(f"{place}: the manifest's counts of task '{about.spec.name}' are not the index's; "
                                    "rebuild the dataset")  # fmt: skip
     counts = np.bincount(numbers, minlength=shards), np.bincount(numbers, timesteps, shards)
