@@ -58,7 +58,9 @@ def test_killed_at_random_moments(inputs, built, tmp_path, workers):
             kill_tree(process.pid)
         process.communicate()
         finished = (tmp_path / "d" / "dataset.json").exists()
-        assert finished == (process.returncode == 0)
+        # a kill may fall between the manifest, which comes last, and the end of the process
+        assert finished or process.returncode != 0
+        assert not finished or digests(tmp_path / "d") == digests(reference)
     run("etl.build", "--input", inputs, "--output", tmp_path / "d", *SHARDS, "--workers", workers)
     assert digests(tmp_path / "d") == digests(reference)
     assert not [p.name for p in (tmp_path / "d").iterdir() if p.name.startswith(".")]
