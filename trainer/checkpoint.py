@@ -1,32 +1,43 @@
 """Checkpoints that can be trusted, and the export that everything else loads.
 
-    RUN/checkpoints/step-00000200/...   written by DeepSpeed, every rank its part
-    RUN/checkpoints/latest.json         pointer: step, next sequence, sha256 of every file; renamed into place last
-    RUN/export/weights.safetensors      weights alone
-    RUN/export/model.json               shape, vocabulary, tasks, hash of the weights; renamed into place last
+    RUN/checkpoints/step-00000200/part-00000.safetensors   a rank's share of weights and optimiser states, by name
+    RUN/checkpoints/step-00000200.json                     step, next sequence, sha256 of every part; renamed into
+                                                           place last, when all ranks have finished
+    RUN/export/weights.safetensors                         weights alone
+    RUN/export/model.json                                  shape, vocabulary, tasks, hash of the weights; renamed last
 
-Invariant: nothing is loaded before its hash matches; a folder that the pointer does
-not name does not exist.
+There is no other state: learning rate, data, stochastic depth and dropout are functions of the step, the sequence and
+the seed, so no generator's state needs to be kept.
+
+Invariant: nothing is loaded before its hash matches, and nothing is unpickled; a folder that no record names does not
+exist.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import os
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor
 
 from schemas.episode import STRICT, TaskSpec
-from schemas.files import atomic_write, sha256_of
+from schemas.files import atomic_write, sha256_of, sync_folder, temporary_name
 from schemas.vocabulary import Vocabulary
 from trainer.model import Gato, ModelConfig
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 EXPORT_VERSION = 1
 
 
@@ -35,68 +46,142 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
-class Pointer:
-    """What `latest.json` says. `state` is small JSON of the trainer's: stream fingerprint, configuration."""
+class Record:
+    """What vouches for a checkpoint. `applied`: optimiser steps, those that were skipped left out; `score`: mean
+    held-out loss at this step, where it was evaluated; `state`: what a run that goes on must agree on; `files`:
+    sha256 of every part."""
 
     __pydantic_config__ = STRICT
     version: int
-    tag: str
     step: int
     next_sequence: int
+    applied: int
     world_size: int
+    zero_stage: int
+    score: float | None
     state: dict[str, Any]
     files: dict[str, str]
 
-
-_POINTER: TypeAdapter[Pointer] = TypeAdapter(Pointer)
-
-
-def publish(folder: Path, pointer: Pointer, keep_last: int) -> None:
-    """Hash the files of a checkpoint that all ranks have finished, then point at it, then drop old ones.
-    Call on one rank, behind a barrier."""
-    root = folder / pointer.tag
-    files = {str(path.relative_to(root)): sha256_of(path) for path in sorted(root.rglob("*")) if path.is_file()}
-    for name in (f"{pointer.tag}.json", "latest.json"):
-        with atomic_write(folder / name) as file:
-            file.write(json.dumps(asdict(pointer) | {"files": files}, indent=1).encode())
-    kept = sorted(path.stem for path in folder.glob("step-*.json"))[-keep_last:]
-    for old in folder.glob("step-*"):
-        if old.is_dir() and old.name not in kept:
-            (folder / f"{old.name}.json").unlink(missing_ok=True)
-            shutil.rmtree(old)
+    @property
+    def tag(self) -> str:
+        return tag_of(self.step)
 
 
-def latest(folder: Path) -> Pointer | None:
-    """The newest checkpoint whose every file has its hash, or None where there never was one.
-    CheckpointError where there are some and none is whole."""
-    names = ["latest.json", *sorted((p.name for p in folder.glob("step-*.json")), reverse=True)]
-    faults: list[str] = []
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            continue
+_RECORD: TypeAdapter[Record] = TypeAdapter(Record)
+
+
+def tag_of(step: int) -> str:
+    """Name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def write_part(root: Path, rank: int, tensors: dict[str, Tensor]) -> tuple[str, str]:
+    """A rank's tensors (on the CPU, contiguous), made durable: the file's name and sha256. OSError as the disk gives
+    it, and then nothing is left behind."""
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / f"part-{rank:05d}.safetensors"
+    temporary = temporary_name(path)
+    try:
         try:
-            pointer = _POINTER.validate_json(path.read_text())
-            _check(folder / pointer.tag, pointer)
-            if faults:
-                print(f"warning: {faults[0]}; going on from {pointer.tag} instead", flush=True)
-            return pointer
-        except (ValidationError, CheckpointError, UnicodeDecodeError) as error:
-            faults.append(str(error).splitlines()[0] if isinstance(error, CheckpointError) else f"{path}: damaged")
+            save_file(tensors, temporary)
+        except Exception as error:  # safetensors wraps what the disk said in an exception of its own
+            raise OSError(f"{path}: {error}") from error
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        digest = sha256_of(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(root)
+    return path.name, digest
+
+
+def publish(folder: Path, record: Record, keep_last: int, keep_best: int) -> None:
+    """Vouch for a checkpoint that all ranks have finished, then drop old ones: all but the last `keep_last` and the
+    `keep_best` of the lowest score. Call on one rank."""
+    body = asdict(record)
+    with atomic_write(folder / f"{record.tag}.json") as file:
+        file.write(json.dumps({"sha256": _digest(body), "record": body}, indent=1).encode())
+    records = _records(folder)
+    scored = sorted((known.score, -known.step, known.tag) for known in records if known.score is not None)
+    kept = {known.tag for known in records[:keep_last]} | {tag for _, _, tag in scored[:keep_best]}
+    for old in [path for path in folder.glob("step-*") if path.is_dir() and path.name not in kept]:
+        discard(folder, old.name)
+
+
+def discard(folder: Path, tag: str) -> None:
+    """Remove a checkpoint, or what there is of one: first what vouches for it."""
+    (folder / f"{tag}.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / tag, ignore_errors=True)
+
+
+def latest(folder: Path) -> Record | None:
+    """The newest checkpoint whose every part has its hash, or None where there never was one.
+    CheckpointError where there are some and none is whole."""
+    faults: list[str] = []
+    for path in sorted(folder.glob("step-*.json"), reverse=True):
+        try:
+            record = _parse(path)
+            _check(folder / record.tag, record)
+        except CheckpointError as error:
+            faults.append(str(error))
+        else:
+            for fault in faults:
+                print(f"warning: {fault}; going on from {record.tag} instead", flush=True)
+            return record
     if faults:
         raise CheckpointError(f"{faults[0]}; no other checkpoint is whole: remove {folder} to start anew")
+    if (folder / "latest.json").is_file():
+        raise CheckpointError(f"{folder}: checkpoints of an older version of this package; give another --run.output")
     return None
 
 
-def _check(root: Path, pointer: Pointer) -> None:
-    if pointer.version != CHECKPOINT_VERSION:
-        raise CheckpointError(f"{root}: checkpoint version {pointer.version}, this package reads {CHECKPOINT_VERSION}")
-    for name, digest in pointer.files.items():
+def _parse(path: Path) -> Record:
+    """A record that is as it was written; CheckpointError where it is not."""
+    try:
+        raw = json.loads(path.read_bytes())
+        if raw["sha256"] == _digest(raw["record"]):
+            return _RECORD.validate_python(raw["record"])
+    except (ValueError, KeyError, TypeError):  # of which json's, unicode's and pydantic's errors are kinds
+        pass
+    raise CheckpointError(f"{path}: damaged")
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _records(folder: Path) -> list[Record]:
+    """All that can be read, the newest first."""
+    found = []
+    for path in sorted(folder.glob("step-*.json"), reverse=True):
+        with suppress(CheckpointError):
+            found.append(_parse(path))
+    return found
+
+
+def _check(root: Path, record: Record) -> None:
+    if record.version != CHECKPOINT_VERSION:
+        raise CheckpointError(f"{root}: checkpoint version {record.version}, this package reads {CHECKPOINT_VERSION}")
+    for name, digest in record.files.items():
         path = root / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing from the checkpoint")
         if sha256_of(path) != digest:
             raise CheckpointError(f"{path}: sha256 differs from the checkpoint's record, the file is damaged")
+
+
+def reader(folder: Path, record: Record) -> Callable[[str], Tensor]:
+    """A function from a tensor's name to the tensor, read when it is asked for, whichever part holds it."""
+    parts = [safe_open(folder / record.tag / name, framework="pt") for name in sorted(record.files)]
+    place = {key: part for part in parts for key in part.keys()}  # noqa: SIM118
+
+    def read(name: str) -> Tensor:
+        if name not in place:
+            raise CheckpointError(f"{folder / record.tag}: holds no '{name}'; it is of another model")
+        return place[name].get_tensor(name)
+
+    return read
 
 
 @dataclass(frozen=True)
@@ -127,6 +212,15 @@ def export(folder: Path, weights: dict[str, torch.Tensor], info: ExportInfo) -> 
     body = _EXPORT.dump_python(info, mode="json") | {"weights_sha256": sha256_of(folder / "weights.safetensors")}
     with atomic_write(folder / "model.json") as file:
         file.write((json.dumps(body, indent=1) + "\n").encode())
+
+
+def score_of(folder: Path) -> float:
+    """Held-out loss that an export was made at; infinite where there is no such export."""
+    try:
+        score = _EXPORT.validate_json((folder / "model.json").read_bytes()).training.get("held_out_loss")
+    except (OSError, ValidationError):
+        return math.inf
+    return math.inf if score is None else float(score)
 
 
 def load_export(folder: Path, vocabulary: Vocabulary | None = None) -> tuple[Gato, ExportInfo]:

@@ -75,10 +75,25 @@ class RunConfig:
     """auto: the same command run again goes on where it was; never: refuse a folder with checkpoints."""
     log_every: int = 10
     evaluate_every: int = 200
+    """Steps between evaluations; the weights of the best mean held-out loss are kept in best/."""
     evaluate_sequences: int = 16
     """Held-out sequences of each task at every evaluation."""
     save_every: int = 200
+    """Steps between checkpoints."""
     keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_best: int = 1
+    """Checkpoints of the lowest held-out loss that are kept beside them, among those made at an evaluated step."""
+    export_every: int = 0
+    """Steps between exports to exports/step-N, for curves of returns; 0: none."""
+    skip_limit: int = 20
+    """Steps in a row whose gradients are not finite, and which are skipped and counted, before the run gives up."""
+    patience_minutes: float = 30.0
+    """A rank that hears nothing of the others, or takes no step, for so long ends with its stacks; 0: never."""
+    peak_tflops: float = 0.0
+    """Peak rate of a device in bfloat16 for the share that is used (MFU); by default known for common GPUs."""
+    wandb: str = ""
+    """A project of Weights & Biases to report to as well (pip install wandb)."""
 
 
 @dataclass(frozen=True)

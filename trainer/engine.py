@@ -1,18 +1,18 @@
-"""All of DeepSpeed: start-up, one training step, save, load, weights for export.
+"""All of DeepSpeed but the states: start-up, one training step, weights for export.
 
 Model and loss know nothing of ranks. The loss of a step is the mean over all
 supervised tokens of the global batch, whatever rank they fell on, so it is the
-same function at any world size.
+same function at any world size. A step whose gradients are not finite changes nothing.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
-import signal
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from shards.batch import Batch
 from shards.sampler import random
+from trainer import states
 from trainer.config import OptimiserConfig, TrainConfig
 from trainer.loss import Objective
 from trainer.model import Gato
@@ -40,9 +41,9 @@ def learning_rate(step: int, config: OptimiserConfig) -> float:
     return floor + (config.peak_lr - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def start(local_rank: int) -> torch.device:
-    """Join the process group and choose the device. Call once a process, before anything else here."""
-    _die_with_launcher()
+def start(local_rank: int, patience_minutes: float) -> torch.device:
+    """Join the process group and choose the device. Call once a process, before anything else here. Ranks that wait
+    for another longer than `patience_minutes` (0: half an hour) give up."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", max(local_rank, 0)))
@@ -53,23 +54,34 @@ def start(local_rank: int) -> torch.device:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, local_world)))
         # Serves inference only, and would compile for half a minute on every CPU.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=patience_minutes or 30)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     return device
 
 
-def _die_with_launcher() -> None:
-    """A killed launcher must not leave its ranks behind: the kernel sends them SIGTERM (Linux)."""
-    if os.name == "posix" and hasattr(ctypes.CDLL(None), "prctl"):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+def agreed(make: Callable[[], Any]) -> Any:
+    """What `make` gives on rank 0, on every rank; its ValueError or OSError too. Collective."""
+    told: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told[0] = make()
+        except (ValueError, OSError) as error:
+            told[1] = error
+    dist.broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimiser step over the global batch: mean loss, supervised tokens, gradient norm before clipping."""
+    """Of one optimiser step over the global batch: mean loss, supervised tokens, gradient norm before clipping;
+    whether it was applied, or skipped since its gradients are not finite."""
 
     loss: float
     supervised: int
     gradient_norm: float
+    applied: bool
     stop_requested: bool
 
 
@@ -103,6 +115,10 @@ class Engine:
         if self.engine.zero_optimization_partition_weights():
             # the head is the embedding table, used outside the module that owns it
             deepspeed.zero.register_external_parameter(objective, model.tokens.weight)
+        self.stage: int = self.engine.zero_optimization_stage()
+        if self.stage in (1, 2):
+            self.optimiser.check_grad_overflow = True  # which DeepSpeed does in float16 and bfloat16 only
+        states.allocate(self.engine)
 
     def train_step(self, step: int, batches: list[Batch], stop: bool) -> StepResult:
         """One optimiser step on this rank's micro-batches. `stop`: this rank was asked to end; the result
@@ -123,15 +139,21 @@ class Engine:
             norm = self._plain_norm() if self.engine.is_gradient_accumulation_boundary() else None
             self.engine.step()
         dist.all_reduce(summed)
-        norm = self.engine.get_global_grad_norm() if norm is None else norm
-        return StepResult(float(summed) / supervised, supervised, float(norm or math.nan), bool(totals[1]))
+        norm = float(self.engine.get_global_grad_norm() if norm is None else norm)
+        loss_ = float(summed) / supervised
+        return StepResult(loss_, supervised, norm, math.isfinite(norm), bool(totals[1]))
 
     def _plain_norm(self) -> float | None:
-        """Norm of the reduced gradients before clipping at ZeRO 0, where DeepSpeed does not tell it."""
-        if self.engine.zero_optimization_stage() > 0:
+        """Norm of the reduced gradients before clipping at ZeRO 0, where DeepSpeed does not tell it; where it is not
+        finite the gradients are dropped, and an optimiser without gradients changes nothing."""
+        if self.stage > 0:
             return None
         gradients = [p.grad for p in self.gato.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            for parameter in self.gato.parameters():
+                parameter.grad = None
+        return norm
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Summed cross-entropy of a micro-batch's supervised tokens."""
@@ -144,16 +166,18 @@ class Engine:
         """The bare model, for evaluation between steps."""
         return self.engine.module.gato
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Every rank writes its part; returns on all ranks after the last has finished."""
-        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-        dist.barrier()
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """This rank's share of weights and optimiser states, by name, see trainer/states.py. Collective."""
+        return states.collect(self.engine, self.gato, states.share(self.gato, self.rank, self.world))
 
-    def load(self, folder: Path, tag: str) -> None:
-        """Load what `checkpoint.latest` has checked."""
-        path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
-        if path is None:
-            raise RuntimeError(f"{folder / tag}: DeepSpeed found nothing to load")
+    def restore(self, read: Callable[[str], torch.Tensor], applied: int) -> None:
+        """Weights and optimiser states by name, as `tensors` of any ranks gave them, behind `applied` steps."""
+        states.restore(self.engine, self.gato, read, applied)
+
+    @property
+    def applied(self) -> int:
+        """Optimiser steps that were applied."""
+        return states.steps(self.engine)
 
     def gathered(self) -> Any:
         """Context in which the whole weights are at hand on every rank; collective under ZeRO 3."""
@@ -171,10 +195,10 @@ class Engine:
         return copy
 
     def weights(self) -> dict[str, torch.Tensor] | None:
-        """Full weights on rank 0, None elsewhere. Collective under ZeRO 3."""
-        with self.gathered():
-            state = {name: value.detach().cpu().clone() for name, value in self.gato.state_dict().items()}
-        return state if self.rank == 0 else None
+        """Full float32 weights on rank 0, None elsewhere. Collective."""
+        wanted = {name for name, _ in self.gato.named_parameters()} if self.rank == 0 else set()
+        found = states.collect(self.engine, self.gato, wanted, (states.WEIGHT,))
+        return {key.rpartition("/")[0]: value for key, value in found.items()} if self.rank == 0 else None
 
 
 def stochastic_depth(sequence: Any, blocks: int, probability: float, seed: int) -> torch.Tensor | None:

@@ -112,3 +112,11 @@ class Gato(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         counts = {"embedding": embedding, "vision": vision, "transformer": total - vision - embedding}
         return counts | {"total": total}
+
+    def flops_per_token(self, length: int) -> float:
+        """FLOPs of a training step (forward and backward) for each token of sequences of `length` tokens: 6 N + 12
+        blocks x attention width x length, N the transformer's parameters and the vocabulary's rows of the head. The
+        usual convention: the head counts for every token and attention as if it were not causal; patches apart."""
+        config = self.config
+        N = self.parameter_counts()["transformer"] + self.vocabulary.size * config.width
+        return 6.0 * N + 12.0 * config.blocks * config.heads * config.head_size * length

@@ -1,0 +1,108 @@
+"""Weights and optimiser states as whole float32 tensors by name, whatever the ZeRO stage and world size.
+
+    engine (stage 0: plain tensors; 1, 2: slices of flat buffers; 3: partitions) -> "blocks.0.norm_1.weight/exp_avg" ...
+
+So a checkpoint does not know how many ranks made it or how they shared the work: it can be loaded by any number of
+ranks at any stage, bit for bit, without a conversion. DeepSpeed's own files cannot (stages 1 to 3 refuse another world
+size), and they are pickles.
+
+Invariant: every rank calls these together; a parameter's tensors are assembled one parameter at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
+WEIGHT = "weight"
+
+
+def masters(engine: Any) -> list[Tensor]:
+    """The float32 tensors that the optimiser updates: parameters, or at ZeRO 1 to 3 this rank's flat buffers."""
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return [p for group in engine.optimizer.param_groups for p in group["params"]]
+    zero = engine.optimizer
+    return list(zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups)
+
+
+def base_optimiser(engine: Any) -> torch.optim.Optimizer:
+    """The torch optimiser, below whatever ZeRO puts around it."""
+    return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
+
+
+def allocate(engine: Any) -> None:
+    """AdamW's states as they are before the first step. torch makes them in that step; here they are needed by then."""
+    optimiser = base_optimiser(engine)
+    fused = bool(optimiser.defaults.get("fused"))
+    for master in masters(engine):
+        state = optimiser.state[master]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device if fused else "cpu")
+            state |= {key: torch.zeros_like(master, memory_format=torch.preserve_format) for key in MOMENTS}
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def steps(engine: Any) -> int:
+    """Optimiser steps that were applied."""
+    optimiser = base_optimiser(engine)
+    return max(int(optimiser.state[master]["step"]) for master in masters(engine))
+
+
+def share(model: nn.Module, rank: int, world: int) -> set[str]:
+    """Names of the parameters whose tensors `rank` writes: each one's by one rank, about as many bytes for each."""
+    parameters = list(model.named_parameters())
+    sizes = [getattr(p, "ds_numel", p.numel()) for _, p in parameters]  # under ZeRO 3 a parameter at rest is empty
+    total, before, mine = sum(sizes), 0, set()
+    for (name, _), size in zip(parameters, sizes):
+        if (before + size // 2) * world // total == rank:
+            mine.add(name)
+        before += size
+    return mine
+
+
+def collect(
+    engine: Any, model: nn.Module, wanted: set[str], kinds: tuple[str, ...] = (WEIGHT, *MOMENTS)
+) -> dict[str, Tensor]:
+    """Tensors of the parameters `wanted`, on the CPU: NAME/weight, NAME/exp_avg, NAME/exp_avg_sq. Collective."""
+    found: dict[str, Tensor] = {}
+    whole = engine.zero_optimization_stage() == 0
+    for name, parameter in model.named_parameters():
+        for kind in kinds:
+            if whole:
+                value = parameter.data if kind == WEIGHT else engine.optimizer.state[parameter][kind]
+            elif kind == WEIGHT:
+                value = safe_get_full_fp32_param(parameter)
+            else:
+                value = safe_get_full_optimizer_state(parameter, kind)
+            if name in wanted:
+                found[f"{name}/{kind}"] = value.detach().float().cpu().contiguous()
+    return found
+
+
+def restore(engine: Any, model: nn.Module, read: Callable[[str], Tensor], step: int) -> None:
+    """Inverse of `collect`. `read` gives a tensor by name. The weights that the model computes with must have been
+    loaded before the engine was made; here their float32 originals are set."""
+    optimiser, whole = base_optimiser(engine), engine.zero_optimization_stage() == 0
+    for name, parameter in model.named_parameters():
+        for kind in (WEIGHT, *MOMENTS):
+            value = read(f"{name}/{kind}")
+            if whole:
+                (parameter.data if kind == WEIGHT else optimiser.state[parameter][kind]).copy_(value)
+            elif kind == WEIGHT:
+                safe_set_full_fp32_param(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, kind)
+    for master in masters(engine):
+        optimiser.state[master]["step"].fill_(step)
