@@ -51,7 +51,7 @@ def start(local_rank: int, patience_minutes: float) -> torch.device:
         torch.cuda.set_device(device)
     else:
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, local_world)))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, local_world)))
         # Serves inference only, and would compile for half a minute on every CPU.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=patience_minutes or 30)
@@ -86,9 +86,9 @@ class StepResult:
 
 
 class Engine:
-    """A model under DeepSpeed. `continuous` (tasks,) bool: tasks whose action tokens are ordered bins."""
+    """A model under DeepSpeed. `continuous`, `text`: see `Objective`."""
 
-    def __init__(self, model: Gato, config: TrainConfig, device: torch.device, continuous: list[bool]):
+    def __init__(self, model: Gato, config: TrainConfig, device: torch.device, continuous: list[bool], text: bool):
         self.config, self.device = config, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         accumulation = config.data.global_batch // (self.world * config.data.micro_batch)
@@ -110,7 +110,7 @@ class Engine:
             betas=(config.optimiser.beta_1, config.optimiser.beta_2),
             eps=config.optimiser.epsilon,
         )
-        objective = Objective(model, config.loss, continuous)
+        objective = Objective(model, config.loss, continuous, text)
         self.engine, self.optimiser, _, _ = deepspeed.initialize(model=objective, optimizer=optimiser, config=body)
         if self.engine.zero_optimization_partition_weights():
             # the head is the embedding table, used outside the module that owns it

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
+from torch.nn import functional
 
-from schemas.vocabulary import bin_centres
+from schemas.vocabulary import IdRange, bin_centres
 from shards.stream import Stream
 from trainer.loss import held_out_logits
 from trainer.model import Gato
@@ -19,34 +20,41 @@ def evaluate(
 ) -> dict[str, float]:
     """`held_out/TASK/{loss, accuracy, action_error, ...}` of some tasks, over at most `sequences` windows of each.
 
-    loss: nats a token against the exact bin, whatever the training targets are; accuracy: share of tokens
-    whose most likely id is the logged one. Continuous actions only: action_error: mean |greedy bin centre - logged
-    one|, in units of the action space scaled to [-1, 1]; bin_error: the same in bins; mean_error: mean |expected bin
-    centre - logged one|, for the decoding by the mean of bins."""
-    training, ids = model.training, model.vocabulary.action_continuous
-    centres = torch.as_tensor(bin_centres(ids.size), dtype=torch.float32, device=device)
+    loss: nats a token against the exact bin, whatever the training targets are, over the ids that can stand there
+    (actions', where a task has no text); accuracy: share of tokens whose most likely id is the logged one. Continuous
+    actions only: action_error: mean |greedy bin centre - logged one|, in units of the action space scaled to [-1, 1];
+    bin_error: the same in bins; mean_error: mean |expected bin centre - logged one|, for the decoding by the mean of
+    bins."""
+    training, vocabulary = model.training, model.vocabulary
     model.eval()
     figures: dict[str, float] = {}
     for task in tasks:
         name, timeline = stream.tasks[task], stream.timelines[task]
-        windows = min(sequences, timeline.windows)
-        loss = correct = error = mean_error = count = 0.0
+        action = timeline.dataset.manifest.tasks[timeline.task].spec.action
+        ids = IdRange(0, vocabulary.size)
+        if action and not timeline.layout.text:
+            ids = vocabulary.range("action", action.kind)
+        ordered = bool(action and action.kind == "continuous")
+        bins = vocabulary.action_continuous
+        centres = torch.as_tensor(bin_centres(bins.size), dtype=torch.float32, device=device)
+        sums: dict[str, float] = dict.fromkeys(("loss", "accuracy", "action_error", "mean_error"), 0.0)
+        windows, count = min(sequences, timeline.windows), 0
         for first in range(0, windows, micro_batch):
             batch = stream.evaluation_batch(task, np.arange(first, min(first + micro_batch, windows))).to(device)
-            logits, targets = held_out_logits(model, batch)
-            loss += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-            best = logits.argmax(dim=1)
-            correct += float((best == targets).sum())
+            logits, targets = held_out_logits(model, batch, ids)
             count += len(targets)
-            restricted, logged = logits[:, ids.start : ids.stop], centres[(targets - ids.start).clamp(0, ids.size - 1)]
-            error += float((centres[restricted.argmax(dim=1)] - logged).abs().sum())
-            mean_error += float((restricted.softmax(dim=1) @ centres - logged).abs().sum())
-        figures[f"held_out/{name}/loss"] = loss / max(1.0, count)
-        figures[f"held_out/{name}/accuracy"] = correct / max(1.0, count)
-        action = timeline.dataset.manifest.tasks[timeline.task].spec.action
-        if action and action.kind == "continuous":
-            figures[f"held_out/{name}/action_error"] = error / max(1.0, count)
-            figures[f"held_out/{name}/bin_error"] = error / max(1.0, count) / float(centres[1] - centres[0])
-            figures[f"held_out/{name}/mean_error"] = mean_error / max(1.0, count)
+            sums["loss"] += float(functional.cross_entropy(logits, targets, reduction="sum"))
+            sums["accuracy"] += float((logits.argmax(dim=1) == targets).sum())
+            if ordered:
+                own = logits[:, bins.start - ids.start : bins.stop - ids.start]
+                logged = centres[(targets + ids.start - bins.start).clamp(0, bins.size - 1)]
+                sums["action_error"] += float((centres[own.argmax(dim=1)] - logged).abs().sum())
+                sums["mean_error"] += float((own.softmax(dim=1) @ centres - logged).abs().sum())
+        means = {kind: value / max(1, count) for kind, value in sums.items()}
+        if ordered:
+            means["bin_error"] = means["action_error"] * bins.size / 2
+        else:
+            del means["action_error"], means["mean_error"]
+        figures |= {f"held_out/{name}/{kind}": value for kind, value in means.items()}
     model.train(training)
     return figures

@@ -59,7 +59,8 @@ class Run:
         # before the engine: under ZeRO 3 its parameters are empty
         self.counts, self.flops = model.parameter_counts(), model.flops_per_token(config.data.stream.sequence_length)
         continuous = [bool(spec.action and spec.action.kind == "continuous") for spec in self.specs]
-        self.engine = Engine(model, config, device, continuous)
+        text = any(timeline.layout.text for timeline in self.stream.timelines)
+        self.engine = Engine(model, config, device, continuous, text)
         if record is not None:
             self.engine.restore(read, record.applied)
         self.step = record.step if record else 0

@@ -12,13 +12,14 @@ vocabulary never exist, which on a CPU costs more than the arithmetic.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from schemas.episode import STRICT
-from schemas.vocabulary import IdRange
+from schemas.vocabulary import IdRange, Vocabulary
 from shards.batch import Batch
 from trainer.model import Gato
 
@@ -31,6 +32,9 @@ class LossConfig:
 
     soft_bins: float = 0.0
     """Standard deviation, in bins, of the Gaussian that spreads a continuous target over its neighbours."""
+    softmax: Literal["vocabulary", "targets"] = "vocabulary"
+    """Ids that the softmax runs over: the vocabulary (the paper's), or where no task has text only its action ids,
+    since no other one is ever a target (ours)."""
     chunk: int = 128
     """Rows of logits in memory at a time; 0 for all at once (the plain form)."""
 
@@ -53,6 +57,13 @@ def soft_targets(targets: Tensor, ordered: Tensor, ids: IdRange, soft_bins: floa
     weights = torch.where(ordered[:, None], spread, (offsets == 0).float())
     neighbours = torch.where(inside, neighbours, targets[:, None])
     return neighbours, weights / weights.sum(dim=1, keepdim=True)
+
+
+def action_ids(vocabulary: Vocabulary) -> IdRange:
+    """The least range that holds the ids of all actions, continuous and discrete."""
+    ranges = (vocabulary.action_continuous, vocabulary.action_discrete)
+    start = min(ids.start for ids in ranges)
+    return IdRange(start, max(ids.stop for ids in ranges) - start)
 
 
 def cross_entropy(logits: Tensor, neighbours: Tensor, weights: Tensor) -> Tensor:
@@ -95,11 +106,14 @@ class FusedCrossEntropy(torch.autograd.Function):
 
 class Objective(nn.Module):
     """Gato and its loss as one module: batch -> summed cross-entropy, so that all parameters are used
-    inside one forward (as ZeRO 3 needs). `continuous`: for each task, whether its actions are ordered bins."""
+    inside one forward (as ZeRO 3 needs). `continuous`: for each task, whether its actions are ordered bins; `text`:
+    whether any task's text is a target."""
 
-    def __init__(self, gato: Gato, config: LossConfig, continuous: list[bool]):
+    def __init__(self, gato: Gato, config: LossConfig, continuous: list[bool], text: bool = True):
         super().__init__()
         self.gato, self.config = gato, config
+        whole = text or config.softmax == "vocabulary"
+        self.ids = IdRange(0, gato.vocabulary.size) if whole else action_ids(gato.vocabulary)
         self.continuous: Tensor
         self.register_buffer("continuous", torch.tensor(continuous), persistent=False)
 
@@ -108,17 +122,17 @@ class Objective(nn.Module):
         ids = self.gato.vocabulary.action_continuous
         ordered = self.continuous[tasks] & (targets >= ids.start) & (targets < ids.stop)
         neighbours, weights = soft_targets(targets, ordered, ids, self.config.soft_bins)
+        neighbours = neighbours - self.ids.start
+        weight = self.gato.tokens.weight[self.ids.start : self.ids.stop]
         if self.config.chunk == 0:
-            return cross_entropy(self.gato.logits(hidden), neighbours, weights).sum()
-        weight = self.gato.tokens.weight
+            return cross_entropy(functional.linear(hidden, weight), neighbours, weights).sum()
         if torch.is_autocast_enabled(hidden.device.type):
             weight = weight.to(hidden.dtype)
-        size = self.gato.vocabulary.size
-        return FusedCrossEntropy.apply(hidden, weight, neighbours, weights, size, self.config.chunk)
+        return FusedCrossEntropy.apply(hidden, weight, neighbours, weights, self.ids.size, self.config.chunk)
 
 
 @torch.no_grad()
-def held_out_logits(gato: Gato, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits (N, V) float32 and targets (N,) of a batch's supervised places, for evaluation."""
+def held_out_logits(gato: Gato, batch: Batch, ids: IdRange) -> tuple[Tensor, Tensor]:
+    """Logits (N, ids) float32 and targets (N,), counted from the first of `ids`, of a batch's supervised places."""
     hidden, targets, _ = select(gato(batch), batch)
-    return gato.logits(hidden).float(), targets
+    return functional.linear(hidden, gato.tokens.weight[ids.start : ids.stop]).float(), targets - ids.start

@@ -25,7 +25,9 @@ def main(folder: str, deepspeed: str) -> None:
     tiny = RECIPES["tiny"]
     data = replace(tiny.data, global_batch=4, micro_batch=1)
     config = replace(tiny, model=SMALL, deepspeed=deepspeed, data=data)
-    runs = [engine.Engine(Gato(SMALL, stream.vocabulary).initialise(0), config, device, [True]) for _ in range(2)]
+    runs = [
+        engine.Engine(Gato(SMALL, stream.vocabulary).initialise(0), config, device, [True], False) for _ in range(2)
+    ]
     plain, disturbed = runs
     batches = Loader(stream, 0, 4, 1, plain.rank, plain.world, threads=0)
     usual = disturbed.loss

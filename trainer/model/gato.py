@@ -19,7 +19,7 @@ from schemas.vocabulary import Vocabulary, bin_centres
 from shards.batch import Batch
 from trainer.model.patch import PatchEmbedding
 from trainer.model.presets import ModelConfig
-from trainer.model.transformer import Block, Cache, causal_segment_mask
+from trainer.model.transformer import Block, Cache, causal_segment_mask, rotary_turns
 
 
 class Gato(nn.Module):
@@ -75,10 +75,22 @@ class Gato(nn.Module):
         # also where a batch has no patches: every rank must make the same gradients, or their reduction jams
         embedded = self.patches(batch.patches, batch.patch_positions).to(x.dtype)
         x = x.flatten(0, 1).index_copy(0, batch.patch_index.long(), embedded).view_as(x)
-        last, action = self.config.local_positions, roles == ACTION
-        shown = observed | action if self.config.action_position == "shared" else observed
-        index = torch.where(action, last, positions.clamp(max=last - 1))
-        return x + self.positions(index) * shown[..., None]
+        last, action, form = self.config.local_positions, roles == ACTION, self.config.action_position
+        shown = (observed if form == "none" else observed | action)[..., None]
+        index = positions.clamp(max=last - 1)
+        if form != "own":
+            index = torch.where(action, last, index)
+        return x + self.positions(index) * shown
+
+    def turns(self, batch: Batch, cache: Cache | None = None) -> Tensor | None:
+        """Rotary angles of a sequence's places, or of those behind what a cache has seen."""
+        if self.config.rotary == "none":
+            return None
+        T, first = batch.tokens.shape[1], 0
+        if cache is not None:
+            first, cache.seen = cache.seen, cache.seen + T
+        places = torch.arange(first, first + T, device=batch.tokens.device)
+        return rotary_turns(places, self.config.head_size, self.tokens.weight.dtype)
 
     def forward(self, batch: Batch, keep: Tensor | None = None) -> Tensor:
         """Hidden states (B, L, W) behind the last norm. `keep` (B, blocks, 2): stochastic depth's scales."""
@@ -86,8 +98,9 @@ class Gato(nn.Module):
         # one segment a sequence needs no mask: the plain causal kernel is the same function, faster
         single = bool((batch.segments == batch.segments[:, :1]).all())
         mask = None if single else causal_segment_mask(batch.segments)
+        turns = self.turns(batch)
         for number, block in enumerate(self.blocks):
-            x = block(x, mask, None if keep is None else keep[:, number])
+            x = block(x, mask, None if keep is None else keep[:, number], turns=turns)
         return self.norm(x)
 
     def step(self, batch: Batch, cache: Cache, slots: Tensor, valid: Tensor) -> Tensor:
@@ -97,8 +110,9 @@ class Gato(nn.Module):
         T = len(slots)
         mask = valid[:, None, None, :].repeat(1, 1, T, 1)
         mask[..., slots] = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
+        turns = self.turns(batch, cache)
         for number, block in enumerate(self.blocks):
-            x = block(x, mask, None, (cache.keys[number], cache.values[number]), slots)
+            x = block(x, mask, None, (cache.keys[number], cache.values[number]), slots, turns)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -25,8 +25,14 @@ class ModelConfig:
     head_size: int = 32
     feed_forward_form: Literal["gelu", "geglu"] = "gelu"
     """gelu: two matrices, the usual GPT; geglu: three, the paper's."""
-    action_position: Literal["shared", "none"] = "shared"
-    """One encoding shared by all action tokens, or none: versions of the paper differ."""
+    action_position: Literal["shared", "none", "own"] = "shared"
+    """One encoding shared by all action tokens, or none: versions of the paper differ. own (ours): each of an
+    action's tokens has the one of its index in the timestep, as an observation's tokens have."""
+    rotary: Literal["none", "token"] = "none"
+    """token (ours): attention knows how many tokens back a key lies, by rotary embedding; none: the paper names no
+    such term, and the model has to find the present timestep among the window's by other means."""
+    qk_norm: bool = False
+    """Queries and keys are scaled to one length before they meet (ours)."""
     local_positions: int = 512
     patch_channels: int = 32
     """Channels of the patch ResNet; the paper does not give them."""
@@ -53,7 +59,7 @@ def _paper(blocks: int, heads: int, width: int, feed_forward: int, head_size: in
 
 
 PRESETS = {
-    "tiny": ModelConfig(),
+    "tiny": ModelConfig(action_position="own", rotary="token"),
     "79m": _paper(8, 24, 768, 3072, 32),
     "364m": _paper(12, 12, 1536, 6144, 128),
     "1.18b": _paper(24, 16, 2048, 8192, 128),

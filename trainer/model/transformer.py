@@ -22,6 +22,8 @@ class Cache:
         shape = (config.blocks, batch, config.heads, slots, config.head_size)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.seen = 0
+        """Tokens written so far, evicted ones too: the place of the next."""
 
 
 class Attention(nn.Module):
@@ -29,7 +31,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.heads, self.head_size = config.heads, config.head_size
+        self.heads, self.head_size, self.qk_norm = config.heads, config.head_size, config.qk_norm
         inner = config.heads * config.head_size
         self.qkv = nn.Linear(config.width, 3 * inner, bias=False)
         self.out = nn.Linear(inner, config.width, bias=False)
@@ -40,9 +42,14 @@ class Attention(nn.Module):
         mask: Tensor | None,
         cache: tuple[Tensor, Tensor] | None = None,
         slots: Tensor | None = None,
+        turns: Tensor | None = None,
     ) -> Tensor:
         B, T, _ = x_BTW.shape
         q, k, v = self.qkv(x_BTW).view(B, T, 3, self.heads, self.head_size).permute(2, 0, 3, 1, 4)
+        if self.qk_norm:
+            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+        if turns is not None:
+            q, k = rotate(q, turns), rotate(k, turns)
         if cache is not None:
             assert slots is not None
             keys_BHSD, values_BHSD = cache
@@ -85,11 +92,27 @@ class Block(nn.Module):
         keep: Tensor | None = None,
         cache: tuple[Tensor, Tensor] | None = None,
         slots: Tensor | None = None,
+        turns: Tensor | None = None,
     ) -> Tensor:
-        branch = self.attention(self.norm_1(x), mask, cache, slots)
+        branch = self.attention(self.norm_1(x), mask, cache, slots, turns)
         x = x + (branch if keep is None else branch * keep[:, 0, None, None])
         branch = self.feed_forward(self.norm_2(x))
         return x + (branch if keep is None else branch * keep[:, 1, None, None])
+
+
+def rotary_turns(places: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:
+    """places (T,) -> cosines and sines (2, T, D / 2) of place * 10000 ** (-2 i / D), made in float32."""
+    powers = torch.arange(0, head_size, 2, device=places.device) / head_size
+    angles = places[:, None].float() * 10000.0**-powers
+    return torch.stack([angles.cos(), angles.sin()]).to(dtype)
+
+
+def rotate(x_BHTD: Tensor, turns: Tensor) -> Tensor:
+    """Turn feature pairs (i, i + D / 2) by their angles: products of two such vectors know only the difference of
+    their places, so the cache may hold them in any order."""
+    a, b = x_BHTD.chunk(2, dim=-1)
+    cos, sin = turns
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 def causal_segment_mask(segments: Tensor) -> Tensor:
