@@ -105,23 +105,18 @@ def describe(aggregates: Sequence[Aggregate]) -> str:
 
 
 def read_metrics(path: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """A training run's metrics.jsonl as quantity -> line -> [(step, value)].
+    """A training run's metrics.jsonl, and returns.jsonl beside it if it was played, as quantity -> line -> [(step,
+    value)].
 
-    'train/loss' is line 'training' of quantity 'loss'; 'held_out/TASK/loss' line TASK. A step that was
+    'train/loss' is line 'training' of quantity 'loss'; 'held_out/TASK/loss' line TASK, and so are 'returns/TASK/...'.
+    A step that was
     written twice (a resumed run) counts as last written. ResultError for a line that is not JSON, unless
     it is the last one, which a stopped run may have left half written."""
     path = Path(path)
     if not path.is_file():
         raise ResultError(f"{path}: no such metrics file; point at a run's metrics.jsonl or leave the run out")
-    by_step: dict[int, dict[str, float]] = {}
-    lines = path.read_text().splitlines()
-    for ordinal, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line) if line.strip() else {}
-        except json.JSONDecodeError as error:
-            if ordinal == len(lines):
-                break
-            raise ResultError(f"{path}:{ordinal}: not JSON ({error}); remove the line") from None
+    by_step: dict[int, dict[str, Any]] = {}
+    for record in [*_records(path), *_records(path.with_name("returns.jsonl"))]:
         if "step" in record:
             by_step.setdefault(record["step"], {}).update(record)
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
@@ -129,9 +124,26 @@ def read_metrics(path: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
         for key, value in record.items():
             group, _, rest = key.partition("/")
             line, _, quantity = f"training/{rest}".rpartition("/") if group == "train" else rest.rpartition("/")
-            if group in ("train", "held_out") and line and isinstance(value, int | float) and math.isfinite(value):
+            if (
+                group in ("train", "held_out", "returns")
+                and line
+                and isinstance(value, int | float)
+                and math.isfinite(value)
+            ):
                 curves.setdefault(quantity, {}).setdefault(line, []).append((step, value))
     return curves
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text().splitlines() if path.is_file() else []
+    found = []
+    for ordinal, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line) if line.strip() else {})
+        except json.JSONDecodeError as error:
+            if ordinal < len(lines):
+                raise ResultError(f"{path}:{ordinal}: not JSON ({error}); remove the line") from None
+    return found
 
 
 def curves_chart(curves: dict[str, dict[str, list[tuple[float, float]]]]) -> str:

@@ -99,6 +99,8 @@ class Engine:
             "gradient_clipping": config.optimiser.gradient_clip,
             "steps_per_print": 10**9,
         }
+        if not body.get("zero_optimization", {}).get("stage"):
+            body["gradient_clipping"] = 0.0  # see `_clip`
         decayed = [p for p in model.parameters() if p.ndim >= 2]
         plain = [p for p in model.parameters() if p.ndim < 2]
         optimiser = torch.optim.AdamW(
@@ -109,6 +111,7 @@ class Engine:
             lr=config.optimiser.start_lr,
             betas=(config.optimiser.beta_1, config.optimiser.beta_2),
             eps=config.optimiser.epsilon,
+            fused=True,
         )
         objective = Objective(model, config.loss, continuous, text)
         self.engine, self.optimiser, _, _ = deepspeed.initialize(model=objective, optimizer=optimiser, config=body)
@@ -136,23 +139,26 @@ class Engine:
             summed += loss.detach()
             # DeepSpeed divides by world size and by accumulation steps; the mean is over tokens.
             self.engine.backward(loss * (self.world * len(batches) / supervised))
-            norm = self._plain_norm() if self.engine.is_gradient_accumulation_boundary() else None
+            norm = self._clip() if self.engine.is_gradient_accumulation_boundary() else None
             self.engine.step()
         dist.all_reduce(summed)
         norm = float(self.engine.get_global_grad_norm() if norm is None else norm)
         loss_ = float(summed) / supervised
         return StepResult(loss_, supervised, norm, math.isfinite(norm), bool(totals[1]))
 
-    def _plain_norm(self) -> float | None:
-        """Norm of the reduced gradients before clipping at ZeRO 0, where DeepSpeed does not tell it; where it is not
-        finite the gradients are dropped, and an optimiser without gradients changes nothing."""
+    def _clip(self) -> float | None:
+        """Norm of the reduced gradients, which are then clipped, at ZeRO 0, where DeepSpeed does not tell it; where
+        it is not finite they are dropped, and an optimiser without gradients changes nothing."""
         if self.stage > 0:
             return None
-        gradients = [p.grad for p in self.gato.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+        parameters = [p for p in self.gato.parameters() if p.grad is not None]
+        total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm, limit = float(total), self.config.optimiser.gradient_clip
         if not math.isfinite(norm):
-            for parameter in self.gato.parameters():
+            for parameter in parameters:
                 parameter.grad = None
+        elif limit > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
         return norm
 
     def loss(self, batch: Batch) -> torch.Tensor:

@@ -1,0 +1,117 @@
+"""`python -m eval.curve RUN`: returns in the real simulators against training.
+
+    RUN/exports/step-N and RUN/export -> one agent each -> episodes with the same seeds -> RUN/returns.jsonl
+
+Held-out loss does not tell whether a policy stands: only playing does. A training run that was started with
+`--run.export-every N` leaves the weights of its steps; each is played once, and the report of `eval.compare` draws the
+lines of returns.jsonl beside those of metrics.jsonl.
+
+Invariant: a line is written when all tasks of its export have been played, so a killed command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from eval.agent import AgentConfig, GatoAgent, best_demonstration, text_tokenizer
+from eval.environments import play
+from schemas.dataset import DatasetError
+from schemas.vocabulary import VocabularyMismatch
+from shards.reader import Dataset, Store
+from shards.stream import find_datasets
+from trainer.checkpoint import CheckpointError, load_export
+
+RETURNS = "returns.jsonl"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Play every export of a training run."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run, with exports/."""
+    datasets: tuple[str, ...] = ()
+    """Dataset folders or URLs, for prompts; all finished ones in --root where none is named."""
+    root: str = "data/shards"
+    tasks: tuple[str, ...] = ()
+    """Only these tasks."""
+    episodes: int = 5
+    """Episodes of each task and export."""
+    first_seed: int = 1000
+    """Episode n is reset with first_seed + n, for every export alike."""
+    agent: AgentConfig = field(default_factory=AgentConfig)
+
+
+def exports(run: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of a run's exports, ascending. CheckpointError where there is none."""
+    models = [*run.glob("exports/step-*/model.json"), *run.glob("export/model.json")]
+    found = {int(json.loads(model.read_text())["step"]): model.parent for model in models}
+    if not found:
+        raise CheckpointError(f"{run}: no exports; train with --run.export-every N")
+    return sorted(found.items())
+
+
+def played(run: Path) -> set[int]:
+    """Steps that returns.jsonl holds."""
+    path = run / RETURNS
+    return {json.loads(line)["step"] for line in path.open() if line.endswith("\n")} if path.is_file() else set()
+
+
+def returns(folder: Path, options: Options, datasets: list[Dataset]) -> dict[str, float]:
+    """`returns/TASK/{return, return_deviation, share_of_behaviour}` of one export, for every task that it can play:
+    means and standard deviations over episodes; the share is of the mean return that the task's log holds."""
+    figures: dict[str, float] = {}
+    for dataset in datasets:
+        model, info = load_export(folder, dataset.manifest.vocabulary)
+        for number, task in enumerate(dataset.manifest.tasks):
+            spec = task.spec
+            wanted = spec.environment and spec.action and (not options.tasks or spec.name in options.tasks)
+            if not wanted or spec.name not in {known.name for known in info.tasks}:
+                continue
+            prompt = best_demonstration(dataset, number) if options.agent.prompt_share else None
+            agent = GatoAgent(model, info, spec, options.agent, prompt, text_tokenizer(dataset))
+            seeds = [options.first_seed + n for n in range(options.episodes)]
+            totals = [one.total for one in play(agent, spec, seeds)]
+            figures[f"returns/{spec.name}/return"] = float(np.mean(totals))
+            figures[f"returns/{spec.name}/return_deviation"] = float(np.std(totals))
+            if task.return_mean:
+                figures[f"returns/{spec.name}/share_of_behaviour"] = float(np.mean(totals)) / task.return_mean
+    return figures
+
+
+def main() -> int:
+    """The command; its exit status."""
+    options = tyro.cli(Options, prog="python -m eval.curve", description=__doc__.splitlines()[0])
+    try:
+        store = Store()
+        folders = list(options.datasets) or find_datasets(options.root)
+        datasets = [Dataset(folder, store=store) for folder in folders]
+        done = played(options.run)
+        for step, folder in exports(options.run):
+            if step in done:
+                continue
+            figures = returns(folder, options, datasets)
+            if not figures:
+                raise DatasetError(f"{folder}: none of its tasks is in {', '.join(map(str, folders)) or options.root}")
+            with (options.run / RETURNS).open("a") as file:
+                file.write(json.dumps({"step": step, "episodes": options.episodes} | figures) + "\n")
+            shown = ", ".join(f"{name.split('/', 1)[1]} {value:.4g}" for name, value in figures.items())
+            print(f"step {step}: {shown}", flush=True)
+    except (DatasetError, CheckpointError, VocabularyMismatch, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on with the next export", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
