@@ -10,6 +10,7 @@ import json
 import logging
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from rich.console import Console
@@ -98,5 +99,5 @@ def _wandb(project: str, folder: Path) -> Any:
     identity = folder / "wandb.id"
     if not identity.is_file():
         with atomic_write(identity) as file:
-            file.write(wandb.util.generate_id().encode())
+            file.write(uuid4().hex[:16].encode())
     return wandb.init(project=project, id=identity.read_text(), resume="allow", dir=str(folder), name=folder.name)
