@@ -1,0 +1,183 @@
+"""Tasks' timesteps on circles: which timesteps fill a sequence, planned for many sequences of many tasks at once.
+
+A task's timesteps lie on a circle, episode after episode. An epoch cuts the circle at a random phase into windows of
+W = ceil(L / K) timesteps; a window is a regular (W, K) grid, cut at L tokens.
+Where an episode ends inside the window the next one follows with its own segment number. A prompt, where one is drawn,
+takes the first timesteps of the grid and shares the segment of the episode behind it (paper §2.2).
+
+    runs (timesteps [a, b) of a circle) -> spans (runs cut at rows of the index)
+
+Each task's columns are searched and read once for all its sequences; what is left is done for all tasks together.
+
+Invariant: the windows of an epoch hold every timestep at least once, fewer than W of them twice (a prompt takes the
+place of a window's last timesteps).
+
+Shapes: n sequences, s spans, T tasks, W timesteps, K tokens a timestep, L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+
+from schemas.layout import TimestepLayout
+from shards.reader import Dataset
+from shards.sampler import below, mixed
+
+Groups = list[tuple[int, np.ndarray]]
+
+
+class Timeline:
+    """One task's episodes of one split (training or held out), end to end on a circle."""
+
+    def __init__(self, dataset: Dataset, task: int, held_out: bool, sequence_length: int):
+        self.dataset, self.task = dataset, task
+        self.layout: TimestepLayout = dataset.layouts[task]
+        self.total, self.count = dataset.manifest.tasks[task].split(held_out)
+        self.first, self.stop = dataset.span(task, held_out)
+        self.pieces = self.stop - self.first
+        self.width = -(-sequence_length // self.layout.length)
+        self.windows = -(-self.total // self.width)
+        text = dataset.manifest.text_model
+        self.padding = text.padding if text else -1
+
+    def column(self, name: str) -> np.ndarray:
+        """An index column of its rows (pieces,), mapped. `split_stop`: circle position behind each row;
+        `split_episode`: ordinal of its episode."""
+        return self.dataset.column(name)[self.first : self.stop]
+
+    @property
+    def shards(self) -> int:
+        """How many shards its rows lie in, about."""
+        numbers = self.column("shard")
+        return int(abs(numbers[-1] - numbers[0])) + 1
+
+    @property
+    def name(self) -> str:
+        return self.dataset.manifest.tasks[self.task].spec.name
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Timesteps [start, start + count) of row `row` of a task's rows, for timesteps `place` and on of grid `grid`;
+    `fresh` where they begin another segment. Arrays (s,), ordered by grid and place."""
+
+    row: np.ndarray
+    start: np.ndarray
+    count: np.ndarray
+    grid: np.ndarray
+    place: np.ndarray
+    fresh: np.ndarray
+
+
+class Circles:
+    """The circles of T tasks. `task` (n,) is the task of each sequence."""
+
+    def __init__(self, timelines: Sequence[Timeline]):
+        self.timelines = timelines
+        of = {name: [getattr(t, name) for t in timelines] for name in ("total", "count", "pieces", "width")}
+        self.total, self.count, self.pieces, self.width = map(np.array, of.values())
+
+    def search(
+        self, name: str, groups: Groups, values: np.ndarray, side: Literal["left", "right"] = "right"
+    ) -> np.ndarray:
+        """Where values (n,) belong in an ascending column of their task's rows, int64 (n,)."""
+        found = np.empty(len(values), np.int64)
+        for task, at in groups:
+            found[at] = self.timelines[task].column(name).searchsorted(values[at], side)
+        return found
+
+    def take(self, names: Sequence[str], groups: Groups, row: np.ndarray) -> np.ndarray:
+        """Columns of rows (n,) of their task's, int64 (names, n)."""
+        found = np.empty((len(names), len(row)), np.int64)
+        for task, at in groups:
+            own = row[at]
+            for values, name in zip(found, names):
+                values[at] = self.timelines[task].column(name)[own]
+        return found
+
+    def prompts(
+        self,
+        task: np.ndarray,
+        first: np.ndarray,
+        length: np.ndarray,
+        from_end: np.ndarray,
+        word: np.ndarray,
+        near: np.ndarray | None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Circle positions [a, b) of prompts for windows that begin at `first` (n,): at most `length` timesteps of
+        another episode than the window's first, its end or from anywhere; a = b where length is 0 or there is none.
+        The episode is any, all alike, or where positions `near` (n,) are given, the one there or the next."""
+        a, b = np.zeros((2, len(first)), np.int64)
+        drawn = np.flatnonzero((length > 0) & (self.count[task] > 1))
+        task, word = task[drawn], word[drawn]
+        groups, count = grouped(task), self.count[task]
+        own = self._episode(groups, first[drawn] % self.total[task])
+        if near is None:
+            other = below(word, count - 1)
+            other += other >= own
+        else:
+            other = self._episode(groups, near[drawn] % self.total[task])
+            other += other == own
+            other[other == count] = 0
+        row = self.search("split_episode", groups, other, "left")
+        behind = self.search("split_episode", groups, other)
+        end, timesteps = self.take(("split_stop", "timesteps"), groups, row)
+        start, stop = end - timesteps, self.take(("split_stop",), groups, behind - 1)[0]
+        taken = np.minimum(length[drawn], stop - start)
+        anywhere = start + below(mixed(word, 0), stop - start - taken + 1)
+        a[drawn] = np.where(from_end[drawn], stop - taken, anywhere)
+        b[drawn] = a[drawn] + taken
+        return a, b
+
+    def _episode(self, groups: Groups, position: np.ndarray) -> np.ndarray:
+        return self.take(("split_episode",), groups, self.search("split_stop", groups, position))[0]
+
+    def spans(self, task: np.ndarray, first: np.ndarray, prompt: tuple[np.ndarray, np.ndarray]) -> Spans:
+        """What fills the grids of windows that begin at circle positions `first` (n,), behind their prompts."""
+        n, taken = len(first), prompt[1] - prompt[0]
+        a, b, place = np.zeros((3, 2 * n), np.int64)  # runs: each grid's prompt, then its body
+        a[::2], a[1::2] = prompt[0], first
+        b[::2], b[1::2] = prompt[1], first + self.width[task] - taken
+        place[1::2] = taken
+        runs = np.flatnonzero(b > a)
+        a, b, place, grid = a[runs], b[runs], place[runs], runs // 2
+        task = task[grid]
+        total, pieces, groups = self.total[task], self.pieces[task], grouped(task)
+        lap, within = np.divmod(a, total)
+        row = self.search("split_stop", groups, within)
+        low = lap * pieces + row  # rows are counted on from lap to lap
+        high = low.copy()
+        further = np.flatnonzero(b > lap * total + self.take(("split_stop",), groups, row)[0])
+        lap, within = np.divmod(b[further] - 1, total[further])
+        high[further] = lap * pieces[further] + self.search("split_stop", grouped(task[further]), within)
+        counts = high - low + 1
+        run, begins = np.repeat(np.arange(len(runs)), counts), np.cumsum(counts) - counts
+        lap, row = np.divmod((low - begins)[run] + np.arange(len(run)), pieces[run])
+        names = "split_stop", "timesteps", "split_episode"
+        end, timesteps, episode = self.take(names, grouped(task[run]), row)
+        end += lap * total[run]
+        start = np.maximum(a[run], end - timesteps)
+        # a prompt is of one episode, and so are the pieces of a long one; the body's first shares its segment
+        fresh = np.zeros(len(run), bool)
+        fresh[1:] = (run[1:] == run[:-1]) & ((episode[1:] != episode[:-1]) | (lap[1:] != lap[:-1]))
+        return Spans(
+            row=row,
+            start=start - end + timesteps,
+            count=np.minimum(b[run], end) - start,
+            grid=grid[run],
+            place=place[run] + start - a[run],
+            fresh=fresh,
+        )
+
+
+def grouped(task: np.ndarray) -> Groups:
+    """(task, where it stands, ascending) for every task in an array (n,)."""
+    order = np.argsort(task, kind="stable")
+    ordered = task[order]
+    edges = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
+    return [(int(ordered[a]), order[a:b]) for a, b in pairwise([0, *edges.tolist(), len(task)]) if a < b]
