@@ -175,12 +175,14 @@ class Assembly:
         task, shard = plan.task[plan.sources.grid[spans]], plan.sources.shard[spans]
         order = np.lexsort((shard, task))
         current, data = (-1, -1), out
-        for *key, source, first, size in np.stack((task, shard, starts[spans], target, length), axis=1)[order].tolist():
-            if key != current:
-                current, dataset = key, self.timelines[key[0]].dataset
-                data = dataset.mapped(key[1])
+        for t, number, source, first, size in zip(
+            *(values[order].tolist() for values in (task, shard, starts[spans], target, length))
+        ):
+            if (t, number) != current:
+                current, dataset = (t, number), self.timelines[t].dataset
+                data = dataset.mapped(number)
             piece = data[source : source + size]
             if len(piece) < size:
-                name = dataset.place.path(dataset.shard(key[1]).name)
-                raise BadShard(f"{name}: the index points behind its end; rebuild it", dataset, key[1])
+                name = dataset.place.path(dataset.shard(number).name)
+                raise BadShard(f"{name}: the index points behind its end; rebuild it", dataset, number)
             out[first : first + size] = piece

@@ -31,7 +31,7 @@ class Folder:
 
     def __init__(self, place: str | Path):
         self.local = None if is_url(place) else Path(place)
-        self.place = str(self.local or place).rstrip("/")
+        self.place = str(place).rstrip("/") if self.local is None else str(self.local)
         if self.local is None:
             try:
                 self.store, self.root = fsspec.core.url_to_fs(self.place, use_listings_cache=False)
