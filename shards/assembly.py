@@ -74,7 +74,7 @@ class Assembly:
         spans = self.circles.spans(task, begin, prompt)
         own = task[spans.grid]
         names = "shard", "tokens_offset", "patches_offset"
-        shard, tokens, patches = self.circles.take(names, grouped(own), spans.row)
+        shard, tokens, patches = self.circles.take(names, own, spans.row)
         lacking = (tokens < 0) | ((patches < 0) & (self._patch_bytes[own] > 0))
         if lacking.any():
             timeline = self.timelines[int(own[lacking.argmax()])]

@@ -7,7 +7,7 @@ takes the first timesteps of the grid and shares the segment of the episode behi
 
     runs (timesteps [a, b) of a circle) -> spans (runs cut at rows of the index)
 
-Each task's columns are searched and read once for all its sequences; what is left is done for all tasks together.
+Each task's rows are searched once for all its sequences; what is left is done for all tasks together.
 
 Invariant: the windows of an epoch hold every timestep at least once, fewer than W of them twice (a prompt takes the
 place of a window's last timesteps).
@@ -63,8 +63,8 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Spans:
-    """Timesteps [start, start + count) of row `row` of a task's rows, for timesteps `place` and on of grid `grid`;
-    `fresh` where they begin another segment. Arrays (s,), ordered by grid and place."""
+    """Timesteps [start, start + count) of index row `row`, for timesteps `place` and on of grid `grid`; `fresh` where
+    they begin another segment. Arrays (s,), ordered by grid and place."""
 
     row: np.ndarray
     start: np.ndarray
@@ -75,29 +75,32 @@ class Spans:
 
 
 class Circles:
-    """The circles of T tasks. `task` (n,) is the task of each sequence."""
+    """The circles of T tasks. `task` (n,) is the task of each sequence; rows are those of its dataset's index."""
 
     def __init__(self, timelines: Sequence[Timeline]):
         self.timelines = timelines
-        of = {name: [getattr(t, name) for t in timelines] for name in ("total", "count", "pieces", "width")}
-        self.total, self.count, self.pieces, self.width = map(np.array, of.values())
+        self.datasets = list(dict.fromkeys(timeline.dataset for timeline in timelines))
+        number = {dataset: n for n, dataset in enumerate(self.datasets)}
+        facts = [(t.total, t.count, t.first, t.pieces, t.width, number[t.dataset]) for t in timelines]
+        self.total, self.count, self.first, self.pieces, self.width, self.home = np.array(facts).T
 
     def search(
         self, name: str, groups: Groups, values: np.ndarray, side: Literal["left", "right"] = "right"
     ) -> np.ndarray:
-        """Where values (n,) belong in an ascending column of their task's rows, int64 (n,)."""
+        """Rows (n,) int64 at which values (n,) belong in a column that ascends within a task."""
         found = np.empty(len(values), np.int64)
         for task, at in groups:
-            found[at] = self.timelines[task].column(name).searchsorted(values[at], side)
+            timeline = self.timelines[task]
+            found[at] = timeline.first + timeline.column(name).searchsorted(values[at], side)
         return found
 
-    def take(self, names: Sequence[str], groups: Groups, row: np.ndarray) -> np.ndarray:
-        """Columns of rows (n,) of their task's, int64 (names, n)."""
+    def take(self, names: Sequence[str], task: np.ndarray, row: np.ndarray) -> np.ndarray:
+        """Columns of rows (n,), int64 (names, n)."""
         found = np.empty((len(names), len(row)), np.int64)
-        for task, at in groups:
-            own = row[at]
+        for number, at in grouped(self.home[task]):
+            own, dataset = row[at], self.datasets[number]
             for values, name in zip(found, names):
-                values[at] = self.timelines[task].column(name)[own]
+                values[at] = dataset.column(name)[own]
         return found
 
     def prompts(
@@ -116,26 +119,27 @@ class Circles:
         drawn = np.flatnonzero((length > 0) & (self.count[task] > 1))
         task, word = task[drawn], word[drawn]
         groups, count = grouped(task), self.count[task]
-        own = self._episode(groups, first[drawn] % self.total[task])
+        own = self._episode(task, groups, first[drawn])
         if near is None:
             other = below(word, count - 1)
             other += other >= own
         else:
-            other = self._episode(groups, near[drawn] % self.total[task])
+            other = self._episode(task, groups, near[drawn])
             other += other == own
             other[other == count] = 0
         row = self.search("split_episode", groups, other, "left")
         behind = self.search("split_episode", groups, other)
-        end, timesteps = self.take(("split_stop", "timesteps"), groups, row)
-        start, stop = end - timesteps, self.take(("split_stop",), groups, behind - 1)[0]
+        end, timesteps = self.take(("split_stop", "timesteps"), task, row)
+        start, stop = end - timesteps, self.take(("split_stop",), task, behind - 1)[0]
         taken = np.minimum(length[drawn], stop - start)
         anywhere = start + below(mixed(word, 0), stop - start - taken + 1)
         a[drawn] = np.where(from_end[drawn], stop - taken, anywhere)
         b[drawn] = a[drawn] + taken
         return a, b
 
-    def _episode(self, groups: Groups, position: np.ndarray) -> np.ndarray:
-        return self.take(("split_episode",), groups, self.search("split_stop", groups, position))[0]
+    def _episode(self, task: np.ndarray, groups: Groups, position: np.ndarray) -> np.ndarray:
+        row = self.search("split_stop", groups, position % self.total[task])
+        return self.take(("split_episode",), task, row)[0]
 
     def spans(self, task: np.ndarray, first: np.ndarray, prompt: tuple[np.ndarray, np.ndarray]) -> Spans:
         """What fills the grids of windows that begin at circle positions `first` (n,), behind their prompts."""
@@ -147,20 +151,21 @@ class Circles:
         runs = np.flatnonzero(b > a)
         a, b, place, grid = a[runs], b[runs], place[runs], runs // 2
         task = task[grid]
-        total, pieces, groups = self.total[task], self.pieces[task], grouped(task)
+        total, pieces = self.total[task], self.pieces[task]
         lap, within = np.divmod(a, total)
-        row = self.search("split_stop", groups, within)
+        row = self.search("split_stop", grouped(task), within)
         low = lap * pieces + row  # rows are counted on from lap to lap
         high = low.copy()
-        further = np.flatnonzero(b > lap * total + self.take(("split_stop",), groups, row)[0])
+        further = np.flatnonzero(b > lap * total + self.take(("split_stop",), task, row)[0])
         lap, within = np.divmod(b[further] - 1, total[further])
         high[further] = lap * pieces[further] + self.search("split_stop", grouped(task[further]), within)
         counts = high - low + 1
         run, begins = np.repeat(np.arange(len(runs)), counts), np.cumsum(counts) - counts
-        lap, row = np.divmod((low - begins)[run] + np.arange(len(run)), pieces[run])
-        names = "split_stop", "timesteps", "split_episode"
-        end, timesteps, episode = self.take(names, grouped(task[run]), row)
-        end += lap * total[run]
+        task = task[run]
+        lap, row = np.divmod((low - begins)[run] + np.arange(len(run)) - self.first[task], self.pieces[task])
+        row += self.first[task]
+        end, timesteps, episode = self.take(("split_stop", "timesteps", "split_episode"), task, row)
+        end += lap * self.total[task]
         start = np.maximum(a[run], end - timesteps)
         # a prompt is of one episode, and so are the pieces of a long one; the body's first shares its segment
         fresh = np.zeros(len(run), bool)

@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import fields
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from shards.loader import Loader
 from shards.reader import Dataset
 from shards.sampler import below, words
 from shards.stream import Stream, StreamConfig
-from shards.timeline import Circles
+from shards.timeline import Circles, Timeline
 from tests.shards.slow import check_batch
 
 L = 120
@@ -118,6 +117,13 @@ def test_prompts_come_as_often_as_asked_and_from_other_episodes(hopper):
     assert len(np.unique(first)) == len(ends)
 
 
+class Columns:
+    """A dataset that has an index only."""
+
+    def __init__(self, columns: dict[str, np.ndarray]) -> None:
+        self.column = columns.__getitem__
+
+
 lengths = st.lists(st.integers(1, 30), min_size=1, max_size=8)
 
 
@@ -125,20 +131,24 @@ lengths = st.lists(st.integers(1, 30), min_size=1, max_size=8)
 @settings(max_examples=100, deadline=None)
 def test_spans_walk_the_circles(tasks, width, first):
     """Against one timestep at a time, for circles shorter than a window too; tasks take turns."""
-    timelines = []
+    columns = {
+        "split_stop": np.concatenate([np.cumsum(lengths) for lengths in tasks]),
+        "timesteps": np.concatenate(tasks),
+        "split_episode": np.concatenate([np.arange(len(lengths)) // 2 for lengths in tasks]),
+    }
+    timelines, stop = [], 0
     for lengths in tasks:
-        columns = {
-            "split_stop": np.cumsum(lengths),
-            "timesteps": np.array(lengths),
-            "split_episode": np.arange(len(lengths)) // 2,
-        }
-        facts = {"total": sum(lengths), "count": -(-len(lengths) // 2), "pieces": len(lengths), "width": width}
-        timelines.append(SimpleNamespace(column=columns.__getitem__, **facts))
+        timeline = object.__new__(Timeline)
+        timeline.dataset, timeline.width, timeline.total = Columns(columns), width, sum(lengths)
+        timeline.pieces, timeline.count, timeline.first = len(lengths), -(-len(lengths) // 2), stop
+        timeline.stop = stop = stop + len(lengths)
+        timelines.append(timeline)
     task = np.arange(2 * len(tasks)) % len(tasks)
     begin = (first + 3 * np.arange(len(task))) % np.array([timelines[t].total for t in task])
     spans = Circles(timelines).spans(task, begin, (begin, begin))
     for grid, t in enumerate(task.tolist()):
-        steps = [(row, step, row // 2) for row, length in enumerate(tasks[t]) for step in range(length)]
+        rows = enumerate(tasks[t])
+        steps = [(timelines[t].first + row, step, row // 2) for row, length in rows for step in range(length)]
         walked, segment, previous = [], -1, None
         for n in range(width):
             lap, place = divmod(int(begin[grid]) + n, len(steps))
