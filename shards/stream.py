@@ -31,7 +31,7 @@ from shards.folder import Folder
 from shards.reader import BadShard, Dataset, Store, Verify, check
 from shards.sampler import Sampler, below, mixed, words
 from shards.tables import DRAWS
-from shards.timeline import Timeline
+from shards.timeline import Circles, Timeline
 
 OnBadShard = Literal["stop", "skip"]
 REDRAWS = 100
@@ -102,7 +102,7 @@ class Stream:
             raise DatasetError(
                 f"no {'held-out' if held_out else 'training'} episodes in {', '.join(map(str, folders))}"
             )
-        self.tasks = [timeline.name for timeline in self.timelines]
+        self.tasks, self.circles = [timeline.name for timeline in self.timelines], Circles(self.timelines)
         if twice := [name for name, following in pairwise(self.tasks) if name == following]:
             raise DatasetError(f"task '{twice[0]}' is in more than one dataset folder; name only one of them")
         unknown = sorted(set(config.weights) - {timeline.name for timeline in timelines})
@@ -167,7 +167,7 @@ class Stream:
 
     def plan(self, i: np.ndarray, redraw: np.ndarray | None = None) -> Plan:
         """Where training sequences i (n,) come from. `redraw` (n,): how often each was drawn anew."""
-        places, circles = self.sampler.places(i), self._assembly.circles
+        places, circles = self.sampler.places(i), self.circles
         task, redraw = places.task, np.zeros(len(i), np.int64) if redraw is None else redraw
         total, width = circles.total[task], circles.width[task]
         phase = below(words(self.seed, "phase", places.epoch, task), total)
@@ -180,15 +180,15 @@ class Stream:
         prompt = circles.prompts(task, begin, length, from_end, choice, near)
         silent = np.zeros(len(i), np.int64) if self.config.prompt_loss else prompt[1] - prompt[0]
         draws = below(words(self.seed, "patch", i), DRAWS)
-        return Plan(i, task, redraw, draws, silent, self._assembly.sources(task, begin, prompt), evaluation=False)
+        return Plan(i, task, redraw, draws, silent, circles.spans(task, begin, prompt), evaluation=False)
 
     def _evaluation_plan(self, task: int, windows: np.ndarray, redraw: np.ndarray | None = None) -> Plan:
         timeline, none = self.timelines[task], np.zeros(len(windows), np.int64)
         redraw = none if redraw is None else redraw
         anew = below(words(self.seed, "redraw", windows, redraw), timeline.total)
         begin = np.where(redraw > 0, anew, (windows % timeline.windows) * timeline.width)
-        sources = self._assembly.sources(none + task, begin, (begin, begin))
-        return Plan(windows, none + task, redraw, none, none, sources, evaluation=True)
+        spans = self.circles.spans(none + task, begin, (begin, begin))
+        return Plan(windows, none + task, redraw, none, none, spans, evaluation=True)
 
     def fill(self, plan: Plan, begin: int, end: int, memory: Memory | None = None) -> tuple[Batch, int]:
         """Sequences [begin, end) of a plan, in `memory` where it is given, and how many of them were drawn anew."""
@@ -208,9 +208,8 @@ class Stream:
             print(f"skipping a bad shard: {error}", file=sys.stderr, flush=True)
             error.dataset.bad[error.shard] = str(error)
         theirs = np.array([timeline.dataset is error.dataset for timeline in self.timelines])
-        sources = plan.sources
-        bad = theirs[plan.task[sources.grid]] & np.isin(sources.shard, list(error.dataset.bad))
-        redraw = plan.redraw + np.logical_or.reduceat(bad, sources.first[:-1])
+        bad = theirs[plan.task[plan.spans.sequence]] & np.isin(plan.spans.shard, list(error.dataset.bad))
+        redraw = plan.redraw + np.logical_or.reduceat(bad, plan.spans.first[:-1])
         redraw = redraw[begin:end]
         if redraw.max() > REDRAWS:
             name = self.tasks[int(plan.task[begin + redraw.argmax()])]
@@ -222,8 +221,8 @@ class Stream:
     def prefetch(self, first: int, count: int) -> None:
         """Bring the remote shards of sequences [first, first + count) into the cache. Bad ones are left to `fill`."""
         plan = self.plan(np.arange(first, first + count))
-        task = plan.task[plan.sources.grid]
-        for t, number in dict.fromkeys(zip(task.tolist(), plan.sources.shard.tolist())):
+        task = plan.task[plan.spans.sequence]
+        for t, number in dict.fromkeys(zip(task.tolist(), plan.spans.shard.tolist())):
             dataset = self.timelines[t].dataset
             if dataset.place.local is None:
                 dataset.prefetch(number)

@@ -5,7 +5,7 @@ W = ceil(L / K) timesteps; a window is a regular (W, K) grid, cut at L tokens.
 Where an episode ends inside the window the next one follows with its own segment number. A prompt, where one is drawn,
 takes the first timesteps of the grid and shares the segment of the episode behind it (paper §2.2).
 
-    runs (timesteps [a, b) of a circle) -> spans (runs cut at rows of the index)
+    runs (timesteps [a, b) of a circle) -> spans (runs cut at rows of the index), as places of bytes in shards
 
 Each task's rows are searched once for all its sequences; what is left is done for all tasks together.
 
@@ -24,11 +24,13 @@ from typing import Literal
 
 import numpy as np
 
-from schemas.layout import TimestepLayout
+from schemas.dataset import DatasetError
+from schemas.layout import PATCH_SIZE, TimestepLayout
 from shards.reader import Dataset
 from shards.sampler import below, mixed
 
 Groups = list[tuple[int, np.ndarray]]
+COLUMNS = "split_stop", "timesteps", "split_episode", "shard", "tokens_offset", "patches_offset"
 
 
 class Timeline:
@@ -63,13 +65,18 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Spans:
-    """Timesteps [start, start + count) of index row `row`, for timesteps `place` and on of grid `grid`; `fresh` where
-    they begin another segment. Arrays (s,), ordered by grid and place."""
+    """What n sequences are copied from. All arrays int64 but `fresh`.
 
-    row: np.ndarray
-    start: np.ndarray
+    first (n + 1,): each sequence's first span. Of each span (s,), ordered by sequence and place: its sequence; its
+    shard; the first byte of its tokens and of its patches there; timesteps; the first one in the sequence's grid;
+    whether it begins another segment."""
+
+    first: np.ndarray
+    sequence: np.ndarray
+    shard: np.ndarray
+    tokens: np.ndarray
+    patches: np.ndarray
     count: np.ndarray
-    grid: np.ndarray
     place: np.ndarray
     fresh: np.ndarray
 
@@ -83,6 +90,8 @@ class Circles:
         number = {dataset: n for n, dataset in enumerate(self.datasets)}
         facts = [(t.total, t.count, t.first, t.pieces, t.width, number[t.dataset]) for t in timelines]
         self.total, self.count, self.first, self.pieces, self.width, self.home = np.array(facts).T
+        sizes = [(2 * t.layout.stored, t.layout.patches * t.layout.channels * PATCH_SIZE**2) for t in timelines]
+        self.token_bytes, self.patch_bytes = np.array(sizes).T  # of a timestep
 
     def search(
         self, name: str, groups: Groups, values: np.ndarray, side: Literal["left", "right"] = "right"
@@ -142,15 +151,15 @@ class Circles:
         return self.take(("split_episode",), task, row)[0]
 
     def spans(self, task: np.ndarray, first: np.ndarray, prompt: tuple[np.ndarray, np.ndarray]) -> Spans:
-        """What fills the grids of windows that begin at circle positions `first` (n,), behind their prompts."""
+        """What fills the grids of windows that begin at circle positions `first` (n,), behind their prompts [a, b)."""
         n, taken = len(first), prompt[1] - prompt[0]
         a, b, place = np.zeros((3, 2 * n), np.int64)  # runs: each grid's prompt, then its body
         a[::2], a[1::2] = prompt[0], first
         b[::2], b[1::2] = prompt[1], first + self.width[task] - taken
         place[1::2] = taken
         runs = np.flatnonzero(b > a)
-        a, b, place, grid = a[runs], b[runs], place[runs], runs // 2
-        task = task[grid]
+        a, b, place, sequence = a[runs], b[runs], place[runs], runs // 2
+        task = task[sequence]
         total, pieces = self.total[task], self.pieces[task]
         lap, within = np.divmod(a, total)
         row = self.search("split_stop", grouped(task), within)
@@ -164,17 +173,25 @@ class Circles:
         task = task[run]
         lap, row = np.divmod((low - begins)[run] + np.arange(len(run)) - self.first[task], self.pieces[task])
         row += self.first[task]
-        end, timesteps, episode = self.take(("split_stop", "timesteps", "split_episode"), task, row)
+        end, timesteps, episode, shard, tokens, patches = self.take(COLUMNS, task, row)
+        lacking = (tokens < 0) | ((patches < 0) & (self.patch_bytes[task] > 0))
+        if lacking.any():
+            timeline = self.timelines[int(task[lacking.argmax()])]
+            said = f"a sample of '{timeline.name}' lacks tokens or patches; rebuild it"
+            raise DatasetError(f"{timeline.dataset.place}: {said}")
         end += lap * self.total[task]
         start = np.maximum(a[run], end - timesteps)
+        inside, sequence = start - end + timesteps, sequence[run]
         # a prompt is of one episode, and so are the pieces of a long one; the body's first shares its segment
         fresh = np.zeros(len(run), bool)
         fresh[1:] = (run[1:] == run[:-1]) & ((episode[1:] != episode[:-1]) | (lap[1:] != lap[:-1]))
         return Spans(
-            row=row,
-            start=start - end + timesteps,
+            first=sequence.searchsorted(np.arange(n + 1)),
+            sequence=sequence,
+            shard=shard,
+            tokens=tokens + inside * self.token_bytes[task],
+            patches=patches + inside * self.patch_bytes[task],
             count=np.minimum(b[run], end) - start,
-            grid=grid[run],
             place=place[run] + start - a[run],
             fresh=fresh,
         )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schemas.layout import ACTION, OBSERVATION, PAD, PATCH, SEPARATOR
+from schemas.layout import ACTION, OBSERVATION, PAD, PATCH, SEPARATOR, TimestepLayout
 from shards.loader import Loader
 from shards.reader import Dataset
 from shards.sampler import below, words
@@ -73,15 +73,16 @@ def test_an_epoch_shows_every_timestep(hopper):
     config = StreamConfig(sequence_length=L, prompt_probability=0.0, mixture_block=8)
     stream = Stream([hopper], config, seed=0)
     timeline = stream.timelines[0]
-    counts: dict[tuple, int] = {}
+    counts: dict[tuple[int, int], int] = {}
     places = stream.sampler.places(np.arange(-(-timeline.windows // 8) * 8))
     window = places.window[places.epoch == 0]
     phase = int(below(words(0, "phase", 0, 0), timeline.total)[0])
     begin = (phase + window * timeline.width) % timeline.total
-    spans = Circles(stream.timelines).spans(np.zeros(len(begin), np.int64), begin, (begin, begin))
-    for row, start, count in zip(spans.row, spans.start, spans.count):
-        for t in range(start, start + count):
-            counts[row, t] = counts.get((row, t), 0) + 1
+    spans = stream.circles.spans(np.zeros(len(begin), np.int64), begin, (begin, begin))
+    for shard, byte, count in zip(spans.shard, spans.tokens, spans.count):
+        for t in range(count):
+            place = shard, byte + t * 2 * timeline.layout.stored
+            counts[place] = counts.get(place, 0) + 1
     assert len(counts) == timeline.total
     assert sum(count > 1 for count in counts.values()) < timeline.width
 
@@ -103,7 +104,7 @@ def test_prompts_come_as_often_as_asked_and_from_other_episodes(hopper):
     assert set(length[length > 0].tolist()) == set(range(1, timeline.width // 2 + 1))
     assert abs(from_end[length > 0].mean() - 0.5) < 0.06
     begin = np.random.default_rng(0).integers(0, timeline.total, 4000)
-    a, b = Circles([timeline]).prompts(np.zeros(4000, np.int64), begin, length, from_end, word, None)
+    a, b = stream.circles.prompts(np.zeros(4000, np.int64), begin, length, from_end, word, None)
     last = np.flatnonzero(np.diff(timeline.column("split_episode"), append=-1))
     ends = timeline.column("split_stop")[last]
     starts = np.append(0, ends[:-1])
@@ -136,10 +137,13 @@ def test_spans_walk_the_circles(tasks, width, first):
         "timesteps": np.concatenate(tasks),
         "split_episode": np.concatenate([np.arange(len(lengths)) // 2 for lengths in tasks]),
     }
+    rows = np.arange(len(columns["timesteps"]))
+    columns |= {"shard": rows % 3, "tokens_offset": 1000 * rows, "patches_offset": 0 * rows - 1}
     timelines, stop = [], 0
     for lengths in tasks:
         timeline = object.__new__(Timeline)
         timeline.dataset, timeline.width, timeline.total = Columns(columns), width, sum(lengths)
+        timeline.layout = TimestepLayout(0, 0, 0, 0, 1, 0)
         timeline.pieces, timeline.count, timeline.first = len(lengths), -(-len(lengths) // 2), stop
         timeline.stop = stop = stop + len(lengths)
         timelines.append(timeline)
@@ -156,15 +160,17 @@ def test_spans_walk_the_circles(tasks, width, first):
             segment += (episode, lap) != previous
             previous = episode, lap
             walked.append((row, step, segment))
-        own = spans.grid == grid
+        own = slice(spans.first[grid], spans.first[grid + 1])
+        assert (spans.sequence[own] == grid).all() and (spans.shard[own] == spans.tokens[own] // 1000 % 3).all()
         mine = [
-            (int(row), int(start) + n, int(segment))
-            for row, start, count, segment in zip(
-                spans.row[own], spans.start[own], spans.count[own], np.cumsum(spans.fresh[own])
+            (byte // 1000, byte % 1000 // 2 + n, segment)
+            for byte, count, segment in zip(
+                spans.tokens[own].tolist(), spans.count[own].tolist(), np.cumsum(spans.fresh[own]).tolist()
             )
             for n in range(count)
         ]
         assert mine == walked
+        assert (spans.place[own] == np.cumsum(spans.count[own]) - spans.count[own]).all()
 
 
 def test_bad_requests_are_refused(stream, hopper, pong):
