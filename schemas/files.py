@@ -50,5 +50,5 @@ def sync_folder(folder: Path) -> None:
 
 def sha256_of(path: Path | str) -> str:
     """sha256 of a file's bytes, 64 hex digits."""
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -85,7 +85,7 @@ class Assembly:
         rows: np.ndarray,
         memory: Memory,
     ) -> None:
-        """Copy the stored tokens of spans `own` (s,), which are of `row` (s,) of a batch, to its rows (n,) of a layout."""
+        """Copy the tokens of spans `own` (s,), which are of `row` (s,) of a batch, to its rows (n,) of one layout."""
         n, L, K, size = len(rows), self.length, layout.length, 2 * layout.stored
         W = -(-L // K)
         stored = memory.take("stored", np.uint8, n * W * size)

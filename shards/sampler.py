@@ -124,7 +124,7 @@ class Sampler:
         share = np.asarray(weights, np.float64)
         if len(share) != len(windows) or not len(share):
             raise ValueError("one weight a task, and at least one task")
-        if not (share.min() >= 0 and 0 < share.max() < np.inf):  # NaN is neither
+        if not any(weights) or not all(0 <= weight < math.inf for weight in weights):
             raise ValueError(f"mixture weights must be finite, not negative, not all zero: {weights}")
         share /= share.max()
         share /= share.sum()
