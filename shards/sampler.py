@@ -20,8 +20,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.random import Generator, Philox
 
-GAMMA = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's step
-# splitmix64's finaliser; as arrays of no dimension they cost a call half of what scalars do
+# As arrays of no dimension, constants cost a call half of what scalars do.
+ONE, HALF = (np.array(n, np.uint64) for n in (1, 32))
+GAMMA = np.array(0x9E3779B97F4A7C15, np.uint64)  # splitmix64's step, and its finaliser:
 FIRST_SHIFT, SECOND_SHIFT, LAST_SHIFT = (np.array(n, np.uint64) for n in (30, 27, 31))
 FIRST_FACTOR, SECOND_FACTOR = (np.array(n, np.uint64) for n in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 ROUNDS = 4
@@ -46,7 +47,7 @@ def mixed(key: np.ndarray | np.uint64, *counters: Counter) -> np.ndarray:
     word = np.atleast_1d(np.asarray(key, np.uint64))
     for counter in counters:
         if isinstance(counter, np.ndarray):
-            word = _mix(word + GAMMA * (counter.astype(np.uint64) + np.uint64(1)))
+            word = _mix(word + GAMMA * (counter.astype(np.uint64) + ONE))
         else:
             word = _mix(word + np.uint64(int(GAMMA) * (int(counter) + 1) % 2**64))
     return word
@@ -55,7 +56,7 @@ def mixed(key: np.ndarray | np.uint64, *counters: Counter) -> np.ndarray:
 def below(word: np.ndarray, size: Counter) -> np.ndarray:
     """Words to uniform integers in [0, size), int64: by their upper half, or where that is too short the remainder."""
     size = np.asarray(size).astype(np.uint64)
-    number = (word >> np.uint64(32)) * size >> np.uint64(32)
+    number = (word >> HALF) * size >> HALF
     if (long := size > np.uint64(2**32)).any():
         number = np.where(long, word % np.maximum(size, np.uint64(1)), number)
     return number.astype(np.int64)
@@ -67,7 +68,7 @@ def permuted(index: Counter, n: Counter, key: np.ndarray) -> np.ndarray:
     x, n, key = (np.atleast_1d(np.asarray(a)).astype(np.uint64) for a in (index, n, key))
     zero = (x + n + key) * 0  # of their common shape; broadcast_arrays takes six times as long
     x, n, key = x + zero, n + zero, key + zero
-    bits = np.frexp((n - np.uint64(1)).astype(np.float64))[1]
+    bits = np.frexp((n - ONE).astype(np.float64))[1]
     half = np.maximum(1, (bits + 1) // 2).astype(np.uint64)
     keys = mixed(key, np.arange(ROUNDS).reshape(-1, *[1] * key.ndim))
     x = _feistel(x, half, keys)
@@ -77,7 +78,7 @@ def permuted(index: Counter, n: Counter, key: np.ndarray) -> np.ndarray:
 
 
 def _feistel(x: np.ndarray, half: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    mask = (np.uint64(1) << half) - np.uint64(1)
+    mask = (ONE << half) - ONE
     left, right = x >> half, x & mask
     for key in keys:
         left, right = right, left ^ (_mix(right + key) & mask)
