@@ -69,8 +69,8 @@ def assemble(shards: Path, count: int, folder: Path) -> None:
     """The first `count` sequences as tokens.npy (N, L) and patches.npy (N, M, 16, 16, C)."""
     stream = Stream([shards], StreamConfig(), 0)
     folder.mkdir(parents=True)
-    patches = len(stream.timelines[0].patch_index)
-    channels = stream.timelines[0].layout.channels
+    first = stream.sequence(0)
+    patches, channels = len(first.patches), first.patches.shape[3]
     tokens = np.lib.format.open_memmap(folder / "tokens.npy", "w+", np.int32, (count, LENGTH))
     pixels = None
     if patches:

@@ -188,11 +188,13 @@ def load_manifest(folder: Path) -> Manifest:
     """Read and check `folder`/dataset.json. DatasetError for a folder without one, another schema
     version, an unknown key or a vocabulary that does not match its fingerprint."""
     path = Path(folder) / MANIFEST_NAME
-    if not path.exists():
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
         raise DatasetError(
             f"{folder}: no {MANIFEST_NAME}, so no finished dataset; build it with python -m etl.build --output {folder}"
-        )
-    return parse_manifest(path.read_bytes(), str(path))
+        ) from None
+    return parse_manifest(data, str(path))
 
 
 def parse_manifest(data: bytes, path: str) -> Manifest:

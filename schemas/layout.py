@@ -11,6 +11,7 @@ A text document is the degenerate layout K = 1: one text token a "timestep".
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -110,7 +111,7 @@ def layout_of(task: TaskSpec) -> TimestepLayout:
                 raise ValueError(f"task '{task.name}': more than one image field")
             rows, columns, channels = height // PATCH_SIZE, width // PATCH_SIZE, spec.shape[2]
         else:
-            observation += int(np.prod(spec.shape, dtype=np.int64))
+            observation += math.prod(spec.shape)
     return TimestepLayout(text, rows, columns, channels, observation, task.action.size if task.action else 0)
 
 
@@ -125,7 +126,7 @@ def members_of(task: TaskSpec) -> dict[str, tuple[str, tuple[int, ...]]]:
     members["reward"] = ("<f4", ())
     continuous = [field for field in task.observation if field.kind == "continuous"]
     if continuous:
-        members["observation"] = ("<f4", (sum(int(np.prod(f.shape, dtype=np.int64)) for f in continuous),))
+        members["observation"] = ("<f4", (sum(math.prod(f.shape) for f in continuous),))
     if task.action.kind == "continuous":
         members["action"] = ("<f4", (task.action.size,))
     return members

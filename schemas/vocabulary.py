@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -52,7 +52,7 @@ class Vocabulary:
     @property
     def fingerprint(self) -> str:
         """sha256 of the canonical JSON form, 64 hex digits."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self, default=vars, sort_keys=True).encode()).hexdigest()
 
     @property
     def padded_size(self) -> int:

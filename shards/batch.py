@@ -103,5 +103,5 @@ class Memory:
             room = torch.empty(size + PAGE, dtype=torch.uint8, pin_memory=True).numpy()
         else:
             room = np.empty(size + PAGE, np.uint8)
-        first = -room.ctypes.data % PAGE
+        first = -room.__array_interface__["data"][0] % PAGE
         return room[first : first + size]

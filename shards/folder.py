@@ -30,8 +30,8 @@ class Folder:
     """`place`: a path or an fsspec URL. DatasetError where the URL's protocol is unknown or needs a package."""
 
     def __init__(self, place: str | Path):
-        self.place = str(place).rstrip("/") if is_url(place) else str(place)
         self.local = None if is_url(place) else Path(place)
+        self.place = str(place).rstrip("/") if self.local is None else str(self.local)
         if self.local is None:
             try:
                 self.store, self.root = fsspec.core.url_to_fs(self.place, use_listings_cache=False)

@@ -21,8 +21,9 @@ import numpy as np
 
 from schemas.dataset import DatasetError
 from schemas.layout import TEXT
+from shards.assembly import Plan
 from shards.batch import Batch, Memory
-from shards.stream import Plan, Stream
+from shards.stream import Stream
 
 PLANNED = 2048  # sequences that are planned together
 AHEAD = 4  # steps whose remote shards are fetched before they are needed

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 
-def mapped_bytes(path: Path) -> np.ndarray:
+def mapped_bytes(path: Path | str) -> np.ndarray:
     """The bytes (n,) uint8 of a file, mapped and locked. OSError as `open` gives it, ValueError for an empty file."""
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # of the open file, which the map keeps open
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
@@ -43,7 +43,7 @@ class Maps:
                 self._open.move_to_end(key)
             return found
 
-    def open(self, key: Hashable, path: Path) -> np.ndarray:
+    def open(self, key: Hashable, path: Path | str) -> np.ndarray:
         """Map a file and keep it open under a key; see `mapped_bytes`."""
         while True:
             try:

@@ -100,7 +100,8 @@ class Dataset:
         if not 0 <= number < self.shards.num_rows:
             raise DatasetError(f"{self.place}: the index names shard {number} of {self.shards.num_rows}; rebuild it")
         if number not in self._shards:
-            self._shards[number] = self._inside(Shard(**self.shards.slice(number, 1).to_pylist()[0]))
+            row = (column[number].as_py() for column in self.shards.columns)
+            self._shards[number] = self._inside(Shard(*row))
         return self._shards[number]
 
     def column(self, name: str) -> np.ndarray:
@@ -108,7 +109,8 @@ class Dataset:
         if name not in self._columns:
             column = self.index.column(name)  # one chunk, as the writer makes it; combining would copy it
             values = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-            self._columns[name] = values.to_numpy(zero_copy_only=False)
+            number = pa.types.is_integer(values.type)  # which to_numpy would import pandas for, where there is one
+            self._columns[name] = np.from_dlpack(values) if number else values.to_numpy(zero_copy_only=False)
         return self._columns[name]
 
     def span(self, task: int, held_out: bool) -> tuple[int, int]:
@@ -242,26 +244,27 @@ class Dataset:
                     raise
                 self.bad[number] = str(error)
 
-    def _whole(self, file: Shard | FileDigest, hashed: bool) -> Path:
+    def _whole(self, file: Shard | FileDigest, hashed: bool) -> Path | str:
         """Where a file lies on this machine, of the right size and, if asked, hash. BadFile where it is not; a copy in
         the cache is then fetched anew."""
-        path = self.local(file)
         if self.place.local is None:
+            path = self.local(file)
             if hashed and sha256_of(path) != file.sha256:
                 self.store.cache.discard(file)
                 path = self.local(file)
             return path
+        name = self.place.path(self._inside(file).name)
         try:
-            size = os.stat(path).st_size
+            size = os.stat(name).st_size
         except (FileNotFoundError, NotADirectoryError):
-            raise BadFile(f"{path}: missing; {_again(self.place)}") from None
+            raise BadFile(f"{name}: missing; {_again(self.place)}") from None
         if size != file.bytes:
             said = f"{size} bytes, the manifest says {file.bytes}"
-            raise BadFile(f"{path}: {said}; remove it and {_again(self.place)}")
-        if hashed and sha256_of(path) != file.sha256:
+            raise BadFile(f"{name}: {said}; remove it and {_again(self.place)}")
+        if hashed and sha256_of(name) != file.sha256:
             said = "sha256 differs from the manifest, the file is damaged"
-            raise BadFile(f"{path}: {said}; remove it and {_again(self.place)}")
-        return path
+            raise BadFile(f"{name}: {said}; remove it and {_again(self.place)}")
+        return name
 
 
 def check(datasets: Sequence[Dataset], verify: Verify) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -25,12 +25,13 @@ import numpy as np
 from schemas.dataset import MANIFEST_NAME, TEXT_MODEL_NAME, DatasetError
 from schemas.episode import STRICT
 from schemas.vocabulary import Vocabulary
-from shards.assembly import DRAWS, Part, Timeline
+from shards.assembly import Assembly, Plan
 from shards.batch import Batch, Memory
 from shards.folder import Folder
 from shards.reader import BadShard, Dataset, Store, Verify, check
 from shards.sampler import Sampler, below, mixed, words
-from shards.tables import Tables
+from shards.tables import DRAWS
+from shards.timeline import Circles, Timeline
 
 OnBadShard = Literal["stop", "skip"]
 REDRAWS = 100
@@ -57,19 +58,6 @@ class StreamConfig:
     """Longest prompt, as a share of the window's timesteps; the length is drawn uniformly from 1 up to it."""
     prompt_loss: bool = True
     """Whether prompt tokens carry loss; the paper leaves it open."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Sequences i (n,), their tasks, how often each was drawn anew, the first timestep of its patch positions' draws,
-    and the part of each task."""
-
-    i: np.ndarray
-    task: np.ndarray
-    redraw: np.ndarray
-    draws: np.ndarray
-    parts: dict[int, Part]
-    evaluation: bool
 
 
 class Stream:
@@ -114,7 +102,7 @@ class Stream:
             raise DatasetError(
                 f"no {'held-out' if held_out else 'training'} episodes in {', '.join(map(str, folders))}"
             )
-        self.tasks = [timeline.name for timeline in self.timelines]
+        self.tasks, self.circles = [timeline.name for timeline in self.timelines], Circles(self.timelines)
         if twice := [name for name, following in pairwise(self.tasks) if name == following]:
             raise DatasetError(f"task '{twice[0]}' is in more than one dataset folder; name only one of them")
         unknown = sorted(set(config.weights) - {timeline.name for timeline in timelines})
@@ -155,8 +143,8 @@ class Stream:
             )
 
     @cached_property
-    def _tables(self) -> Tables:
-        return Tables(self.timelines, self.config.sequence_length, self.seed)
+    def _assembly(self) -> Assembly:
+        return Assembly(self.timelines, self.config.sequence_length, self.seed)
 
     @property
     def fingerprint(self) -> str:
@@ -179,84 +167,65 @@ class Stream:
 
     def plan(self, i: np.ndarray, redraw: np.ndarray | None = None) -> Plan:
         """Where training sequences i (n,) come from. `redraw` (n,): how often each was drawn anew."""
-        places = self.sampler.places(i)
-        redraw = np.zeros(len(i), np.int64) if redraw is None else redraw
-        total, width, longest = (self._sizes[name][places.task] for name in ("total", "width", "longest"))
-        phase = below(words(self.seed, "phase", places.epoch, places.task), total)
+        places, circles = self.sampler.places(i), self.circles
+        task, redraw = places.task, np.zeros(len(i), np.int64) if redraw is None else redraw
+        total, width = circles.total[task], circles.width[task]
+        phase = below(words(self.seed, "phase", places.epoch, task), total)
         begin = (phase + places.window * width) % total
-        length, from_end, choice = self._prompts(i, longest)
+        length, from_end, choice = self._prompts(i, self._longest[task])
         if redraw.any():
             anew = below(words(self.seed, "redraw", i, redraw), total)
             begin, choice = np.where(redraw > 0, anew, begin), np.where(redraw > 0, mixed(choice, redraw), choice)
         near = phase + self.sampler.beside(places, mixed(choice, 1)) * width if self.sampler.mixes_runs else None
-        parts = {}
-        for task, at in _by_task(places.task):
-            timeline, beside = self.timelines[task], None if near is None else near[at]
-            prompt = timeline.prompts(begin[at], length[at], from_end[at], choice[at], beside)
-            parts[task] = timeline.part(at, begin[at], prompt)
-        return Plan(i, places.task, redraw, below(words(self.seed, "patch", i), DRAWS), parts, evaluation=False)
+        prompt = circles.prompts(task, begin, length, from_end, choice, near)
+        silent = np.zeros(len(i), np.int64) if self.config.prompt_loss else prompt[1] - prompt[0]
+        draws = below(words(self.seed, "patch", i), DRAWS)
+        return Plan(i, task, redraw, draws, silent, circles.spans(task, begin, prompt), evaluation=False)
 
     def _evaluation_plan(self, task: int, windows: np.ndarray, redraw: np.ndarray | None = None) -> Plan:
-        timeline, n = self.timelines[task], len(windows)
-        redraw = np.zeros(n, np.int64) if redraw is None else redraw
+        timeline, none = self.timelines[task], np.zeros(len(windows), np.int64)
+        redraw = none if redraw is None else redraw
         anew = below(words(self.seed, "redraw", windows, redraw), timeline.total)
         begin = np.where(redraw > 0, anew, (windows % timeline.windows) * timeline.width)
-        part = timeline.part(np.arange(n), begin, (begin, begin))
-        return Plan(windows, np.full(n, task), redraw, np.zeros(n, np.int64), {task: part}, evaluation=True)
+        spans = self.circles.spans(none + task, begin, (begin, begin))
+        return Plan(windows, none + task, redraw, none, none, spans, evaluation=True)
 
     def fill(self, plan: Plan, begin: int, end: int, memory: Memory | None = None) -> tuple[Batch, int]:
         """Sequences [begin, end) of a plan, in `memory` where it is given, and how many of them were drawn anew."""
         memory = memory or Memory()
         while True:
             try:
-                return self._filled(plan, begin, end, memory), int((plan.redraw[begin:end] > 0).sum())
+                return self._assembly.batch(plan, begin, end, memory), int((plan.redraw[begin:end] > 0).sum())
             except BadShard as error:
                 if not self.skip:
                     raise
                 plan = self._redrawn(plan, begin, end, error)
                 begin, end = 0, end - begin
 
-    def _filled(self, plan: Plan, begin: int, end: int, memory: Memory) -> Batch:
-        task = plan.task[begin:end]
-        batch, patches_at = self._tables.batch(task, plan.draws[begin:end], plan.evaluation, memory)
-        batch.sequence[:] = plan.i[begin:end]
-        for t in sorted(set(task.tolist())):
-            part, timeline = plan.parts[t], self.timelines[t]
-            a, b = np.searchsorted(part.at, (begin, end)).tolist()
-            at = part.at[a:b] - begin
-            timeline.fill(batch, part, a, b, at, patches_at[at], memory)
-            if not (self.config.prompt_loss or plan.evaluation):
-                length = part.prompt[a:b, None] * timeline.layout.length
-                batch.supervised[at] &= np.arange(self.config.sequence_length) >= length
-        return batch
-
     def _redrawn(self, plan: Plan, begin: int, end: int, error: BadShard) -> Plan:
         """Another plan of sequences [begin, end), those that touch a bad shard drawn anew."""
-        redraw = plan.redraw[begin:end].copy()
-        for task, part in plan.parts.items():
-            dataset = self.timelines[task].dataset
-            if dataset is not error.dataset:
-                continue
-            if error.shard not in dataset.bad:
-                print(f"skipping a bad shard: {error}", file=sys.stderr, flush=True)
-                dataset.bad[error.shard] = str(error)
-            bad = np.add.reduceat(np.isin(part.shard, list(dataset.bad)), part.first[:-1]) > 0
-            touched = part.at[bad]
-            touched = touched[(touched >= begin) & (touched < end)] - begin
-            redraw[touched] += 1
-            if redraw.max() > REDRAWS:
-                raise DatasetError(f"task '{self.tasks[task]}': too little of it can be read; {error}") from error
+        if error.shard not in error.dataset.bad:
+            print(f"skipping a bad shard: {error}", file=sys.stderr, flush=True)
+            error.dataset.bad[error.shard] = str(error)
+        theirs = np.array([timeline.dataset is error.dataset for timeline in self.timelines])
+        bad = theirs[plan.task[plan.spans.sequence]] & np.isin(plan.spans.shard, list(error.dataset.bad))
+        redraw = plan.redraw + np.logical_or.reduceat(bad, plan.spans.first[:-1])
+        redraw = redraw[begin:end]
+        if redraw.max() > REDRAWS:
+            name = self.tasks[int(plan.task[begin + redraw.argmax()])]
+            raise DatasetError(f"task '{name}': too little of it can be read; {error}") from error
         if plan.evaluation:
             return self._evaluation_plan(int(plan.task[0]), plan.i[begin:end], redraw)
         return self.plan(plan.i[begin:end], redraw)
 
     def prefetch(self, first: int, count: int) -> None:
         """Bring the remote shards of sequences [first, first + count) into the cache. Bad ones are left to `fill`."""
-        for task, part in self.plan(np.arange(first, first + count)).parts.items():
-            dataset = self.timelines[task].dataset
+        plan = self.plan(np.arange(first, first + count))
+        task = plan.task[plan.spans.sequence]
+        for t, number in dict.fromkeys(zip(task.tolist(), plan.spans.shard.tolist())):
+            dataset = self.timelines[t].dataset
             if dataset.place.local is None:
-                for number in np.unique(part.shard).tolist():
-                    dataset.prefetch(number)
+                dataset.prefetch(number)
 
     def _prompts(self, i: np.ndarray, longest: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Length in timesteps (0: none) up to `longest`, whether from an episode's end, and the word that chooses, of
@@ -266,15 +235,11 @@ class Stream:
         return np.where(wanted, 1 + below(size, longest), 0), _unit(end) < self.config.prompt_end_share, choice
 
     @cached_property
-    def _sizes(self) -> dict[str, np.ndarray]:
-        """Of each task, int64 (T,): timesteps, timesteps of a window, and of the longest prompt."""
+    def _longest(self) -> np.ndarray:
+        """Timesteps of each task's longest prompt, int64 (T,)."""
         share = self.config.prompt_max_share
         longest = [min(max(1, int(t.width * share)), t.width - 1) if t.layout.action else 0 for t in self.timelines]
-        return {
-            "total": np.array([timeline.total for timeline in self.timelines]),
-            "width": np.array([timeline.width for timeline in self.timelines]),
-            "longest": np.array(longest),
-        }
+        return np.array(longest)
 
 
 def _check_config(config: StreamConfig, seed: int) -> None:
@@ -297,13 +262,6 @@ def _check_config(config: StreamConfig, seed: int) -> None:
 def _unit(word: np.ndarray) -> np.ndarray:
     """Words to uniform float64 in [0, 1)."""
     return (word >> np.uint64(11)) * 2.0**-53
-
-
-def _by_task(task: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """(task, where it stands, ascending) for every task in an array (n,)."""
-    order = np.argsort(task, kind="stable")
-    first = np.flatnonzero(np.diff(task[order], prepend=-1))
-    return zip(task[order[first]].tolist(), np.split(order, first[1:]))
 
 
 def find_datasets(root: Path | str) -> list[str]:

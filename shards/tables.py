@@ -1,8 +1,9 @@
-"""What a batch holds that follows from its tasks alone: roles, positions, separators, loss mask, places of patches.
+"""What a batch holds that follows from its tasks' layouts alone: roles, positions, separators, loss mask, places of
+patches.
 
-tasks (B,) -> rows of tables, one a task -> a Batch but for stored tokens, pixels and segments
+tasks (B,) -> rows of tables, one a layout -> a Batch but for stored tokens, pixels and segments
 
-Invariant: sequences of one task differ only in what `Timeline.fill` copies and in their patches' drawn positions.
+Invariant: sequences of one layout differ only in what `Assembly` copies and in their patches' drawn positions.
 """
 
 from __future__ import annotations
@@ -11,71 +12,82 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from schemas.layout import TimestepLayout
-from shards.assembly import Timeline
+from schemas.layout import ACTION, PATCH, SEPARATOR, TEXT, TimestepLayout
 from shards.batch import Batch, Memory
+from shards.sampler import random
+from shards.timeline import Timeline, grouped
+
+DRAWS = 1024  # timesteps of a layout for which patch positions are drawn; a sequence takes W in a row of them
 
 
 class Tables:
-    """Of T tasks and sequences of L tokens. `patches` (T,): patches of a sequence of each."""
+    """Of sequences of L tokens. `kind` (T,): ordinal of each task's layout in `layouts`; `patch_index` of each layout:
+    places of a sequence's patches among its tokens, int32 (M,)."""
 
     def __init__(self, timelines: Sequence[Timeline], length: int, seed: int):
-        T, L = len(timelines), length
-        self.timelines, self.length, self.seed = timelines, length, seed
-        self.tokens, self.positions = np.empty((T, L), np.int32), np.empty((T, L), np.int16)
-        self.roles, self.supervised = np.empty((T, L), np.uint8), np.empty((T, L), bool)
-        self.patches, self.channels, self.kind = (np.empty(T, np.int64) for _ in range(3))
-        first: dict[TimestepLayout, int] = {}
-        for n, timeline in enumerate(timelines):
-            layout = timeline.layout
-            like = first.setdefault(layout, n)
-            if like < n:  # tasks of one layout look alike
-                for table in (self.tokens, self.positions, self.roles, self.supervised, self.patches, self.channels):
-                    table[n] = table[like]
-                self.kind[n] = like
-                continue
-            self.tokens[n], self.supervised[n] = timeline.plain, timeline.supervised
-            self.roles[n] = np.tile(layout.roles, timeline.width)[:L]
-            self.positions[n] = np.tile(layout.local_positions, timeline.width)[:L]
-            self.patches[n] = len(timeline.patch_index)
-            self.channels[n] = layout.channels if layout.patches else 1
-            self.kind[n] = n
-        self._drawn: dict[tuple[TimestepLayout, bool], np.ndarray] = {}
+        self.length, self.seed = length, seed
+        self.layouts = list(dict.fromkeys(timeline.layout for timeline in timelines))
+        number = {layout: n for n, layout in enumerate(self.layouts)}
+        self.kind = np.array([number[timeline.layout] for timeline in timelines])
+        shape = len(self.layouts), length
+        self.positions, self.roles = np.empty(shape, np.int16), np.empty(shape, np.uint8)
+        for n, layout in enumerate(self.layouts):
+            self.positions[n] = np.arange(length) % layout.length
+            self.roles[n] = layout.roles[self.positions[n]]
+        separator = timelines[0].dataset.manifest.vocabulary.separator
+        self.tokens = (self.roles == SEPARATOR) * np.int32(separator)
+        self.supervised = (self.roles == TEXT) | (self.roles == ACTION)
+        self.supervised[:, 0] = False  # nothing stands before it
+        self.patch_index = [np.flatnonzero(roles == PATCH).astype(np.int32) for roles in self.roles]
+        self.patches = np.array([len(index) for index in self.patch_index])
+        self.channels = np.array([layout.channels if layout.patches else 1 for layout in self.layouts])
+        self._drawn: dict[tuple[int, bool], np.ndarray] = {}
 
     def batch(self, task: np.ndarray, draws: np.ndarray, mean: bool, memory: Memory) -> tuple[Batch, np.ndarray]:
         """A batch of sequences of tasks (B,), and the first patch of each (B,). `draws` (B,): the timestep from which
         each one's patch positions are drawn; `mean`: their means instead. Segments are 0."""
-        patches = self.patches[task]
-        batch = Batch.empty(task, self.length, int(patches.sum()), int(self.channels[task].max()), memory)
+        kinds = self.kind[task]
+        patches = self.patches[kinds]
+        batch = Batch.empty(task, self.length, int(patches.sum()), int(self.channels[kinds].max()), memory)
         for name in ("tokens", "roles", "positions", "supervised"):
-            np.take(getattr(self, name), task, axis=0, out=getattr(batch, name), mode="clip")
+            np.take(getattr(self, name), kinds, axis=0, out=getattr(batch, name), mode="clip")
         batch.segments.fill(0)
         patches_at = np.cumsum(patches) - patches
-        kinds = self.kind[task]
-        for kind in sorted(set(kinds[patches > 0].tolist())):
-            rows = np.flatnonzero(kinds == kind)
-            self._place(batch, self.timelines[int(task[rows[0]])], rows, patches_at[rows], draws[rows], mean)
+        for kind, rows in grouped(kinds):
+            if self.patches[kind]:
+                self._place(batch, kind, rows, patches_at[rows], draws[rows], mean)
         return batch, patches_at
 
     def _place(
-        self, batch: Batch, timeline: Timeline, rows: np.ndarray, patches_at: np.ndarray, draws: np.ndarray, mean: bool
+        self, batch: Batch, kind: int, rows: np.ndarray, patches_at: np.ndarray, draws: np.ndarray, mean: bool
     ) -> None:
         """Where the patches of rows of one layout stand among the tokens, and in their pictures."""
-        M, tokens = len(timeline.patch_index), (rows * self.length).astype(np.int32)[:, None]
-        table, first = self._bins(timeline, mean), draws * timeline.layout.patches * 2
+        index, tokens = self.patch_index[kind], (rows * self.length).astype(np.int32)[:, None]
+        M, table, first = len(index), self._bins(kind, mean), draws * self.layouts[kind].patches * 2
         if len(rows) * M == len(batch.patches):  # all are of one layout, end to end
-            np.add(timeline.patch_index, tokens, out=batch.patch_index.reshape(-1, M))
+            np.add(index, tokens, out=batch.patch_index.reshape(-1, M))
             batch.patch_positions.reshape(-1, 2 * M)[:] = table[first]
             return
         places = patches_at[:, None] + np.arange(M)
-        batch.patch_index[places] = timeline.patch_index + tokens
+        batch.patch_index[places] = index + tokens
         batch.patch_positions[places] = table[first].reshape(len(rows), M, 2)
 
-    def _bins(self, timeline: Timeline, mean: bool) -> np.ndarray:
-        """See `Timeline.patch_positions`: what a sequence takes from each place on, uint8 (places, 2 M), a view. Tasks
-        of one layout share it."""
-        key = (timeline.layout, mean)
+    def _bins(self, kind: int, mean: bool) -> np.ndarray:
+        """See `patch_positions`: what a sequence takes from each place on, uint8 (places, 2 M), a view."""
+        key = kind, mean
         if key not in self._drawn:
-            bins = timeline.patch_positions(None if mean else self.seed).reshape(-1)
-            self._drawn[key] = np.lib.stride_tricks.sliding_window_view(bins, 2 * len(timeline.patch_index))
+            layout = self.layouts[kind]
+            bins = patch_positions(layout, -(-self.length // layout.length), None if mean else self.seed).reshape(-1)
+            self._drawn[key] = np.lib.stride_tricks.sliding_window_view(bins, 2 * len(self.patch_index[kind]))
         return self._drawn[key]
+
+
+def patch_positions(layout: TimestepLayout, width: int, seed: int | None) -> np.ndarray:
+    """Row and column bins of the patches of DRAWS + W timesteps, uint8 (.., 2): drawn from their intervals (paper,
+    appendix C.3), or without a seed the intervals' means."""
+    if seed is None:
+        return np.tile(layout.patch_centres.astype(np.uint8), (width, 1))
+    low, high = (layout.patch_intervals[:, :, end].astype(np.float32) for end in (0, 1))
+    drawn = low + random(seed, "patch").random((DRAWS, layout.patches, 2), np.float32) * (high - low)
+    bins = np.minimum(drawn, high - 1).astype(np.uint8).reshape(-1, 2)
+    return np.resize(bins, (len(bins) + width * layout.patches, 2))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from schemas.layout import ACTION, PATCH, SEPARATOR, TEXT
-from shards.assembly import DRAWS
 from shards.batch import Batch
 from shards.sampler import below, mixed, random, words
 from shards.stream import Stream
+from shards.tables import DRAWS
 
 
 def slow_sequence(stream: Stream, i: int) -> dict[str, list]:

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schemas.layout import ACTION, OBSERVATION, PAD, PATCH, SEPARATOR
-from shards.assembly import Timeline
+from schemas.layout import ACTION, OBSERVATION, PAD, PATCH, SEPARATOR, TimestepLayout
 from shards.loader import Loader
 from shards.reader import Dataset
 from shards.sampler import below, words
 from shards.stream import Stream, StreamConfig
+from shards.timeline import Circles, Timeline
 from tests.shards.slow import check_batch
 
 L = 120
@@ -73,15 +73,16 @@ def test_an_epoch_shows_every_timestep(hopper):
     config = StreamConfig(sequence_length=L, prompt_probability=0.0, mixture_block=8)
     stream = Stream([hopper], config, seed=0)
     timeline = stream.timelines[0]
-    counts: dict[tuple, int] = {}
+    counts: dict[tuple[int, int], int] = {}
     places = stream.sampler.places(np.arange(-(-timeline.windows // 8) * 8))
     window = places.window[places.epoch == 0]
     phase = int(below(words(0, "phase", 0, 0), timeline.total)[0])
     begin = (phase + window * timeline.width) % timeline.total
-    spans = timeline.spans(begin, (begin, begin))
-    for row, start, count in zip(spans.row, spans.start, spans.count):
-        for t in range(start, start + count):
-            counts[row, t] = counts.get((row, t), 0) + 1
+    spans = stream.circles.spans(np.zeros(len(begin), np.int64), begin, (begin, begin))
+    for shard, byte, count in zip(spans.shard, spans.tokens, spans.count):
+        for t in range(count):
+            place = shard, byte + t * 2 * timeline.layout.stored
+            counts[place] = counts.get(place, 0) + 1
     assert len(counts) == timeline.total
     assert sum(count > 1 for count in counts.values()) < timeline.width
 
@@ -90,7 +91,7 @@ def test_held_out_episodes_are_never_trained_on(hopper):
     training = Stream([hopper], StreamConfig(sequence_length=L), seed=0).timelines[0]
     held_out = Stream([hopper], StreamConfig(sequence_length=L), seed=0, held_out=True).timelines[0]
     episode = training.dataset.column("episode")
-    mine, theirs = (set(episode[t.first : t.first + t.pieces]) for t in (training, held_out))
+    mine, theirs = (set(episode[t.first : t.stop]) for t in (training, held_out))
     assert mine and theirs and not mine & theirs
 
 
@@ -103,9 +104,9 @@ def test_prompts_come_as_often_as_asked_and_from_other_episodes(hopper):
     assert set(length[length > 0].tolist()) == set(range(1, timeline.width // 2 + 1))
     assert abs(from_end[length > 0].mean() - 0.5) < 0.06
     begin = np.random.default_rng(0).integers(0, timeline.total, 4000)
-    a, b = timeline.prompts(begin, length, from_end, word, None)
-    last = np.flatnonzero(np.diff(timeline.episodes, append=-1))
-    ends = timeline.ends[last]
+    a, b = stream.circles.prompts(np.zeros(4000, np.int64), begin, length, from_end, word, None)
+    last = np.flatnonzero(np.diff(timeline.column("split_episode"), append=-1))
+    ends = timeline.column("split_stop")[last]
     starts = np.append(0, ends[:-1])
     asked = length > 0
     assert (a == b)[~asked].all()
@@ -117,34 +118,59 @@ def test_prompts_come_as_often_as_asked_and_from_other_episodes(hopper):
     assert len(np.unique(first)) == len(ends)
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 40), st.integers(0, 500))
+class Columns:
+    """A dataset that has an index only."""
+
+    def __init__(self, columns: dict[str, np.ndarray]) -> None:
+        self.column = columns.__getitem__
+
+
+lengths = st.lists(st.integers(1, 30), min_size=1, max_size=8)
+
+
+@given(st.lists(lengths, min_size=1, max_size=3), st.integers(1, 40), st.integers(0, 500))
 @settings(max_examples=100, deadline=None)
-def test_spans_walk_the_circle(lengths, width, first):
-    """Against one timestep at a time, for circles shorter than a window too."""
-    timeline = object.__new__(Timeline)
-    timeline.ends, timeline.lengths, timeline.width = np.cumsum(lengths), np.array(lengths), width
-    timeline.total, timeline.first, timeline.pieces = sum(lengths), 100, len(lengths)
-    timeline.episodes = np.arange(len(lengths)) // 2
-    begin = np.array([first, first + 3]) % timeline.total
-    spans = timeline.spans(begin, (begin, begin))
-    steps = [(100 + row, t, row // 2) for row, length in enumerate(lengths) for t in range(length)]
-    for grid in range(2):
+def test_spans_walk_the_circles(tasks, width, first):
+    """Against one timestep at a time, for circles shorter than a window too; tasks take turns."""
+    columns = {
+        "split_stop": np.concatenate([np.cumsum(lengths) for lengths in tasks]),
+        "timesteps": np.concatenate(tasks),
+        "split_episode": np.concatenate([np.arange(len(lengths)) // 2 for lengths in tasks]),
+    }
+    rows = np.arange(len(columns["timesteps"]))
+    columns |= {"shard": rows % 3, "tokens_offset": 1000 * rows, "patches_offset": 0 * rows - 1}
+    timelines, stop = [], 0
+    for lengths in tasks:
+        timeline = object.__new__(Timeline)
+        timeline.dataset, timeline.width, timeline.total = Columns(columns), width, sum(lengths)
+        timeline.layout = TimestepLayout(0, 0, 0, 0, 1, 0)
+        timeline.pieces, timeline.count, timeline.first = len(lengths), -(-len(lengths) // 2), stop
+        timeline.stop = stop = stop + len(lengths)
+        timelines.append(timeline)
+    task = np.arange(2 * len(tasks)) % len(tasks)
+    begin = (first + 3 * np.arange(len(task))) % np.array([timelines[t].total for t in task])
+    spans = Circles(timelines).spans(task, begin, (begin, begin))
+    for grid, t in enumerate(task.tolist()):
+        rows = enumerate(tasks[t])
+        steps = [(timelines[t].first + row, step, row // 2) for row, length in rows for step in range(length)]
         walked, segment, previous = [], -1, None
         for n in range(width):
             lap, place = divmod(int(begin[grid]) + n, len(steps))
-            row, t, episode = steps[place]
+            row, step, episode = steps[place]
             segment += (episode, lap) != previous
             previous = episode, lap
-            walked.append((row, t, segment))
-        own = spans.grid == grid
+            walked.append((row, step, segment))
+        own = slice(spans.first[grid], spans.first[grid + 1])
+        assert (spans.sequence[own] == grid).all() and (spans.shard[own] == spans.tokens[own] // 1000 % 3).all()
         mine = [
-            (int(row), int(start) + n, int(segment))
-            for row, start, count, segment in zip(
-                spans.row[own], spans.start[own], spans.count[own], np.cumsum(spans.fresh[own])
+            (byte // 1000, byte % 1000 // 2 + n, segment)
+            for byte, count, segment in zip(
+                spans.tokens[own].tolist(), spans.count[own].tolist(), np.cumsum(spans.fresh[own]).tolist()
             )
             for n in range(count)
         ]
         assert mine == walked
+        assert (spans.place[own] == np.cumsum(spans.count[own]) - spans.count[own]).all()
 
 
 def test_bad_requests_are_refused(stream, hopper, pong):
