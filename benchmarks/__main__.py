@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import etl, scale, stream
 from benchmarks.etl import pair as timed
-from eval.agent import AgentConfig, GatoAgent, best_demonstration
+from eval.agent import AgentConfig, GatoAgent, demonstration
 from schemas.vocabulary import SEED
 from shards.reader import Dataset
 from shards.stream import Stream, StreamConfig
@@ -57,7 +57,7 @@ def bench_agent(folder: Path) -> None:
 
     def steps(window: str) -> Callable[[], None]:
         config = AgentConfig(window=window, prompt_share=1.0)  # type: ignore[arg-type]
-        agent = GatoAgent(model, info, task, config, best_demonstration(dataset, 0))
+        agent = GatoAgent(model, info, task, config, demonstration(dataset, 0, config))
         agent.reset(1)
         rng, active = np.random.default_rng(0), np.ones(1, bool)
 

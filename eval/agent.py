@@ -39,14 +39,17 @@ class AgentConfig:
     """sample from the restricted softmax; greedy; mean of bins (continuous actions only); auto: mean for
     continuous actions, sample for discrete ones."""
     temperature: float = 1.0
+    prompt: Literal["end", "start", "none"] = "end"
+    """A demonstration's last timesteps, as half of the prompts in training; its first, as the paper has it (§2.4); or
+    none. docs/ablations.md has what each gives."""
     prompt_share: float = 0.5
-    """Share of the window that starts out filled with a demonstration; 0 for no prompt."""
+    """Share of the window that starts out filled with the prompt."""
     window: Literal["rolling", "exact"] = "rolling"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The first timesteps of a demonstration: tokens (T, stored) uint16, patches (T, P, 16, 16, C) or None."""
+    """Timesteps of a demonstration: tokens (T, stored) uint16, patches (T, P, 16, 16, C) or None."""
 
     tokens: np.ndarray
     patches: np.ndarray | None
@@ -59,12 +62,18 @@ def text_tokenizer(dataset: Dataset) -> TextTokenizer | None:
     return TextTokenizer(dataset.local(dataset.manifest.text_model.file), dataset.manifest.vocabulary)
 
 
-def best_demonstration(dataset: Dataset, task: int) -> Prompt:
-    """The training episode with the highest return (its first stored piece)."""
+def best_demonstration(dataset: Dataset, task: int, prompt: Literal["end", "start"]) -> Prompt:
+    """The last or first stored piece of the training episode with the highest return."""
     rows = dataset.rows(task, held_out=False)
-    rows = rows[dataset.column("start")[rows] == 0]
+    start, steps, whole = (dataset.column(name)[rows] for name in ("start", "timesteps", "episode_timesteps"))
+    rows = rows[start == 0 if prompt == "start" else start + steps == whole]
     row = int(rows[np.argmax(dataset.column("episode_return")[rows])])
     return Prompt(dataset.tokens(row), dataset.patches(row) if dataset.layouts[task].patches else None)
+
+
+def demonstration(dataset: Dataset, task: int, config: AgentConfig) -> Prompt | None:
+    """What an agent of this configuration is prompted with."""
+    return None if config.prompt == "none" else best_demonstration(dataset, task, config.prompt)
 
 
 class GatoAgent:
@@ -107,9 +116,10 @@ class GatoAgent:
         if self.prompt is None or length == 0:
             return
         length = min(length, len(self.prompt.tokens))
-        self.tokens[:, :length] = self.prompt.tokens[:length]
+        shown = slice(-length, None) if self.config.prompt == "end" else slice(length)
+        self.tokens[:, :length] = self.prompt.tokens[shown]
         if self.prompt.patches is not None:
-            self.patches[:, :length] = self.prompt.patches[:length]
+            self.patches[:, :length] = self.prompt.patches[shown]
         if self.config.window == "rolling":
             for t in range(length):
                 self._forward(t, 0, self.layout.length)

@@ -30,7 +30,7 @@ from rich.console import Console
 
 from etl import simulators
 from eval import report, scores
-from eval.agent import AgentConfig, GatoAgent, best_demonstration, text_tokenizer
+from eval.agent import AgentConfig, GatoAgent, demonstration, text_tokenizer
 from eval.baselines import decision_transformer, trajectory_transformer
 from eval.environments import Played, Policy, RandomPolicy, play
 from schemas.dataset import DatasetError
@@ -231,7 +231,7 @@ class Comparison:
             return RandomPolicy(job.spec)
         if job.model in BASELINES:
             return BASELINES[job.model].load(self._baseline(job))
-        prompt = best_demonstration(job.dataset, job.task) if self.options.agent.prompt_share else None
+        prompt = demonstration(job.dataset, job.task, self.options.agent)
         return GatoAgent(self.gato, self.info, job.spec, self.options.agent, prompt, text_tokenizer(job.dataset))
 
     def _play(self, job: Job) -> list[Played]:

@@ -20,7 +20,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from eval.agent import AgentConfig, GatoAgent, best_demonstration, text_tokenizer
+from eval.agent import AgentConfig, GatoAgent, demonstration, text_tokenizer
 from eval.environments import play
 from schemas.dataset import DatasetError
 from schemas.vocabulary import VocabularyMismatch
@@ -75,7 +75,7 @@ def returns(folder: Path, options: Options, datasets: list[Dataset]) -> dict[str
             wanted = spec.environment and spec.action and (not options.tasks or spec.name in options.tasks)
             if not wanted or spec.name not in {known.name for known in info.tasks}:
                 continue
-            prompt = best_demonstration(dataset, number) if options.agent.prompt_share else None
+            prompt = demonstration(dataset, number, options.agent)
             agent = GatoAgent(model, info, spec, options.agent, prompt, text_tokenizer(dataset))
             seeds = [options.first_seed + n for n in range(options.episodes)]
             totals = [one.total for one in play(agent, spec, seeds)]
