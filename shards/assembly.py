@@ -67,14 +67,17 @@ class Part:
 
 
 class Timeline:
-    """One task's episodes of one split (training or held out), end to end on a circle."""
+    """One task's episodes of one split (training or held out), end to end on a circle; or its first `episodes`."""
 
-    def __init__(self, dataset: Dataset, task: int, held_out: bool, sequence_length: int):
+    def __init__(self, dataset: Dataset, task: int, held_out: bool, sequence_length: int, episodes: int = 0):
         self.dataset, self.task, self.sequence_length = dataset, task, sequence_length
         self.layout: TimestepLayout = dataset.layouts[task]
         self.total, self.count = dataset.manifest.tasks[task].split(held_out)
         self.first, stop = dataset.span(task, held_out)
         self.pieces = stop - self.first
+        if 0 < episodes < self.count:
+            self.pieces = int(np.searchsorted(self._column("split_episode"), episodes))
+            self.total, self.count = int(self._column("split_stop")[-1]), episodes
         self.width = -(-sequence_length // self.layout.length)
         self.windows = -(-self.total // self.width)
         text = dataset.manifest.text_model

@@ -57,6 +57,25 @@ def _paper(name: str, deepspeed: str, micro_batch: int) -> TrainConfig:
     )
 
 
+# finetune: another task from few demonstrations (paper, appendix E: Adam at 1e-5, batch 64, dropout 0.1, all recalled,
+# not looked up; steps, clipping and Adam's betas are ours)
+# command   deepspeed trainer/main.py --recipe finetune --run.start-from runs/79m/export --data.stream.tasks NAME
+#           --data.stream.demonstrations 100   (from `tiny`, on a CPU: add --deepspeed zero0_cpu
+#           --data.stream.sequence-length 256 --loss.soft-bins 24 --loss.softmax targets, as it was trained)
+# hardware  one GPU of 24 GB for 79m
+# hours     not yet
+# expected  not yet
+FINETUNE = TrainConfig(
+    steps=5_000,
+    model=replace(PRESETS["79m"], dropout=0.1, stochastic_depth=0.0),
+    deepspeed="zero1",
+    optimiser=OptimiserConfig(
+        schedule="constant", peak_lr=1e-5, start_lr=1e-5, warmup_steps=0, beta_2=0.999, weight_decay=0.0
+    ),
+    data=DataConfig(global_batch=64, micro_batch=8),
+    run=RunConfig(output=Path("runs/finetune"), evaluate_every=100, save_every=500),
+)
+
 # 79m, 364m, 1.18b: the paper's shapes and schedule (batch 512 x 1024 tokens, 1M steps)
 # command   deepspeed trainer/main.py --recipe 79m
 # hardware  one GPU of 80 GB
@@ -65,6 +84,7 @@ def _paper(name: str, deepspeed: str, micro_batch: int) -> TrainConfig:
 RECIPES = {
     "tiny": TINY,
     "quickstart": QUICKSTART,
+    "finetune": FINETUNE,
     "79m": _paper("79m", "zero1", 32),
     "364m": _paper("364m", "zero1", 16),
     "1.18b": _paper("1.18b", "zero1", 8),
