@@ -27,7 +27,7 @@ from trainer.model import Gato, ModelConfig
 
 STAGES = ("0", "1", "2", "3", "3 + offload")
 PERSISTENT = 100_000  # DeepSpeed's stage3_param_persistence_threshold: smaller parameters stay whole on every rank
-STEPS, DAYS = 1_000_000, 4.0  # the paper's run, appendix C.2
+STEPS, DAYS = 1_000_000, 4.0  # the paper's run, §2.3
 DAY = 86_400.0
 ATARI_PATCHES = 20 / 22  # share of a sequence's tokens that are patches, in a task of 80x64 frames: the most there is
 
@@ -187,7 +187,7 @@ def show(name: str, config: TrainConfig, vocabulary: Vocabulary, world: int, tfl
     times.add_row(f"{STEPS:,} steps in {DAYS:g} days", f"{wanted:,.0f}", f"{found.days(wanted):,.2f}")
     console.print(times)
     console.print(
-        f"activations: a micro-batch of 80x64 frames, a mask in every block, loss on {found.supervised_share:.0%} of the "
-        "tokens. Left out: buckets of the reduction (500 million numbers by default), the float32 gradients of an "
+        f"activations: a micro-batch of 80x64 frames, a mask in every block, loss on {found.supervised_share:.0%} of "
+        "the tokens. Left out: buckets of the reduction (500 million numbers by default), the float32 gradients of an "
         "update, fragments, the CUDA context"
     )
