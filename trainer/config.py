@@ -46,7 +46,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimiserConfig:
-    """AdamW with warm-up and cosine decay (paper, appendix C.2), or a constant rate (fine-tuning, appendix E)."""
+    """AdamW with warm-up and cosine decay (paper, appendix D), or a constant rate (fine-tuning, appendix E)."""
 
     __pydantic_config__ = STRICT
 

@@ -32,7 +32,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "deepspeed_configs"
 
 
 def learning_rate(step: int, config: OptimiserConfig) -> float:
-    """Linear warm-up, then cosine to a share of the peak (paper, appendix C.2), or the peak. `step` counts from 0."""
+    """Linear warm-up, then cosine to a share of the peak (paper, appendix D), or the peak. `step` counts from 0."""
     if step < config.warmup_steps:
         return config.start_lr + (config.peak_lr - config.start_lr) * step / config.warmup_steps
     if config.schedule == "constant":
@@ -210,7 +210,7 @@ class Engine:
 
 def branch_scales(sequence: Any, model: ModelConfig, seed: int) -> torch.Tensor | None:
     """Scales of the residual branches, float32 (B, blocks, 2, 1), or (B, blocks, 2, W) with dropout; None with neither.
-    0 for a branch that stochastic depth skips (paper, appendix C.2) or a channel that dropout does (appendix E), else
+    0 for a branch that stochastic depth skips (paper, appendix D) or a channel that dropout does (appendix E), else
     the reciprocal of the probability to stay. A function of seed and sequence number alone."""
     scales = None
     for name, probability, shape in (
