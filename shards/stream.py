@@ -44,6 +44,10 @@ class StreamConfig:
     __pydantic_config__ = STRICT
 
     sequence_length: int = 1024
+    tasks: tuple[str, ...] = ()
+    """Only these tasks; all where none is named."""
+    demonstrations: int = 0
+    """Only the first so many training episodes of each task; 0: all."""
     weights: dict[str, float] = field(default_factory=dict)
     mixture_block: int | None = None
     """Sequences in which the weights hold exactly; by default 256, or as many more as every task needs to have one."""
@@ -92,12 +96,16 @@ class Stream:
         self.config, self.seed, self.held_out, self.datasets, self.skip = config, seed, held_out, datasets, skip
         check(datasets, verify)
         timelines = [
-            Timeline(dataset, task, held_out, config.sequence_length)
+            Timeline(dataset, task, held_out, config.sequence_length, 0 if held_out else config.demonstrations)
             for dataset in datasets
             for task in range(len(dataset.manifest.tasks))
         ]
+        known = sorted({timeline.name for timeline in timelines})
+        if strange := sorted(set(config.tasks) - set(known)):
+            raise DatasetError(f"--data.stream.tasks: unknown task '{strange[0]}'; tasks: {', '.join(known)}")
+        wanted = [timeline for timeline in timelines if timeline.total and timeline.name in (config.tasks or known)]
         # by name, so that where the datasets lie does not matter
-        self.timelines = sorted((timeline for timeline in timelines if timeline.total), key=lambda t: t.name)
+        self.timelines = sorted(wanted, key=lambda timeline: timeline.name)
         if not self.timelines:
             raise DatasetError(
                 f"no {'held-out' if held_out else 'training'} episodes in {', '.join(map(str, folders))}"
@@ -105,7 +113,7 @@ class Stream:
         self.tasks, self.circles = [timeline.name for timeline in self.timelines], Circles(self.timelines)
         if twice := [name for name, following in pairwise(self.tasks) if name == following]:
             raise DatasetError(f"task '{twice[0]}' is in more than one dataset folder; name only one of them")
-        unknown = sorted(set(config.weights) - {timeline.name for timeline in timelines})
+        unknown = sorted(set(config.weights) - set(known))
         if unknown:
             raise DatasetError(f"mixture weight for unknown task '{unknown[0]}'; tasks: {', '.join(self.tasks)}")
         self.sampler = self._sampler()
@@ -149,7 +157,10 @@ class Stream:
     @property
     def fingerprint(self) -> str:
         """sha256 of all that decides sequence i; a resumed run must match it."""
-        body = [sorted(d.manifest.fingerprint for d in self.datasets), asdict(self.config), self.seed, self.held_out]
+        chosen = {"tasks": sorted(self.config.tasks), "demonstrations": self.config.demonstrations}
+        # left out where they choose nothing, as they were before they existed: checkpoints of then go on
+        config = {name: value for name, value in (asdict(self.config) | chosen).items() if value or name not in chosen}
+        body = [sorted(d.manifest.fingerprint for d in self.datasets), config, self.seed, self.held_out]
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
     def sequence(self, i: int) -> Batch:
@@ -249,6 +260,7 @@ def _check_config(config: StreamConfig, seed: int) -> None:
         ("sequence_length", 2, 2**24),
         ("mixture_block", 1, 2**24),
         ("working_set", 1, 2**31),
+        ("demonstrations", 0, 2**31),
         *((name, 0, 1) for name in shares),
     ):
         value = getattr(config, name)

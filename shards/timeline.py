@@ -34,13 +34,16 @@ COLUMNS = "split_stop", "timesteps", "split_episode", "shard", "tokens_offset", 
 
 
 class Timeline:
-    """One task's episodes of one split (training or held out), end to end on a circle."""
+    """One task's episodes of one split (training or held out), end to end on a circle; or its first `episodes`."""
 
-    def __init__(self, dataset: Dataset, task: int, held_out: bool, sequence_length: int):
+    def __init__(self, dataset: Dataset, task: int, held_out: bool, sequence_length: int, episodes: int = 0):
         self.dataset, self.task = dataset, task
         self.layout: TimestepLayout = dataset.layouts[task]
         self.total, self.count = dataset.manifest.tasks[task].split(held_out)
         self.first, self.stop = dataset.span(task, held_out)
+        if 0 < episodes < self.count:
+            self.stop = self.first + int(self.column("split_episode").searchsorted(episodes))
+            self.total, self.count = int(self.column("split_stop")[-1]), episodes
         self.pieces = self.stop - self.first
         self.width = -(-sequence_length // self.layout.length)
         self.windows = -(-self.total // self.width)

@@ -46,12 +46,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimiserConfig:
-    """AdamW with warm-up and cosine decay (paper, appendix C.2)."""
+    """AdamW with warm-up and cosine decay (paper, appendix D), or a constant rate (fine-tuning, appendix E)."""
 
     __pydantic_config__ = STRICT
 
     peak_lr: float = 1e-4
     start_lr: float = 1e-7
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What follows the warm-up: cosine, or the peak to the end."""
     final_lr_share: float = 0.1
     """The cosine ends at this share of the peak."""
     warmup_steps: int = 15_000
@@ -71,6 +73,8 @@ class RunConfig:
     __pydantic_config__ = STRICT
 
     output: Path = Path("runs/gato")
+    start_from: str = ""
+    """An export (RUN/export) whose weights and model shape a new run starts with, to fine-tune them."""
     resume: Literal["auto", "never"] = "auto"
     """auto: the same command run again goes on where it was; never: refuse a folder with checkpoints."""
     log_every: int = 10
@@ -130,4 +134,8 @@ def deciding(config: TrainConfig) -> dict[str, Any]:
     """The part that decides losses and weights: a resumed run must agree on it. Where and how often
     things are written, and how long the run is, may change."""
     raw = asdict(config)
+    # settings that were added later are left out at their defaults: checkpoints from before go on
+    for part, name, default in (("model", "dropout", 0.0), ("optimiser", "schedule", "cosine")):
+        if raw[part][name] == default:
+            del raw[part][name]
     return {name: raw[name] for name in ("seed", "model", "loss", "optimiser")}

@@ -26,15 +26,17 @@ from shards.sampler import random
 from trainer import states
 from trainer.config import OptimiserConfig, TrainConfig
 from trainer.loss import Objective
-from trainer.model import Gato
+from trainer.model import Gato, ModelConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "deepspeed_configs"
 
 
 def learning_rate(step: int, config: OptimiserConfig) -> float:
-    """Linear warm-up, then cosine to a share of the peak (paper, appendix C.2). `step` counts from 0."""
+    """Linear warm-up, then cosine to a share of the peak (paper, appendix D), or the peak. `step` counts from 0."""
     if step < config.warmup_steps:
         return config.start_lr + (config.peak_lr - config.start_lr) * step / config.warmup_steps
+    if config.schedule == "constant":
+        return config.peak_lr
     span = max(1, config.decay_steps - config.warmup_steps)
     done = min(1.0, (step - config.warmup_steps) / span)
     floor = config.final_lr_share * config.peak_lr
@@ -163,8 +165,7 @@ class Engine:
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Summed cross-entropy of a micro-batch's supervised tokens."""
-        model, seed = self.config.model, self.config.seed
-        keep = stochastic_depth(batch.sequence, model.blocks, model.stochastic_depth, seed)
+        keep = branch_scales(batch.sequence, self.config.model, self.config.seed)
         return self.engine(batch, None if keep is None else keep.to(self.device))
 
     @property
@@ -207,13 +208,20 @@ class Engine:
         return {key.rpartition("/")[0]: value for key, value in found.items()} if self.rank == 0 else None
 
 
-def stochastic_depth(sequence: Any, blocks: int, probability: float, seed: int) -> torch.Tensor | None:
-    """Scales of the residual branches (B, blocks, 2) float32: 0 with `probability`, else 1 / (1 - it); a
-    function of seed and sequence number alone. None where the probability is 0 (paper, appendix C.2)."""
-    if probability == 0:
-        return None
-    draws = np.stack([random(seed, "depth", int(i)).random((blocks, 2)) for i in sequence])
-    return torch.from_numpy(((draws >= probability) / (1.0 - probability)).astype(np.float32))
+def branch_scales(sequence: Any, model: ModelConfig, seed: int) -> torch.Tensor | None:
+    """Scales of the residual branches, float32 (B, blocks, 2, 1), or (B, blocks, 2, W) with dropout; None with neither.
+    0 for a branch that stochastic depth skips (paper, appendix D) or a channel that dropout does (appendix E), else
+    the reciprocal of the probability to stay. A function of seed and sequence number alone."""
+    scales = None
+    for name, probability, shape in (
+        ("depth", model.stochastic_depth, (model.blocks, 2, 1)),
+        ("dropout", model.dropout, (model.blocks, 2, model.width)),
+    ):
+        if probability:
+            draws = np.stack([random(seed, name, int(i)).random(shape) for i in sequence])
+            kept = ((draws >= probability) / (1.0 - probability)).astype(np.float32)
+            scales = kept if scales is None else scales * kept
+    return None if scales is None else torch.from_numpy(scales)
 
 
 def read_config(name: str) -> dict[str, Any]:

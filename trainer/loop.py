@@ -15,6 +15,8 @@ import json
 import math
 import time
 from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -29,7 +31,8 @@ from trainer.config import TrainConfig, deciding, to_dict
 from trainer.engine import Engine, StepResult, agreed, learning_rate
 from trainer.heldout import evaluate
 from trainer.metrics import Metrics
-from trainer.model import Gato
+from trainer.model import Gato, ModelConfig
+from trainer.recipes import RECIPES
 from trainer.watch import Stop, expect_sign_of_life, only_run
 
 
@@ -47,15 +50,23 @@ class Run:
     """The parts of a run, and what happens between its steps."""
 
     def __init__(self, recipe: str, config: TrainConfig, device: torch.device):
+        start = checkpoint.load_export(Path(config.run.start_from)) if config.run.start_from else None
+        if start is not None:
+            config = replace(config, model=shape_of(start[1].model, config, recipe))
         self.recipe, self.config, self.device = recipe, config, device
         self.folder = config.run.output / "checkpoints"
         self.stream, self.held_out = open_streams(config)
+        if start is not None:
+            self.stream.vocabulary.require(start[1].vocabulary_fingerprint, config.run.start_from)
+        self.started_from = start[1].weights_sha256 if start else None
         self.specs = [t.dataset.manifest.tasks[t.task].spec for t in self.stream.timelines]
         model = Gato(config.model, self.stream.vocabulary).initialise(config.seed)
         record = agreed(self._newest)
         if record is not None:
             read = checkpoint.reader(self.folder, record)
             model.load_state_dict({name: read(f"{name}/weight") for name, _ in model.named_parameters()})
+        elif start is not None:
+            model.load_state_dict(start[0].state_dict())
         # before the engine: under ZeRO 3 its parameters are empty
         self.counts, self.flops = model.parameter_counts(), model.flops_per_token(config.data.stream.sequence_length)
         continuous = [bool(spec.action and spec.action.kind == "continuous") for spec in self.specs]
@@ -82,7 +93,7 @@ class Run:
                 f"{self.folder}: holds checkpoints; give another --run.output or --run.resume auto"
             )
         state = self._state()
-        if changed := sorted(key for key in state if state[key] != record.state.get(key)):
+        if changed := sorted(key for key in state | record.state if state.get(key) != record.state.get(key)):
             raise checkpoint.CheckpointError(
                 f"{self.folder}: made with another {', '.join(changed)}, so its run cannot be continued exactly; "
                 "restore that, or give another --run.output"
@@ -92,7 +103,9 @@ class Run:
     def _state(self) -> dict:
         """What decides losses and weights, as JSON has it."""
         config, G = deciding(self.config), self.config.data.global_batch
-        return json.loads(json.dumps({"stream": self.stream.fingerprint, "global_batch": G, "config": config}))
+        state = {"stream": self.stream.fingerprint, "global_batch": G, "config": config}
+        start = {"start_from": self.started_from} if self.started_from else {}
+        return json.loads(json.dumps(state | start))
 
     def _loader(self) -> Loader:
         data, run, pinned = self.config.data, self.engine, self.device.type == "cuda"
@@ -108,6 +121,8 @@ class Run:
         if record is not None:
             before = f"{record.world_size} process(es), ZeRO {record.zero_stage}"
             print(f"resuming at step {record.step} (saved by {before})", flush=True)
+        elif self.started_from:
+            print(f"starting from the weights of {self.config.run.start_from}", flush=True)
 
     def go(self, stop: Stop) -> None:
         """All steps that are left, or as many as are taken before somebody asks to stop."""
@@ -267,6 +282,7 @@ class Run:
                 "global_batch": config.data.global_batch,
                 "seed": config.seed,
                 "held_out_loss": score,
+                "start_from": self.started_from,
             },
         )
         try:
@@ -281,6 +297,20 @@ class Run:
         self.batches.close()
         if self.metrics:
             self.metrics.close()
+
+
+def shape_of(exported: ModelConfig, config: TrainConfig, recipe: str) -> ModelConfig:
+    """The model of a run that starts from an export: the export's, but for what acts in training alone. ValueError
+    names a setting of the command line that the export contradicts."""
+    own, usual = config.model, RECIPES[recipe].model
+    model = replace(exported, dropout=own.dropout, stochastic_depth=own.stochastic_depth)
+    for name, value in asdict(own).items():
+        if value not in (getattr(usual, name), getattr(model, name)):
+            raise ValueError(
+                f"--model.{name.replace('_', '-')} {value}: the export {config.run.start_from} has "
+                f"{getattr(model, name)}; leave it out, or train from the start"
+            )
+    return model
 
 
 def open_streams(config: TrainConfig) -> tuple[Stream, Stream | None]:
@@ -301,6 +331,6 @@ def open_streams(config: TrainConfig) -> tuple[Stream, Stream | None]:
                 f"{data.stream.sequence_length} or the {config.model.local_positions} local positions; raise "
                 "--data.stream.sequence-length or --model.local-positions"
             )
-    if not any(task.held_out_episodes for dataset in stream.datasets for task in dataset.manifest.tasks):
+    if not any(t.dataset.manifest.tasks[t.task].held_out_episodes for t in stream.timelines):
         return stream, None
     return stream, Stream(folders, data.stream, config.seed, True, "size", data.on_bad_shard, store)

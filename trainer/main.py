@@ -26,35 +26,43 @@ import torch.distributed as dist
 import tyro
 
 from schemas.dataset import DatasetError
-from schemas.vocabulary import VocabularyMismatch
-from trainer import engine
+from schemas.vocabulary import SEED, VocabularyMismatch
+from trainer import dry_run, engine
 from trainer.config import TrainConfig
 from trainer.loop import train
+from trainer.metrics import PEAK_TFLOPS
 from trainer.recipes import RECIPES
 from trainer.watch import Stop
 
 
-def parse(arguments: list[str]) -> tuple[str, int, TrainConfig]:
-    """(recipe name, local rank, configuration)."""
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, TrainConfig]:
+    """What is no setting of a recipe (recipe, local_rank, dry_run, world, tflops), and the configuration."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", choices=sorted(RECIPES), default="79m" if torch.cuda.is_available() else "tiny")
     first.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    first.add_argument("--dry-run", action="store_true")
+    first.add_argument("--world", type=int, default=1)
+    first.add_argument("--tflops", type=float, default=PEAK_TFLOPS["H100"])
     known, rest = first.parse_known_args(arguments)
     text = f"Train Gato. --recipe {{{','.join(RECIPES)}}} sets the defaults below; now: {known.recipe}."
+    text += " --dry-run [--world DEVICES] [--tflops PEAK] shows what the run needs and starts nothing."
     config = tyro.cli(
         TrainConfig, default=RECIPES[known.recipe], args=rest, prog="deepspeed trainer/main.py", description=text
     )
-    return known.recipe, known.local_rank, config
+    return known, config
 
 
 def main() -> int:
     """The command; its exit status."""
     faulthandler.enable()  # a mapped shard that is cut while it is read ends the process: say where
-    recipe, local_rank, config = parse(sys.argv[1:])
+    asked, config = parse(sys.argv[1:])
     stop = Stop()
     try:
-        device = engine.start(local_rank, config.run.patience_minutes)
-        train(recipe, config, device, stop)
+        if asked.dry_run:
+            dry_run.show(asked.recipe, config, SEED, asked.world, asked.tflops)
+            return 0
+        device = engine.start(asked.local_rank, config.run.patience_minutes)
+        train(asked.recipe, config, device, stop)
     except (DatasetError, VocabularyMismatch, ValueError, OSError) as error:
         rank = dist.get_rank() if dist.is_initialized() else 0
         print(f"rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)

@@ -57,15 +57,86 @@ def _paper(name: str, deepspeed: str, micro_batch: int) -> TrainConfig:
     )
 
 
-# 79m, 364m, 1.18b: the paper's shapes and schedule (batch 512 x 1024 tokens, 1M steps)
-# command   deepspeed trainer/main.py --recipe 79m
-# hardware  one GPU of 80 GB
+# finetune: another task from few demonstrations (paper, appendix E: Adam at 1e-5, batch 64, dropout 0.1, all recalled,
+# not looked up; steps, clipping and Adam's betas are ours)
+# command   deepspeed trainer/main.py --recipe finetune --run.start-from runs/79m/export --data.stream.tasks NAME
+#           --data.stream.demonstrations 100   (from `tiny`, on a CPU: add --deepspeed zero0_cpu
+#           --data.stream.sequence-length 256 --loss.soft-bins 24 --loss.softmax targets, as it was trained)
+# hardware  one GPU of 24 GB for 79m
 # hours     not yet
 # expected  not yet
+FINETUNE = TrainConfig(
+    steps=5_000,
+    model=replace(PRESETS["79m"], dropout=0.1, stochastic_depth=0.0),
+    deepspeed="zero1",
+    optimiser=OptimiserConfig(
+        schedule="constant", peak_lr=1e-5, start_lr=1e-5, warmup_steps=0, beta_2=0.999, weight_decay=0.0
+    ),
+    data=DataConfig(global_batch=64, micro_batch=8),
+    run=RunConfig(output=Path("runs/finetune"), evaluate_every=100, save_every=500),
+)
+
+# The paper's shapes and schedule: batch 512 x 1024 tokens, 1M steps (§2.3, appendix D). Memory is what --dry-run says.
+PAPER_79M, PAPER_364M, PAPER_1180M = (
+    TrainConfig(
+        model=PRESETS[name],
+        deepspeed="zero1",
+        run=RunConfig(output=Path(f"runs/{name}"), evaluate_every=1000, save_every=1000),
+    )
+    for name in ("79m", "364m", "1.18b")
+)
+
+
+def _on(base: TrainConfig, name: str, deepspeed: str, micro_batch: int) -> TrainConfig:
+    """A size on some hardware: the same run, since neither micro-batch nor ZeRO stage decides what is learned."""
+    data, run = replace(base.data, micro_batch=micro_batch), replace(base.run, output=Path(f"runs/{name}"))
+    return replace(base, deepspeed=deepspeed, data=data, run=run)
+
+
 RECIPES = {
     "tiny": TINY,
     "quickstart": QUICKSTART,
-    "79m": _paper("79m", "zero1", 32),
-    "364m": _paper("364m", "zero1", 16),
-    "1.18b": _paper("1.18b", "zero1", 8),
+    "finetune": FINETUNE,
+    # 79m-24gb
+    # command   deepspeed trainer/main.py --recipe 79m-24gb
+    # hardware  one GPU of 24 GB
+    # hours     not yet
+    # expected  not yet
+    "79m-24gb": _on(PAPER_79M, "79m-24gb", "zero1", 8),
+    # 364m-24gb: parameters and optimiser states in host memory (8 GB of it)
+    # command   deepspeed trainer/main.py --recipe 364m-24gb
+    # hardware  one GPU of 24 GB, 32 GB of host memory
+    # hours     not yet
+    # expected  not yet
+    "364m-24gb": _on(PAPER_364M, "364m-24gb", "zero3_offload", 4),
+    # 79m
+    # command   deepspeed trainer/main.py --recipe 79m
+    # hardware  one GPU of 80 GB
+    # hours     not yet
+    # expected  not yet
+    "79m": _on(PAPER_79M, "79m", "zero1", 32),
+    # 364m
+    # command   deepspeed trainer/main.py --recipe 364m
+    # hardware  one GPU of 80 GB
+    # hours     not yet
+    # expected  not yet
+    "364m": _on(PAPER_364M, "364m", "zero1", 16),
+    # 1.18b
+    # command   deepspeed trainer/main.py --recipe 1.18b
+    # hardware  one H100 of 80 GB
+    # hours     not yet; by arithmetic 127 days of 24 hours at an MFU of 40 % (--dry-run)
+    # expected  not yet
+    "1.18b": _on(PAPER_1180M, "1.18b", "zero1", 8),
+    # 1.18b-8gpu
+    # command   deepspeed --num_gpus 8 trainer/main.py --recipe 1.18b-8gpu
+    # hardware  one machine of 8 H100 of 80 GB
+    # hours     not yet; by arithmetic 16 days at an MFU of 40 % (--dry-run --world 8)
+    # expected  not yet
+    "1.18b-8gpu": _on(PAPER_1180M, "1.18b-8gpu", "zero1", 16),
+    # 1.18b-nodes
+    # command   deepspeed --hostfile deepspeed_configs/hostfile.example trainer/main.py --recipe 1.18b-nodes
+    # hardware  4 machines of 8 H100 of 80 GB, one file system under runs/
+    # hours     not yet; by arithmetic 4 days at an MFU of 40 % (--dry-run --world 32)
+    # expected  not yet
+    "1.18b-nodes": _on(PAPER_1180M, "1.18b-nodes", "zero1", 16),
 }

@@ -93,12 +93,14 @@ class Gato(nn.Module):
         return rotary_turns(places, self.config.head_size, self.tokens.weight.dtype)
 
     def forward(self, batch: Batch, keep: Tensor | None = None) -> Tensor:
-        """Hidden states (B, L, W) behind the last norm. `keep` (B, blocks, 2): stochastic depth's scales."""
+        """Hidden states (B, L, W) behind the last norm. `keep` (B, blocks, 2, 1 or W): scales of the
+        residual branches, for stochastic depth and dropout."""
         x = self.embed(batch)
         # one segment a sequence needs no mask: the plain causal kernel is the same function, faster
         single = bool((batch.segments == batch.segments[:, :1]).all())
         mask = None if single else causal_segment_mask(batch.segments)
         turns = self.turns(batch)
+        keep = None if keep is None else keep.to(x.dtype)  # a float32 scale would make float32 of all behind it
         for number, block in enumerate(self.blocks):
             x = block(x, mask, None if keep is None else keep[:, number], turns=turns)
         return self.norm(x)

@@ -40,6 +40,9 @@ class ModelConfig:
     """Groups of its GroupNorm (paper: 32)."""
     stochastic_depth: float = 0.0
     """Probability of skipping a sub-layer, for each sequence on its own (paper: 0.1)."""
+    dropout: float = 0.0
+    """Probability of a zero in the outputs of the sub-layers, for each sequence, sub-layer and channel; the same at all
+    places of a sequence (paper, fine-tuning: 0.1)."""
     smooth_bins: bool = True
     """Start the embeddings of ordered bins as smooth functions of the value (False: the paper's plain start)."""
 

@@ -78,7 +78,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)). `keep` (B, 2) scales the two branches."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)). `keep` (B, 2, 1 or W) scales the two branches."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -95,9 +95,9 @@ class Block(nn.Module):
         turns: Tensor | None = None,
     ) -> Tensor:
         branch = self.attention(self.norm_1(x), mask, cache, slots, turns)
-        x = x + (branch if keep is None else branch * keep[:, 0, None, None])
+        x = x + (branch if keep is None else branch * keep[:, :1])
         branch = self.feed_forward(self.norm_2(x))
-        return x + (branch if keep is None else branch * keep[:, 1, None, None])
+        return x + (branch if keep is None else branch * keep[:, 1:])
 
 
 def rotary_turns(places: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,51 @@
+"""Every DeepSpeed configuration parses; offload saves and resumes; every recipe is a run that can be made."""
+
+import json
+
+import numpy as np
+import pytest
+from deepspeed.launcher.runner import fetch_hostfile
+from deepspeed.runtime.config import DeepSpeedConfig
+from safetensors.numpy import load_file
+
+from tests.trainer.launch import losses, train
+from trainer.config import from_dict, to_dict
+from trainer.engine import CONFIGS, read_config
+from trainer.recipes import RECIPES
+
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.json"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_configuration_parses_and_is_listed(name):
+    batch = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 8}
+    parsed = DeepSpeedConfig(read_config(name) | batch)
+    assert parsed.zero_optimization_stage == int(name[4])
+    assert parsed.bfloat16_config.enabled != name.endswith("_cpu")
+    assert (parsed.zero_config.offload_optimizer is not None) == ("offload" in name)
+    assert f"`{name}`" in (CONFIGS / "README.md").read_text()
+
+
+def test_the_hostfile_is_one():
+    assert fetch_hostfile(str(CONFIGS / "hostfile.example")) == {f"node-{n}": 8 for n in range(1, 5)}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_survives_json_and_fits_its_configuration(name):
+    config = RECIPES[name]
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    assert config.deepspeed in NAMES and config.data.global_batch % config.data.micro_batch == 0
+    processes = {"1.18b-8gpu": 8, "1.18b-nodes": 32}.get(name, 1)
+    assert config.data.global_batch % (processes * config.data.micro_batch) == 0
+
+
+def test_offload_saves_resumes_bit_for_bit_and_learns_the_same(hopper, pong, tmp_path):
+    data, how = [hopper, pong], ("--deepspeed", "zero3_offload_cpu")
+    train(tmp_path / "whole", data, *how, processes=2)
+    train(tmp_path / "parts", data, *how, processes=2, steps=4)
+    assert "resuming at step 4" in train(tmp_path / "parts", data, *how, processes=2).stdout
+    train(tmp_path / "plain", data, "--deepspeed", "zero0_cpu")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    whole, parts = (load_file(tmp_path / name / "export" / "weights.safetensors") for name in ("whole", "parts"))
+    assert all(np.array_equal(whole[name], parts[name]) for name in whole)

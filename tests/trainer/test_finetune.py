@@ -1,0 +1,128 @@
+"""Fine-tuning from an export: its weights, some tasks, few demonstrations, dropout, the constant rate."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from schemas.dataset import DatasetError
+from schemas.vocabulary import SEED
+from shards.stream import Stream, StreamConfig
+from tests.trainer.launch import errors, losses, train
+from trainer.checkpoint import export, load_export
+from trainer.engine import branch_scales, learning_rate
+from trainer.model import Gato, ModelConfig
+from trainer.recipes import RECIPES
+
+TASK = "hopper-random-v4"
+TUNE = (
+    "--recipe finetune --deepspeed zero0_cpu --optimiser.peak-lr 1e-3 --model.dropout 0.2 "
+    f"--data.stream.tasks {TASK} --data.stream.demonstrations 5 --run.start-from"
+)
+
+
+@pytest.fixture(scope="module")
+def exported(hopper, pong, tmp_path_factory):
+    """Trained on both tasks for a little."""
+    output = tmp_path_factory.mktemp("trained")
+    how = "--optimiser.peak-lr 1e-2 --optimiser.warmup-steps 5 --loss.softmax vocabulary --run.save-every 100"
+    train(output, [hopper, pong], *how.split(), steps=50)
+    return output / "export"
+
+
+def tune(output, data, start, *extra, **options):
+    """The recipe's run, its batches as small as the others'; the shape is the export's."""
+    return train(output, data, *TUNE.split(), str(start), *extra, **options)
+
+
+def test_it_starts_from_the_exports_weights_and_goes_on_bit_for_bit(exported, hopper, pong, tmp_path):
+    data = [hopper, pong]
+    tune(tmp_path / "whole", data, exported, steps=6)
+    tune(tmp_path / "parts", data, exported, steps=4)
+    resumed = tune(tmp_path / "parts", data, exported, steps=6)
+    assert "resuming at step 4" in resumed.stdout
+    fresh = tmp_path / "fresh"
+    train(fresh, data, *TUNE.split()[:-1], "--model.patch-groups", "8", steps=1)
+    assert losses(tmp_path / "whole")[0] < losses(fresh)[0] - 2
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    whole, parts = (load_file(tmp_path / name / "export" / "weights.safetensors") for name in ("whole", "parts"))
+    assert all(np.array_equal(whole[name], parts[name]) for name in whole)
+    model, info = load_export(tmp_path / "whole" / "export")
+    assert [task.name for task in info.tasks] == [TASK] and info.model.dropout == 0.2
+    assert info.training["start_from"] == load_export(exported)[1].weights_sha256
+
+
+def test_what_does_not_fit_is_refused_in_one_line(exported, hopper, pong, tmp_path):
+    model, info = load_export(exported)
+    other = replace(info.vocabulary, mu=info.vocabulary.mu * 2)
+    export(
+        tmp_path / "other",
+        model.state_dict(),
+        replace(info, vocabulary=other, vocabulary_fingerprint=other.fingerprint),
+    )
+    cases = [
+        (tune(tmp_path / "a", [hopper], tmp_path / "other", check=False), "vocabulary"),
+        (tune(tmp_path / "b", [hopper], exported, "--model.heads", "8", check=False), "--model.heads 8: the export"),
+        (tune(tmp_path / "c", [hopper], tmp_path / "none", check=False), "no export"),
+        (tune(tmp_path / "d", [hopper], exported, "--data.stream.tasks", "chess", check=False), "unknown task 'chess'"),
+    ]
+    for done, words in cases:
+        assert done.returncode and len(errors(done)) == 1 and words in errors(done)[0], done.stderr
+
+
+def shown(stream: Stream, count: int) -> set[tuple[int, ...]]:
+    """All timesteps, prompts too, of the first sequences."""
+    K = stream.timelines[0].layout.length
+    rows = stream.batch(0, count).to("cpu").tokens.numpy()
+    return {tuple(step) for row in rows for step in row[: len(row) // K * K].reshape(-1, K).tolist()}
+
+
+@pytest.mark.parametrize("episodes", [1, 3, 10_000])
+def test_only_the_first_episodes_of_the_tasks_are_seen(hopper, pong, episodes):
+    config = StreamConfig(sequence_length=120, mixture_block=1, tasks=(TASK,), demonstrations=episodes)
+    stream, whole = Stream([pong, hopper], config, 0), Stream([hopper], StreamConfig(sequence_length=120), 0)
+    assert stream.tasks == [TASK]
+    few, all_ = stream.timelines[0], whole.timelines[0]
+    wanted = min(episodes, all_.count)
+    assert few.count == wanted and few.total == int(all_.lengths[all_.episodes < wanted].sum())
+    K, plain = all_.layout.length, replace(config, prompt_probability=0.0)
+    assert 120 % K == 0
+    rows = whole.evaluation_batch(0, np.arange(all_.windows)).to("cpu").tokens.reshape(-1, K)
+    first = {tuple(step) for step in rows[: few.total].tolist()}
+    assert shown(Stream([hopper], plain, 0), few.windows) == first  # an epoch
+    assert shown(stream, 4 * few.windows) <= first  # and with prompts
+    held_out = Stream([hopper], config, 0, held_out=True)
+    assert held_out.timelines[0].total == Stream([hopper], StreamConfig(), 0, held_out=True).timelines[0].total
+
+
+def test_an_unknown_task_is_named(hopper):
+    with pytest.raises(DatasetError, match="unknown task 'chess'; tasks: hopper-random-v4"):
+        Stream([hopper], StreamConfig(tasks=("chess",)), 0)
+
+
+def test_dropout_is_a_function_of_seed_and_sequence():
+    model = ModelConfig(blocks=2, width=512, dropout=0.25)
+    together = branch_scales([5, 9], model, 0)
+    assert together.shape == (2, 2, 2, 512) and set(together.unique().tolist()) == {0.0, np.float32(1 / 0.75)}
+    assert torch.equal(together[1:], branch_scales([9], model, 0)) and not torch.equal(*together)
+    assert not torch.equal(together, branch_scales([5, 9], model, 1))
+    assert abs(float((together == 0).float().mean()) - 0.25) < 0.03 and abs(float(together.mean()) - 1) < 0.04
+    assert branch_scales([5], ModelConfig(), 0) is None
+    depth = branch_scales([5, 9], ModelConfig(blocks=2, stochastic_depth=0.5), 0)
+    assert depth.shape == (2, 2, 2, 1) and set(depth.unique().tolist()) <= {0.0, 2.0}
+
+
+@torch.no_grad()
+def test_scales_keep_the_models_number_format(hopper):
+    batch = Stream([hopper], StreamConfig(sequence_length=120), 0).batch(0, 2).to("cpu")
+    config = ModelConfig(blocks=1, width=32, feed_forward=64, patch_channels=16, stochastic_depth=0.1, dropout=0.1)
+    model = Gato(config, SEED).initialise(0).bfloat16()
+    assert model(batch, branch_scales(batch.sequence, config, 0)).dtype == torch.bfloat16
+
+
+def test_the_recipe_is_the_papers():
+    config = RECIPES["finetune"]
+    assert {learning_rate(step, config.optimiser) for step in (0, 1, 1000, 10**6)} == {1e-5}
+    assert (config.data.global_batch, config.model.dropout) == (64, 0.1)

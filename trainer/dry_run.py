@@ -1,0 +1,193 @@
+"""What a run needs before it is started: parameters, memory a device, FLOPs, days. Arithmetic alone; nothing is run.
+
+    TrainConfig, vocabulary, world size -> shapes on the `meta` device -> bytes and FLOPs (Estimate) -> tables
+
+What DeepSpeed keeps was read off live tensors of real engines, between a step's last backward and its update, and the
+formulas here are held to them by `tests/trainer/test_dry_run.py` (within 3 %; activations within 15 %). What comes and
+goes within a step is told apart or left out: buckets of the reduction (up to `reduce_bucket_size` elements, 500 million
+by DeepSpeed's default), the float32 copy of a rank's gradients during the update, the allocator's fragments.
+
+Invariant: `estimate` is a pure function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from schemas.vocabulary import Vocabulary
+from trainer.config import TrainConfig
+from trainer.engine import read_config
+from trainer.loss import LossConfig, action_ids
+from trainer.model import Gato, ModelConfig
+
+STAGES = ("0", "1", "2", "3", "3 + offload")
+PERSISTENT = 100_000  # DeepSpeed's stage3_param_persistence_threshold: smaller parameters stay whole on every rank
+STEPS, DAYS = 1_000_000, 4.0  # the paper's run, §2.3
+DAY = 86_400.0
+ATARI_PATCHES = 20 / 22  # share of a sequence's tokens that are patches, in a task of 80x64 frames: the most there is
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, the fullest rank's. `optimiser`: both moments and the float32 masters. `head`: gradient of
+    the head and its buffer of logits. `host`: bytes in the machine's memory for this rank."""
+
+    parameters: int
+    gradients: int
+    optimiser: int
+    activations: int
+    head: int
+    host: int = 0
+
+    @property
+    def device(self) -> int:
+        return self.parameters + self.gradients + self.optimiser + self.activations + self.head
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of a configuration at a world size. `memory` by the names of STAGES; rates in tokens/s over all devices."""
+
+    world: int
+    bytes_a_number: int
+    counts: dict[str, int]
+    memory: dict[str, Memory]
+    flops_per_token: float
+    tokens_per_step: int
+    steps: int
+    supervised_share: float
+
+    def wanted_rate(self, steps: int = STEPS, days: float = DAYS) -> float:
+        """Tokens/s that take `steps` steps in `days` days."""
+        return steps * self.tokens_per_step / (days * DAY)
+
+    def days(self, rate: float) -> float:
+        """Days of the recipe's steps at a rate in tokens/s."""
+        return self.steps * self.tokens_per_step / rate / DAY
+
+    def rate(self, mfu: float, tflops: float) -> float:
+        """Tokens/s of all devices at a share `mfu` of the peak, TFLOP/s a device."""
+        return mfu * tflops * 1e12 * self.world / self.flops_per_token
+
+
+def estimate(config: TrainConfig, vocabulary: Vocabulary, world: int, supervised: float = 0.25) -> Estimate:
+    """What a run needs at `world` devices. `supervised`: share of the tokens that carry loss."""
+    with torch.device("meta"):
+        model = Gato(config.model, vocabulary)
+    length, micro = config.data.stream.sequence_length, config.data.micro_batch
+    e = 2 if lower_precision(read_config(config.deepspeed)) else 4
+    tokens = micro * length
+    live = activations(config.model, micro, length, int(tokens * ATARI_PATCHES), int(tokens * supervised), e, True)
+    head = head_bytes(config.loss, vocabulary, config.model.width, int(tokens * supervised), e, text=True)
+    memory = {stage: states(model, stage, world, e) for stage in STAGES}
+    return Estimate(
+        world=world,
+        bytes_a_number=e,
+        counts=model.parameter_counts(),
+        memory={stage: Memory(**part, activations=live, head=head) for stage, part in memory.items()},
+        flops_per_token=model.flops_per_token(length),
+        tokens_per_step=config.data.global_batch * length,
+        steps=config.steps,
+        supervised_share=supervised,
+    )
+
+
+def lower_precision(body: dict[str, Any]) -> bool:
+    """Whether a DeepSpeed configuration computes in two bytes."""
+    return bool(body.get("bf16", {}).get("enabled"))
+
+
+def states(model: Gato, stage: str, world: int, e: int) -> dict[str, int]:
+    """Bytes of parameters, gradients and optimiser states of the fullest rank, and what it holds on the host.
+
+    ZeRO 0: all whole; in float32 the masters are the parameters. 1, 2: gradients are freed as they are reduced, but for
+    those of the parameters that a rank's slice touches, whole. 3: slices, and small parameters whole. Offload: only
+    parameters in use, the head and two blocks, are on the device; the rest is the host's."""
+    sizes = [p.numel() for p in model.parameters()]
+    N, slice_ = sum(sizes), -(-sum(sizes) // world)
+    small = sum(size for size in sizes if size < PERSISTENT)
+    if stage == "0":
+        return {"parameters": N * e, "gradients": N * e, "optimiser": N * (8 if e == 4 else 12)}
+    if stage in ("1", "2"):
+        return {"parameters": N * e, "gradients": touched(model, world) * e, "optimiser": 12 * slice_}
+    part = {"parameters": (slice_ + small) * e, "gradients": slice_ * e, "optimiser": 12 * slice_}
+    if stage == "3":
+        return part
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    in_use = (model.tokens.weight.numel() + 2 * block + small) * e
+    return {"parameters": in_use, "gradients": block * e, "optimiser": 0, "host": slice_ * (2 * e + 12)}
+
+
+def touched(model: Gato, world: int) -> int:
+    """Most elements, over the ranks, of parameters that a rank's slices of the two flat groups touch."""
+    most = [0] * world
+    for matrices in (True, False):
+        sizes = [p.numel() for p in model.parameters() if (p.ndim >= 2) == matrices]
+        width, first = -(-sum(sizes) // world), 0
+        for size in sizes:
+            for rank in range(first // width, min(world - 1, (first + size - 1) // width) + 1):
+                most[rank] += size
+            first += size
+    return max(most)
+
+
+def activations(
+    config: ModelConfig, sequences: int, length: int, patches: int, supervised: int, e: int, masked: bool
+) -> int:
+    """Bytes that a micro-batch's graph holds for its backward, numbers of `e` bytes. `masked`: whether any sequence
+    holds two segments, and attention therefore a mask in numbers for each block."""
+    W, F, H = config.width, config.feed_forward, config.heads
+    inner, tokens = H * config.head_size, sequences * length
+    forward = (2 if config.feed_forward_form == "gelu" else 4) * F
+    attention = (4 + 2 * (config.rotary != "none") + 2 * config.qk_norm) * inner
+    a_token = 4 * W + attention + forward
+    block = tokens * (a_token * e + 4 * (4 + H)) + (sequences * length * length * e if masked else 0)
+    patch = patches * (256 * config.patch_channels + 768) * e
+    return config.blocks * block + patch + (2 * tokens + supervised) * W * e + 25 * tokens
+
+
+def head_bytes(config: LossConfig, vocabulary: Vocabulary, width: int, supervised: int, e: int, text: bool) -> int:
+    """Gradient of the head's rows and the logits in memory at a time."""
+    ids = vocabulary.size if text or config.softmax == "vocabulary" else action_ids(vocabulary).size
+    rows = min(config.chunk, supervised) if config.chunk else 2 * supervised
+    return ids * (rows + (width if config.chunk else 0)) * e
+
+
+def show(name: str, config: TrainConfig, vocabulary: Vocabulary, world: int, tflops: float) -> None:
+    """Tables of the estimate. `tflops`: peak of a device in bfloat16."""
+    found, console = estimate(config, vocabulary, world), Console()
+    counts = ", ".join(f"{kind} {count:,}" for kind, count in found.counts.items())
+    console.print(f"recipe {name}, {world} device(s), ZeRO configuration {config.deepspeed}")
+    console.print("arithmetic, not measured: no device was asked")
+    console.print(f"parameters: {counts}")
+    table = Table(title=f"GB a device, {found.bytes_a_number} bytes a number, micro-batch {config.data.micro_batch}")
+    columns = ("ZeRO", "parameters", "gradients", "optimiser", "activations", "head", "device", "host")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for stage, memory in found.memory.items():
+        values = [getattr(memory, column) for column in columns[1:]]
+        table.add_row(stage, *(f"{value / 1e9:.2f}" for value in values))
+    console.print(table)
+    times = Table(
+        title=f"time; {found.flops_per_token / 1e9:.2f} GFLOP a token, {found.tokens_per_step:,} tokens a step"
+    )
+    for column in ("at", "tokens/s", f"days for {found.steps:,} steps"):
+        times.add_column(column, justify="right")
+    rates = {"100,000 tokens/s": 1e5} | {
+        f"MFU {share:.0%} of {tflops:g} TFLOP/s a device": found.rate(share, tflops) for share in (0.3, 0.4, 0.5)
+    }
+    for label, rate in rates.items():
+        times.add_row(label, f"{rate:,.0f}", f"{found.days(rate):,.2f}")
+    wanted = found.wanted_rate()
+    times.add_row(f"{STEPS:,} steps in {DAYS:g} days", f"{wanted:,.0f}", f"{found.days(wanted):,.2f}")
+    console.print(times)
+    console.print(
+        f"activations: a micro-batch of 80x64 frames, a mask in every block, loss on {found.supervised_share:.0%} of "
+        "the tokens. Left out: buckets of the reduction (500 million numbers by default), the float32 gradients of an "
+        "update, fragments, the CUDA context"
+    )
