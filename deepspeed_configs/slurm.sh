@@ -1,7 +1,8 @@
 #!/bin/bash
 # sbatch deepspeed_configs/slurm.sh --recipe 1.18b-nodes [...]: one task a GPU, without hostfile or ssh.
-# An example, not tried on a cluster. It may be requeued at any time: the run goes on from its last checkpoint, and
-# SIGTERM, sent five minutes before the end of the allocation, saves one.
+# An example: its way of starting ranks was tried with two on one CPU, the script itself on no cluster. It may be
+# requeued at any time: the run goes on from its last checkpoint, and SIGTERM, sent five minutes before the end of the
+# allocation, saves one.
 #SBATCH --job-name=gato
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8

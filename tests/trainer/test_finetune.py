@@ -1,6 +1,8 @@
 """Fine-tuning from an export: its weights, some tasks, few demonstrations, dropout, the constant rate."""
 
-from dataclasses import replace
+import hashlib
+import json
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from schemas.vocabulary import SEED
 from shards.stream import Stream, StreamConfig
 from tests.trainer.launch import errors, losses, train
 from trainer.checkpoint import export, load_export
+from trainer.config import deciding
 from trainer.engine import branch_scales, learning_rate
 from trainer.model import Gato, ModelConfig
 from trainer.recipes import RECIPES
@@ -120,6 +123,21 @@ def test_scales_keep_the_models_number_format(hopper):
     config = ModelConfig(blocks=1, width=32, feed_forward=64, patch_channels=16, stochastic_depth=0.1, dropout=0.1)
     model = Gato(config, SEED).initialise(0).bfloat16()
     assert model(batch, branch_scales(batch.sequence, config, 0)).dtype == torch.bfloat16
+
+
+def test_what_was_added_leaves_older_checkpoints_as_they_were(hopper):
+    raw = deciding(RECIPES["tiny"])
+    assert "dropout" not in raw["model"] and "schedule" not in raw["optimiser"]
+    tuned = deciding(RECIPES["finetune"])
+    assert (tuned["model"]["dropout"], tuned["optimiser"]["schedule"]) == (0.1, "constant")
+    stream = Stream([hopper], StreamConfig(), 0)
+    plain = {k: v for k, v in asdict(StreamConfig()).items() if k not in ("tasks", "demonstrations")}
+    body = [[stream.datasets[0].manifest.fingerprint], plain, 0, False]
+    assert stream.fingerprint == hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    prints = {
+        Stream([hopper], StreamConfig(demonstrations=n, tasks=t), 0).fingerprint for n in (0, 2) for t in ((), (TASK,))
+    }
+    assert len(prints) == 4
 
 
 def test_the_recipe_is_the_papers():
