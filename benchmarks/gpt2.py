@@ -2,7 +2,8 @@
 
 PEER-PYTHON is a virtual environment's with trainer.txt installed; nothing of ours is imported here. BATCHES is an .npz
 of tokens and labels, int64 (N, B, L), labels -100 where nothing is supervised; SHAPE is GPT2Config's arguments as JSON.
-Says "ready" with its version; then for each line it reads, runs all batches once and writes the seconds that took.
+Says "ready", its version and its parameters; then for each line it reads, runs all batches once and writes the
+processor seconds that took.
 """
 
 import json
@@ -24,11 +25,11 @@ def main(batches: str, shape: str) -> None:
     pairs = list(zip(torch.from_numpy(read["tokens"]), torch.from_numpy(read["labels"])))
     print("ready", transformers.__version__, sum(p.numel() for p in model.parameters()), flush=True)
     for _ in sys.stdin:
-        begun = time.perf_counter()
+        begun = time.process_time()
         for tokens, labels in pairs:
             model.zero_grad(set_to_none=True)
             model(input_ids=tokens, labels=labels).loss.backward()
-        print(time.perf_counter() - begun, flush=True)
+        print(time.process_time() - begun, flush=True)
 
 
 if __name__ == "__main__":

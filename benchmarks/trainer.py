@@ -6,7 +6,9 @@ logs (GATO_SHARED_DATA/{d4rl,dqn_replay}, else recorded here) -> shards -> batch
 
 GPT-2 has the same token ids and labels at the same places (-100 elsewhere), its own loss, scaled dot product
 attention, no dropout, float32. Both sides take turns, A B A B ..., one thread each; rates are those of the best turns,
-and beside their ratio stands that of the medians. Control batches have no patches; Atari's are timed apart.
+and beside their ratio stands that of the medians. Seconds are the process's own on its core, which on an idle core are
+those of the clock, so that others on the machine disturb less. Control batches have no
+patches; Atari's are timed apart.
 """
 
 from __future__ import annotations
@@ -39,11 +41,13 @@ from trainer.recipes import RECIPES
 
 PEER = Path(__file__).with_name("gpt2.py")
 REQUIREMENTS = Path(__file__).with_name("trainer.txt")
-BATCHES = {"tiny": (4, 16), "79m": (1, 1)}
+BATCHES = {"tiny": (1, 16), "79m": (1, 1)}
 """Batches a turn and sequences a batch."""
 
+PARTS = "tiny,79m,engine,forms,atari"
+
 Turn = Callable[[], float]
-"""Does the work of a turn, and gives its seconds."""
+"""Does the work of a turn, and gives its processor seconds."""
 
 
 def read(shards: Path, recipe: str) -> list[Batch]:
@@ -63,9 +67,9 @@ def objective(config: TrainConfig, shards: Path) -> Objective:
 
 def timed(work: Callable[[], object]) -> Turn:
     def turn() -> float:
-        begun = time.perf_counter()
+        begun = time.process_time()
         work()
-        return time.perf_counter() - begun
+        return time.process_time() - begun
 
     return turn
 
@@ -195,12 +199,24 @@ def engines(table: Table, control: Path, repeats: int) -> None:
         micro = recipe.data.global_batch // accumulation
         config = replace(recipe, data=replace(recipe.data, micro_batch=micro))
         stream = Stream([control], recipe.data.stream, seed=0)
-        steps = [[stream.batch(16 * n + first, micro).to("cpu") for first in range(0, 16, micro)] for n in range(4)]
+        steps = [[stream.batch(16 * n + first, micro).to("cpu") for first in range(0, 16, micro)] for n in range(2)]
         mine, theirs = objective(config, control), objective(config, control)
         run = engine.Engine(mine.gato, config, device, mine.continuous.tolist(), False)
         seconds = turns(repeats, whole_steps(run, steps), bare(theirs, config, steps))
         tokens = sum(batch.tokens.numel() for batches in steps for batch in batches)
         row(table, f"tiny, whole steps of {accumulation} micro-batches: engine / bare loop", tokens, *seconds)
+
+
+def forms(table: Table, control: Path, recipe: str, repeats: int) -> None:
+    """A recipe's model with its blocks compiled, or checkpointed, against the plain one."""
+    config, batches = RECIPES[recipe], read(control, recipe)
+    sides = [objective(config, control) for _ in range(3)]
+    engine.prepare_blocks(sides[1].gato, compile=True, activation_checkpointing=False)
+    engine.prepare_blocks(sides[2].gato, compile=False, activation_checkpointing=True)
+    plain, *others = turns(repeats, *[gradients(side, batches) for side in sides])
+    tokens = sum(batch.tokens.numel() for batch in batches)
+    for form, seconds in zip(("compiled", "checkpointed"), others):
+        row(table, f"{recipe}, blocks {form} / plain", tokens, seconds, plain)
 
 
 def pictures(table: Table, atari: Path, repeats: int) -> None:
@@ -219,7 +235,7 @@ def pictures(table: Table, atari: Path, repeats: int) -> None:
     table.add_row(name, f"{tokens / min(whole):,.0f}", "", f"{min(part) / min(whole):.2f}", "")
 
 
-def run(folder: Path, python: Path, shards: Path | None = None, repeats: int = 5, parts: str = "tiny,79m,engine,atari"):
+def run(folder: Path, python: Path, shards: Path | None = None, repeats: int = 5, parts: str = PARTS):
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     table = Table("forward and backward, float32, one core", "tokens/s", "theirs", "ratio", "of medians")
@@ -230,6 +246,8 @@ def run(folder: Path, python: Path, shards: Path | None = None, repeats: int = 5
             models(table, control, python, folder, recipe, repeats if recipe == "tiny" else max(2, repeats // 2))
     if "engine" in chosen:
         engines(table, control, repeats)
+    if "forms" in chosen:
+        forms(table, control, "tiny", repeats)
     if "atari" in chosen:
         pictures(table, shards / "atari" if shards else build("atari", folder), repeats)
     Console(width=140).print(table)
@@ -240,7 +258,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=Path(".venv-transformers"), help="the peer's virtual environment")
     parser.add_argument("--shards", type=Path, help="a folder with control/ and atari/, built before")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--parts", default="tiny,79m,engine,atari")
+    parser.add_argument("--parts", default=PARTS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         python = peers_python(options.peers, REQUIREMENTS)
