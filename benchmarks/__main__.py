@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import etl, scale, stream
+from benchmarks import etl, scale, stream, trainer
 from benchmarks.etl import pair as timed
 from eval.agent import AgentConfig, GatoAgent, demonstration
 from schemas.vocabulary import SEED
@@ -78,6 +78,7 @@ def main() -> None:
         command("etl.build", "--source", "d4rl", "-i", folder / "d4rl", "-o", folder / "shards")
         etl.run(folder / "etl")
         stream.run(folder / "stream", stream.peers_python(Path(".venv-peers")))
+        trainer.run(folder / "trainer", stream.peers_python(Path(".venv-transformers"), trainer.REQUIREMENTS))
         scale.open_many(folder / "many")
         scale.grow(folder / "grown")
         bench_loss(folder)

@@ -39,12 +39,12 @@ LOADERS = Path(__file__).with_name("loaders.py")
 REQUIREMENTS = Path(__file__).with_name("loaders.txt")
 
 
-def peers_python(folder: Path) -> Path:
+def peers_python(folder: Path, requirements: Path = REQUIREMENTS) -> Path:
     """The interpreter of the peers' environment, made on the first call (2 GB)."""
     python, ready = folder / "bin" / "python", folder / ".ready"
     if not ready.exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", REQUIREMENTS], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", requirements], check=True)
         ready.touch()
     return python
 

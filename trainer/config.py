@@ -110,6 +110,11 @@ class TrainConfig:
     seed: int = 0
     deepspeed: str = "zero0_cpu"
     """A file of deepspeed_configs/, by name, or a path."""
+    compile: bool = False
+    """Each block is compiled by torch.compile, which on a CPU needs a C++ compiler: the same function, to rounding.
+    Not with ZeRO 3."""
+    activation_checkpointing: bool = False
+    """A block's inner activations are made anew in the backward pass: less memory for a third more arithmetic."""
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)

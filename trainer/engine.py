@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from shards.batch import Batch
 from shards.sampler import random
@@ -101,7 +103,10 @@ class Engine:
             "gradient_clipping": config.optimiser.gradient_clip,
             "steps_per_print": 10**9,
         }
-        if not body.get("zero_optimization", {}).get("stage"):
+        stage = body.get("zero_optimization", {}).get("stage", 0)
+        if config.compile and stage == 3:
+            raise ValueError("--compile does not go with ZeRO 3, whose layers fetch their weights while they run")
+        if not stage:
             body["gradient_clipping"] = 0.0  # see `_clip`
         decayed = [p for p in model.parameters() if p.ndim >= 2]
         plain = [p for p in model.parameters() if p.ndim < 2]
@@ -116,6 +121,7 @@ class Engine:
             fused=True,
         )
         objective = Objective(model, config.loss, continuous, text)
+        prepare_blocks(model, config.compile, config.activation_checkpointing)
         self.engine, self.optimiser, _, _ = deepspeed.initialize(model=objective, optimizer=optimiser, config=body)
         if self.engine.zero_optimization_partition_weights():
             # the head is the embedding table, used outside the module that owns it
@@ -222,6 +228,15 @@ def branch_scales(sequence: Any, model: ModelConfig, seed: int) -> torch.Tensor 
             kept = ((draws >= probability) / (1.0 - probability)).astype(np.float32)
             scales = kept if scales is None else scales * kept
     return None if scales is None else torch.from_numpy(scales)
+
+
+def prepare_blocks(model: Gato, compile: bool, activation_checkpointing: bool) -> None:
+    """Compile the blocks, and let their inner activations go until the backward pass; names of weights stay."""
+    for block in model.blocks:
+        if compile:
+            block.compile(dynamic=False)
+        if activation_checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def read_config(name: str) -> dict[str, Any]:

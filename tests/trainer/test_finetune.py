@@ -89,7 +89,9 @@ def test_only_the_first_episodes_of_the_tasks_are_seen(hopper, pong, episodes):
     assert stream.tasks == [TASK]
     few, all_ = stream.timelines[0], whole.timelines[0]
     wanted = min(episodes, all_.count)
-    assert few.count == wanted and few.total == int(all_.column("timesteps")[all_.column("split_episode") < wanted].sum())
+    assert few.count == wanted and few.total == int(
+        all_.column("timesteps")[all_.column("split_episode") < wanted].sum()
+    )
     K, plain = all_.layout.length, replace(config, prompt_probability=0.0)
     assert 120 % K == 0
     rows = whole.evaluation_batch(0, np.arange(all_.windows)).to("cpu").tokens.reshape(-1, K)

@@ -10,6 +10,7 @@ from schemas.layout import ACTION
 from schemas.vocabulary import SEED
 from shards.batch import Batch
 from shards.stream import Stream, StreamConfig
+from trainer.engine import prepare_blocks, stochastic_depth
 from trainer.loss import FusedCrossEntropy, LossConfig, Objective, cross_entropy, select, soft_targets
 from trainer.model import PRESETS, Gato, ModelConfig
 from trainer.model.transformer import causal_segment_mask
@@ -171,3 +172,25 @@ def test_loss_sees_exactly_the_supervised_tokens(model, batch):
     # the loss does not move when an observation's own logits would: only places before actions count
     plain = cross_entropy(model.logits(hidden), targets[:, None], torch.ones(len(targets), 1)).sum()
     assert objective(batch).item() == pytest.approx(plain.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("compile", "activation_checkpointing"), [(True, False), (False, True), (True, True)])
+def test_prepared_blocks_equal_plain_ones_with_their_gradients(batch, compile, activation_checkpointing):
+    config = replace(SMALL, rotary="token", action_position="own")
+    keep = stochastic_depth(batch.sequence.numpy(), config.blocks, 0.3, 0)
+    one = replace(batch, segments=torch.zeros_like(batch.segments))  # which needs no mask
+    found = []
+    for prepared in (False, True):
+        gato = Gato(config, SEED).initialise(0)
+        names = list(gato.state_dict())
+        if prepared:
+            prepare_blocks(gato, compile, activation_checkpointing)
+        objective = Objective(gato, LossConfig(soft_bins=3.0), [True, False])
+        loss = objective(batch, keep) + objective(one)
+        loss.backward()
+        assert list(gato.state_dict()) == names
+        found.append((loss.item(), {name: p.grad for name, p in gato.named_parameters()}))
+    (plain, plain_gradients), (other, gradients) = found
+    assert other == pytest.approx(plain, rel=1e-6)
+    for name, gradient in plain_gradients.items():
+        assert torch.allclose(gradients[name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max())), name
