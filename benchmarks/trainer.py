@@ -81,7 +81,7 @@ def gradients(ours: Objective, batches: list[Batch]) -> Turn:
     def work() -> None:
         for batch in batches:
             ours.zero_grad(set_to_none=True)
-            keep = engine.stochastic_depth(batch.sequence, config.blocks, config.stochastic_depth, 0)
+            keep = engine.branch_scales(batch.sequence, config, 0)
             ours(batch, keep).backward()
 
     return timed(work)

@@ -10,7 +10,7 @@ from schemas.layout import ACTION
 from schemas.vocabulary import SEED
 from shards.batch import Batch
 from shards.stream import Stream, StreamConfig
-from trainer.engine import prepare_blocks, stochastic_depth
+from trainer.engine import branch_scales, prepare_blocks
 from trainer.loss import FusedCrossEntropy, LossConfig, Objective, cross_entropy, select, soft_targets
 from trainer.model import PRESETS, Gato, ModelConfig
 from trainer.model.transformer import causal_segment_mask
@@ -176,8 +176,8 @@ def test_loss_sees_exactly_the_supervised_tokens(model, batch):
 
 @pytest.mark.parametrize(("compile", "activation_checkpointing"), [(True, False), (False, True), (True, True)])
 def test_prepared_blocks_equal_plain_ones_with_their_gradients(batch, compile, activation_checkpointing):
-    config = replace(SMALL, rotary="token", action_position="own")
-    keep = stochastic_depth(batch.sequence.numpy(), config.blocks, 0.3, 0)
+    config = replace(SMALL, rotary="token", action_position="own", stochastic_depth=0.3)
+    keep = branch_scales(batch.sequence.numpy(), config, 0)
     one = replace(batch, segments=torch.zeros_like(batch.segments))  # which needs no mask
     found = []
     for prepared in (False, True):

@@ -1,0 +1,153 @@
+"""`python -m benchmarks.ablations --data FOLDER`: what each open choice is worth at an equal budget.
+
+    recipe `tiny` with one setting changed -> so many CPU-seconds on one core -> held-out errors, returns in the simulators
+
+One seed, a bare loop of one thread (which thread counts and other processes do not disturb: the budget is the process's own time, and
+the learning rate follows it). The changes are listed below; the base is what `tiny` is. Each result is a line of
+`--output`, kept when the command is run again, and the table is printed at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from eval.agent import AgentConfig, GatoAgent, demonstration
+from eval.environments import play
+from shards.stream import Stream
+from trainer.checkpoint import ExportInfo
+from trainer.config import TrainConfig
+from trainer.engine import learning_rate
+from trainer.heldout import evaluate
+from trainer.loss import Objective
+from trainer.model import Gato
+from trainer.recipes import RECIPES
+
+# name -> {part of the configuration: {field: value}}
+CHANGES: dict[str, dict[str, dict[str, Any]]] = {
+    "as tiny": {},
+    "no rotary attention (the paper's form)": {"model": {"rotary": "none"}},
+    "action position: one shared": {"model": {"action_position": "shared"}},
+    "action position: none": {"model": {"action_position": "none"}},
+    "feed-forward: GEGLU of the same size": {"model": {"feed_forward_form": "geglu", "feed_forward": 344}},
+    "no loss on prompts": {"stream": {"prompt_loss": False}},
+    "no prompts": {"stream": {"prompt_probability": 0.0}},
+    "plain start of the bins": {"model": {"smooth_bins": False}},
+    "targets: the exact bin": {"loss": {"soft_bins": 0.0}},
+    "targets: over 8 bins": {"loss": {"soft_bins": 8.0}},
+    "softmax over the vocabulary": {"loss": {"softmax": "vocabulary"}},
+    "queries and keys normalised": {"model": {"qk_norm": True}},
+    "sequences of 128": {"stream": {"sequence_length": 128}},
+    "the paper's form": {
+        "model": {"rotary": "none", "action_position": "shared", "smooth_bins": False},
+        "loss": {"soft_bins": 0.0, "softmax": "vocabulary"},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train `tiny` once for every change and compare."""
+
+    data: Path
+    """A dataset folder of tasks that the simulators play."""
+    minutes: float = 2.0
+    """CPU time of each training."""
+    episodes: int = 4
+    """Played with each result; 0: none."""
+    only: tuple[str, ...] = ()
+    """Names of changes."""
+    output: Path = Path("results/ablations.jsonl")
+
+
+def changed(base: TrainConfig, change: dict[str, dict[str, Any]]) -> TrainConfig:
+    """The configuration with its one difference."""
+    stream = replace(base.data.stream, **change.get("stream", {}))
+    model, loss = replace(base.model, **change.get("model", {})), replace(base.loss, **change.get("loss", {}))
+    return replace(base, model=model, loss=loss, data=replace(base.data, stream=stream))
+
+
+def trained(config: TrainConfig, stream: Stream, seconds: float) -> tuple[Gato, int]:
+    """A model after so much CPU time, and its steps. The rate warms up in a twentieth of it, then falls by cosine."""
+    continuous = [bool(t.dataset.manifest.tasks[t.task].spec.action.kind == "continuous") for t in stream.timelines]
+    gato = Gato(config.model, stream.vocabulary).initialise(config.seed)
+    objective = Objective(gato, config.loss, continuous, any(t.layout.text for t in stream.timelines))
+    shape = config.optimiser
+    groups = [
+        {"params": [p for p in gato.parameters() if p.ndim >= 2], "weight_decay": shape.weight_decay},
+        {"params": [p for p in gato.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, betas=(shape.beta_1, shape.beta_2), eps=shape.epsilon, fused=True)
+    schedule = replace(shape, warmup_steps=50, decay_steps=1000)  # of a thousandth of the time each
+    steps, begun, B = 0, time.process_time(), config.data.global_batch
+    while (used := (time.process_time() - begun) / seconds) < 1:
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(int(1000 * used), schedule)
+        batch = stream.batch(steps * B, B).to("cpu")
+        (objective(batch) / batch.supervised.sum()).backward()
+        torch.nn.utils.clip_grad_norm_(gato.parameters(), shape.gradient_clip)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        steps += 1
+    return gato, steps
+
+
+def measured(name: str, options: Options) -> dict[str, Any]:
+    """Train, evaluate and play one change."""
+    config = changed(RECIPES["tiny"], CHANGES[name])
+    data = config.data.stream
+    stream, held_out = (Stream([options.data], data, config.seed, split) for split in (False, True))
+    gato, steps = trained(config, stream, 60 * options.minutes)
+    result: dict[str, Any] = {"name": name, "minutes": options.minutes, "steps": steps}
+    result["tokens"] = steps * config.data.global_batch * data.sequence_length
+    result |= evaluate(gato, held_out, range(len(held_out.tasks)), 64, 16, torch.device("cpu"))
+    gato.eval()
+    for timeline in stream.timelines if options.episodes else []:
+        spec, agent = timeline.dataset.manifest.tasks[timeline.task].spec, AgentConfig()
+        prompt = demonstration(timeline.dataset, timeline.task, agent)
+        fingerprint = stream.vocabulary.fingerprint
+        info = ExportInfo("", 0, config.model, stream.vocabulary, fingerprint, data.sequence_length, 0, (), {}, {})
+        player = GatoAgent(gato, info, spec, agent, prompt)
+        totals = [one.total for one in play(player, spec, [1000 + n for n in range(options.episodes)])]
+        result[f"returns/{spec.name}"] = [float(np.mean(totals)), float(np.std(totals))]
+    return result
+
+
+def main() -> None:
+    options = tyro.cli(Options, prog="python -m benchmarks.ablations")
+    torch.set_num_threads(1)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.loads(line) for line in options.output.open()] if options.output.is_file() else []
+    done = {(line["name"], line["minutes"]): line for line in lines}
+    for name in options.only or CHANGES:
+        if (name, options.minutes) not in done:
+            done[name, options.minutes] = measured(name, options)
+            with options.output.open("a") as file:
+                file.write(json.dumps(done[name, options.minutes]) + "\n")
+    shown = [line for line in done.values() if line["minutes"] == options.minutes]
+    tasks = sorted({key.split("/")[1] for line in shown for key in line if key.startswith("held_out/")})
+    table = Table(title=f"{options.minutes:g} CPU-minutes each, {asdict(options)['data']}")
+    for heading in ("", "M tokens", *(f"{t}: {kind}" for t in tasks for kind in ("error", "bins", "loss", "return"))):
+        table.add_column(heading)
+    for line in shown:
+        cells = [line["name"], f"{line['tokens'] / 1e6:.2f}"]
+        for task in tasks:
+            mean, spread = line.get(f"returns/{task}", (float("nan"),) * 2)
+            kinds = ("mean_error", "bin_error", "loss")
+            error, bins, loss = (line.get(f"held_out/{task}/{kind}", float("nan")) for kind in kinds)
+            cells += [f"{error:.4f}", f"{bins:.0f}", f"{loss:.3f}", f"{mean:.0f} ± {spread:.0f}"]
+        table.add_row(*cells)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
