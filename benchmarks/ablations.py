@@ -1,9 +1,9 @@
 """`python -m benchmarks.ablations --data FOLDER`: what each open choice is worth at an equal budget.
 
-    recipe `tiny` with one setting changed -> so many CPU-seconds on one core -> held-out errors, returns in the simulators
+    recipe `tiny` with one setting changed -> so many CPU-seconds on one core -> held-out errors, returns when played
 
-One seed, a bare loop of one thread (which thread counts and other processes do not disturb: the budget is the process's own time, and
-the learning rate follows it). The changes are listed below; the base is what `tiny` is. Each result is a line of
+One seed, a bare loop of one thread. The budget is the process's own time, so that others on the machine disturb less,
+and the learning rate follows it. The changes are listed below; the base is what `tiny` is. Each result is a line of
 `--output`, kept when the command is run again, and the table is printed at the end.
 """
 
