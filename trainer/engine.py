@@ -232,9 +232,10 @@ def branch_scales(sequence: Any, model: ModelConfig, seed: int) -> torch.Tensor 
 
 def prepare_blocks(model: Gato, compile: bool, activation_checkpointing: bool) -> None:
     """Compile the blocks, and let their inner activations go until the backward pass; names of weights stay."""
-    for block in model.blocks:
+    for number, block in enumerate(model.blocks):
         if compile:
-            block.compile(dynamic=False)
+            # the last one's feed-forward sees another number of places in every batch
+            block.compile(dynamic=None if number == len(model.blocks) - 1 else False)
         if activation_checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 

@@ -39,11 +39,12 @@ class LossConfig:
     """Rows of logits in memory at a time; 0 for all at once (the plain form)."""
 
 
-def select(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def select(gato: Gato, batch: Batch, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states (N, W) at p - 1, targets (N,) int64 at p and tasks (N,) of every supervised place p;
     supervised[:, 0] is never set."""
-    chosen = batch.supervised[:, 1:]
-    return hidden[:, :-1][chosen], batch.tokens[:, 1:][chosen].long(), batch.tasks[:, None].expand_as(chosen)[chosen]
+    chosen = batch.supervised
+    hidden = gato(batch, keep, chosen.roll(-1, dims=1))
+    return hidden, batch.tokens[chosen].long(), batch.tasks[:, None].expand_as(chosen)[chosen]
 
 
 def soft_targets(targets: Tensor, ordered: Tensor, ids: IdRange, soft_bins: float) -> tuple[Tensor, Tensor]:
@@ -118,7 +119,7 @@ class Objective(nn.Module):
         self.register_buffer("continuous", torch.tensor(continuous), persistent=False)
 
     def forward(self, batch: Batch, keep: Tensor | None = None) -> Tensor:
-        hidden, targets, tasks = select(self.gato(batch, keep), batch)
+        hidden, targets, tasks = select(self.gato, batch, keep)
         ids = self.gato.vocabulary.action_continuous
         ordered = self.continuous[tasks] & (targets >= ids.start) & (targets < ids.stop)
         neighbours, weights = soft_targets(targets, ordered, ids, self.config.soft_bins)
@@ -134,5 +135,5 @@ class Objective(nn.Module):
 @torch.no_grad()
 def held_out_logits(gato: Gato, batch: Batch, ids: IdRange) -> tuple[Tensor, Tensor]:
     """Logits (N, ids) float32 and targets (N,), counted from the first of `ids`, of a batch's supervised places."""
-    hidden, targets, _ = select(gato(batch), batch)
+    hidden, targets, _ = select(gato, batch)
     return functional.linear(hidden, gato.tokens.weight[ids.start : ids.stop]).float(), targets - ids.start

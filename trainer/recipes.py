@@ -21,10 +21,10 @@ from trainer.model.presets import PRESETS
 # hours     see docs/log.md for the measured steps a minute
 # expected  see docs/log.md
 TINY = TrainConfig(
-    steps=20_000,
+    steps=8_000,
     model=PRESETS["tiny"],
     loss=LossConfig(soft_bins=24.0, softmax="targets"),
-    optimiser=OptimiserConfig(peak_lr=2e-3, warmup_steps=400, decay_steps=20_000),
+    optimiser=OptimiserConfig(peak_lr=2e-3, warmup_steps=400, decay_steps=8_000),
     data=DataConfig(global_batch=16, micro_batch=16, stream=StreamConfig(sequence_length=256)),
     run=RunConfig(output=Path("runs/tiny")),
 )

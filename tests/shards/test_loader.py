@@ -180,7 +180,9 @@ def test_any_dataset_gives_the_slow_references_sequences(
     ]
     made = [replace(task, held_out=own) for task, own in zip(made, held)]
     named = dict(zip([task.name for task in made], weights))
-    config = StreamConfig(length, named, prompt_probability=0.5, prompt_loss=prompt_loss, working_set=working_set)
+    config = StreamConfig(
+        length, weights=named, prompt_probability=0.5, prompt_loss=prompt_loss, working_set=working_set
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = make(Path(name) / "made", made, piece, shards)
         verify(folder, full=True)

@@ -165,13 +165,31 @@ def test_soft_targets_match_the_slow_reference():
 
 
 def test_loss_sees_exactly_the_supervised_tokens(model, batch):
-    hidden, targets, _ = select(model(batch), batch)
+    hidden, targets, _ = select(model, batch)
     wanted = [int(t) for row, on in zip(batch.tokens, batch.supervised) for t in row[on]]
     assert targets.tolist() == wanted and len(hidden) == len(wanted) > 0
     objective = Objective(model, LossConfig(), [True, False])
     # the loss does not move when an observation's own logits would: only places before actions count
     plain = cross_entropy(model.logits(hidden), targets[:, None], torch.ones(len(targets), 1)).sum()
     assert objective(batch).item() == pytest.approx(plain.item(), rel=1e-5)
+
+
+def test_hidden_of_chosen_places_is_the_whole_one_there_with_its_gradients(batch):
+    chosen = batch.supervised.roll(-1, dims=1)
+    keep = branch_scales(batch.sequence.numpy(), replace(SMALL, stochastic_depth=0.3, dropout=0.1), 0)
+    found = []
+    for whole in (True, False):
+        gato = Gato(SMALL, SEED).initialise(0)
+        hidden = gato(batch, keep)[chosen] if whole else gato(batch, keep, chosen)
+        hidden.square().sum().backward()
+        found.append((hidden, {name: p.grad for name, p in gato.named_parameters()}))
+    (plain, plain_gradients), (hidden, gradients) = found
+    assert torch.allclose(hidden, plain, atol=1e-5) and len(plain) == int(batch.supervised.sum())
+    for name, gradient in plain_gradients.items():
+        if gradient is not None:
+            assert torch.allclose(gradients[name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max())), name
+    predicted, targets, _ = select(gato, batch, keep)
+    assert torch.equal(predicted, hidden) and targets.tolist() == batch.tokens[:, 1:][chosen[:, :-1]].tolist()
 
 
 @pytest.mark.parametrize(("compile", "activation_checkpointing"), [(True, False), (False, True), (True, True)])

@@ -92,9 +92,10 @@ class Gato(nn.Module):
         places = torch.arange(first, first + T, device=batch.tokens.device)
         return rotary_turns(places, self.config.head_size, self.tokens.weight.dtype)
 
-    def forward(self, batch: Batch, keep: Tensor | None = None) -> Tensor:
-        """Hidden states (B, L, W) behind the last norm. `keep` (B, blocks, 2, 1 or W): scales of the
-        residual branches, for stochastic depth and dropout."""
+    def forward(self, batch: Batch, keep: Tensor | None = None, chosen: Tensor | None = None) -> Tensor:
+        """Hidden states (B, L, W) behind the last norm, or (N, W) of the places `chosen` (B, L) bool, for which the
+        last block does less. `keep` (B, blocks, 2, 1 or W): scales of the residual branches, for stochastic depth and
+        dropout."""
         x = self.embed(batch)
         # one segment a sequence needs no mask: the plain causal kernel is the same function, faster
         single = bool((batch.segments == batch.segments[:, :1]).all())
@@ -102,7 +103,8 @@ class Gato(nn.Module):
         turns = self.turns(batch)
         keep = None if keep is None else keep.to(x.dtype)  # a float32 scale would make float32 of all behind it
         for number, block in enumerate(self.blocks):
-            x = block(x, mask, None if keep is None else keep[:, number], turns=turns)
+            last = {"chosen": chosen} if number == len(self.blocks) - 1 else {}
+            x = block(x, mask, None if keep is None else keep[:, number], turns=turns, **last)
         return self.norm(x)
 
     def step(self, batch: Batch, cache: Cache, slots: Tensor, valid: Tensor) -> Tensor:

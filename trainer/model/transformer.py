@@ -78,7 +78,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)). `keep` (B, 2, 1 or W) scales the two branches."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)). `keep` (B, 2, 1 or W) scales the two branches. With
+    `chosen` (B, T) bool the latter, and the result (N, W), is of these places alone."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -93,11 +94,15 @@ class Block(nn.Module):
         cache: tuple[Tensor, Tensor] | None = None,
         slots: Tensor | None = None,
         turns: Tensor | None = None,
+        chosen: Tensor | None = None,
     ) -> Tensor:
         branch = self.attention(self.norm_1(x), mask, cache, slots, turns)
         x = x + (branch if keep is None else branch * keep[:, :1])
+        scale = None if keep is None else keep[:, 1:]
+        if chosen is not None:
+            x, scale = x[chosen], None if scale is None else scale.expand(*chosen.shape, -1)[chosen]
         branch = self.feed_forward(self.norm_2(x))
-        return x + (branch if keep is None else branch * keep[:, 1:])
+        return x + (branch if scale is None else branch * scale)
 
 
 def rotary_turns(places: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:
