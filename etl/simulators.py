@@ -7,7 +7,8 @@ MuJoCo bodies give {"observation": float32 (D,)}, gymnasium-robotics tasks their
 {"frame": uint8 (84, 84, 1)}: four emulator frames an action, sticky actions with probability 0.25, the maximum of
 the last two grey screens, box-filtered to 84x84 (the convention of the DQN-Replay logs, but for the filter's
 treatment of pixels that two output pixels share: OpenCV splits them, Pillow gives them to one). Pillow's filter is
-integer arithmetic, so a frame has the same bytes on every processor.
+integer arithmetic, so a frame has the same bytes on every processor. Episodes are whole (a lost life ends none), up
+to 108,000 emulator frames, rewards unclipped. Ids of the old gym and of d4rl are written gym/ID (etl/oldgym.py).
 
 Invariant: an agent sees in evaluation exactly what the recorder writes into logs, because both call `make`.
 """
@@ -30,7 +31,7 @@ import numpy as np
 from gymnasium import spaces
 from PIL import Image
 
-from etl import drawing, gridworld
+from etl import drawing, gridworld, oldgym
 from schemas.episode import ActionSpec, EnvironmentSpec, FieldSpec
 
 FRAME_SIZE = (84, 84)
@@ -45,7 +46,10 @@ SUITES = {
     "robotics": ("gymnasium_robotics", "pip install gymnasium-robotics"),
     "minigrid": ("minigrid", "pip install minigrid"),
     "mujoco": ("mujoco", "pip install 'gymnasium[mujoco]'"),
+    "gymnasium": ("gymnasium", "pip install gymnasium"),
+    "gym": ("gym", "pip install 'gym<0.27', and d4rl for its ids"),
 }
+OLD_GYM = "gym/"
 
 
 class SimulatorError(RuntimeError):
@@ -53,7 +57,9 @@ class SimulatorError(RuntimeError):
 
 
 def environment_spec(environment: str, **kwargs: Any) -> EnvironmentSpec:
-    """The spec of a gymnasium id with version, its suite looked up. SimulatorError for an unknown id."""
+    """The spec of a gymnasium id with version, or of gym/ID, its suite looked up. SimulatorError for an unknown id."""
+    if environment.startswith(OLD_GYM):
+        return EnvironmentSpec("gym", environment, kwargs)
     if environment.startswith("ALE/"):
         suite = "atari"
     elif environment.startswith(("BabyAI-", "MiniGrid-")):
@@ -83,27 +89,27 @@ def make(
     SimulatorError for an unknown id, a missing package or arguments that the simulator refuses.
     """
     _register(environment.suite)
-    _require_known(environment.id, environment.suite)
-    kwargs = dict(environment.kwargs)
-    limit, noop_max = ATARI_MAX_STEPS, NOOP_MAX
-    if environment.suite == "atari":
-        limit = kwargs.pop("max_episode_steps", limit)
-        noop_max = kwargs.pop("noop_max", noop_max)
-        defaults = {"repeat_action_probability": 0.25, "full_action_space": False, "max_num_frames_per_episode": 0}
-        kwargs = defaults | kwargs | {"obs_type": "grayscale", "frameskip": 1}
+    kwargs, own = _split(environment)
     mode = "rgb_array" if render else None
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is out of date.*", category=DeprecationWarning)
-            raw = gymnasium.make(environment.id, render_mode=mode, disable_env_checker=True, **kwargs)
+            if environment.suite == "gym":
+                raw = oldgym.make(environment.id.removeprefix(OLD_GYM), kwargs)
+            else:
+                _require_known(environment.id, environment.suite)
+                raw = gymnasium.make(environment.id, render_mode=mode, disable_env_checker=True, **kwargs)
+    except SimulatorError:
+        raise
     except gymnasium.error.DependencyNotInstalled as error:
         raise SimulatorError(f"{environment.id}: {' '.join(map(str, error.args))}") from None
-    except (gymnasium.error.Error, TypeError) as error:
-        raise SimulatorError(f"{environment.id}: {error}; check its kwargs {environment.kwargs}") from None
+    except Exception as error:  # a simulator's constructor may raise anything
+        detail = f"{type(error).__name__}: {error}; check its kwargs {environment.kwargs}"
+        raise SimulatorError(f"{environment.id}: {detail}") from error
     raw = inner(raw) if inner else raw
     env: gymnasium.Env
     if environment.suite == "atari":
-        env = gymnasium.wrappers.TimeLimit(AtariFrames(raw, noop_max), limit)
+        env = gymnasium.wrappers.TimeLimit(AtariFrames(raw, own["noop_max"]), own["max_episode_steps"])
     elif environment.suite == "minigrid":
         env = GridFields(raw)
     else:
@@ -112,6 +118,30 @@ def make(
         env.reset(seed=seed)
         env.action_space.seed(seed)
     return env
+
+
+def settings(environment: EnvironmentSpec) -> dict[str, Any]:
+    """What `make` plays under, for result rows: arguments, time limit, Atari's protocol. SimulatorError as of it."""
+    _register(environment.suite)
+    kwargs, own = _split(environment)
+    if environment.suite == "atari":
+        fixed = {"frameskip": FRAMES_PER_ACTION, "ends_on_life_loss": False, "rewards": "unclipped"}
+        return {name: kwargs[name] for name in sorted(set(kwargs) - {"obs_type", "frameskip"})} | own | fixed
+    if environment.suite == "gym":
+        return kwargs
+    _require_known(environment.id, environment.suite)
+    return {"max_episode_steps": gymnasium.spec(environment.id).max_episode_steps} | kwargs
+
+
+def _split(environment: EnvironmentSpec) -> tuple[dict[str, Any], dict[str, Any]]:
+    """kwargs of gymnasium.make, and those of our own Atari wrappers, defaults filled in."""
+    kwargs = dict(environment.kwargs)
+    if environment.suite != "atari":
+        return kwargs, {}
+    own = {"max_episode_steps": ATARI_MAX_STEPS, "noop_max": NOOP_MAX}
+    own |= {name: kwargs.pop(name) for name in own if name in kwargs}
+    defaults = {"repeat_action_probability": 0.25, "full_action_space": False, "max_num_frames_per_episode": 0}
+    return defaults | kwargs | {"obs_type": "grayscale", "frameskip": 1}, own
 
 
 class FloatFields(gymnasium.Wrapper):
@@ -274,14 +304,16 @@ def frame(env: gymnasium.Env) -> np.ndarray:
                 "unset MUJOCO_GL to get the drawing that needs no OpenGL"
             ) from error
     # mazes keep the body in a simulator of its own
-    raw = raw if hasattr(raw, "model") else next(part for part in vars(raw).values() if hasattr(part, "model"))
+    raw = raw if hasattr(raw, "model") else next((part for part in vars(raw).values() if hasattr(part, "model")), None)
+    if raw is None:
+        raise SimulatorError(f"{_id(env)}: neither Atari, minigrid nor a MuJoCo body, so there is no picture of it")
     return drawing.draw(raw.model, raw.data, view="above" if "Maze" in _id(env) else "side")
 
 
 def versions() -> dict[str, str]:
     """Installed versions of what decides a simulator's behaviour."""
     found = {}
-    for package in ("gymnasium", "mujoco", "ale-py", "gymnasium-robotics", "minigrid"):
+    for package in ("gymnasium", "mujoco", "ale-py", "gymnasium-robotics", "minigrid", "gym", "d4rl", "mujoco-py"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -74,7 +74,7 @@ class ScanOptions:
     """What the command line says about the logs."""
 
     environment: str | None = None
-    """gymnasium id, for logs that name none."""
+    """gymnasium id, for logs that name none; or gym/ID of the old gym or d4rl, also in the place of a D4RL log's."""
     max_episode_steps: int | None = None
     """Time limit, for logs without timeouts."""
     frames: Literal["80x64", "padded"] = "80x64"

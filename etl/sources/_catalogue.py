@@ -71,9 +71,15 @@ def game(name: str) -> Game | None:
 
 
 def environment(id: str, kwargs: dict[str, Any] | None = None) -> EnvironmentSpec:
-    """The environment of a gymnasium id; suite 'gymnasium' where the table does not know it."""
-    suite = "minigrid" if id.startswith(("BabyAI-", "MiniGrid-")) else "gymnasium"
+    """The environment of a gymnasium id, or of the old gym's, written gym/ID; suite 'gymnasium' where the table does
+    not know it."""
+    suite = "minigrid" if id.startswith(("BabyAI-", "MiniGrid-")) else "gym" if is_old(id) else "gymnasium"
     return EnvironmentSpec(_table("environments").get(id, {}).get("suite", suite), id, dict(kwargs or {}))
+
+
+def is_old(id: str) -> bool:
+    """Whether it names an environment of the old gym or of d4rl: gym/ID."""
+    return id.startswith("gym/")
 
 
 def time_limit(id: str) -> int | None:
@@ -107,7 +113,7 @@ def _score(kind: Literal["d4rl", "human"], low: float | None, high: float | None
 
 
 def _body(id: str) -> str:
-    return id.rsplit("-v", 1)[0]
+    return id.removeprefix("gym/").rsplit("-v", 1)[0]
 
 
 def _normalise(name: str) -> str:

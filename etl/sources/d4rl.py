@@ -216,7 +216,10 @@ def _scan_file(name: str, path: Path, options: ScanOptions) -> TaskScan:
 
 
 def _environment(own: str | None, known: EnvironmentSpec | None, options: ScanOptions) -> EnvironmentSpec | None:
-    """What the file says, else what the catalogue knows, else what the command line says."""
+    """What the file says, else what the catalogue knows, else what the command line says; of the old gym's
+    environments, which nothing else names, the command line has the first word."""
+    if options.environment and _catalogue.is_old(options.environment):
+        return _catalogue.environment(options.environment)
     if own is not None:
         return _catalogue.environment(own)
     if known is None and options.environment:
