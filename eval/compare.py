@@ -15,9 +15,8 @@ import json
 import platform
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -44,7 +43,8 @@ from shards.views import trajectories
 from trainer.checkpoint import CheckpointError, load_export
 
 BASELINES = {"dt": decision_transformer, "tt": trajectory_transformer}
-PACKAGES = ("gymnasium", "mujoco", "ale-py", "torch", "numpy")
+# one job cannot run, the others can
+FAULTS = (RuntimeError, ArithmeticError, ValueError, OSError)
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,13 @@ class Comparison:
         self.export: Path | None = None
         if "gato" in options.models:
             self.export = options.gato or newest_export()
-            self.gato, self.info = load_export(self.export, self.datasets[0].manifest.vocabulary)
+            self.gato, self.info = load_export(self.export)
+            known_as = self.info.vocabulary_fingerprint
+            fits = [one for one in self.datasets if one.manifest.vocabulary.fingerprint == known_as]
+            (fits or self.datasets)[0].manifest.vocabulary.require(known_as, str(self.export))
         self.host = {
             "commit": commit(),
-            "versions": json.dumps({name: metadata.version(name) for name in PACKAGES}, sort_keys=True),
+            "versions": json.dumps(simulators.versions() | {"torch": torch.__version__, "numpy": np.__version__}),
             "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
         }
 
@@ -156,7 +159,8 @@ class Comparison:
             environment = job.spec.environment.id
             episodes = self._play(job)
         # Atari logs hold clipped rewards, which the raw references of the score do not fit.
-        reference = None if job.model == "behaviour" and job.spec.source == "atari" else job.spec.score
+        spec = replace(job.spec, score=None) if job.model == "behaviour" and job.spec.source == "atari" else job.spec
+        given = [scores.scored(one.total, spec) for one in episodes]
         rows = [
             {
                 "schema_version": RESULT_SCHEMA_VERSION,
@@ -170,8 +174,8 @@ class Comparison:
                 "episode": number,
                 "episode_seed": one.seed,
                 "return": one.total,
-                "score": scores.normalised(one.total, reference) if reference else float("nan"),
-                "score_kind": reference.kind if reference else "",
+                "score": given[number][0],
+                "score_kind": given[number][1],
                 "timesteps": one.timesteps,
                 "ending": one.ending,
                 "error": one.error,
@@ -194,6 +198,8 @@ class Comparison:
             )
         settings: dict[str, Any] = {"episodes": self.options.episodes, "first_seed": self.options.first_seed}
         settings["step_limit"] = self.options.step_limit
+        assert job.spec.environment is not None
+        settings["environment"] = simulators.settings(job.spec.environment)
         if job.model == "gato":
             settings |= asdict(self.options.agent)
         if job.model in BASELINES:
@@ -203,6 +209,7 @@ class Comparison:
     def weights(self, job: Job) -> str:
         """sha256 of the weights a job plays with; a missing baseline is trained first."""
         if job.model == "gato":
+            job.dataset.manifest.vocabulary.require(self.info.vocabulary_fingerprint, str(self.export))
             return self.info.weights_sha256
         if job.model not in BASELINES:
             return ""
@@ -259,7 +266,7 @@ class Comparison:
         for job in self.jobs():
             try:
                 rows += self.rows(job)
-            except (simulators.SimulatorError, FloatingPointError) as error:
+            except FAULTS as error:
                 self.console.print(f"[red]{job.name}[/]: {error}", highlight=False)
                 rows.append(self._failure(job, str(error)))
             picture = self.options.output / "rollouts" / f"{job.spec.name}-{job.model}.gif"
@@ -293,7 +300,7 @@ class Comparison:
                 "schema_version": RESULT_SCHEMA_VERSION,
                 "dataset": job.spec.name,
                 "dataset_fingerprint": job.dataset.manifest.fingerprint,
-                "environment": job.spec.environment.id if job.spec.environment else "",
+                "environment": job.spec.environment.id if job.spec.environment and job.model != "behaviour" else "",
                 "model": job.model,
                 "model_seed": job.seed,
                 "return": nan,

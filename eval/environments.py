@@ -2,7 +2,8 @@
 
 seeds -> simulators -> {key: (B, ...)} -> policy.act -> actions -> ... until every episode has ended
 
-An environment that raises ends its own episode with an error; the others go on.
+An environment that raises, at reset or in a step, or gives what is not finite, ends its own episode with an error; the
+others go on. A picture that cannot be drawn ends the film alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+from gymnasium import spaces
 
 from etl import simulators
 from schemas.episode import TaskSpec
@@ -89,8 +91,8 @@ def play(
     try:
         _check_spaces(task, environments[0])
         rng = np.random.default_rng(policy_seed)
-        latest = [environment.reset(seed=seed)[0] for environment, seed in zip(environments, seeds)]
-        active = np.ones(len(seeds), bool)
+        latest = [_begin(one, environment) for one, environment in zip(played, environments)]
+        active = np.array([not one.ending for one in played])
         reward = np.zeros(len(seeds), np.float32)
         policy.reset(len(seeds))
         while active.any():
@@ -100,14 +102,16 @@ def play(
             for n in np.flatnonzero(active):
                 one = played[n]
                 if n == 0 and one.timesteps % film_every == 0 and len(one.frames) < film:
-                    one.frames.append(simulators.frame(environments[0]))
+                    try:
+                        one.frames.append(simulators.frame(environments[0]))
+                    except Exception:
+                        film = 0
                 try:
                     latest[n], gained, terminated, truncated, _ = environments[n].step(actions[n])
-                    if not all(np.isfinite(value).all() for value in latest[n].values() if value.dtype.kind == "f"):
-                        raise FloatingPointError("the simulator returned an observation that is not finite")
+                    _require_finite(latest[n], float(gained))
                 except Exception as error:  # a simulator may raise anything; its episode says so, others go on
                     one.ending, one.error = "error", f"{type(error).__name__}: {error}"
-                    latest[n] = {key: np.zeros_like(value) for key, value in latest[n].items()}
+                    latest[n] = _nothing(environments[n])
                 else:
                     reward[n] = gained
                     one.total += float(gained)
@@ -124,6 +128,34 @@ def play(
         for environment in environments:
             environment.close()
     return played
+
+
+def _begin(one: Played, environment: simulators.gymnasium.Env) -> dict[str, np.ndarray]:
+    """The first observation; where there is none, the episode has ended and it is all zeros."""
+    try:
+        observation, _ = environment.reset(seed=one.seed)
+        _require_finite(observation)
+        return observation
+    except Exception as error:  # as in a step
+        one.ending, one.error = "error", f"{type(error).__name__} at reset: {error}"
+        return _nothing(environment)
+
+
+def _require_finite(observation: dict[str, np.ndarray], reward: float = 0.0) -> None:
+    for key, value in observation.items():
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise FloatingPointError(f"the simulator returned an observation '{key}' that is not finite")
+    if not np.isfinite(reward):
+        raise FloatingPointError(f"the simulator returned a reward of {reward}")
+
+
+def _nothing(environment: simulators.gymnasium.Env) -> dict[str, np.ndarray]:
+    """What a policy is shown of an episode that has failed."""
+    assert isinstance(environment.observation_space, spaces.Dict)
+    return {
+        key: np.asarray("") if isinstance(space, spaces.Text) else np.zeros(space.shape or (), space.dtype)
+        for key, space in environment.observation_space.spaces.items()
+    }
 
 
 def _check_spaces(task: TaskSpec, environment: simulators.gymnasium.Env) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from schemas.episode import ScoreReference
+from schemas.episode import ScoreReference, TaskSpec
 from schemas.result import MODELS
 
 RESAMPLES = 2000
@@ -88,6 +88,14 @@ def normalised(value: float, reference: ScoreReference) -> float:
             f"score reference '{reference.kind}': low and high are both {reference.low}; correct the task"
         )
     return 100.0 * (value - reference.low) / span
+
+
+def scored(value: float, task: TaskSpec) -> tuple[float, str]:
+    """Score and its kind of a raw return: 100 or 0 for solved or not on minigrid's levels, which reward nothing but
+    that; else normalised by the task's reference; (NaN, '') without one."""
+    if task.environment is not None and task.environment.suite == "minigrid":
+        return 100.0 * (value > 0), "success"
+    return (normalised(value, task.score), task.score.kind) if task.score else (float("nan"), "")
 
 
 def mean(values: np.ndarray) -> np.ndarray:

@@ -19,12 +19,12 @@ RESULT_SCHEMA = pa.schema(
         pa.field("model", pa.string()),  # random | behaviour | dt | tt | gato
         pa.field("model_seed", pa.int64()),
         pa.field("model_sha256", pa.string()),  # hash of the weights file; empty where there is none
-        pa.field("protocol", pa.string()),  # JSON: decoding, targets, prompt, context, step limit
+        pa.field("protocol", pa.string()),  # JSON: simulator's settings, decoding, prompt, step limit
         pa.field("episode", pa.int32()),
         pa.field("episode_seed", pa.int64()),
         pa.field("return", pa.float64()),  # raw, unclipped, undiscounted
         pa.field("score", pa.float64()),  # normalised; NaN where the task has no reference
-        pa.field("score_kind", pa.string()),  # d4rl | human | empty
+        pa.field("score_kind", pa.string()),  # d4rl | human | success (0 or 100) | empty
         pa.field("timesteps", pa.int32()),
         pa.field("ending", pa.string()),  # terminated | truncated | step limit | error
         pa.field("error", pa.string()),
