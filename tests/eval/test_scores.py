@@ -3,6 +3,7 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
+from etl.sources import _catalogue
 from eval.scores import (
     ResultError,
     aggregate,
@@ -11,8 +12,9 @@ from eval.scores import (
     mean,
     normalised,
     overall,
+    scored,
 )
-from schemas.episode import ScoreReference
+from schemas.episode import EnvironmentSpec, ScoreReference, TaskSpec
 from schemas.result import RESULT_SCHEMA
 
 HOPPER = ScoreReference("d4rl", -20.272305, 3234.3)
@@ -52,6 +54,20 @@ def test_normalised_score_is_0_at_random_100_at_expert_and_linear_between():
     assert normalised(1607.0138475, HOPPER) == pytest.approx(50.0)
     with pytest.raises(ResultError, match="low and high are both 1"):
         normalised(3.0, ScoreReference("human", 1.0, 1.0))
+
+
+def test_the_score_of_a_task_is_its_references_or_success():
+    """Human-normalised by hand: Pong's random -20.7 and human 14.6 (arXiv 1511.06581)."""
+
+    def task(suite, reference):
+        return TaskSpec("task", "", (), None, EnvironmentSpec(suite, "id"), reference)
+
+    pong = _catalogue.game("pong").score
+    assert scored(20.0, task("atari", pong)) == (pytest.approx(100 * (20.0 + 20.7) / (14.6 + 20.7)), "human")
+    assert scored(3234.3, task("mujoco", HOPPER)) == (100.0, "d4rl")
+    assert scored(0.1, task("minigrid", HOPPER)) == (100.0, "success") and scored(0.0, task("minigrid", None))[0] == 0
+    score, kind = scored(5.0, task("mujoco", None))
+    assert np.isnan(score) and kind == ""
 
 
 def test_interquartile_mean_by_hand():
