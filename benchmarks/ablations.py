@@ -30,6 +30,7 @@ from trainer.engine import learning_rate
 from trainer.heldout import evaluate
 from trainer.loss import Objective
 from trainer.model import Gato
+from trainer.optimiser import make_optimiser
 from trainer.recipes import RECIPES
 
 # name -> {part of the configuration: {field: value}}
@@ -46,6 +47,8 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "targets: over 8 bins": {"loss": {"soft_bins": 8.0}},
     "softmax over the vocabulary": {"loss": {"softmax": "vocabulary"}},
     "queries and keys normalised": {"model": {"qk_norm": True}},
+    "Muon for the blocks' matrices": {"optimiser": {"matrices": "muon"}},
+    "Muon, over 8 bins": {"optimiser": {"matrices": "muon"}, "loss": {"soft_bins": 8.0}},
     "sequences of 128": {"stream": {"sequence_length": 128}},
     "the paper's form": {
         "model": {"rotary": "none", "action_position": "shared", "smooth_bins": False},
@@ -73,7 +76,8 @@ def changed(base: TrainConfig, change: dict[str, dict[str, Any]]) -> TrainConfig
     """The configuration with its one difference."""
     stream = replace(base.data.stream, **change.get("stream", {}))
     model, loss = replace(base.model, **change.get("model", {})), replace(base.loss, **change.get("loss", {}))
-    return replace(base, model=model, loss=loss, data=replace(base.data, stream=stream))
+    optimiser = replace(base.optimiser, **change.get("optimiser", {}))
+    return replace(base, model=model, loss=loss, optimiser=optimiser, data=replace(base.data, stream=stream))
 
 
 def trained(config: TrainConfig, stream: Stream, seconds: float) -> tuple[Gato, int]:
@@ -82,11 +86,7 @@ def trained(config: TrainConfig, stream: Stream, seconds: float) -> tuple[Gato, 
     gato = Gato(config.model, stream.vocabulary).initialise(config.seed)
     objective = Objective(gato, config.loss, continuous, any(t.layout.text for t in stream.timelines))
     shape = config.optimiser
-    groups = [
-        {"params": [p for p in gato.parameters() if p.ndim >= 2], "weight_decay": shape.weight_decay},
-        {"params": [p for p in gato.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimiser = torch.optim.AdamW(groups, betas=(shape.beta_1, shape.beta_2), eps=shape.epsilon, fused=True)
+    optimiser = make_optimiser(gato, shape)
     schedule = replace(shape, warmup_steps=50, decay_steps=1000)  # of a thousandth of the time each
     steps, begun, B = 0, time.process_time(), config.data.global_batch
     while (used := (time.process_time() - begun) / seconds) < 1:
