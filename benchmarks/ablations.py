@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,8 @@ class Options:
     only: tuple[str, ...] = ()
     """Names of changes."""
     output: Path = Path("results/ablations.jsonl")
+    agent: AgentConfig = field(default_factory=lambda: AgentConfig(prompt="none"))
+    """How it is played; without a prompt, so that what is learned of prompts does not stand between."""
 
 
 def changed(base: TrainConfig, change: dict[str, dict[str, Any]]) -> TrainConfig:
@@ -112,7 +114,7 @@ def measured(name: str, options: Options) -> dict[str, Any]:
     result |= evaluate(gato, held_out, range(len(held_out.tasks)), 64, 16, torch.device("cpu"))
     gato.eval()
     for timeline in stream.timelines if options.episodes else []:
-        spec, agent = timeline.dataset.manifest.tasks[timeline.task].spec, AgentConfig()
+        spec, agent = timeline.dataset.manifest.tasks[timeline.task].spec, options.agent
         prompt = demonstration(timeline.dataset, timeline.task, agent)
         fingerprint = stream.vocabulary.fingerprint
         info = ExportInfo("", 0, config.model, stream.vocabulary, fingerprint, data.sequence_length, 0, (), {}, {})
