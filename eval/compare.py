@@ -60,7 +60,7 @@ def _begin(options: Options, told: Any) -> None:
 
 
 def _one(number: int) -> Made:
-    return made(_parts, _parts.jobs()[0][number], partial(_tell, _told, number))
+    return made(_parts, _parts.jobs()[number], partial(_tell, _told, number))
 
 
 def _tell(told: Any, number: int, text: str) -> None:
@@ -123,16 +123,16 @@ class Display:
     def done(self, number: int, what: str) -> None:
         """A part is made."""
         self.at.pop(number, None)
-        self.progress.console.print(f"{self.names[number]}: {what}", highlight=False)
+        self.progress.console.print(f"{self.names[number]}: {what}", highlight=False, soft_wrap=True)
         self.progress.advance(self.bar)
 
 
 def compare(options: Options, console: Console) -> Path:
     """All jobs, then rows, table and report, whose path is returned."""
     parts = Parts(options)
-    jobs, remarks = parts.jobs()
-    for remark in remarks:
-        console.print(remark, highlight=False)
+    jobs = parts.jobs()
+    for remark in parts.remarks:
+        console.print(remark, highlight=False, soft_wrap=True)
     processes = options.processes or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
     found: dict[int, list[dict[str, Any]]] = {}
     display = Display(jobs, console)
@@ -143,7 +143,7 @@ def compare(options: Options, console: Console) -> Path:
     rows = [row for _, part in sorted(found.items()) for row in part]
     report.save_rows(options.output / "rows.parquet", rows)
     table = pa.Table.from_pylist(rows, schema=RESULT_SCHEMA)
-    tasks = {task.spec.name: task.spec for dataset in parts.datasets for task in dataset.manifest.tasks}
+    tasks = {spec.name: spec for spec, _, _ in parts.tasks}
     console.print(report.console(scores.aggregate(table), tasks))
     pictures = {(job.spec.name, job.model): parts.picture(job) for job in jobs if parts.picture(job).is_file()}
     manifests = [dataset.manifest for dataset in parts.datasets]

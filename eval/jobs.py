@@ -11,12 +11,9 @@ Invariant: the rows of a part are a function of data, weights, protocol and seed
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +26,8 @@ from eval import report, scores
 from eval.agent import AgentConfig, GatoAgent, demonstration, text_tokenizer
 from eval.baselines import decision_transformer, device, trajectory_transformer
 from eval.environments import Played, Policy, RandomPolicy, play
+from eval.host import host
+from eval.ship import shipped_prompt
 from schemas.dataset import DatasetError
 from schemas.episode import TaskSpec
 from schemas.files import atomic_write, sha256_of
@@ -40,7 +39,8 @@ from trainer.checkpoint import CheckpointError, ExportInfo, load_export
 from trainer.model import Gato
 
 BASELINES = {"dt": decision_transformer, "tt": trajectory_transformer}
-PACKAGES = ("gymnasium", "mujoco", "ale-py", "torch", "numpy")
+
+SHIPPED = Path(__file__).resolve().parent / "weights" / "tiny"
 
 Told = Callable[[str], None]
 
@@ -85,18 +85,27 @@ class Options:
 class Job:
     """One part: a model on a task with a model seed."""
 
-    dataset: Dataset
-    task: int
+    spec: TaskSpec
     model: str
     seed: int
-
-    @property
-    def spec(self) -> TaskSpec:
-        return self.dataset.manifest.tasks[self.task].spec
+    dataset: Dataset | None = None
+    """None: the task is known from an export alone."""
+    task: int = 0
+    """Its number in the dataset."""
 
     @property
     def name(self) -> str:
         return f"{self.spec.name}-{self.model}-{self.seed}"
+
+    @property
+    def data(self) -> Dataset:
+        assert self.dataset is not None
+        return self.dataset
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the dataset; empty without one."""
+        return self.dataset.manifest.fingerprint if self.dataset else ""
 
 
 class Parts:
@@ -105,63 +114,64 @@ class Parts:
     def __init__(self, options: Options):
         self.options = options
         torch.set_num_threads(options.threads)
-        folders = list(options.datasets) or find_datasets(options.root)
-        if not folders:
-            raise DatasetError(f"{options.root}: no finished dataset there; build one with python -m etl.build")
         store = Store()
+        folders = list(options.datasets) or find_datasets(options.root)
         self.datasets = [Dataset(folder, store=store) for folder in folders]
-        known = [task.spec.name for dataset in self.datasets for task in dataset.manifest.tasks]
-        if unknown := sorted(set(options.tasks) - set(known)):
-            raise DatasetError(f"unknown task '{unknown[0]}'; tasks: {', '.join(known)}")
         self.exports: dict[int, Path] = {}
         self.gatos: dict[int, tuple[Gato, ExportInfo]] = {}
         for folder in (options.gato or (newest_export(),)) if "gato" in options.models else ():
-            model, info = load_export(folder, self.datasets[0].manifest.vocabulary)
+            model, info = load_export(folder, self.datasets[0].manifest.vocabulary if self.datasets else None)
             seed = int(info.training.get("seed", 0))
             if seed in self.gatos:
                 raise CheckpointError(f"{folder}: trained with seed {seed}, as {self.exports[seed]} was; give --gato "
                                       "exports of different seeds")  # fmt: skip
             self.exports[seed], self.gatos[seed] = folder, (model.to(device()), info)
-        self.host = {
-            "commit": commit(),
-            "versions": json.dumps({name: metadata.version(name) for name in PACKAGES}, sort_keys=True),
-            "hardware": hardware(options.threads),
-        }
+        self.remarks: list[str] = []
+        self.tasks = self._tasks()
+        if unknown := sorted(set(options.tasks) - {spec.name for spec, _, _ in self.tasks}):
+            known = ", ".join(spec.name for spec, _, _ in self.tasks)
+            raise DatasetError(f"unknown task '{unknown[0]}'; tasks: {known}")
+        self.host = host(options.threads)
 
-    def jobs(self) -> tuple[list[Job], list[str]]:
-        """Every (dataset, model, seed), cheap models first, and what cannot be played, in words."""
+    def _tasks(self) -> list[tuple[TaskSpec, Dataset | None, int]]:
+        """The tasks of all datasets; without one, those that the exports were trained on."""
+        if self.datasets:
+            return [(t.spec, d, number) for d in self.datasets for number, t in enumerate(d.manifest.tasks)]
+        place = f"{self.options.root}: no finished dataset there; build one with python -m etl.build"
+        if not self.gatos:
+            raise DatasetError(place)
+        self.remarks.append(f"{place}. Until then: Gato on the tasks that it was trained on, beside random actions")
+        return [(spec, None, 0) for _, info in list(self.gatos.values())[:1] for spec in info.tasks]
+
+    def jobs(self) -> list[Job]:
+        """Every (model, task, seed), cheap models first; what cannot be played is remarked."""
+        seeds = {"dt": list(range(self.options.seeds)), "tt": list(range(self.options.seeds))}
+        seeds |= {"gato": sorted(self.gatos), "random": [0], "behaviour": [0]}
         found: list[Job] = []
-        remarks: list[str] = []
         for model in (m for m in MODELS if m in self.options.models):
-            for dataset in self.datasets:
-                for number, task in enumerate(dataset.manifest.tasks):
-                    spec = task.spec
-                    if spec.action is None or (self.options.tasks and spec.name not in self.options.tasks):
-                        continue
-                    images = any(f.kind == "image" for f in spec.observation)
-                    if model == "behaviour":
-                        seeds = [0]
-                    elif spec.environment is None:
-                        remarks.append(f"{spec.name}: its log names no environment, so only behaviour is shown")
-                        continue
-                    elif model == "tt" and images:
-                        continue
-                    else:
-                        seeds = list(range(self.options.seeds)) if model in BASELINES else sorted(self.gatos)
-                        seeds = [0] if model == "random" else seeds
-                    found += [Job(dataset, number, model, seed) for seed in seeds]
-        return found, list(dict.fromkeys(remarks))
+            for spec, dataset, number in self.tasks:
+                unwanted = bool(self.options.tasks) and spec.name not in self.options.tasks
+                if unwanted or spec.action is None or (dataset is None and model not in ("random", "gato")):
+                    continue
+                if model == "tt" and any(field.kind == "image" for field in spec.observation):
+                    continue
+                if model != "behaviour" and spec.environment is None:
+                    remark = f"{spec.name}: its log names no environment, so only behaviour is shown"
+                    self.remarks += [remark] if remark not in self.remarks else []
+                    continue
+                found += [Job(spec, model, seed, dataset, number) for seed in seeds[model]]
+        return found
 
     def rows(self, job: Job, tell: Told = lambda text: None) -> tuple[list[dict[str, Any]], str]:
         """The rows of a job, played now or kept from before, and what happened in words."""
         weights = self.weights(job, tell)
         protocol = self.protocol(job)
-        stamp = sha256(f"{job.dataset.manifest.fingerprint}{weights}{protocol}{job.seed}".encode()).hexdigest()[:12]
+        stamp = sha256(f"{job.fingerprint}{weights}{protocol}{job.seed}".encode()).hexdigest()[:12]
         part = self.options.output / "parts" / f"{job.name}-{stamp}.parquet"
         if part.is_file():
             return report.load_rows(part).to_pylist(), "kept from before"
         if job.model == "behaviour":
-            episodes, environment = behaviour(job.dataset, job.task), ""
+            episodes, environment = behaviour(job.data, job.task), ""
         else:
             assert job.spec.environment is not None
             environment = job.spec.environment.id
@@ -172,7 +182,7 @@ class Parts:
             {
                 "schema_version": RESULT_SCHEMA_VERSION,
                 "dataset": job.spec.name,
-                "dataset_fingerprint": job.dataset.manifest.fingerprint,
+                "dataset_fingerprint": job.fingerprint,
                 "environment": environment,
                 "model": job.model,
                 "model_seed": job.seed,
@@ -222,7 +232,7 @@ class Parts:
         """Where a baseline is kept: the name says data, settings and seed."""
         module = BASELINES[job.model]
         config = getattr(module.Config, self.options.budget)(job.spec)
-        stamp = sha256(f"{job.dataset.manifest.fingerprint}{config}{job.seed}".encode()).hexdigest()[:12]
+        stamp = sha256(f"{job.fingerprint}{config}{job.seed}".encode()).hexdigest()[:12]
         return self.options.baselines / f"{job.name}-{stamp}"
 
     def baseline(self, job: Job, tell: Told) -> Path:
@@ -230,7 +240,7 @@ class Parts:
         module, folder = BASELINES[job.model], self.folder(job)
         if not (folder / "config.json").is_file():
             config = getattr(module.Config, self.options.budget)(job.spec)
-            episodes = trajectories(job.dataset, job.task)
+            episodes = trajectories(job.data, job.task)
             module.train(episodes, job.spec, config, job.seed, folder, lambda figures: tell(describe(figures)))
         return folder
 
@@ -239,8 +249,12 @@ class Parts:
             return RandomPolicy(job.spec)
         if job.model in BASELINES:
             return BASELINES[job.model].load(self.baseline(job, tell))
-        prompt, (model, info) = demonstration(job.dataset, job.task, self.options.agent), self.gatos[job.seed]
-        return GatoAgent(model, info, job.spec, self.options.agent, prompt, text_tokenizer(job.dataset))
+        (model, info), agent = self.gatos[job.seed], self.options.agent
+        if job.dataset is None:
+            prompt, text = shipped_prompt(self.exports[job.seed], info, job.spec.name, agent), None
+        else:
+            prompt, text = demonstration(job.dataset, job.task, agent), text_tokenizer(job.dataset)
+        return GatoAgent(model, info, job.spec, agent, prompt, text)
 
     def picture(self, job: Job) -> Path:
         """The film of a model's first seed on a task."""
@@ -282,7 +296,7 @@ class Parts:
             | {
                 "schema_version": RESULT_SCHEMA_VERSION,
                 "dataset": job.spec.name,
-                "dataset_fingerprint": job.dataset.manifest.fingerprint,
+                "dataset_fingerprint": job.fingerprint,
                 "environment": job.spec.environment.id if job.spec.environment else "",
                 "model": job.model,
                 "model_seed": job.seed,
@@ -313,13 +327,12 @@ def behaviour(dataset: Dataset, task: int) -> list[Played]:
 
 
 def newest_export(root: Path = Path("runs")) -> Path:
-    """The most recently finished export under runs/."""
+    """The most recently finished export under runs/; the one that comes with the project where there is none."""
     found = sorted(root.glob("*/export/model.json"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise CheckpointError(
-            f"{root}: no exported model there; train one with deepspeed trainer/main.py, or give --gato"
-        )
-    return found[-1].parent
+    if not found and not (SHIPPED / "model.json").is_file():
+        remedy = "train one with deepspeed trainer/main.py, or give --gato"
+        raise CheckpointError(f"{root}: no exported model there; {remedy}")
+    return found[-1].parent if found else SHIPPED
 
 
 def thumbnail(frame: np.ndarray, width: int = 160) -> np.ndarray:
@@ -331,27 +344,3 @@ def thumbnail(frame: np.ndarray, width: int = 160) -> np.ndarray:
 def describe(figures: dict) -> str:
     """Progress figures in one line."""
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
-
-
-def commit() -> str:
-    """Commit of the checkout, or empty outside one."""
-    where = Path(__file__).resolve().parent
-    asked = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=where, capture_output=True, text=True)
-    return asked.stdout.strip() if asked.returncode == 0 else ""
-
-
-def hardware(threads: int) -> str:
-    """What computed, in words."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{processor()}, {threads} thread{'s' * (threads > 1)}"
-
-
-def processor() -> str:
-    """The CPU's name, or the machine's kind where it does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -18,14 +18,14 @@ SMALL = ModelConfig(blocks=1, heads=2, width=32, feed_forward=64, head_size=16, 
 
 
 @pytest.fixture(scope="module")
-def exports(hopper, tmp_path_factory):
+def exports(hopper, pong, tmp_path_factory):
     """Two Gatos of different seeds, untrained: what is compared here is the comparison."""
-    dataset, folders = Dataset(hopper), []
-    vocabulary = dataset.manifest.vocabulary
+    manifests, folders = [Dataset(folder).manifest for folder in (hopper, pong)], []
+    tasks, vocabulary = tuple(m.tasks[0].spec for m in manifests), manifests[0].vocabulary
     for seed in (3, 5):
         folders.append(tmp_path_factory.mktemp("runs") / f"gato-{seed}" / "export")
         facts = {"seed": seed}
-        info = ExportInfo("gato.model", 1, SMALL, vocabulary, vocabulary.fingerprint, 120, 0, (), {}, facts)
+        info = ExportInfo("gato.model", 1, SMALL, vocabulary, vocabulary.fingerprint, 120, 0, tasks, {}, facts)
         export(folders[-1], dict(Gato(SMALL, vocabulary).initialise(seed).state_dict()), info)
     return folders
 
@@ -87,3 +87,23 @@ def test_a_killed_comparison_leaves_nobody_and_goes_on(exports, pong, tmp_path, 
 def test_two_exports_of_one_seed_are_refused(exports, hopper, tmp_path):
     done = run(*arguments(tmp_path / "out", [exports[0], exports[0]], [hopper]), check=False)
     assert done.returncode == 1 and "error:" in done.stderr and "seed 3" in done.stderr
+
+
+@pytest.mark.parametrize("prompt", ["end", "start"])
+def test_a_shipped_gato_plays_without_data_as_it_does_with_it(exports, hopper, pong, tmp_path, prompt):
+    data, empty = [hopper, pong], tmp_path / "nothing"
+    print(run("eval.ship", exports[0], tmp_path / "small", "--datasets", *data).stdout)
+    how = ["--agent.prompt", prompt, "--agent.decoding", "sample", "--processes", "1"]
+    run(*arguments(tmp_path / "with", exports[:1], data, *how))
+    command = arguments(tmp_path / "without", [tmp_path / "small"], [], *how, "--root", empty)
+    command.remove("--datasets")
+    assert "no finished dataset" in run(*command).stderr
+    found, small = ({r["dataset"]: [] for r in rows(tmp_path / name)} for name in ("with", "without"))
+    for name, into in (("with", found), ("without", small)):
+        for row in rows(tmp_path / name):
+            into[row["dataset"]] += [row["return"]] if row["model"] == "gato" else []
+    assert found == small and all(len(returns) == 2 for returns in found.values())
+    sizes = [(folder / "weights.safetensors").stat().st_size for folder in (exports[0], tmp_path / "small")]
+    assert sizes[0] - sizes[1] == pytest.approx(4 * 32 * 32000, abs=100)
+    (tmp_path / "small" / "prompts.safetensors").write_bytes(b"")
+    assert "prompts.safetensors: missing or damaged" in run(*command, "--episodes", "3", check=False).stderr
