@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from trainer.engine import learning_rate
 from trainer.heldout import evaluate
 from trainer.loss import Objective
 from trainer.model import Gato
+from trainer.optimiser import make_optimiser
 from trainer.recipes import RECIPES
 
 # name -> {part of the configuration: {field: value}}
@@ -46,6 +47,8 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "targets: over 8 bins": {"loss": {"soft_bins": 8.0}},
     "softmax over the vocabulary": {"loss": {"softmax": "vocabulary"}},
     "queries and keys normalised": {"model": {"qk_norm": True}},
+    "Muon for the blocks' matrices": {"optimiser": {"matrices": "muon"}},
+    "Muon, over 8 bins": {"optimiser": {"matrices": "muon"}, "loss": {"soft_bins": 8.0}},
     "sequences of 128": {"stream": {"sequence_length": 128}},
     "the paper's form": {
         "model": {"rotary": "none", "action_position": "shared", "smooth_bins": False},
@@ -67,13 +70,16 @@ class Options:
     only: tuple[str, ...] = ()
     """Names of changes."""
     output: Path = Path("results/ablations.jsonl")
+    agent: AgentConfig = field(default_factory=lambda: AgentConfig(prompt="none"))
+    """How it is played; without a prompt, so that what is learned of prompts does not stand between."""
 
 
 def changed(base: TrainConfig, change: dict[str, dict[str, Any]]) -> TrainConfig:
     """The configuration with its one difference."""
     stream = replace(base.data.stream, **change.get("stream", {}))
     model, loss = replace(base.model, **change.get("model", {})), replace(base.loss, **change.get("loss", {}))
-    return replace(base, model=model, loss=loss, data=replace(base.data, stream=stream))
+    optimiser = replace(base.optimiser, **change.get("optimiser", {}))
+    return replace(base, model=model, loss=loss, optimiser=optimiser, data=replace(base.data, stream=stream))
 
 
 def trained(config: TrainConfig, stream: Stream, seconds: float) -> tuple[Gato, int]:
@@ -82,11 +88,7 @@ def trained(config: TrainConfig, stream: Stream, seconds: float) -> tuple[Gato, 
     gato = Gato(config.model, stream.vocabulary).initialise(config.seed)
     objective = Objective(gato, config.loss, continuous, any(t.layout.text for t in stream.timelines))
     shape = config.optimiser
-    groups = [
-        {"params": [p for p in gato.parameters() if p.ndim >= 2], "weight_decay": shape.weight_decay},
-        {"params": [p for p in gato.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimiser = torch.optim.AdamW(groups, betas=(shape.beta_1, shape.beta_2), eps=shape.epsilon, fused=True)
+    optimiser = make_optimiser(gato, shape)
     schedule = replace(shape, warmup_steps=50, decay_steps=1000)  # of a thousandth of the time each
     steps, begun, B = 0, time.process_time(), config.data.global_batch
     while (used := (time.process_time() - begun) / seconds) < 1:
@@ -112,7 +114,7 @@ def measured(name: str, options: Options) -> dict[str, Any]:
     result |= evaluate(gato, held_out, range(len(held_out.tasks)), 64, 16, torch.device("cpu"))
     gato.eval()
     for timeline in stream.timelines if options.episodes else []:
-        spec, agent = timeline.dataset.manifest.tasks[timeline.task].spec, AgentConfig()
+        spec, agent = timeline.dataset.manifest.tasks[timeline.task].spec, options.agent
         prompt = demonstration(timeline.dataset, timeline.task, agent)
         fingerprint = stream.vocabulary.fingerprint
         info = ExportInfo("", 0, config.model, stream.vocabulary, fingerprint, data.sequence_length, 0, (), {}, {})

@@ -33,6 +33,7 @@ INK_RULE = (
 COLOURS = {"dt": "#3f72af", "tt": "#2a9d8f", "gato": "#d1603d", "random": "#8d949c", "behaviour": "#b79f5b"}
 LINES = ("#d1603d", "#3f72af", "#2a9d8f", "#b79f5b", "#8e6bb0", "#5f9ea0", "#c2698f", "#7a8b3a", "#8d949c", "#a0522d")
 LABELS = {"dt": "DT", "tt": "TT", "gato": "Gato", "random": "Random", "behaviour": "Behaviour"}
+Curves = dict[str, dict[str, list[tuple[float, float]]]]  # quantity -> line -> [(step, value)]
 MEDIA = {".gif": "image/gif", ".png": "image/png"}
 STYLE: Any = {
     "svg.hashsalt": "gato",
@@ -104,14 +105,12 @@ def describe(aggregates: Sequence[Aggregate]) -> str:
     return "Mean returns: " + ", ".join(parts or ["none"]) + "."
 
 
-def read_metrics(path: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """A training run's metrics.jsonl, and returns.jsonl beside it if it was played, as quantity -> line -> [(step,
-    value)].
+def read_metrics(path: Path) -> Curves:
+    """A training run's metrics.jsonl, and returns.jsonl beside it if it was played.
 
     'train/loss' is line 'training' of quantity 'loss'; 'held_out/TASK/loss' line TASK, and so are 'returns/TASK/...'.
-    A step that was
-    written twice (a resumed run) counts as last written. ResultError for a line that is not JSON, unless
-    it is the last one, which a stopped run may have left half written."""
+    A step that was written twice (a resumed run) counts as last written. ResultError for a line that is not JSON,
+    unless it is the last one, which a stopped run may have left half written."""
     path = Path(path)
     if not path.is_file():
         raise ResultError(f"{path}: no such metrics file; point at a run's metrics.jsonl or leave the run out")
@@ -119,7 +118,7 @@ def read_metrics(path: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
     for record in [*_records(path), *_records(path.with_name("returns.jsonl"))]:
         if "step" in record:
             by_step.setdefault(record["step"], {}).update(record)
-    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    curves: Curves = {}
     for step, record in sorted(by_step.items()):
         for key, value in record.items():
             group, _, rest = key.partition("/")
@@ -146,7 +145,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def curves_chart(curves: dict[str, dict[str, list[tuple[float, float]]]]) -> str:
+def curves_chart(curves: Curves) -> str:
     """Learning curves, a panel a quantity, as an SVG data URI; '' where there is nothing to draw.
     Of quantities seen only in training, the loss and the throughput are drawn, not every rate and norm."""
     first = [name for name in ("loss", "accuracy") if name in curves]

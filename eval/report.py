@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.table import Table as RichTable
 
-from eval.charts import LABELS, curves_chart, describe, image_uri, number, read_metrics, returns_chart
+from eval.charts import LABELS, Curves, curves_chart, describe, image_uri, number, returns_chart
 from eval.scores import CONFIDENCE, RESAMPLES, Aggregate, ResultError, aggregate, is_error, overall
 from schemas.dataset import Manifest
 from schemas.episode import TaskSpec
@@ -162,7 +162,7 @@ def console(aggregates: Sequence[Aggregate], tasks: Mapping[str, TaskSpec] | Non
 def html(
     table: pa.Table,
     manifests: Sequence[Manifest],
-    metrics: Mapping[str, Path],
+    learning: Mapping[str, Curves],
     rollouts: Mapping[tuple[str, str], Path],
     title: str,
 ) -> str:
@@ -179,7 +179,7 @@ def html(
         logged = [behaviour[dataset]] if environment and dataset in behaviour else []
         heading = f"{dataset} on {environment}" if environment else dataset
         charts.append({"title": heading, "uri": returns_chart(members + logged), "alt": describe(members + logged)})
-    curves = [{"title": run, "uri": curves_chart(read_metrics(path))} for run, path in sorted(metrics.items())]
+    curves = [{"title": run, "uri": curves_chart(found)} for run, found in sorted(learning.items())]
     pictures = []
     for (dataset, model), path in sorted(rollouts.items()):
         played = [one for one in aggregates if (one.dataset, one.model) == (dataset, model) and one.episodes]
@@ -213,14 +213,14 @@ def write_report(
     out: Path,
     table: pa.Table,
     manifests: list[Manifest],
-    metrics: dict[str, Path],
+    learning: dict[str, Curves],
     rollouts: dict[tuple[str, str], Path],
     title: str,
 ) -> Path:
-    """Write `out`/table.md and `out`/report.html and return the latter's path. `metrics`: run name ->
-    metrics.jsonl; `rollouts`: (dataset, model) -> GIF or PNG."""
+    """Write `out`/table.md and `out`/report.html and return the latter's path. `learning`: title ->
+    curves; `rollouts`: (dataset, model) -> GIF or PNG."""
     tasks = {task.spec.name: task.spec for manifest in manifests for task in manifest.tasks}
-    page = html(table, manifests, metrics, rollouts, title)
+    page = html(table, manifests, learning, rollouts, title)
     with atomic_write(Path(out) / "table.md") as file:
         file.write(markdown(aggregate(table), tasks).encode())
     with atomic_write(Path(out) / "report.html") as file:

@@ -199,7 +199,10 @@ class ExportInfo:
     tasks: tuple[TaskSpec, ...]
     datasets: dict[str, str]
     training: dict[str, Any]
+    first_id: int = 0
+    """Rows of the embedding table below were left out, see eval/ship.py."""
     weights_sha256: str = ""
+    prompts_sha256: str = ""
 
 
 _EXPORT: TypeAdapter[ExportInfo] = TypeAdapter(ExportInfo)
@@ -241,5 +244,7 @@ def load_export(folder: Path, vocabulary: Vocabulary | None = None) -> tuple[Gat
     if not weights.is_file() or sha256_of(weights) != info.weights_sha256:
         raise CheckpointError(f"{weights}: missing or damaged (sha256 differs from {path.name}); export again")
     model = Gato(info.model, info.vocabulary)
-    model.load_state_dict(load_file(weights))
+    found = load_file(weights)
+    found["tokens.weight"] = torch.nn.functional.pad(found["tokens.weight"], (0, 0, info.first_id, 0))
+    model.load_state_dict(found)
     return model.eval(), info

@@ -64,6 +64,10 @@ class OptimiserConfig:
     weight_decay: float = 0.1
     """On matrices; norms and biases have none."""
     gradient_clip: float = 1.0
+    matrices: Literal["adamw", "muon"] = "adamw"
+    """What updates the blocks' matrices: AdamW as all else (paper), or Muon, see trainer/optimiser.py; at ZeRO 0."""
+    muon_peak_lr: float = 0.02
+    """Muon's rate where AdamW's is `peak_lr`; both follow the same schedule."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,10 @@ def deciding(config: TrainConfig) -> dict[str, Any]:
     things are written, and how long the run is, may change."""
     raw = asdict(config)
     # settings that were added later are left out at their defaults: checkpoints from before go on
-    for part, name, default in (("model", "dropout", 0.0), ("optimiser", "schedule", "cosine")):
+    later = ("model", "dropout", 0.0), ("optimiser", "schedule", "cosine"), ("optimiser", "matrices", "adamw")
+    for part, name, default in later:
         if raw[part][name] == default:
             del raw[part][name]
+    if "matrices" not in raw["optimiser"]:
+        del raw["optimiser"]["muon_peak_lr"]
     return {name: raw[name] for name in ("seed", "model", "loss", "optimiser")}

@@ -29,6 +29,7 @@ from trainer import states
 from trainer.config import OptimiserConfig, TrainConfig
 from trainer.loss import Objective
 from trainer.model import Gato, ModelConfig
+from trainer.optimiser import make_optimiser
 
 CONFIGS = Path(__file__).resolve().parent.parent / "deepspeed_configs"
 
@@ -108,18 +109,10 @@ class Engine:
             raise ValueError("--compile does not go with ZeRO 3, whose layers fetch their weights while they run")
         if not stage:
             body["gradient_clipping"] = 0.0  # see `_clip`
-        decayed = [p for p in model.parameters() if p.ndim >= 2]
-        plain = [p for p in model.parameters() if p.ndim < 2]
-        optimiser = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": config.optimiser.weight_decay},
-                {"params": plain, "weight_decay": 0.0},
-            ],
-            lr=config.optimiser.start_lr,
-            betas=(config.optimiser.beta_1, config.optimiser.beta_2),
-            eps=config.optimiser.epsilon,
-            fused=True,
-        )
+        if stage and config.optimiser.matrices == "muon":
+            raise ValueError("--optimiser.matrices muon updates whole matrices, which ZeRO 1 to 3 cut up; "
+                             "use adamw, or a configuration of stage 0 such as --deepspeed zero0_cpu")  # fmt: skip
+        optimiser = make_optimiser(model, config.optimiser)
         objective = Objective(model, config.loss, continuous, text)
         prepare_blocks(model, config.compile, config.activation_checkpointing)
         self.engine, self.optimiser, _, _ = deepspeed.initialize(model=objective, optimizer=optimiser, config=body)

@@ -22,8 +22,9 @@ from rich.console import Console
 from etl import oldgym, simulators
 from etl.experts import policies
 from etl.sources import _catalogue
-from eval.compare import Comparison, Options
+from eval.compare import compare as comparison
 from eval.environments import RandomPolicy, play
+from eval.jobs import Options
 from eval.scores import scored
 from schemas.episode import EnvironmentSpec
 from schemas.vocabulary import PAPER
@@ -78,8 +79,8 @@ def hopper_task(folder, environment="Hopper-v4", suite="mujoco"):
 
 def compare(folders, output, **options):
     settings = {"models": ("random", "behaviour"), "episodes": 4, "film_seconds": 0.0} | options
-    settings |= {"datasets": tuple(map(str, folders)), "output": output}
-    Comparison(Options(**settings), Console(quiet=True)).run()
+    settings |= {"datasets": tuple(map(str, folders)), "output": output, "processes": 1}
+    comparison(Options(**settings), Console(quiet=True))
     return pq.read_table(output / "rows.parquet").to_pylist()
 
 
@@ -308,22 +309,25 @@ def test_a_checkpoint_of_another_vocabulary(hopper, logs, tmp_path):
     # beside a dataset that it fits, the other's rows alone are marked
     arguments = ("--source", "d4rl", "--input", logs / "d4rl", "--vocabulary", "paper", "--output", tmp_path / "fits")
     run("etl.build", *arguments)
-    rows = compare([hopper, tmp_path / "fits"], tmp_path / "both", models=("random", "gato"), gato=paper, step_limit=5)
+    rows = compare(
+        [hopper, tmp_path / "fits"], tmp_path / "both", models=("random", "gato"), gato=(paper,), step_limit=5
+    )
     prints = {Dataset(folder).manifest.fingerprint: folder for folder in (hopper, tmp_path / "fits")}
     gato = [(prints[row["dataset_fingerprint"]], row["ending"]) for row in rows if row["model"] == "gato"]
     assert gato == [(hopper, "error")] + [(tmp_path / "fits", "step limit")] * 4
     assert [row["ending"] for row in rows if row["model"] == "random"] == ["step limit"] * 8
 
 
-def test_ctrl_c_keeps_what_was_played(hopper, pong, tmp_path):
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_ctrl_c_keeps_what_was_played(processes, hopper, pong, tmp_path):
     output = tmp_path / "out"
     command = [sys.executable, "-m", "eval.compare", "--models", "random", "--datasets", str(hopper), str(pong)]
-    command += ["--output", str(output), "--film-seconds", "0", "--step-limit", "150"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command += ["--output", str(output), "--film-seconds", "0", "--step-limit", "150", "--processes", processes]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     until = time.monotonic() + 200
     while not (found := list(output.glob("parts/*.parquet"))) and time.monotonic() < until:
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: its children get it too
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "interrupted: the same command again" in said and "Traceback" not in said
     assert len(found) == 1 and list(output.rglob("*.parquet")) == found

@@ -232,7 +232,7 @@ def report(tmp_path, table) -> Path:
         ("hopper-medium-v4", "gato"): tmp_path / "hopper-medium-v4-gato.gif",
         ("Pong", "dt"): tmp_path / "Pong-dt.png",
     }
-    metrics = {"gato tiny": tmp_path / "metrics.jsonl"}
+    metrics = {"gato tiny": read_metrics(tmp_path / "metrics.jsonl")}
     return write_report(tmp_path / "out", table, [manifest()], metrics, rollouts, "Two tasks & one <agent>")
 
 

@@ -1,0 +1,43 @@
+"""Who measured: commit, versions and hardware, in words that go into every result row."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from etl import simulators
+
+
+def host(threads: int) -> dict[str, str]:
+    """Columns `commit`, `versions` (JSON) and `hardware` of the result rows."""
+    versions = simulators.versions() | {"torch": torch.__version__, "numpy": np.__version__}
+    return {"commit": commit(), "versions": json.dumps(versions, sort_keys=True), "hardware": hardware(threads)}
+
+
+def commit() -> str:
+    """Commit of the checkout, or empty outside one."""
+    where = Path(__file__).resolve().parent
+    asked = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=where, capture_output=True, text=True)
+    return asked.stdout.strip() if asked.returncode == 0 else ""
+
+
+def hardware(threads: int) -> str:
+    """What computed, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{processor()}, {threads} thread{'s' * (threads > 1)}"
+
+
+def processor() -> str:
+    """The CPU's name, or the machine's kind where it does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,109 @@
+"""The comparison as a user runs it: any number of processes, kills, several Gatos, the same table each time."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from eval.report import load_rows
+from shards.reader import Dataset
+from tests.conftest import run
+from trainer.checkpoint import ExportInfo, export
+from trainer.model import Gato, ModelConfig
+
+SMALL = ModelConfig(blocks=1, heads=2, width=32, feed_forward=64, head_size=16, patch_channels=16)
+
+
+@pytest.fixture(scope="module")
+def exports(hopper, pong, tmp_path_factory):
+    """Two Gatos of different seeds, untrained: what is compared here is the comparison."""
+    manifests, folders = [Dataset(folder).manifest for folder in (hopper, pong)], []
+    tasks, vocabulary = tuple(m.tasks[0].spec for m in manifests), manifests[0].vocabulary
+    for seed in (3, 5):
+        folders.append(tmp_path_factory.mktemp("runs") / f"gato-{seed}" / "export")
+        facts = {"seed": seed}
+        info = ExportInfo("gato.model", 1, SMALL, vocabulary, vocabulary.fingerprint, 120, 0, tasks, {}, facts)
+        export(folders[-1], dict(Gato(SMALL, vocabulary).initialise(seed).state_dict()), info)
+    return folders
+
+
+def arguments(output, exports, data, *extra):
+    settings = ["--episodes", 2, "--step-limit", 15, "--film-seconds", 0, "--models", "random", "behaviour", "gato"]
+    return ["eval.compare", "--gato", *exports, "--datasets", *data, "--output", output, *settings, *extra]
+
+
+def rows(output):
+    """All rows but for what may differ from run to run."""
+    table = load_rows(output / "rows.parquet")
+    return table.drop_columns(["seconds", "commit"]).to_pylist()
+
+
+def test_the_table_does_not_depend_on_processes_and_kept_parts_are_kept(exports, hopper, pong, tmp_path):
+    one = run(*arguments(tmp_path / "one", exports, [hopper, pong], "--processes", "1"))
+    run(*arguments(tmp_path / "two", exports, [hopper, pong], "--processes", "2"))
+    assert rows(tmp_path / "one") == rows(tmp_path / "two")
+    found = {(row["dataset"], row["model"], row["model_seed"]) for row in rows(tmp_path / "one")}
+    models = ("random", 0), ("behaviour", 0), ("gato", 3), ("gato", 5)
+    wanted = {(task, *model) for task in ("hopper-random-v4", "pong-run1") for model in models}
+    assert found == wanted - {("pong-run1", "behaviour", 0)}  # that log holds no whole episode
+    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "one" / "parts").iterdir()}
+    again = run(*arguments(tmp_path / "one", exports, [hopper, pong], "--processes", "2"))
+    assert again.stderr.count("kept from before") == len(parts) == 8
+    assert parts == {path: path.stat().st_mtime_ns for path in (tmp_path / "one" / "parts").iterdir()}
+    assert again.stdout == one.stdout and "| hopper-random-v4 | Hopper-v4 |" in one.stdout
+
+
+def children(process):
+    return [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+def started(output, exports, data):
+    """A comparison of two processes that has made a first part and is at others."""
+    command = [sys.executable, "-m", *map(str, arguments(output, exports, data, "--processes", "2"))]
+    long = ["--step-limit", "1000", "--episodes", "30"]
+    process = subprocess.Popen([*command, *long], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(output.glob("parts/*.parquet")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    return process, children(process)
+
+
+@pytest.mark.parametrize("who", ["all", "a worker"])
+def test_a_killed_comparison_leaves_nobody_and_goes_on(exports, pong, tmp_path, who):
+    process, workers = started(tmp_path / "killed", exports, [pong])
+    victim = process.pid if who == "all" else workers[0].pid
+    psutil.Process(victim).send_signal(signal.SIGKILL)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == (-signal.SIGKILL if who == "all" else 1)
+    assert who == "all" or "error: a process of the comparison was killed" in told
+    assert not psutil.wait_procs(workers, timeout=20)[1]
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("parts/*.parquet")}
+    assert kept and not (tmp_path / "killed" / "rows.parquet").exists()
+
+
+def test_two_exports_of_one_seed_are_refused(exports, hopper, tmp_path):
+    done = run(*arguments(tmp_path / "out", [exports[0], exports[0]], [hopper]), check=False)
+    assert done.returncode == 1 and "error:" in done.stderr and "seed 3" in done.stderr
+
+
+@pytest.mark.parametrize("prompt", ["end", "start"])
+def test_a_shipped_gato_plays_without_data_as_it_does_with_it(exports, hopper, pong, tmp_path, prompt):
+    data, empty = [hopper, pong], tmp_path / "nothing"
+    print(run("eval.ship", exports[0], tmp_path / "small", "--datasets", *data).stdout)
+    how = ["--agent.prompt", prompt, "--agent.decoding", "sample", "--processes", "1"]
+    run(*arguments(tmp_path / "with", exports[:1], data, *how))
+    command = arguments(tmp_path / "without", [tmp_path / "small"], [], *how, "--root", empty)
+    command.remove("--datasets")
+    assert "no finished dataset" in run(*command).stderr
+    found, small = ({r["dataset"]: [] for r in rows(tmp_path / name)} for name in ("with", "without"))
+    for name, into in (("with", found), ("without", small)):
+        for row in rows(tmp_path / name):
+            into[row["dataset"]] += [row["return"]] if row["model"] == "gato" else []
+    assert found == small and all(len(returns) == 2 for returns in found.values())
+    sizes = [(folder / "weights.safetensors").stat().st_size for folder in (exports[0], tmp_path / "small")]
+    assert sizes[0] - sizes[1] == pytest.approx(4 * 32 * 32000, abs=100)
+    (tmp_path / "small" / "prompts.safetensors").write_bytes(b"")
+    assert "prompts.safetensors: missing or damaged" in run(*command, "--episodes", "3", check=False).stderr

@@ -1,0 +1,78 @@
+"""Muon beside torch's own, and in runs."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from torch import nn
+
+from tests.trainer.launch import errors, losses, train
+from trainer.config import OptimiserConfig
+from trainer.optimiser import block_matrices, make_optimiser, orthogonalised
+
+MUON = ("--optimiser.matrices", "muon")
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16)])
+def test_orthogonalised_has_the_singular_vectors_and_about_equal_values(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    values = u.T @ orthogonalised(matrix) @ v.T
+    assert values.diagonal().min() > 0.6 and values.diagonal().max() < 1.3
+    assert (values - values.diagonal().diag()).abs().max() < 1e-4
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.table = nn.Embedding(9, 8)
+        self.blocks = nn.ModuleList([nn.Linear(8, 24, bias=False), nn.LayerNorm(24), nn.Linear(24, 3, bias=False)])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x) if x.dtype.is_floating_point else block(self.table(x))
+        return x
+
+
+def test_muon_steps_as_torchs_does_and_the_rest_as_adamw():
+    config = OptimiserConfig(matrices="muon", peak_lr=1e-3, start_lr=1e-3)
+    ours, theirs = Net(), Net()
+    matrices = block_matrices(theirs)
+    rest = [p for p in theirs.parameters() if all(p is not matrix for matrix in matrices)]
+    assert len(matrices) == 2
+    sides = [(ours, [make_optimiser(ours, config)])]
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.1},
+            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=1e-3, betas=(0.9, 0.95),
+    )  # fmt: skip
+    sides.append((theirs, [torch.optim.Muon(matrices, lr=config.muon_peak_lr, weight_decay=0.1), adamw]))
+    begun = [p.detach().clone() for p in ours.parameters()]
+    for step in range(4):
+        inputs = torch.randint(9, (16,), generator=torch.Generator().manual_seed(step))
+        for net, optimisers in sides:
+            net(inputs).square().sum().backward()
+            for optimiser in optimisers:
+                optimiser.step()
+                optimiser.zero_grad()
+    for (name, mine), other, first in zip(ours.named_parameters(), theirs.parameters(), begun):
+        moved = (other.detach() - first).norm()
+        # torch iterates in bfloat16, of eight bits
+        assert moved > 0 and (mine.detach() - other.detach()).norm() < 0.1 * moved, name
+
+
+def test_muon_resumes_bit_for_bit_at_any_world_size_and_refuses_cut_up_matrices(hopper, tmp_path):
+    train(tmp_path / "whole", [hopper], *MUON, processes=2)
+    train(tmp_path / "parts", [hopper], *MUON, processes=2, steps=4)
+    assert "resuming at step 4" in train(tmp_path / "parts", [hopper], *MUON, processes=2).stdout
+    train(tmp_path / "one", [hopper], *MUON)
+    train(tmp_path / "adamw", [hopper])
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts") != losses(tmp_path / "adamw")
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    whole, parts = (load_file(tmp_path / name / "export" / "weights.safetensors") for name in ("whole", "parts"))
+    assert all(np.array_equal(whole[name], parts[name]) for name in whole)
+    refused = train(tmp_path / "cut", [hopper], *MUON, "--deepspeed", "zero1_cpu", check=False)
+    assert refused.returncode and "matrices" in errors(refused)[0]
