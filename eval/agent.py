@@ -135,7 +135,7 @@ class GatoAgent:
         if self.prompt is not None and length:
             length = self.time = min(length, len(self.prompt.tokens))
             shown = slice(-length, None) if self.config.prompt == "end" else slice(length)
-            pixels = None if self.prompt.patches is None else self.prompt.patches[shown]
+            pixels = None if self.prompt.patches is None else np.array(self.prompt.patches[shown])
             x = self._embed(self._ids(self.prompt.tokens[shown]), pixels).view(1, length * K, -1)
             self.last = torch.from_numpy(self.prompt.tokens[shown][-1:, -A:].astype(np.int64)).to(self.device)
             if exact:

