@@ -19,6 +19,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -98,7 +99,8 @@ def against_naive(table: Table, dataset: Dataset, task: int, size: str, timestep
     for observation in seen[:2]:
         assert np.array_equal(act(half, observation[None]), check.act({"observation": observation[None]}))
     agent.reset(1)
-    naive, took = Naive(agent, agent.prompt), ([], [])  # type: tuple[Naive, tuple[list[float], list[float]]]
+    naive = Naive(agent, agent.prompt)
+    took: tuple[list[float], list[float]] = ([], [])
     for repeat in range(repeats):
         for seconds, count in zip(took, (timesteps, 1)):
             for n in range(count):
@@ -145,8 +147,6 @@ def batches(dataset: Dataset, task: int, timesteps: int, picture: Path) -> None:
 
 
 def draw(rates: dict[int, float], picture: Path) -> None:
-    import matplotlib
-
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.4, 2.8), layout="constrained")
         axes = figure.add_subplot()
