@@ -115,9 +115,9 @@ class Block(nn.Module):
 
 
 def rotary_turns(places: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:
-    """places (T,) -> (2, T, D): cosines of place * 10000 ** (-2 i / D) for features i and i + D / 2, and sines, negative
-    for the former. Made in float64: an episode's places go into the hundred thousands, where float32 angles are off by
-    hundredths."""
+    """places (T,) -> (2, T, D): cosines of place * 10000 ** (-2 i / D) for features i and i + D / 2, and sines,
+    negative for the former. Made in float64: an episode's places go into the hundred thousands, where float32 angles
+    are off by hundredths."""
     powers = torch.arange(0, head_size, 2, device=places.device, dtype=torch.float64) / head_size
     angles = places[:, None] * 10000.0**-powers
     cos, sin = angles.cos(), angles.sin()
