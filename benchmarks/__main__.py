@@ -12,16 +12,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from benchmarks import etl, scale, stream, trainer
+from benchmarks import control, etl, scale, stream, trainer
 from benchmarks.etl import pair as timed
-from eval.agent import AgentConfig, GatoAgent, demonstration
 from schemas.vocabulary import SEED
-from shards.reader import Dataset
 from shards.stream import Stream, StreamConfig
-from trainer.checkpoint import ExportInfo
 from trainer.loss import LossConfig, Objective
 from trainer.model import PRESETS, Gato
 
@@ -47,29 +43,6 @@ def bench_loss(folder: Path) -> None:
     pair("model: fused loss / plain loss, forward and backward", step(128), step(0), "tokens/s", 16 * 256)
 
 
-def bench_agent(folder: Path) -> None:
-    """Control with the cache against recomputing the window, both at full context."""
-    dataset = Dataset(folder / "shards")
-    task, vocabulary = dataset.manifest.tasks[0].spec, dataset.manifest.vocabulary
-    info = ExportInfo("gato.model", 1, PRESETS["tiny"], vocabulary, vocabulary.fingerprint, 1024, 0, (task,), {}, {})
-    model = Gato(PRESETS["tiny"], vocabulary).initialise(0).eval()
-    observation = {"observation": np.zeros((1, 11), np.float32)}
-
-    def steps(window: str) -> Callable[[], None]:
-        config = AgentConfig(window=window, prompt_share=1.0)  # type: ignore[arg-type]
-        agent = GatoAgent(model, info, task, config, demonstration(dataset, 0, config))
-        agent.reset(1)
-        rng, active = np.random.default_rng(0), np.ones(1, bool)
-
-        def run() -> None:
-            for _ in range(10):
-                agent.act(observation, np.zeros(1), active, rng)
-
-        return run
-
-    pair("agent: cached / recomputed window of 1024 tokens", steps("rolling"), steps("exact"), "timesteps/s", 10)
-
-
 def main() -> None:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
@@ -82,7 +55,7 @@ def main() -> None:
         scale.open_many(folder / "many")
         scale.grow(folder / "grown")
         bench_loss(folder)
-        bench_agent(folder)
+        control.run(folder / "control", None, [], Path("results/control.svg"), REPEATS)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """Gato as an agent: prompt, tokenize, decode actions token by token, keep a window (paper §2.4).
 
-observation -> etl.tokenizers -> tokens -> one forward -> action tokens, one forward each -> action
+observation -> etl.tokenizers -> embedded tokens -> one step of the cache an action token -> action
 
-All environments of a batch play the same task, so their timesteps lie on one grid of
-K columns and share cache slots; timestep t lives in slots (t mod W) K ... and drops the
-whole timestep t - W when it comes. The rolling mode keeps the cached keys of the
-remaining timesteps, which still remember what was dropped; the exact mode recomputes
-the window and is the reference.
+All environments of a batch play the same task, so their timesteps have K tokens each and
+token n of an episode lies in slot n mod W K of the cache: timestep t comes where timestep
+t - W lay. A timestep takes as many forward passes as an action has tokens, for the last one
+is fed along with the next observation. The rolling mode keeps the cached keys of the
+remaining timesteps, which still remember what was dropped; the exact mode computes the
+window anew each timestep and is the reference. Episodes that end leave the batch.
 
-Invariant: sampling is restricted to the ids that the action space allows.
+Invariants: sampling is restricted to the ids that the action space allows; on one thread an
+episode's actions are the same to the bit whatever else is in the batch (see `batch_invariant`).
 """
 
 from __future__ import annotations
@@ -18,17 +20,20 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from etl.tokenizers.text import TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer
+from eval.draws import Draws
 from schemas.episode import TaskSpec
-from schemas.layout import PATCH_SIZE, SEPARATOR
 from schemas.vocabulary import bin_centres
-from shards.batch import Batch
 from shards.reader import Dataset
 from trainer.checkpoint import ExportInfo
 from trainer.model import Gato
 from trainer.model.transformer import Cache
+
+ROWS = 4  # that a CPU's matrix products need to round as they do for more
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,9 @@ class AgentConfig:
     prompt_share: float = 0.5
     """Share of the window that starts out filled with the prompt."""
     window: Literal["rolling", "exact"] = "rolling"
+    batch_invariant: bool = True
+    """On a CPU, matrix products of fewer than 4 rows are made of 4: libraries have other kernels for those, with other
+    last bits, and an episode would depend on how many still run. Costs speed where few environments are played."""
 
 
 @dataclass(frozen=True)
@@ -99,31 +107,44 @@ class GatoAgent:
         if self.decoding == "mean" and not continuous:
             raise ValueError(f"task '{task.name}': the mean of bins has no meaning for discrete actions")
         self.ids = self.tokenizer.action_ids
-        self.device = next(model.parameters()).device
-        self.batch = 0
+        weight = model.tokens.weight.detach()
+        self.device, self.dtype = weight.device, weight.dtype
+        self.rows_needed = ROWS if config.batch_invariant and self.device.type == "cpu" else 1
+        self.head = weight[self.ids.start : self.ids.stop]
+        self.slots = self.window * self.layout.length
+        with torch.inference_mode():
+            roles, positions = (torch.from_numpy(x) for x in (self.layout.roles, self.layout.local_positions))
+            self.local = model.local(roles.to(self.device), positions.to(self.device))
+            self.slot = torch.arange(self.slots, device=self.device)
+            self.centres = torch.from_numpy(bin_centres(self.ids.size)).to(self.device)
+            self.patch_centres = torch.from_numpy(self.layout.patch_centres).to(self.device)
 
+    @torch.inference_mode()
     def reset(self, batch: int) -> None:
         """A batch of environments starts anew; the window holds the prompt alone."""
-        self.batch, self.time = batch, 0
-        self.tokens = np.zeros((batch, self.window, self.layout.stored), np.uint16)
-        size = (batch, self.window, self.layout.patches, PATCH_SIZE, PATCH_SIZE, max(1, self.layout.channels))
-        self.patches = np.zeros(size, np.uint8)
-        slots = self.window * self.layout.length
-        dtype = next(self.model.parameters()).dtype
-        self.cache = Cache(self.model.config, batch, slots, self.device, dtype)
-        self.valid = torch.zeros(batch, slots, dtype=torch.bool, device=self.device)
+        self.running, self.time = np.arange(batch), 0
+        exact, K, A = self.config.window == "exact", self.layout.length, self.layout.action
+        self.cache = Cache(self.model.config, 1, self.slots, self.device, self.dtype)
+        # embedded tokens of the window, by slot
+        self.shown = torch.zeros(1, self.slots if exact else 0, self.model.config.width, device=self.device).to(
+            self.dtype
+        )
+        self.last = torch.zeros(1, A, dtype=torch.int64, device=self.device)
+        """Tokens of the last action. The rolling mode has yet to feed the last one to the cache, the exact mode all."""
         length = 0 if self.prompt is None else int(self.window * self.config.prompt_share)
-        if self.prompt is None or length == 0:
-            return
-        length = min(length, len(self.prompt.tokens))
-        shown = slice(-length, None) if self.config.prompt == "end" else slice(length)
-        self.tokens[:, :length] = self.prompt.tokens[shown]
-        if self.prompt.patches is not None:
-            self.patches[:, :length] = self.prompt.patches[shown]
-        if self.config.window == "rolling":
-            for t in range(length):
-                self._forward(t, 0, self.layout.length)
-        self.time = length
+        if self.prompt is not None and length:
+            length = self.time = min(length, len(self.prompt.tokens))
+            shown = slice(-length, None) if self.config.prompt == "end" else slice(length)
+            pixels = None if self.prompt.patches is None else np.array(self.prompt.patches[shown])
+            x = self._embed(self._ids(self.prompt.tokens[shown]), pixels).view(1, length * K, -1)
+            self.last = torch.from_numpy(self.prompt.tokens[shown][-1:, -A:].astype(np.int64)).to(self.device)
+            if exact:
+                self.shown[:, : length * K] = x
+            else:
+                numbers = torch.arange(length * K - 1, device=self.device)
+                slots, mask, turns = self._places(numbers)
+                self.model.step(x[:, :-1], self.cache, slots, mask, turns)
+        self._keep(np.zeros(batch, np.int64))
 
     @torch.inference_mode()
     def act(
@@ -131,79 +152,108 @@ class GatoAgent:
         observations: dict[str, np.ndarray],
         previous_reward: np.ndarray,
         active: np.ndarray,
-        rng: np.random.Generator,
+        rng: Draws | np.random.Generator,
     ) -> np.ndarray:
-        """observations {key: (B, ...)} -> actions (B, A) float32 or (B,) int64. Rewards are not shown to Gato."""
-        t, A = self.time, self.layout.action
-        encoded = self.tokenizer.encode_observation(observations)
-        place = t % self.window
-        self.tokens[:, place] = 0
-        self.tokens[:, place, : self.layout.stored - A] = encoded.tokens
-        if encoded.patches is not None:
-            self.patches[:, place] = encoded.patches
-        first = place * self.layout.length
-        self.valid[:, first : first + self.layout.length] = False
-        start = 0
-        for column in range(A):
-            stop = self.layout.length - A + column
-            hidden = self._forward(t, start, stop) if self.config.window == "rolling" else self._recompute(t, stop)
-            weight = self.model.tokens.weight[self.ids.start : self.ids.stop]
-            logits = (hidden @ weight.T).float().cpu().numpy().astype(np.float64)
-            self.tokens[:, place, self.layout.stored - A + column] = self.ids.start + self._choose(logits, rng)
-            start = stop
-        if self.config.window == "rolling":
-            self._forward(t, start, self.layout.length)
+        """observations {key: (B, ...)} -> actions (B, A) float32 or (B,) int64, zeros where not `active`. Rewards are
+        not shown to Gato."""
+        if int(active.sum()) < len(self.running):
+            left = np.flatnonzero(active[self.running])
+            self.running = self.running[left]
+            self._keep(left)
+        n, K, A = len(self.running), self.layout.length, self.layout.action
+        encoded = self.tokenizer.encode_observation({key: value[self.running] for key, value in observations.items()})
+        oldest = max(0, self.time - self.window + 1) * K
+        first = oldest if self.config.window == "exact" else max(0, self.time * K - 1)
+        numbers = torch.arange(first, (self.time + 1) * K - 1, device=self.device)
+        points = rng.random((n, A)) if self.decoding == "sample" else np.zeros((n, A))
+        x = self._embed(self._ids(encoded.tokens), encoded.patches)
+        if self.time:
+            x = torch.cat(
+                [self._embed_actions(self.last, 0)[:, -A if self.config.window == "exact" else -1 :], x], dim=1
+            )
+        self.last = self.timestep(x, numbers, torch.from_numpy(points).to(self.device))
         self.time += 1
-        return self.tokenizer.decode_action(self.tokens[:, place, self.layout.stored - A :])
+        chosen = self.tokenizer.decode_action(self.last.cpu().numpy())
+        actions = np.zeros((len(active), *chosen.shape[1:]), chosen.dtype)
+        actions[self.running] = chosen
+        return actions
 
-    def _choose(self, logits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Restricted logits (B, n) float64 to choices (B,) in [0, n)."""
+    def timestep(self, x: Tensor, numbers: Tensor, points: Tensor) -> Tensor:
+        """New embedded tokens (n, T, W) up to the separator, their and the window's token numbers up to the last but
+        one of this action, points (n, A) in [0, 1) -> tokens (n, A) of the action. Tensors in, tensors out, their
+        shapes the same at each full timestep of the rolling mode: what a compiler or a CUDA graph takes whole."""
+        A = self.layout.action
+        slots, mask, turns = self._places(numbers)
+        if self.config.window == "exact":
+            stop = len(numbers) - (A - 1)
+            self.shown.index_copy_(1, slots[stop - x.shape[1] : stop], x)
+            x = self.shown[:, slots[:stop]]
+        chosen: list[Tensor] = []
+        begin, end = 0, x.shape[1]
+        for column in range(A):
+            part = slice(begin, end)
+            angles = None if turns is None else turns[:, part]
+            filled = self._filled(x) if len(x) * x.shape[1] < self.rows_needed else x
+            hidden = self.model.step(filled, self.cache, slots[part], mask[part], angles)[: len(x), -1]
+            logits = F.linear(self._filled(hidden), self.head)[: len(x)]
+            chosen.append(self.ids.start + self._choose(logits, points[:, column, None]))
+            x = self._embed_actions(chosen[-1][:, None], column)
+            begin, end = end, end + 1
+        return torch.stack(chosen, dim=1)
+
+    def _choose(self, logits: Tensor, points: Tensor) -> Tensor:
+        """Restricted logits (n, ids) and points (n, 1) in [0, 1) to choices (n,) in [0, ids)."""
         if self.decoding == "greedy":
-            return logits.argmax(axis=1)
-        odds = np.exp((logits - logits.max(axis=1, keepdims=True)) / self.config.temperature)
-        odds /= odds.sum(axis=1, keepdims=True)
+            return logits.argmax(dim=1)
+        odds = (logits.double() / self.config.temperature).softmax(dim=1)
         if self.decoding == "mean":
-            return np.abs(bin_centres(self.ids.size) - (odds @ bin_centres(self.ids.size))[:, None]).argmin(axis=1)
-        return np.minimum((odds.cumsum(axis=1) < rng.random((len(odds), 1))).sum(axis=1), odds.shape[1] - 1)
+            place = ((odds * self.centres).sum(dim=1) + 1) * (self.ids.size / 2)
+        else:
+            place = (odds.cumsum(dim=1) < points).sum(dim=1)
+        return place.long().clamp(max=self.ids.size - 1)
 
-    def _columns(self, places: np.ndarray, start: int, stop: int) -> Batch:
-        """Columns [start, stop) of the timesteps at window `places`, as a batch (B, timesteps * columns)."""
-        layout, B, T = self.layout, self.batch, len(places)
-        grid = np.zeros((B, T, layout.length), np.int32)
-        grid[:, :, layout.stored_columns] = self.tokens[:, places]
-        grid[:, :, layout.roles == SEPARATOR] = self.model.vocabulary.separator
-        columns = np.arange(start, stop)
-        slots = np.intersect1d(layout.patch_slots, columns)
-        width = T * len(columns)
-        index = np.arange(B)[:, None, None] * width + np.arange(T)[:, None] * len(columns) + (slots - start)
-        pixels = self.patches[:, places][:, :, : len(slots)]
-        return Batch(
-            tokens=grid[:, :, columns].reshape(B, width),
-            roles=np.tile(layout.roles[columns], (B, T)),
-            positions=np.tile(layout.local_positions[columns], (B, T)),
-            segments=np.zeros((B, width), np.int16),
-            supervised=np.zeros((B, width), bool),
-            patches=pixels.reshape(-1, *self.patches.shape[3:]),
-            patch_index=index.reshape(-1).astype(np.int64),
-            patch_positions=np.tile(layout.patch_centres[: len(slots)], (B * T, 1)),
-            tasks=np.zeros(B, np.int64),
-            sequence=np.zeros(B, np.int64),
-        ).to(self.device)
+    def _places(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Slots (T,) of the tokens with these numbers, ascending; what each attends to (T, slots), 0 or -inf: tokens
+        of the window that are not behind it; rotary angles."""
+        last = numbers[-1]
+        held = last - (last - self.slot) % self.slots  # the number of the token in each slot when all are written
+        seen = (held <= numbers[:, None]) & (
+            held >= (last // self.layout.length - self.window + 1) * self.layout.length
+        )
+        mask = torch.zeros(seen.shape, device=self.device, dtype=self.dtype).masked_fill(
+            ~(seen & (held >= 0)), -torch.inf
+        )
+        return numbers % self.slots, mask, self.model.turns(numbers)
 
-    @torch.inference_mode()
-    def _forward(self, t: int, start: int, stop: int) -> torch.Tensor:
-        """Feed columns [start, stop) of timestep t to the cache; hidden state of the last one (B, W)."""
-        place = t % self.window
-        first = place * self.layout.length
-        slots = torch.arange(first + start, first + stop, device=self.device)
-        hidden = self.model.step(self._columns(np.array([place]), start, stop), self.cache, slots, self.valid)
-        self.valid[:, slots] = True
-        return hidden[:, -1]
+    def _ids(self, tokens: np.ndarray) -> Tensor:
+        """Stored tokens (m, s), with or without an action's, as whole timesteps' columns (m, k)."""
+        layout = self.layout
+        ids = np.zeros((len(tokens), layout.length - (layout.stored - tokens.shape[1])), np.int64)
+        ids[:, layout.stored_columns[: tokens.shape[1]]] = tokens
+        ids[:, layout.length - layout.action - 1] = self.model.vocabulary.separator
+        return torch.from_numpy(ids).to(self.device)
 
-    @torch.inference_mode()
-    def _recompute(self, t: int, stop: int) -> torch.Tensor:
-        """The whole window up to column `stop` of timestep t, from scratch; hidden state of the last token (B, W)."""
-        first = max(0, t - self.window + 1)
-        batch = self._columns(np.arange(first, t + 1) % self.window, 0, self.layout.length)
-        cut = (t - first) * self.layout.length + stop
-        return self.model(batch)[:, cut - 1]
+    def _embed(self, ids: Tensor, pixels: np.ndarray | None) -> Tensor:
+        """Columns [0, k) of m timesteps (m, k), patches (m, P, 16, 16, C) -> (m, k, W)."""
+        x = self.model.tokens(ids)
+        if pixels is not None:
+            first, count = self.layout.text, self.layout.patches
+            flat = torch.from_numpy(pixels).to(self.device).flatten(0, 1)
+            embedded = self.model.patches(flat, self.patch_centres.repeat(len(pixels), 1))
+            x[:, first : first + count] = embedded.view(len(pixels), count, -1).to(x.dtype)
+        return x + self.local[: ids.shape[1]]
+
+    def _embed_actions(self, tokens: Tensor, first: int) -> Tensor:
+        """Action tokens (n, a), the `first` of its timestep and those behind, -> (n, a, W)."""
+        column = self.layout.length - self.layout.action + first
+        return self.model.tokens(tokens) + self.local[column : column + tokens.shape[1]]
+
+    def _filled(self, x: Tensor) -> Tensor:
+        """At least as many rows as matrix products need, zeros behind x's own."""
+        short = self.rows_needed - len(x)
+        return x if short <= 0 else F.pad(x, (0, 0) * (x.ndim - 1) + (0, short))
+
+    def _keep(self, rows: np.ndarray) -> None:
+        chosen = torch.from_numpy(rows).to(self.device)
+        self.cache.keep(chosen)
+        self.shown, self.last = self.shown[chosen], self.last[chosen]

@@ -3,7 +3,8 @@
 seeds -> simulators -> {key: (B, ...)} -> policy.act -> actions -> ... until every episode has ended
 
 An environment that raises, at reset or in a step, or gives what is not finite, ends its own episode with an error; the
-others go on. A picture that cannot be drawn ends the film alone.
+others go on. A picture that cannot be drawn ends the film alone. A policy is told which rows still run, and draws for
+them alone, each from its own generator.
 """
 
 from __future__ import annotations
@@ -17,21 +18,26 @@ import numpy as np
 from gymnasium import spaces
 
 from etl import simulators
+from eval.draws import Draws
 from schemas.episode import TaskSpec
 
 
 class Policy(Protocol):
-    """What Gato, the baselines and the random policy have in common; see eval/agent.py for the shapes."""
+    """What Gato, the baselines and the random policy have in common."""
 
-    def reset(self, batch: int) -> None: ...
+    def reset(self, batch: int) -> None:
+        """So many episodes begin."""
 
     def act(
         self,
         observations: dict[str, np.ndarray],
         previous_reward: np.ndarray,
         active: np.ndarray,
-        rng: np.random.Generator,
-    ) -> np.ndarray: ...
+        rng: Draws,
+    ) -> np.ndarray:
+        """observations {key: (B, ...)} and previous_reward (B,) -> actions (B, ...). `active` (B,) bool only ever
+        falls; what an ended row gets is of no use. `rng` draws for the active rows, in their order."""
+        ...
 
 
 class RandomPolicy:
@@ -40,22 +46,23 @@ class RandomPolicy:
     def __init__(self, task: TaskSpec):
         assert task.action is not None
         self.spec = task.action
-        self.batch = 0
 
     def reset(self, batch: int) -> None:
-        self.batch = batch
+        pass
 
     def act(
         self,
         observations: dict[str, np.ndarray],
         previous_reward: np.ndarray,
         active: np.ndarray,
-        rng: np.random.Generator,
+        rng: Draws,
     ) -> np.ndarray:
-        if self.spec.kind == "continuous":
-            return rng.uniform(self.spec.low, self.spec.high, (self.batch, self.spec.size)).astype(np.float32)
-        shape = (self.batch,) if self.spec.size == 1 else (self.batch, self.spec.size)
-        return rng.integers(0, self.spec.choices, shape)
+        spec, points = self.spec, np.zeros((len(active), self.spec.size))
+        points[active] = rng.random((int(active.sum()), spec.size))
+        if spec.kind == "continuous":
+            return (spec.low + (spec.high - spec.low) * points).astype(np.float32)
+        chosen = (spec.choices * points).astype(np.int64)
+        return chosen[:, 0] if spec.size == 1 else chosen
 
 
 @dataclass
@@ -90,14 +97,14 @@ def play(
     environments = [simulators.make(task.environment) for _ in seeds]
     try:
         _check_spaces(task, environments[0])
-        rng = np.random.default_rng(policy_seed)
+        draws = Draws.seeded(policy_seed, seeds)
         latest = [_begin(one, environment) for one, environment in zip(played, environments)]
         active = np.array([not one.ending for one in played])
         reward = np.zeros(len(seeds), np.float32)
         policy.reset(len(seeds))
         while active.any():
             observations = {key: np.stack([o[key] for o in latest]) for key in latest[0]}
-            actions = policy.act(observations, reward, active, rng)
+            actions = policy.act(observations, reward, active, draws.of(active))
             reward = np.zeros(len(seeds), np.float32)
             for n in np.flatnonzero(active):
                 one = played[n]

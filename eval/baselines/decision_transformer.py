@@ -287,7 +287,8 @@ class Policy:
             action.copy_(out)
             return self.scaling.undo_action(out.cpu().numpy())
         odds = out.double().softmax(dim=1).cumsum(dim=1).cpu().numpy()
-        choice = (odds[:, :-1] < rng.random((self.batch, 1))).sum(axis=1)
+        choice = np.zeros(self.batch, np.int64)
+        choice[active] = (odds[active, :-1] < rng.random((int(active.sum()), 1))).sum(axis=1)
         action.copy_(torch.from_numpy(choice))
         return choice
 

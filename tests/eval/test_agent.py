@@ -1,27 +1,60 @@
-"""The agent's cache against recomputing the window, and batches against single environments."""
+"""The agent's cache against the model's plain forward, and batches against episodes played alone, to the bit."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from eval.agent import AgentConfig, GatoAgent, demonstration
+from eval.draws import Draws
+from eval.environments import play
+from schemas.layout import PATCH, SEPARATOR
+from shards.batch import Batch
 from shards.reader import Dataset
 from trainer.checkpoint import ExportInfo
 from trainer.model import Gato, ModelConfig
+from trainer.model.transformer import rotary_turns, rotate
 
 SMALL = ModelConfig(blocks=2, heads=2, width=32, feed_forward=64, head_size=16, patch_channels=16)
 
 
-def setup(folder, small=SMALL, **config):
+class Recorder(GatoAgent):
+    """Keeps the logits of every action token and the observed columns of every timestep."""
+
+    def reset(self, batch):
+        self.logits, self.observed = [], []
+        super().reset(batch)
+
+    def _choose(self, logits, points):
+        self.logits.append(logits.numpy().copy())
+        return super()._choose(logits, points)
+
+    def _ids(self, tokens):
+        self.observed.append(tokens)
+        return super()._ids(tokens)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def setup(folder, small=SMALL, kind=Recorder, **config):
     dataset = Dataset(folder)
     task = dataset.manifest.tasks[0].spec
     vocabulary = dataset.manifest.vocabulary
     info = ExportInfo("gato.model", 1, small, vocabulary, vocabulary.fingerprint, 120, 0, (task,), {}, {})
     model = Gato(small, vocabulary).initialise(1).eval()
-    model.tokens.weight.data.mul_(20)  # far from uniform, so that a wrong hidden state changes the choice
+    # far from uniform, and ruled by the context and not by the last token, so that a wrong hidden state changes choices
+    model.tokens.weight.data.mul_(20)
+    for weight in (weight for weight in model.blocks.parameters() if weight.ndim == 2):
+        weight.data.mul_(30)
     options = AgentConfig(**config)
-    return GatoAgent(model, info, task, options, demonstration(dataset, 0, options)), dataset
+    return kind(model, info, task, options, demonstration(dataset, 0, options)), dataset
 
 
 def observations(dataset, count, batch):
@@ -41,23 +74,127 @@ def acts(agent, dataset, count, batch, rows=slice(None)):
     return np.stack([agent.act(o, np.zeros(size, np.float32), active, rng) for o in seen])
 
 
+def plain_logits(agent, seen, actions):
+    """(timesteps, A, B, ids) by the model's plain forward over a window that is put together here, token by token."""
+    layout, tokenizer, prompt = agent.layout, agent.tokenizer, []
+    if agent.prompt is not None:
+        length = agent.window // 2
+        shown = slice(-length, None) if agent.config.prompt == "end" else slice(length)
+        patches = agent.prompt.patches
+        prompt = list(zip(agent.prompt.tokens[shown], [None] * length if patches is None else patches[shown]))
+    found = np.zeros((len(seen), layout.action, len(actions[0]), agent.ids.size))
+    for row in range(len(actions[0])):
+        timesteps = list(prompt)
+        for t, observation in enumerate(seen):
+            encoded = tokenizer.encode_observation({key: value[[row]] for key, value in observation.items()})
+            stored = np.concatenate([encoded.tokens, tokenizer.encode_action(actions[t][[row]])[0]], axis=1)
+            timesteps.append((stored[0], None if encoded.patches is None else encoded.patches[0]))
+            columns, pixels = [], []
+            for stored, patches in timesteps[-agent.window :]:
+                left, shown = list(stored), list(patches if patches is not None else [])
+                for place, role in enumerate(layout.roles):
+                    token = (
+                        agent.model.vocabulary.separator if role == SEPARATOR else 0 if role == PATCH else left.pop(0)
+                    )
+                    if role == PATCH:
+                        pixels.append((len(columns), shown.pop(0), layout.patch_centres[place - layout.text]))
+                    columns.append((token, role, place))
+            batch = Batch.empty(np.zeros(1, np.int64), len(columns), len(pixels), max(1, layout.channels))
+            batch.tokens[0], batch.roles[0], batch.positions[0] = np.array(columns).T
+            batch.segments[:] = 0
+            for n, (place, patch, centre) in enumerate(pixels):
+                batch.patch_index[n], batch.patches[n], batch.patch_positions[n] = place, patch, centre
+            with torch.no_grad():
+                hidden = agent.model(batch.to("cpu"))[0, len(columns) - layout.action - 1 : -1]
+                found[t, :, row] = agent.model.logits(hidden)[:, agent.ids.start : agent.ids.stop]
+    return found
+
+
 @pytest.mark.parametrize("data", ["hopper", "pong"])
 @pytest.mark.parametrize("prompt", ["none", "start", "end"])
 @pytest.mark.parametrize("rotary", ["none", "token"])
-def test_the_cache_equals_the_exact_window_until_something_is_dropped(data, prompt, rotary, request):
+@pytest.mark.parametrize("window", ["rolling", "exact"])
+def test_logits_are_those_of_the_plain_forward(data, prompt, rotary, window, request):
+    """In exact mode at all times, in rolling mode until something is dropped."""
     folder, small = request.getfixturevalue(data), replace(SMALL, rotary=rotary, action_position="own")
-    rolling, dataset = setup(folder, small, decoding="greedy", prompt=prompt)
-    exact, _ = setup(folder, small, decoding="greedy", prompt=prompt, window="exact")
-    room = rolling.window - int(rolling.window * (0.0 if prompt == "none" else 0.5))
-    assert np.array_equal(acts(rolling, dataset, room, 3), acts(exact, dataset, room, 3))
+    agent, dataset = setup(folder, small, decoding="greedy", prompt=prompt, window=window)
+    room = agent.window - (0 if prompt == "none" else agent.window // 2)
+    count = room if window == "rolling" else agent.window + 3
+    seen, actions = list(observations(dataset, count, 2)), acts(agent, dataset, count, 2)
+    logits = np.stack(agent.logits).reshape(count, agent.layout.action, 2, -1)
+    assert np.allclose(logits, plain_logits(agent, seen, actions), atol=2e-3)
+    assert len(np.unique(actions)) > 1
 
 
 @pytest.mark.parametrize("data", ["hopper", "pong"])
-def test_a_batch_acts_as_each_environment_alone(data, request):
-    agent, dataset = setup(request.getfixturevalue(data), decoding="greedy")
-    together = acts(agent, dataset, 2 * agent.window + 1, 3)
-    for n in range(3):
-        assert np.array_equal(together[:, n : n + 1], acts(agent, dataset, 2 * agent.window + 1, 3, slice(n, n + 1)))
+@pytest.mark.parametrize("window", ["rolling", "exact"])
+def test_a_batch_acts_as_each_environment_alone(data, window, request):
+    agent, dataset = setup(request.getfixturevalue(data), decoding="greedy", window=window)
+    together = acts(agent, dataset, 2 * agent.window + 1, 5)
+    logits = agent.logits
+    for n in (0, 3):
+        assert np.array_equal(together[:, n : n + 1], acts(agent, dataset, 2 * agent.window + 1, 5, slice(n, n + 1)))
+        assert all(np.array_equal(many[n], one[0]) for many, one in zip(logits, agent.logits))
+
+
+class Witness:
+    """A policy that another one plays for, with what was asked and done."""
+
+    def __init__(self, policy):
+        self.policy, self.active, self.actions = policy, [], []
+
+    def reset(self, batch):
+        self.policy.reset(batch)
+
+    def act(self, observations, reward, active, rng):
+        self.active.append(active.copy())
+        self.actions.append(self.policy.act(observations, reward, active, rng))
+        return self.actions[-1]
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "sample", "mean"])
+def test_episodes_that_end_at_different_times_are_those_played_alone(hopper, decoding):
+    agent, dataset = setup(hopper, decoding=decoding)
+    task, seeds = dataset.manifest.tasks[0].spec, [3, 4, 5, 6, 7, 8]
+    together = Witness(agent)
+    episodes = play(together, task, seeds, step_limit=60, policy_seed=11)
+    rows = [len(logits) for logits in agent.logits[:: agent.layout.action]]
+    assert rows == [int(active.sum()) for active in together.active] and rows[0] == 6 and rows[-1] < 3
+    for n in (0, 2, 5):
+        alone = Witness(agent)
+        (one,) = play(alone, task, seeds[n : n + 1], step_limit=60, policy_seed=11)
+        assert (one.total, one.timesteps) == (episodes[n].total, episodes[n].timesteps)
+        assert np.array_equal(np.stack(alone.actions)[:, 0], np.stack(together.actions)[: one.timesteps, n])
+    if decoding == "sample":
+        again = Witness(agent)
+        play(again, task, seeds, step_limit=60, policy_seed=12)
+        assert not np.array_equal(again.actions[0], together.actions[0])
+
+
+def test_a_timestep_is_one_graph_of_fixed_shapes(hopper):
+    """No break in it and no new one when the window wraps: what a compiler or a CUDA graph asks for."""
+    agent, dataset = setup(hopper, kind=GatoAgent, decoding="greedy")
+    plain, graphs = acts(agent, dataset, 3 * agent.window, 2), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    agent.timestep = torch.compile(agent.timestep, backend=count, fullgraph=True, dynamic=False)
+    agent.reset(2)
+    assert np.array_equal(plain[: agent.window], acts(agent, dataset, agent.window, 2))
+    at_first = len(graphs)
+    assert np.array_equal(plain, acts(agent, dataset, 3 * agent.window, 2)) and len(graphs) == at_first == 1
+
+
+def test_rotary_angles_are_right_far_into_an_episode():
+    q, k = torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(0))
+    products = [
+        rotate(q, rotary_turns(torch.tensor([n + 7]), 64, torch.float32))
+        @ rotate(k, rotary_turns(torch.tensor([n]), 64, torch.float32)).T
+        for n in (0, 700_000)
+    ]
+    assert torch.allclose(*products, atol=1e-4)
 
 
 @pytest.mark.parametrize("decoding", ["sample", "greedy", "mean"])
@@ -83,7 +220,7 @@ def test_the_agent_sees_the_tokens_of_the_log(hopper):
     raw, tokens = dataset.observation(row), dataset.tokens(row)
     for t in range(min(5, len(raw))):
         agent.act({"observation": raw[t : t + 1]}, np.zeros(1), np.ones(1, bool), np.random.default_rng(0))
-        assert np.array_equal(agent.tokens[0, t % agent.window, :11], tokens[t, :11])
+        assert np.array_equal(agent.observed[-1][0], tokens[t, :11])
 
 
 def test_a_prompt_is_the_end_or_the_start_of_the_best_episode(hopper):
@@ -92,7 +229,15 @@ def test_a_prompt_is_the_end_or_the_start_of_the_best_episode(hopper):
         agent.reset(2)
         rows = dataset.rows(0, held_out=False)
         best = int(rows[np.argmax(dataset.column("episode_return")[rows])])
-        assert agent.time == 4 and np.array_equal(agent.tokens[1, :4], dataset.tokens(best)[shown])
+        assert agent.time == 4 and np.array_equal(agent.observed[0], dataset.tokens(best)[shown])
+        assert np.array_equal(agent.last[1], dataset.tokens(best)[shown][-1, -3:])
+
+
+def test_each_row_draws_its_own_numbers():
+    three, one = Draws.seeded(5, [1, 2, 3]), Draws.seeded(5, [3])
+    first = three.random((6, 2))
+    assert np.array_equal(first[4:], one.random((2, 2))) and len(np.unique(first)) == 12
+    assert np.array_equal(three.of(np.array([False, False, True])).random((1, 4)), one.random((1, 4)))
 
 
 def test_a_context_too_short_is_refused(pong):

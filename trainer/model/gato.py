@@ -69,27 +69,26 @@ class Gato(nn.Module):
 
     def embed(self, batch: Batch) -> Tensor:
         """(B, L, W): token, or patch, plus local position (paper §2.2, appendix C.3)."""
-        roles, positions = batch.roles, batch.positions.int()
-        observed = (roles == TEXT) | (roles == PATCH) | (roles == OBSERVATION)
         x = self.tokens(batch.tokens.int())
         # also where a batch has no patches: every rank must make the same gradients, or their reduction jams
         embedded = self.patches(batch.patches, batch.patch_positions).to(x.dtype)
         x = x.flatten(0, 1).index_copy(0, batch.patch_index.long(), embedded).view_as(x)
+        return x + self.local(batch.roles, batch.positions)
+
+    def local(self, roles: Tensor, positions: Tensor) -> Tensor:
+        """(..., W): what tokens of these roles get added for their index within the timestep."""
+        observed = (roles == TEXT) | (roles == PATCH) | (roles == OBSERVATION)
         last, action, form = self.config.local_positions, roles == ACTION, self.config.action_position
         shown = (observed if form == "none" else observed | action)[..., None]
-        index = positions.clamp(max=last - 1)
+        index = positions.int().clamp(max=last - 1)
         if form != "own":
             index = torch.where(action, last, index)
-        return x + self.positions(index) * shown
+        return self.positions(index) * shown
 
-    def turns(self, batch: Batch, cache: Cache | None = None) -> Tensor | None:
-        """Rotary angles of a sequence's places, or of those behind what a cache has seen."""
+    def turns(self, places: Tensor) -> Tensor | None:
+        """Rotary angles of tokens at `places` (T,) of an episode or a sequence."""
         if self.config.rotary == "none":
             return None
-        T, first = batch.tokens.shape[1], 0
-        if cache is not None:
-            first, cache.seen = cache.seen, cache.seen + T
-        places = torch.arange(first, first + T, device=batch.tokens.device)
         return rotary_turns(places, self.config.head_size, self.tokens.weight.dtype)
 
     def forward(self, batch: Batch, keep: Tensor | None = None, chosen: Tensor | None = None) -> Tensor:
@@ -100,23 +99,20 @@ class Gato(nn.Module):
         # one segment a sequence needs no mask: the plain causal kernel is the same function, faster
         single = bool((batch.segments == batch.segments[:, :1]).all())
         mask = None if single else causal_segment_mask(batch.segments)
-        turns = self.turns(batch)
+        turns = self.turns(torch.arange(x.shape[1], device=x.device))
         keep = None if keep is None else keep.to(x.dtype)  # a float32 scale would make float32 of all behind it
         for number, block in enumerate(self.blocks):
             last = {"chosen": chosen} if number == len(self.blocks) - 1 else {}
             x = block(x, mask, None if keep is None else keep[:, number], turns=turns, **last)
         return self.norm(x)
 
-    def step(self, batch: Batch, cache: Cache, slots: Tensor, valid: Tensor) -> Tensor:
-        """Hidden states (B, T, W) of new tokens, written to cache `slots` (T,) int64; they attend to the
-        slots marked in `valid` (B, S) bool and, causally, to one another."""
-        x = self.embed(batch)
-        T = len(slots)
-        mask = valid[:, None, None, :].repeat(1, 1, T, 1)
-        mask[..., slots] = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
-        turns = self.turns(batch, cache)
-        for number, block in enumerate(self.blocks):
-            x = block(x, mask, None, (cache.keys[number], cache.values[number]), slots, turns)
+    def step(self, x: Tensor, cache: Cache, slots: Tensor, mask: Tensor, turns: Tensor | None) -> Tensor:
+        """Hidden states of new embedded tokens x (B, T, W). Their keys are written to cache `slots` (T,) int64, then
+        they attend to all S slots where `mask` (T, S) float is 0 and not -inf. Rows of x behind those that the cache
+        has are padding, which matrix products may want (see eval/agent.py). All shapes stay while a window moves, and
+        nothing is decided here by a tensor's values, so a graph may be captured of it."""
+        for block, held in zip(self.blocks, cache.blocks):
+            x = block(x, mask, None, held, slots, turns)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

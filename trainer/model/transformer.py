@@ -16,18 +16,23 @@ from trainer.model.presets import ModelConfig
 
 
 class Cache:
-    """Keys and values of `slots` tokens for each block: (blocks, B, H, S, D)."""
+    """Keys and values of `slots` tokens, a pair (B, H, S, D) for each block."""
 
     def __init__(self, config: ModelConfig, batch: int, slots: int, device: torch.device | str, dtype: torch.dtype):
-        shape = (config.blocks, batch, config.heads, slots, config.head_size)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.seen = 0
-        """Tokens written so far, evicted ones too: the place of the next."""
+        shape = (batch, config.heads, slots, config.head_size)
+        self.blocks = [
+            (torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+            for _ in range(config.blocks)
+        ]
+
+    def keep(self, rows: Tensor) -> None:
+        """Sequences `rows` (n,) int64 of those held, in this order; one may be asked for several times."""
+        self.blocks = [(keys[rows], values[rows]) for keys, values in self.blocks]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; `mask` bool (B, 1, T, S), True where attended, or None for plain causal."""
+    """Multi-head self-attention; `mask` bool (B, 1, T, S), True where attended, or None for plain causal. With a cache
+    float (T, S), 0 or -inf; rows of x beyond the cache's are left without attention (see Gato.step)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -45,19 +50,23 @@ class Attention(nn.Module):
         turns: Tensor | None = None,
     ) -> Tensor:
         B, T, _ = x_BTW.shape
-        q, k, v = self.qkv(x_BTW).view(B, T, 3, self.heads, self.head_size).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x_BTW).view(B, T, 3, self.heads, self.head_size).permute(2, 0, 3, 1, 4)
+        qk, v = qkv.split((2, 1))
         if self.qk_norm:
-            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+            qk = F.rms_norm(qk, qk.shape[-1:])
         if turns is not None:
-            q, k = rotate(q, turns), rotate(k, turns)
+            qk = rotate(qk, turns)
+        (q, k), v = qk, v[0]
         if cache is not None:
             assert slots is not None
             keys_BHSD, values_BHSD = cache
-            keys_BHSD.index_copy_(2, slots, k)
-            values_BHSD.index_copy_(2, slots, v)
-            k, v = keys_BHSD, values_BHSD
+            held = len(keys_BHSD)
+            keys_BHSD.index_copy_(2, slots, k[:held])
+            values_BHSD.index_copy_(2, slots, v[:held])
+            q, k, v = q[:held], keys_BHSD, values_BHSD
         y_BHTD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
-        return self.out(y_BHTD.transpose(1, 2).reshape(B, T, -1))
+        y_BTW = y_BHTD.transpose(1, 2).flatten(2)
+        return self.out(y_BTW if len(y_BTW) == B else F.pad(y_BTW, (0, 0, 0, 0, 0, B - len(y_BTW))))
 
 
 class FeedForward(nn.Module):
@@ -106,18 +115,20 @@ class Block(nn.Module):
 
 
 def rotary_turns(places: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:
-    """places (T,) -> cosines and sines (2, T, D / 2) of place * 10000 ** (-2 i / D), made in float32."""
-    powers = torch.arange(0, head_size, 2, device=places.device) / head_size
-    angles = places[:, None].float() * 10000.0**-powers
-    return torch.stack([angles.cos(), angles.sin()]).to(dtype)
+    """places (T,) -> (2, T, D): cosines of place * 10000 ** (-2 i / D) for features i and i + D / 2, and sines,
+    negative for the former. Made in float64: an episode's places go into the hundred thousands, where float32 angles
+    are off by hundredths."""
+    powers = torch.arange(0, head_size, 2, device=places.device, dtype=torch.float64) / head_size
+    angles = places[:, None] * 10000.0**-powers
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)]).to(dtype)
 
 
-def rotate(x_BHTD: Tensor, turns: Tensor) -> Tensor:
-    """Turn feature pairs (i, i + D / 2) by their angles: products of two such vectors know only the difference of
-    their places, so the cache may hold them in any order."""
-    a, b = x_BHTD.chunk(2, dim=-1)
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """x (..., T, D): turn feature pairs (i, i + D / 2) by their angles. Products of two such vectors know only the
+    difference of their places, so the cache may hold them in any order."""
     cos, sin = turns
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def causal_segment_mask(segments: Tensor) -> Tensor:
