@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import etl, scale, stream, trainer
+from benchmarks import baselines, etl, scale, stream, trainer
 from benchmarks.etl import pair as timed
 from eval.agent import AgentConfig, GatoAgent, demonstration
 from schemas.vocabulary import SEED
@@ -83,6 +83,7 @@ def main() -> None:
         scale.grow(folder / "grown")
         bench_loss(folder)
         bench_agent(folder)
+        baselines.run()
 
 
 if __name__ == "__main__":
