@@ -91,7 +91,7 @@ class Config(Training):
     @classmethod
     def cpu(cls, task: TaskSpec) -> Config:
         """The quick model, trained for about five minutes on one CPU core, and a short search."""
-        return replace(cls.quick(task), steps=6_000, decay=6_000, warmup=200)
+        return replace(cls.quick(task), steps=5_000, decay=5_000, warmup=200)
 
 
 class Discretiser:
