@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import control, etl, scale, stream, trainer
+from benchmarks import baselines, control, etl, scale, stream, trainer
 from benchmarks.etl import pair as timed
 from schemas.vocabulary import SEED
 from shards.stream import Stream, StreamConfig
@@ -56,6 +56,7 @@ def main() -> None:
         scale.grow(folder / "grown")
         bench_loss(folder)
         control.run(folder / "control", None, [], Path("results/control.svg"), REPEATS)
+        baselines.run()
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ class Training:
     warmup: int = 10_000
     decay: int | None = None
     weight_decay: float = 1e-4
+    decay_all: bool = False
+    """Decay every parameter; else the weights of layers alone, without biases, norms, embeddings and tables."""
     beta_2: float = 0.999
     clip: float = 0.25
     dropout: float = 0.1
@@ -69,12 +71,13 @@ def flatten(observations: dict[str, np.ndarray]) -> np.ndarray:
 def optimise(
     model: torch.nn.Module, config: Training, loss: Callable[[], torch.Tensor], progress: Callable[[dict], None] | None
 ) -> list[tuple[int, float]]:
-    """AdamW over `config.steps` draws of `loss`; weight decay on matrices of linear and convolutional layers alone.
-    The training curve: (step, mean loss since the point before). FloatingPointError once the loss is not finite."""
-    inputs = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
-    tables = {id(p) for p in inputs}
-    decayed = [p for p in model.parameters() if p.ndim > 1 and id(p) not in tables]
-    plain = [p for p in model.parameters() if p.ndim <= 1 or id(p) in tables]
+    """AdamW over `config.steps` draws of `loss`. The training curve: (step, mean loss since the point before).
+    FloatingPointError once the loss is not finite."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    tables |= {id(p) for name, p in model.named_parameters() if name.startswith("place")}
+    decayed = [p for p in model.parameters() if config.decay_all or (p.ndim > 1 and id(p) not in tables)]
+    chosen = {id(p) for p in decayed}
+    plain = [p for p in model.parameters() if id(p) not in chosen]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta_2))
 

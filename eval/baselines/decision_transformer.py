@@ -42,6 +42,7 @@ TARGETS |= {"ALE/Breakout": 90, "ALE/Seaquest": 1150, "ALE/Qbert": 14000, "ALE/P
 class Config(Training):
     """Defaults: the paper's for MuJoCo (its table 9, and its code)."""
 
+    decay_all: bool = True
     context: int = 20
     """K, timesteps that the model sees."""
     layers: int = 3
@@ -62,8 +63,9 @@ class Config(Training):
         if image_field(task) is None:
             return config
         # the cosine ends behind the last step: its code counts three tokens a timestep there and one elsewhere
-        schedule = replace(config, steps=19_532, batch=128, lr=6e-4, warmup=3, decay=23_438, weight_decay=0.1)
-        return replace(schedule, beta_2=0.95, clip=1.0, context=30, layers=6, heads=8, return_scale=1.0)
+        schedule = replace(config, steps=19_532, batch=128, lr=6e-4, warmup=3, decay=23_438, clip=1.0)
+        decay = replace(schedule, weight_decay=0.1, decay_all=False, beta_2=0.95)
+        return replace(decay, context=30, layers=6, heads=8, return_scale=1.0)
 
     @classmethod
     def quick(cls, task: TaskSpec) -> Config:
@@ -73,6 +75,14 @@ class Config(Training):
             narrow = replace(config, context=5, width=64, clip=1.0, dropout=0.0)
             return replace(narrow, steps=1200, decay=1200, lr=2e-3)
         return replace(config, context=8, layers=2, heads=4, batch=32, steps=150, decay=150, lr=1e-3)
+
+    @classmethod
+    def cpu(cls, task: TaskSpec) -> Config:
+        """The quick model, trained for about four minutes on one CPU core."""
+        config = cls.quick(task)
+        if image_field(task) is None:
+            return replace(config, steps=10_000, decay=10_000, warmup=200)
+        return replace(config, steps=1_000, decay=1_000)
 
 
 def image_field(task: TaskSpec) -> FieldSpec | None:
@@ -118,7 +128,7 @@ class DecisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
         self.to_go, self.timestep = nn.Linear(1, W), nn.Embedding(timesteps, W)
         self.action: nn.Module = nn.Embedding(outputs, W) if self.discrete else nn.Linear(outputs, W)
-        self.head = nn.Linear(W, outputs)
+        self.head = nn.Linear(W, outputs, bias=image is None)
         if image is None:
             self.state: nn.Module = nn.Linear(sum(int(np.prod(f.shape)) for f in task.observation), W)
             self.norm_in = nn.LayerNorm(W)

@@ -88,6 +88,11 @@ class Config(Training):
         schedule = replace(small, steps=550, batch=64, lr=3e-3, warmup=50, decay=550)
         return replace(schedule, context=3, horizon=2, beams=4, cdf_act=0.9)
 
+    @classmethod
+    def cpu(cls, task: TaskSpec) -> Config:
+        """The quick model, trained for about five minutes on one CPU core, and a short search."""
+        return replace(cls.quick(task), steps=5_000, decay=5_000, warmup=200)
+
 
 class Discretiser:
     """Bins of each dimension: `edges` (S, N + 1) float64; quantiles of the data, or uniform between its extremes."""
@@ -98,11 +103,11 @@ class Discretiser:
 
     @classmethod
     def fit(cls, rows: np.ndarray, config: Config) -> Discretiser:
-        steps = np.linspace(0, 1, config.bins + 1)
         if config.discretisation == "quantile":
-            return cls(np.quantile(rows, steps, axis=0).T)
+            places = np.arange(config.bins + 1) * -(-len(rows) // config.bins)
+            return cls(np.sort(rows, axis=0)[np.minimum(places, len(rows) - 1)].T)
         low, high = rows.min(axis=0), rows.max(axis=0)
-        return cls(low[:, None] + (high - low)[:, None] * steps)
+        return cls(low[:, None] + (high - low)[:, None] * np.linspace(0, 1, config.bins + 1))
 
     def encode(self, rows: np.ndarray, first: int = 0) -> np.ndarray:
         """Values (n, d) of dimensions first, first + 1, ... to bins (n, d) int64; beyond the data: the outer bins."""
@@ -385,7 +390,8 @@ class Policy:
             rows.select(tried.flatten())
             gained, first = gained[tried.flatten()], first[tried.flatten()]
             for _ in range(model.actions):
-                rows.logits[:, config.bins] = -torch.inf
+                if step == 0:  # what is played must be an action
+                    rows.logits[:, config.bins] = -torch.inf
                 token = draw(rows.logits, config.k_act, config.cdf_act, rng)
                 first = torch.cat([first, token[:, None]], dim=1) if step == 0 else first
                 rows.append(token)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from eval.baselines import decision_transformer as dt
+from eval.baselines import optimise
 from schemas.episode import ActionSpec, EnvironmentSpec, FieldSpec, TaskSpec
 from shards.views import Trajectory
 
@@ -176,6 +177,44 @@ def test_training_is_a_function_of_its_seed(task, tmp_path):
     assert torch.equal(state, torch.random.get_rng_state())
 
 
+@pytest.mark.parametrize("task", [CONTROL, GAME], ids=["control", "game"])
+def test_an_interrupted_training_leaves_no_baseline_and_starts_again(task, tmp_path):
+    def interrupt(figures):
+        raise KeyboardInterrupt
+
+    make, rng = control_episode if task is CONTROL else game_episode, np.random.default_rng(0)
+    episodes = [make(rng, T) for T in (9, 3, 14)]
+    with pytest.raises(KeyboardInterrupt):
+        dt.train(episodes, task, dt.Config(**SMALL), 0, tmp_path / "again", interrupt)
+    # what a kill between the two files leaves, of another seed
+    (tmp_path / "again").mkdir(exist_ok=True)
+    other = trained(task, tmp_path / "other", seed=1) / "weights.safetensors"
+    other.rename(tmp_path / "again" / "weights.safetensors")
+    with pytest.raises(ValueError, match="no config.json"):
+        dt.load(tmp_path / "again")
+    again, whole = trained(task, tmp_path / "again"), trained(task, tmp_path / "whole")
+    for name in ("weights.safetensors", "config.json"):
+        assert (again / name).read_bytes() == (whole / name).read_bytes()
+    assert sorted(path.name for path in again.iterdir()) == ["config.json", "weights.safetensors"]
+    dt.load(again)
+
+
+@pytest.mark.parametrize("task", [CONTROL, GAME], ids=["control", "game"])
+def test_weight_decay_spares_what_the_original_spares(task):
+    config = dt.Config(**SMALL | {"weight_decay": 0.1}, decay_all=task is CONTROL)
+    model = dt.DecisionTransformer(config, task, 20)
+    for p in model.parameters():
+        p.data.fill_(1.0)
+    optimise(model, config, lambda: sum(0.0 * p.sum() for p in model.parameters()), None)
+    kept = {name for name, p in model.named_parameters() if (p == 1.0).all()}
+    if task is CONTROL:
+        assert not kept
+    else:
+        matrices = {name for name, p in model.named_parameters() if p.ndim > 1}
+        assert kept & matrices == {"place", "timestep.weight", "action.weight"}
+        assert "head.bias" not in model.state_dict()
+
+
 def test_target_is_the_best_whole_episode_unless_given(tmp_path):
     rng = np.random.default_rng(0)
     cut = control_episode(rng, 50)
@@ -254,3 +293,6 @@ def test_published_settings():
     game = dt.Config.paper(GAME)
     assert (game.context, game.layers, game.heads, game.width, game.lr, game.target_return) == (30, 6, 8, 128, 6e-4, 20)
     assert dt.Config.quick(CONTROL).target_return is None
+    assert (paper.decay_all, game.decay_all) == (True, False)
+    for task in (CONTROL, GAME):
+        assert dt.Config.quick(task).steps < dt.Config.cpu(task).steps < dt.Config.paper(task).steps

@@ -66,6 +66,12 @@ def test_bins_hold_equal_shares_or_equal_widths_and_centres_lie_in_them(kind):
     assert d.encode(np.array([[-1e9, 1e9, -1e9, 1e9]])).tolist() == [[0, 11, 0, 11]]
 
 
+def test_quantiles_are_the_original_code_s():
+    """Every ceil(n / N)-th value in order, then the greatest."""
+    d = tt.Discretiser.fit(np.random.default_rng(0).permutation(25)[:, None], SMALL)
+    assert d.edges.tolist() == [[0, 3, 6, 9, 12, 15, 18, 21, 24, 24, 24, 24, 24]]
+
+
 def test_rows_hold_the_discounted_value_behind_each_reward_and_the_penalty():
     e = Episode(np.zeros((3, 3)), np.zeros((3, 2)), np.array([1.0, 2.0, 4.0]))
     config = replace(SMALL, discount=0.5, termination_penalty=-100.0)
@@ -157,7 +163,7 @@ def test_growing_rows_predict_as_the_last_transitions_from_scratch(tmp_path):
             rows.append(tokens[order, t])
 
 
-def test_actions_are_bin_centres_and_inactive_environments_cost_and_change_nothing(tmp_path):
+def test_actions_are_bin_centres_and_rows_do_not_mix(tmp_path):
     policy = rough(tt.load(train(tmp_path, replace(SMALL, k_act=1))))
     rng = np.random.default_rng(0)
     seen = [rng.normal(size=(3, 3)).astype(np.float32) for _ in range(5)]
@@ -169,8 +175,18 @@ def test_actions_are_bin_centres_and_inactive_environments_cost_and_change_nothi
     everyone, some = play(np.ones(3, bool)), play(np.array([True, False, True]))
     assert everyone.dtype == np.float32 and everyone.shape == (5, 3, 2)
     assert np.array_equal(everyone[:, [0, 2]], some[:, [0, 2]])
+    alone = [play(np.arange(3) == n)[:, n] for n in range(3)]
+    assert np.array_equal(everyone, np.stack(alone, axis=1))
     centres = policy.discretiser.centres[3:5].astype(np.float32)
     assert all(np.isin(everyone[..., a], centres[a]).all() for a in range(2))
+
+
+def test_what_is_played_is_an_action_even_where_the_end_is_likeliest(tmp_path):
+    policy = tt.load(train(tmp_path))
+    torch.nn.init.zeros_(policy.model.norm.weight)
+    torch.nn.init.ones_(policy.model.norm.bias)
+    policy.model.head.data[:, SMALL.bins] = 10.0
+    assert (policy.plan(torch.zeros(2, 3, dtype=torch.int64), np.random.default_rng(0)) < SMALL.bins).all()
 
 
 def test_draw_keeps_the_likeliest():
@@ -242,3 +258,4 @@ def test_published_settings():
     cheetah = tt.Config.paper(replace(TASK, environment=EnvironmentSpec("mujoco", "HalfCheetah-v4")))
     assert (cheetah.horizon, cheetah.beams) == (5, 32)
     assert tt.Config.paper(TASK).termination_penalty is None
+    assert tt.Config.quick(spec).steps < tt.Config.cpu(spec).steps < paper.steps
