@@ -63,8 +63,8 @@ class Options:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("results/compare")
     baselines: Path = Path("runs/baselines")
     """Where trained baselines are kept."""
-    budget: Literal["quick", "paper"] = "quick"
-    """Size and training steps of the baselines: quick for CPUs, or those of their papers."""
+    budget: Literal["quick", "cpu", "paper"] = "quick"
+    """Size and training steps of the baselines: a minute of one core, some minutes, or those of their papers."""
     episodes: int = 10
     """Episodes of each model, environment and model seed."""
     seeds: int = 1
