@@ -32,6 +32,7 @@ from gymnasium import spaces
 from PIL import Image
 
 from etl import drawing, gridworld, oldgym
+from etl.uninterrupted import uninterrupted
 from schemas.episode import ActionSpec, EnvironmentSpec, FieldSpec
 
 FRAME_SIZE = (84, 84)
@@ -327,7 +328,8 @@ def _register(suite: str) -> None:
         raise SimulatorError(f"unknown suite '{suite}'; known: {', '.join(sorted(SUITES))}")
     module, remedy = SUITES[suite]
     try:
-        gymnasium.register_envs(importlib.import_module(module))
+        with uninterrupted():
+            gymnasium.register_envs(importlib.import_module(module))
     except ImportError as error:
         raise SimulatorError(f"suite '{suite}' needs the package {module} ({error}); {remedy}") from None
     if suite == "atari":

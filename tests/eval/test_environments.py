@@ -22,6 +22,7 @@ from rich.console import Console
 from etl import oldgym, simulators
 from etl.experts import policies
 from etl.sources import _catalogue
+from etl.uninterrupted import uninterrupted
 from eval.compare import compare as comparison
 from eval.environments import RandomPolicy, play
 from eval.jobs import Options
@@ -241,6 +242,15 @@ def test_a_fault_ends_its_own_episode(fault, hopper):
             assert (one.total, one.timesteps, one.ending) == (other.total, other.timesteps, other.ending)
 
 
+def test_ctrl_c_waits_for_a_native_import():
+    """Raised inside ale-py's own set-up it would abort the process."""
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGINT); done = True"
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        scope = {}
+        exec(code, scope)
+        assert scope["done"]
+
+
 def test_no_picture_is_no_error(hopper):
     spec = EnvironmentSpec("gymnasium", "CartPole-v1")
     env = simulators.make(spec)
@@ -329,7 +339,8 @@ def test_ctrl_c_keeps_what_was_played(processes, hopper, pong, tmp_path):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: its children get it too
     said = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "interrupted: the same command again" in said and "Traceback" not in said
+    assert process.returncode == 130, said
+    assert "interrupted: the same command again" in said and "Traceback" not in said
     assert len(found) == 1 and list(output.rglob("*.parquet")) == found
     before = found[0].read_bytes()
     again = subprocess.run(command, capture_output=True, text=True, timeout=300)
