@@ -190,6 +190,8 @@ class Run:
             "train/skipped_steps": self.step - self.engine.applied,
             **self.batches.figures(),
         }
+        if self.device.type == "cuda":
+            figures["train/peak_gigabytes"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         if self._losses:
             figures["train/loss"] = sum(self._losses) / len(self._losses)
         if math.isfinite(result.gradient_norm):
