@@ -15,7 +15,7 @@ episode's actions are the same to the bit whatever else is in the batch (see `ba
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -44,9 +44,10 @@ class AgentConfig:
     """sample from the restricted softmax; greedy; mean of bins (continuous actions only); auto: mean for
     continuous actions, sample for discrete ones."""
     temperature: float = 1.0
-    prompt: Literal["end", "start", "none"] = "end"
-    """A demonstration's last timesteps, as half of the prompts in training; its first, as the paper has it (§2.4); or
-    none. docs/ablations.md has what each gives."""
+    prompt: Literal["auto", "end", "start", "none"] = "auto"
+    """A demonstration's last timesteps, as half of the prompts in training; its first, as the paper has it (§2.4);
+    none; or auto: none, but the last ones where several of the model's tasks share an environment and only a prompt
+    tells which is meant. docs/ablations.md has what each gives."""
     prompt_share: float = 0.5
     """Share of the window that starts out filled with the prompt."""
     window: Literal["rolling", "exact"] = "rolling"
@@ -70,7 +71,15 @@ def text_tokenizer(dataset: Dataset) -> TextTokenizer | None:
     return TextTokenizer(dataset.local(dataset.manifest.text_model.file), dataset.manifest.vocabulary)
 
 
-def best_demonstration(dataset: Dataset, task: int, prompt: Literal["end", "start"]) -> Prompt:
+def prompted(config: AgentConfig, info: ExportInfo, task: TaskSpec) -> AgentConfig:
+    """The configuration with its prompt decided for a task."""
+    if config.prompt != "auto":
+        return config
+    shared = any(other.name != task.name and other.environment == task.environment for other in info.tasks)
+    return replace(config, prompt="end" if shared else "none")
+
+
+def best_demonstration(dataset: Dataset, task: int, prompt: Literal["auto", "end", "start"]) -> Prompt:
     """The last or first stored piece of the training episode with the highest return."""
     rows = dataset.rows(task, held_out=False)
     start, steps, whole = (dataset.column(name)[rows] for name in ("start", "timesteps", "episode_timesteps"))
@@ -80,7 +89,7 @@ def best_demonstration(dataset: Dataset, task: int, prompt: Literal["end", "star
 
 
 def demonstration(dataset: Dataset, task: int, config: AgentConfig) -> Prompt | None:
-    """What an agent of this configuration is prompted with."""
+    """What an agent of this configuration is prompted with, where it is."""
     return None if config.prompt == "none" else best_demonstration(dataset, task, config.prompt)
 
 
@@ -134,7 +143,7 @@ class GatoAgent:
         length = 0 if self.prompt is None else int(self.window * self.config.prompt_share)
         if self.prompt is not None and length:
             length = self.time = min(length, len(self.prompt.tokens))
-            shown = slice(-length, None) if self.config.prompt == "end" else slice(length)
+            shown = slice(length) if self.config.prompt == "start" else slice(-length, None)
             pixels = None if self.prompt.patches is None else np.array(self.prompt.patches[shown])
             x = self._embed(self._ids(self.prompt.tokens[shown]), pixels).view(1, length * K, -1)
             self.last = torch.from_numpy(self.prompt.tokens[shown][-1:, -A:].astype(np.int64)).to(self.device)

@@ -24,7 +24,7 @@ import tyro
 
 from etl import simulators
 from eval import report, scores
-from eval.agent import AgentConfig, GatoAgent, demonstration, text_tokenizer
+from eval.agent import AgentConfig, GatoAgent, demonstration, prompted, text_tokenizer
 from eval.baselines import decision_transformer, device, trajectory_transformer
 from eval.environments import Played, Policy, RandomPolicy, play
 from eval.host import host
@@ -222,7 +222,7 @@ class Parts:
         assert job.spec.environment is not None
         settings["environment"] = simulators.settings(job.spec.environment)
         if job.model == "gato":
-            settings |= asdict(self.options.agent)
+            settings |= asdict(prompted(self.options.agent, self.gatos[job.seed][1], job.spec))
         if job.model in BASELINES:
             settings["budget"] = self.options.budget
         return json.dumps(settings, sort_keys=True)
@@ -259,7 +259,8 @@ class Parts:
             return RandomPolicy(job.spec)
         if job.model in BASELINES:
             return BASELINES[job.model].load(self.baseline(job, tell))
-        (model, info), agent = self.gatos[job.seed], self.options.agent
+        model, info = self.gatos[job.seed]
+        agent = prompted(self.options.agent, info, job.spec)
         if job.dataset is None:
             prompt, text = shipped_prompt(self.exports[job.seed], info, job.spec.name, agent), None
         else:

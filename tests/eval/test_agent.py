@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.agent import AgentConfig, GatoAgent, demonstration
+from eval.agent import AgentConfig, GatoAgent, demonstration, prompted
 from eval.draws import Draws
 from eval.environments import play
 from schemas.layout import PATCH, SEPARATOR
@@ -79,7 +79,7 @@ def plain_logits(agent, seen, actions):
     layout, tokenizer, prompt = agent.layout, agent.tokenizer, []
     if agent.prompt is not None:
         length = agent.window // 2
-        shown = slice(-length, None) if agent.config.prompt == "end" else slice(length)
+        shown = slice(length) if agent.config.prompt == "start" else slice(-length, None)
         patches = agent.prompt.patches
         prompt = list(zip(agent.prompt.tokens[shown], [None] * length if patches is None else patches[shown]))
     found = np.zeros((len(seen), layout.action, len(actions[0]), agent.ids.size))
@@ -245,3 +245,12 @@ def test_a_context_too_short_is_refused(pong):
     info = replace(ExportInfo("gato.model", 1, SMALL, agent.model.vocabulary, "", 30, 0, (), {}, {}))
     with pytest.raises(ValueError, match="two timesteps"):
         GatoAgent(agent.model, info, dataset.manifest.tasks[0].spec, AgentConfig())
+
+
+def test_auto_prompts_where_tasks_share_an_environment(hopper):
+    agent, dataset = setup(hopper)
+    task = dataset.manifest.tasks[0].spec
+    for others, wanted in (((), "none"), ((replace(task, name="hopper-expert-v4"),), "end")):
+        info = ExportInfo("gato.model", 1, SMALL, agent.model.vocabulary, "", 120, 0, (task, *others), {}, {})
+        assert prompted(AgentConfig(), info, task).prompt == wanted
+        assert prompted(AgentConfig(prompt="start"), info, task).prompt == "start"
