@@ -18,8 +18,9 @@ from trainer.model.presets import PRESETS
 # tiny
 # command   deepspeed trainer/main.py --recipe tiny
 # hardware  2 CPU cores, no GPU
-# hours     see docs/log.md for the measured steps a minute
-# expected  see docs/log.md
+# hours     0.8 on one core that is its own, for two control tasks (11,000 tokens/s)
+# expected  one set of weights: 105 % of the behaviour's return on halfcheetah-medium, 96 % on hopper-medium (200,000
+#           timesteps each, recorded from linear policies; docs/log.md)
 TINY = TrainConfig(
     steps=8_000,
     model=PRESETS["tiny"],
@@ -33,7 +34,7 @@ TINY = TrainConfig(
 # command   make quickstart
 # hardware  2 CPU cores, no GPU
 # hours     about 0.1
-# expected  see docs/log.md
+# expected  Freeway as its expert; Hopper's first steps, not more
 QUICKSTART = replace(
     TINY,
     steps=500,
