@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+# a shell starts what runs in its background with SIGINT ignored, which all processes started here would inherit
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run(*arguments: str | Path, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
