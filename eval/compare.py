@@ -33,7 +33,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from eval import report, scores
 from eval.charts import Curves, read_metrics
-from eval.jobs import BASELINES, Job, Options, Parts, Told
+from eval.jobs import BASELINES, Job, Parts, Told
+from eval.options import Options
 from schemas.dataset import DatasetError
 from schemas.result import RESULT_SCHEMA
 from schemas.vocabulary import VocabularyMismatch

@@ -6,14 +6,15 @@ Held-out loss does not tell whether a policy stands: only playing does. A traini
 `--run.export-every N` leaves the weights of its steps; each is played once, and the report of `eval.compare` draws the
 lines of returns.jsonl beside those of metrics.jsonl.
 
-Invariant: a line is written when all tasks of its export have been played, so a killed command goes on where it was.
+Invariant: a line is written when all tasks of its export have been played, so a killed command goes on where it was;
+lines of other weights or another protocol are replaced.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,7 @@ import tyro
 from eval.agent import AgentConfig, GatoAgent, demonstration, prompted, text_tokenizer
 from eval.environments import play
 from schemas.dataset import DatasetError
+from schemas.files import atomic_write
 from schemas.vocabulary import VocabularyMismatch
 from shards.reader import Dataset, Store
 from shards.stream import find_datasets
@@ -49,19 +51,22 @@ class Options:
     agent: AgentConfig = field(default_factory=AgentConfig)
 
 
-def exports(run: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of a run's exports, ascending. CheckpointError where there is none."""
-    models = [*run.glob("exports/step-*/model.json"), *run.glob("export/model.json")]
-    found = {int(json.loads(model.read_text())["step"]): model.parent for model in models}
+def exports(run: Path) -> list[tuple[int, Path, str]]:
+    """(step, folder, weights' sha256) of a run's exports, ascending. CheckpointError where there is none."""
+    found: dict[int, tuple[Path, str]] = {}
+    for model in [*run.glob("exports/step-*/model.json"), *run.glob("export/model.json")]:
+        body = json.loads(model.read_text())
+        found[int(body["step"])] = model.parent, body["weights_sha256"]
     if not found:
         raise CheckpointError(f"{run}: no exports; train with --run.export-every N")
-    return sorted(found.items())
+    return [(step, *export) for step, export in sorted(found.items())]
 
 
-def played(run: Path) -> set[int]:
-    """Steps that returns.jsonl holds."""
-    path = run / RETURNS
-    return {json.loads(line)["step"] for line in path.open() if line.endswith("\n")} if path.is_file() else set()
+def played(run: Path, protocol: dict) -> list[dict]:
+    """The lines of returns.jsonl that were played as asked for, and of the weights that are there."""
+    path, weights = run / RETURNS, {sha256 for _, _, sha256 in exports(run)}
+    lines = [json.loads(line) for line in path.open() if line.endswith("\n")] if path.is_file() else []
+    return [line for line in lines if line.get("protocol") == protocol and line.get("weights_sha256") in weights]
 
 
 def returns(folder: Path, options: Options, datasets: list[Dataset]) -> dict[str, float]:
@@ -94,15 +99,18 @@ def main() -> int:
         store = Store()
         folders = list(options.datasets) or find_datasets(options.root)
         datasets = [Dataset(folder, store=store) for folder in folders]
-        done = played(options.run)
-        for step, folder in exports(options.run):
-            if step in done:
+        protocol = {"episodes": options.episodes, "first_seed": options.first_seed, "tasks": list(options.tasks)}
+        protocol |= {"agent": asdict(options.agent)}
+        lines = played(options.run, protocol)
+        for step, folder, weights in exports(options.run):
+            if weights in {line["weights_sha256"] for line in lines}:
                 continue
             figures = returns(folder, options, datasets)
             if not figures:
                 raise DatasetError(f"{folder}: none of its tasks is in {', '.join(map(str, folders)) or options.root}")
-            with (options.run / RETURNS).open("a") as file:
-                file.write(json.dumps({"step": step, "episodes": options.episodes} | figures) + "\n")
+            lines.append({"step": step, "weights_sha256": weights, "protocol": protocol} | figures)
+            with atomic_write(options.run / RETURNS) as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
             shown = ", ".join(f"{name.split('/', 1)[1]} {value:.4g}" for name, value in figures.items())
             print(f"step {step}: {shown}", flush=True)
     except (DatasetError, CheckpointError, VocabularyMismatch, ValueError, OSError) as error:

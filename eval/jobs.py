@@ -12,22 +12,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import imageio.v3 as imageio
 import numpy as np
 import torch
-import tyro
 
 from etl import simulators
 from eval import report, scores
-from eval.agent import AgentConfig, GatoAgent, demonstration, prompted, text_tokenizer
+from eval.agent import GatoAgent, demonstration, prompted, text_tokenizer
 from eval.baselines import decision_transformer, device, trajectory_transformer
 from eval.environments import Played, Policy, RandomPolicy, play
 from eval.host import host
+from eval.options import Options, check
 from eval.ship import shipped_prompt
 from schemas.dataset import DatasetError
 from schemas.episode import TaskSpec
@@ -44,42 +44,6 @@ BASELINES = {"dt": decision_transformer, "tt": trajectory_transformer}
 SHIPPED = Path(__file__).resolve().parent / "weights" / "tiny"
 
 Told = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """Play the real simulators with DT, TT and Gato; print and save
-    `Dataset | Environment | DT | TT | Gato | Random | Behaviour`."""
-
-    gato: tuple[Path, ...] = ()
-    """Folders of exported models (…/export), trained with different seeds where there are several; the newest
-    runs/*/export where none is given."""
-    datasets: tuple[str, ...] = ()
-    """Dataset folders or URLs; all finished ones in --root where none is named."""
-    root: str = "data/shards"
-    tasks: tuple[str, ...] = ()
-    """Only these tasks of the datasets."""
-    models: tuple[Literal["random", "behaviour", "dt", "tt", "gato"], ...] = ("random", "behaviour", "dt", "tt", "gato")
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("results/compare")
-    baselines: Path = Path("runs/baselines")
-    """Where trained baselines are kept."""
-    budget: Literal["quick", "cpu", "paper"] = "quick"
-    """Size and training steps of the baselines: a minute of one core, some minutes, or those of their papers."""
-    episodes: int = 10
-    """Episodes of each model, environment and model seed."""
-    seeds: int = 1
-    """Model seeds of each baseline; Gato has those it was trained with."""
-    first_seed: int = 1000
-    """Episode n is reset with first_seed + n, for every model alike."""
-    step_limit: int | None = None
-    """End episodes after this many timesteps; part of the protocol that every row names."""
-    film_seconds: float = 6.0
-    """Length of each rollout picture; 0 for none."""
-    processes: int = 0
-    """Parts that are trained and played at once; 0: one for each CPU core, or a single one with a GPU."""
-    threads: int = 1
-    """Threads of a process. The last digits of a float depend on it, and so may an action."""
-    agent: AgentConfig = field(default_factory=AgentConfig)
 
 
 @dataclass(frozen=True)
@@ -114,6 +78,7 @@ class Parts:
 
     def __init__(self, options: Options):
         self.options = options
+        check(options)
         torch.set_num_threads(options.threads)
         store = Store()
         folders = list(options.datasets) or find_datasets(options.root)

@@ -74,6 +74,8 @@ def shipped_prompt(folder: Path, info: ExportInfo, task: str, config: AgentConfi
 
 def ship(options: Options) -> int:
     """Write the copy; its bytes in all."""
+    if options.output.resolve() == options.source.resolve():
+        raise DatasetError(f"{options.output}: is the export itself, which stays; give another folder")
     model, info = load_export(options.source)
     if any(field.kind == "text" for task in info.tasks for field in task.observation):
         raise DatasetError(f"{options.source}: its tasks have text, whose tokenizer is not part of an export")

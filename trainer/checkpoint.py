@@ -130,7 +130,7 @@ def latest(folder: Path) -> Record | None:
                 print(f"warning: {fault}; going on from {record.tag} instead", flush=True)
             return record
     if faults:
-        raise CheckpointError(f"{faults[0]}; no other checkpoint is whole: remove {folder} to start anew")
+        raise CheckpointError(f"{faults[0]}; no other checkpoint is whole: start anew with another --run.output")
     if (folder / "latest.json").is_file():
         raise CheckpointError(f"{folder}: checkpoints of an older version of this package; give another --run.output")
     return None
@@ -209,7 +209,9 @@ _EXPORT: TypeAdapter[ExportInfo] = TypeAdapter(ExportInfo)
 
 
 def export(folder: Path, weights: dict[str, torch.Tensor], info: ExportInfo) -> None:
-    """Write weights (float32, contiguous) and then the JSON that vouches for them."""
+    """Write weights (float32, contiguous), then the JSON that vouches for them. ValueError where one is not finite."""
+    if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{folder}: not exported, '{broken[0]}' holds values that are not finite")
     with atomic_write(folder / "weights.safetensors") as file:
         file.write(save({name: tensor.detach().cpu().float().contiguous() for name, tensor in weights.items()}))
     body = _EXPORT.dump_python(info, mode="json") | {"weights_sha256": sha256_of(folder / "weights.safetensors")}

@@ -151,3 +151,44 @@ def deciding(config: TrainConfig) -> dict[str, Any]:
     if "matrices" not in raw["optimiser"]:
         del raw["optimiser"]["muon_peak_lr"]
     return {name: raw[name] for name in ("seed", "model", "loss", "optimiser")}
+
+
+# setting, least, most; a number that is not finite lies in no range
+RANGES = (
+    ("steps", 1, 2**40), ("seed", 0, 2**63 - 1),
+    ("data.global_batch", 1, 2**24), ("data.micro_batch", 1, 2**24), ("data.threads", 0, 1024),
+    ("optimiser.peak_lr", 1e-12, 10), ("optimiser.start_lr", 0, 10), ("optimiser.final_lr_share", 0, 1),
+    ("optimiser.warmup_steps", 0, 2**40), ("optimiser.decay_steps", 1, 2**40), ("optimiser.beta_1", 0, 0.99999),
+    ("optimiser.beta_2", 0, 0.9999999), ("optimiser.epsilon", 0, 1), ("optimiser.weight_decay", 0, 10),
+    ("optimiser.gradient_clip", 0, 1e9), ("optimiser.muon_peak_lr", 1e-12, 10),
+    ("loss.soft_bins", 0, 1024), ("loss.chunk", 0, 2**31),
+    ("model.blocks", 1, 10_000), ("model.heads", 1, 10_000), ("model.width", 1, 2**20), ("model.head_size", 1, 2**16),
+    ("model.feed_forward", 1, 2**24), ("model.dropout", 0, 0.99), ("model.stochastic_depth", 0, 0.99),
+    ("run.log_every", 1, 2**40), ("run.evaluate_every", 1, 2**40), ("run.evaluate_sequences", 0, 2**31),
+    ("run.save_every", 1, 2**40), ("run.keep_last", 1, 2**31), ("run.keep_best", 0, 2**31),
+    ("run.export_every", 0, 2**40), ("run.skip_limit", 1, 2**31), ("run.patience_minutes", 0, 1e6),
+)  # fmt: skip
+
+
+def check(config: TrainConfig, world: int) -> None:
+    """ValueError names the first setting that makes no sense, alone or with `world` processes."""
+    for name, least, most in RANGES:
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        if not least <= value <= most:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be from {least:g} to {most:g}")
+    data = config.data
+    if world < 1 or data.global_batch % (world * data.micro_batch):
+        raise ValueError(
+            f"--data.global-batch {data.global_batch}: must be a multiple of processes x --data.micro-batch, "
+            f"{world} x {data.micro_batch}"
+        )
+
+
+def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
+    """Settings of two trees as JSON has them that are not the same: 'optimiser.peak_lr 0.001, there 0.002'."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        keys = sorted(ours | theirs)
+        return [line for key in keys for line in differences(ours.get(key), theirs.get(key), f"{name}.{key}")]
+    return [] if ours == theirs else [f"{name.removeprefix('.').removeprefix('config.')} {ours}, there {theirs}"]

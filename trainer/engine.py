@@ -49,6 +49,8 @@ def learning_rate(step: int, config: OptimiserConfig) -> float:
 def start(local_rank: int, patience_minutes: float) -> torch.device:
     """Join the process group and choose the device. Call once a process, before anything else here. Ranks that wait
     for another longer than `patience_minutes` (0: half an hour) give up."""
+    if not {"RANK", "OMPI_COMM_WORLD_RANK"} & set(os.environ):
+        raise ValueError("a training is started by its launcher: deepspeed trainer/main.py ...")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", max(local_rank, 0)))
@@ -239,4 +241,7 @@ def read_config(name: str) -> dict[str, Any]:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.json")))
         raise ValueError(f"no DeepSpeed configuration '{name}'; known: {known}, or give a path to a .json file")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); correct it, or name one of {CONFIGS}") from None

@@ -27,7 +27,7 @@ from shards.loader import Loader
 from shards.reader import Store
 from shards.stream import Stream, find_datasets
 from trainer import checkpoint
-from trainer.config import TrainConfig, deciding, to_dict
+from trainer.config import TrainConfig, deciding, differences, to_dict
 from trainer.engine import Engine, StepResult, agreed, learning_rate
 from trainer.heldout import evaluate
 from trainer.metrics import Metrics
@@ -93,10 +93,10 @@ class Run:
                 f"{self.folder}: holds checkpoints; give another --run.output or --run.resume auto"
             )
         state = self._state()
-        if changed := sorted(key for key in state | record.state if state.get(key) != record.state.get(key)):
+        if changed := differences(state, record.state):
             raise checkpoint.CheckpointError(
-                f"{self.folder}: made with another {', '.join(changed)}, so its run cannot be continued exactly; "
-                "restore that, or give another --run.output"
+                f"{self.folder}: made with another configuration ({'; '.join(changed)}), so its run cannot be "
+                "continued exactly; restore that, or give another --run.output"
             )
         return record
 
@@ -153,7 +153,7 @@ class Run:
         expect_sign_of_life(0)
         self._export("export")
         if self.first:
-            done = "finished" if self.step == config.steps else "stopped on request, run the same command to go on"
+            done = "stopped on request, run the same command to go on" if self.step < config.steps else "finished"
             print(f"{done} at step {self.step}; weights in {config.run.output / 'export'}", flush=True)
 
     def metrics_wanted(self, step: int) -> bool:

@@ -28,7 +28,7 @@ import tyro
 from schemas.dataset import DatasetError
 from schemas.vocabulary import SEED, VocabularyMismatch
 from trainer import dry_run, engine
-from trainer.config import TrainConfig
+from trainer.config import TrainConfig, check
 from trainer.loop import train
 from trainer.metrics import PEAK_TFLOPS
 from trainer.recipes import RECIPES
@@ -58,13 +58,14 @@ def main() -> int:
     asked, config = parse(sys.argv[1:])
     stop = Stop()
     try:
+        check(config, asked.world if asked.dry_run else int(os.environ.get("WORLD_SIZE", "1")))
         if asked.dry_run:
             dry_run.show(asked.recipe, config, SEED, asked.world, asked.tflops)
             return 0
         device = engine.start(asked.local_rank, config.run.patience_minutes)
         train(asked.recipe, config, device, stop)
     except (DatasetError, VocabularyMismatch, ValueError, OSError) as error:
-        rank = dist.get_rank() if dist.is_initialized() else 0
+        rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
         print(f"rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)
         return 1
     except dist.DistError as error:

@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from eval.report import load_rows
+from schemas.files import sha256_of
 from shards.reader import Dataset
 from tests.conftest import run
 from trainer.checkpoint import ExportInfo, export
@@ -107,3 +108,18 @@ def test_a_shipped_gato_plays_without_data_as_it_does_with_it(exports, hopper, p
     assert sizes[0] - sizes[1] == pytest.approx(4 * 32 * 32000, abs=100)
     (tmp_path / "small" / "prompts.safetensors").write_bytes(b"")
     assert "prompts.safetensors: missing or damaged" in run(*command, "--episodes", "3", check=False).stderr
+
+
+def test_an_export_is_not_shipped_onto_itself(exports, hopper):
+    before = sha256_of(exports[0] / "weights.safetensors")
+    done = run("eval.ship", exports[0], exports[0], "--datasets", hopper, check=False)
+    assert done.returncode == 1 and "give another folder" in done.stderr
+    assert sha256_of(exports[0] / "weights.safetensors") == before
+
+
+def test_a_curve_is_of_one_protocol_and_the_weights_that_are_there(exports, hopper):
+    folder = exports[1].parent
+    command = ["eval.curve", folder, "--datasets", hopper, "--episodes", "1"]
+    lines = [run(*command).stdout, run(*command).stdout, run(*command, "--agent.decoding", "greedy").stdout]
+    assert lines[0].startswith("step 0: ") and lines[1] == "" and lines[2].startswith("step 0: ")
+    assert len((folder / "returns.jsonl").read_text().splitlines()) == 1

@@ -25,7 +25,7 @@ from etl.sources import _catalogue
 from etl.uninterrupted import uninterrupted
 from eval.compare import compare as comparison
 from eval.environments import RandomPolicy, play
-from eval.jobs import Options
+from eval.options import Options
 from eval.scores import scored
 from schemas.episode import EnvironmentSpec
 from schemas.vocabulary import PAPER

@@ -1,6 +1,7 @@
 """Every DeepSpeed configuration parses; offload saves and resumes; every recipe is a run that can be made."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from safetensors.numpy import load_file
 
 from tests.trainer.launch import losses, train
-from trainer.config import from_dict, to_dict
+from trainer.config import check, differences, from_dict, to_dict
 from trainer.engine import CONFIGS, read_config
 from trainer.recipes import RECIPES
 
@@ -37,6 +38,38 @@ def test_every_recipe_survives_json_and_fits_its_configuration(name):
     assert config.deepspeed in NAMES and config.data.global_batch % config.data.micro_batch == 0
     processes = {"1.18b-8gpu": 8, "1.18b-nodes": 32}.get(name, 1)
     assert config.data.global_batch % (processes * config.data.micro_batch) == 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_in_range(name):
+    check(RECIPES[name], {"1.18b-8gpu": 8, "1.18b-nodes": 32}.get(name, 1))
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "world"),
+    [
+        ("optimiser", "peak_lr", float("nan"), 1),
+        ("optimiser", "peak_lr", -1.0, 1),
+        ("optimiser", "beta_1", 1.5, 1),
+        ("model", "dropout", 1.0, 1),
+        ("model", "blocks", 0, 1),
+        ("loss", "soft_bins", -3.0, 1),
+        ("run", "log_every", 0, 1),
+        ("data", "global_batch", 17, 1),
+        ("data", "micro_batch", 16, 3),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(part, field, value, world):
+    tiny = RECIPES["tiny"]
+    config = replace(tiny, **{part: replace(getattr(tiny, part), **{field: value})})
+    with pytest.raises(ValueError, match=f"--{part}.{field.replace('_', '-')}|--data.global-batch"):
+        check(config, world)
+
+
+def test_differences_name_setting_and_both_values():
+    ours = {"config": {"optimiser": {"peak_lr": 1.0}, "seed": 1}, "stream": "a"}
+    theirs = {"config": {"optimiser": {"peak_lr": 2.0}, "seed": 1}, "stream": "a", "start_from": "b"}
+    assert differences(ours, theirs) == ["optimiser.peak_lr 1.0, there 2.0", "start_from None, there b"]
 
 
 def test_offload_saves_resumes_bit_for_bit_and_learns_the_same(hopper, pong, tmp_path):

@@ -1,0 +1,64 @@
+"""What a comparison is asked for: the options of `python -m eval.compare`, and which values make sense."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from eval.agent import AgentConfig
+
+
+@dataclass(frozen=True)
+class Options:
+    """Play the real simulators with DT, TT and Gato; print and save
+    `Dataset | Environment | DT | TT | Gato | Random | Behaviour`."""
+
+    gato: tuple[Path, ...] = ()
+    """Folders of exported models (…/export), trained with different seeds where there are several; the newest
+    runs/*/export where none is given."""
+    datasets: tuple[str, ...] = ()
+    """Dataset folders or URLs; all finished ones in --root where none is named."""
+    root: str = "data/shards"
+    tasks: tuple[str, ...] = ()
+    """Only these tasks of the datasets."""
+    models: tuple[Literal["random", "behaviour", "dt", "tt", "gato"], ...] = ("random", "behaviour", "dt", "tt", "gato")
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("results/compare")
+    baselines: Path = Path("runs/baselines")
+    """Where trained baselines are kept."""
+    budget: Literal["quick", "cpu", "paper"] = "quick"
+    """Size and training steps of the baselines: a minute of one core, some minutes, or those of their papers."""
+    episodes: int = 10
+    """Episodes of each model, environment and model seed."""
+    seeds: int = 1
+    """Model seeds of each baseline; Gato has those it was trained with."""
+    first_seed: int = 1000
+    """Episode n is reset with first_seed + n, for every model alike."""
+    step_limit: int | None = None
+    """End episodes after this many timesteps; part of the protocol that every row names."""
+    film_seconds: float = 6.0
+    """Length of each rollout picture; 0 for none."""
+    processes: int = 0
+    """Parts that are trained and played at once; 0: one for each CPU core, or a single one with a GPU."""
+    threads: int = 1
+    """Threads of a process. The last digits of a float depend on it, and so may an action."""
+    agent: AgentConfig = field(default_factory=AgentConfig)
+
+
+def check(options: Options) -> None:
+    """ValueError names a setting that makes no sense."""
+    agent = options.agent
+    for name, value, least, most in (
+        ("episodes", options.episodes, 1, 10**6),
+        ("seeds", options.seeds, 1, 10**4),
+        ("first-seed", options.first_seed, 0, 2**31),
+        ("step-limit", 1 if options.step_limit is None else options.step_limit, 1, 10**9),
+        ("processes", options.processes, 0, 4096),
+        ("threads", options.threads, 1, 4096),
+        ("agent.temperature", agent.temperature, 1e-6, 1e6),
+        ("agent.prompt-share", agent.prompt_share, 0, 1),
+    ):
+        if not least <= value <= most:
+            raise ValueError(f"--{name} {value}: must be from {least:g} to {most:g}")
