@@ -157,10 +157,10 @@ def deciding(config: TrainConfig) -> dict[str, Any]:
 RANGES = (
     ("steps", 1, 2**40), ("seed", 0, 2**63 - 1),
     ("data.global_batch", 1, 2**24), ("data.micro_batch", 1, 2**24), ("data.threads", 0, 1024),
-    ("optimiser.peak_lr", 1e-12, 10), ("optimiser.start_lr", 0, 10), ("optimiser.final_lr_share", 0, 1),
+    ("optimiser.peak_lr", 1e-12, 1e38), ("optimiser.start_lr", 0, 1e38), ("optimiser.final_lr_share", 0, 1),
     ("optimiser.warmup_steps", 0, 2**40), ("optimiser.decay_steps", 1, 2**40), ("optimiser.beta_1", 0, 0.99999),
     ("optimiser.beta_2", 0, 0.9999999), ("optimiser.epsilon", 0, 1), ("optimiser.weight_decay", 0, 10),
-    ("optimiser.gradient_clip", 0, 1e9), ("optimiser.muon_peak_lr", 1e-12, 10),
+    ("optimiser.gradient_clip", 0, 1e9), ("optimiser.muon_peak_lr", 1e-12, 1e38),
     ("loss.soft_bins", 0, 1024), ("loss.chunk", 0, 2**31),
     ("model.blocks", 1, 10_000), ("model.heads", 1, 10_000), ("model.width", 1, 2**20), ("model.head_size", 1, 2**16),
     ("model.feed_forward", 1, 2**24), ("model.dropout", 0, 0.99), ("model.stochastic_depth", 0, 0.99),
@@ -191,4 +191,8 @@ def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
     if isinstance(ours, dict) and isinstance(theirs, dict):
         keys = sorted(ours | theirs)
         return [line for key in keys for line in differences(ours.get(key), theirs.get(key), f"{name}.{key}")]
-    return [] if ours == theirs else [f"{name.removeprefix('.').removeprefix('config.')} {ours}, there {theirs}"]
+    if ours == theirs:
+        return []
+    if name == ".stream":
+        return ["another stream: its datasets, --data.stream or --seed"]
+    return [f"{name.removeprefix('.').removeprefix('config.')} {ours}, there {theirs}"]
