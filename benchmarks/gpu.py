@@ -1,7 +1,7 @@
 """`python -m benchmarks.gpu --shards FOLDER`: all figures that need an accelerator, in one go, part by part.
 
     deepspeed trainer/main.py, size x ZeRO stage -> its metrics.jsonl  \\
-    bare loop, and where it is installed GPT-2, of the same shape       > a JSON line a part -> tables, in Markdown
+    bare loop, and where it is installed GPT-2, of the same shape       > a JSON line a part, with its hardware
     profile of a step; the agent's timesteps, one and many at once     /
 
 A part that its file of results holds is kept, and one that fails leaves its error there, so the command is run again to
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -27,9 +26,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.control import act, logged, player
+from benchmarks.trainer import free_port
 from eval.agent import AgentConfig, GatoAgent
 from eval.host import host
 from schemas.vocabulary import SEED
@@ -54,10 +55,7 @@ Figures = dict[str, Any]
 def trained(size: str, shards: list[str], stage: str, output: Path, *extra: str) -> Figures:
     """Rates of the real command: a step of two micro-batches, evaluation and saves left out."""
     micro, every = MICRO[size], STEPS // 6
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "1", "--master_port", str(port)]
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "1", "--master_port", free_port()]
     command += ["trainer/main.py", "--recipe", size, "--deepspeed", f"zero{stage}" + ("" if GPU else "_cpu")]
     command += ["--data.folders", *shards, "--steps", str(STEPS), "--data.micro-batch", str(micro)]
     command += ["--data.global-batch", str(2 * micro), "--run.log-every", str(every), "--run.evaluate-every", "100000"]
@@ -86,16 +84,12 @@ def bare(size: str, shards: list[str], steps: int = 12, profiled: bool = False) 
     optimiser, micro = make_optimiser(gato, config.optimiser), MICRO[size]
     batches = [stream.batch(n * micro, micro).to(device) for n in range(4)]
 
-    def step(n: int) -> None:
+    def loss(n: int) -> Tensor:
         batch = batches[n % len(batches)]
         keep = engine.branch_scales(batch.sequence.cpu().numpy(), config.model, 0)
-        with torch.autocast(device.type, torch.bfloat16, enabled=GPU):
-            loss = objective(batch, None if keep is None else keep.to(device)) / batch.supervised.sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(gato.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        return objective(batch, None if keep is None else keep.to(device)) / batch.supervised.sum()
 
+    step = partial(stepped, gato, optimiser, loss)
     for n in range(4):
         step(n)
     if profiled:
@@ -105,8 +99,18 @@ def bare(size: str, shards: list[str], steps: int = 12, profiled: bool = False) 
     return {"tokens_per_second": tokens / statistics.median(seconds), "peak_gigabytes": peak()}
 
 
+def stepped(model: nn.Module, optimiser: torch.optim.Optimizer, loss: Callable[[int], Tensor], n: int) -> None:
+    """Training step n of a bare loop."""
+    with torch.autocast("cuda" if GPU else "cpu", torch.bfloat16, enabled=GPU):
+        value = loss(n)
+    value.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+
+
 def gpt2(size: str, shards: list[str]) -> Figures:
-    """Hugging Face's GPT-2 of the same shape on the same tokens and labels, bfloat16 products, compiled."""
+    """Hugging Face's GPT-2 of the same shape on the same tokens and labels, bfloat16 products."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     device, config = torch.device("cuda" if GPU else "cpu"), RECIPES[size]
@@ -120,14 +124,10 @@ def gpt2(size: str, shards: list[str]) -> Figures:
     peer = GPT2LMHeadModel(made).to(device)
     optimiser = torch.optim.AdamW(peer.parameters(), fused=True)
 
-    def step(n: int) -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=GPU):
-            loss = peer(input_ids=batch.tokens.long(), labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+    def loss(n: int) -> Tensor:
+        return peer(input_ids=batch.tokens.long(), labels=labels).loss
 
+    step = partial(stepped, peer, optimiser, loss)
     for n in range(3):
         step(n)
     seconds = elapsed(step, 6)

@@ -37,6 +37,7 @@ from trainer import engine
 from trainer.config import TrainConfig
 from trainer.loss import Objective
 from trainer.model import Gato
+from trainer.optimiser import make_optimiser
 from trainer.recipes import RECIPES
 
 PEER = Path(__file__).with_name("gpt2.py")
@@ -126,12 +127,7 @@ class Peer:
 def bare(ours: Objective, config: TrainConfig, steps: list[list[Batch]]) -> Turn:
     """What one would write without a framework."""
     parameters, settings = list(ours.parameters()), config.optimiser
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    betas = settings.beta_1, settings.beta_2
-    optimiser = torch.optim.AdamW(groups, lr=settings.start_lr, betas=betas, eps=settings.epsilon, fused=True)
+    optimiser = make_optimiser(ours.gato, settings)
 
     def work() -> None:
         for step, batches in enumerate(steps):
