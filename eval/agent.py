@@ -266,3 +266,10 @@ class GatoAgent:
         chosen = torch.from_numpy(rows).to(self.device)
         self.cache.keep(chosen)
         self.shown, self.last = self.shown[chosen], self.last[chosen]
+
+
+def agent_for(model: Gato, info: ExportInfo, dataset: Dataset, task: int, config: AgentConfig) -> GatoAgent:
+    """The agent of a dataset's task, prompted and with the text tokenizer of its dataset."""
+    spec = dataset.manifest.tasks[task].spec
+    config = prompted(config, info, spec)
+    return GatoAgent(model, info, spec, config, demonstration(dataset, task, config), text_tokenizer(dataset))

@@ -63,7 +63,7 @@ def _begin(options: Options, told: Any) -> None:
 
 
 def _one(number: int) -> Made:
-    return made(_parts, _parts.jobs()[number], partial(_tell, _told, number))
+    return made(_parts, _parts.jobs[number], partial(_tell, _told, number))
 
 
 def _tell(told: Any, number: int, text: str) -> None:
@@ -136,7 +136,7 @@ class Display:
 def compare(options: Options, console: Console) -> Path:
     """All jobs, then rows, table and report, whose path is returned."""
     parts = Parts(options)
-    jobs = parts.jobs()
+    jobs = parts.jobs
     for remark in parts.remarks:
         console.print(remark, highlight=False, soft_wrap=True)
     processes = options.processes or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))

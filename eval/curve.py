@@ -21,7 +21,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from eval.agent import AgentConfig, GatoAgent, demonstration, prompted, text_tokenizer
+from eval.agent import AgentConfig, agent_for
 from eval.environments import play
 from schemas.dataset import DatasetError
 from schemas.files import atomic_write
@@ -80,9 +80,7 @@ def returns(folder: Path, options: Options, datasets: list[Dataset]) -> dict[str
             wanted = spec.environment and spec.action and (not options.tasks or spec.name in options.tasks)
             if not wanted or spec.name not in {known.name for known in info.tasks}:
                 continue
-            config = prompted(options.agent, info, spec)
-            prompt = demonstration(dataset, number, config)
-            agent = GatoAgent(model, info, spec, config, prompt, text_tokenizer(dataset))
+            agent = agent_for(model, info, dataset, number, options.agent)
             seeds = [options.first_seed + n for n in range(options.episodes)]
             totals = [one.total for one in play(agent, spec, seeds)]
             figures[f"returns/{spec.name}/return"] = float(np.mean(totals))

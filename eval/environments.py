@@ -111,7 +111,7 @@ def play(
                 if n == 0 and one.timesteps % film_every == 0 and len(one.frames) < film:
                     try:
                         one.frames.append(simulators.frame(environments[0]))
-                    except Exception:
+                    except Exception:  # drawing may raise anything, and no return depends on it
                         film = 0
                 try:
                     latest[n], gained, terminated, truncated, _ = environments[n].step(actions[n])

@@ -23,7 +23,7 @@ import torch
 
 from etl import simulators
 from eval import report, scores
-from eval.agent import GatoAgent, demonstration, prompted, text_tokenizer
+from eval.agent import GatoAgent, agent_for, prompted
 from eval.baselines import decision_transformer, device, trajectory_transformer
 from eval.environments import Played, Policy, RandomPolicy, play
 from eval.host import host
@@ -32,7 +32,7 @@ from eval.ship import shipped_prompt
 from schemas.dataset import DatasetError
 from schemas.episode import TaskSpec
 from schemas.files import atomic_write, sha256_of
-from schemas.result import MODELS, RESULT_SCHEMA, RESULT_SCHEMA_VERSION
+from schemas.result import MODELS, RESULT_SCHEMA_VERSION
 from shards.reader import Dataset, Store
 from shards.stream import find_datasets
 from shards.views import trajectories
@@ -68,6 +68,11 @@ class Job:
         return self.dataset
 
     @property
+    def environment(self) -> str:
+        """Id of what is played; empty where the log itself is shown."""
+        return self.spec.environment.id if self.spec.environment and self.model != "behaviour" else ""
+
+    @property
     def fingerprint(self) -> str:
         """Of the dataset; empty without one."""
         return self.dataset.manifest.fingerprint if self.dataset else ""
@@ -100,6 +105,7 @@ class Parts:
         if unknown := sorted(set(options.tasks) - {spec.name for spec, _, _ in self.tasks}):
             known = ", ".join(spec.name for spec, _, _ in self.tasks)
             raise DatasetError(f"unknown task '{unknown[0]}'; tasks: {known}")
+        self.jobs = self._jobs()
         self.host = host(options.threads)
 
     def _tasks(self) -> list[tuple[TaskSpec, Dataset | None, int]]:
@@ -112,7 +118,7 @@ class Parts:
         self.remarks.append(f"{place}. Until then: Gato on the tasks that it was trained on, beside random actions")
         return [(spec, None, 0) for _, info in list(self.gatos.values())[:1] for spec in info.tasks]
 
-    def jobs(self) -> list[Job]:
+    def _jobs(self) -> list[Job]:
         """Every (model, task, seed), cheap models first; what cannot be played is remarked."""
         seeds = {"dt": list(range(self.options.seeds)), "tt": list(range(self.options.seeds))}
         seeds |= {"gato": sorted(self.gatos), "random": [0], "behaviour": [0]}
@@ -139,23 +145,13 @@ class Parts:
         part = self.options.output / "parts" / f"{job.name}-{stamp}.parquet"
         if part.is_file():
             return report.load_rows(part).to_pylist(), "kept from before"
-        if job.model == "behaviour":
-            episodes, environment = behaviour(job.data, job.task), ""
-        else:
-            assert job.spec.environment is not None
-            environment = job.spec.environment.id
-            episodes = self._play(job, tell)
+        episodes = behaviour(job.data, job.task) if job.model == "behaviour" else self._play(job, tell)
         # Atari logs hold clipped rewards, which the raw references of the score do not fit.
         spec = replace(job.spec, score=None) if job.model == "behaviour" and job.spec.source == "atari" else job.spec
         given = [scores.scored(one.total, spec) for one in episodes]
         rows = [
             {
-                "schema_version": RESULT_SCHEMA_VERSION,
-                "dataset": job.spec.name,
-                "dataset_fingerprint": job.fingerprint,
-                "environment": environment,
-                "model": job.model,
-                "model_seed": job.seed,
+                **self._about(job),
                 "model_sha256": weights,
                 "protocol": protocol,
                 "episode": number,
@@ -167,7 +163,6 @@ class Parts:
                 "ending": one.ending,
                 "error": one.error,
                 "seconds": one.seconds,
-                **self.host,
             }
             for number, one in enumerate(episodes)
         ]
@@ -205,17 +200,17 @@ class Parts:
 
     def folder(self, job: Job) -> Path:
         """Where a baseline is kept: the name says data, settings and seed."""
-        module = BASELINES[job.model]
-        config = getattr(module.Config, self.options.budget)(job.spec)
-        stamp = sha256(f"{job.fingerprint}{config}{job.seed}".encode()).hexdigest()[:12]
+        stamp = sha256(f"{job.fingerprint}{self._config(job)}{job.seed}".encode()).hexdigest()[:12]
         return self.options.baselines / f"{job.name}-{stamp}"
+
+    def _config(self, job: Job) -> Any:
+        return getattr(BASELINES[job.model].Config, self.options.budget)(job.spec)
 
     def baseline(self, job: Job, tell: Told) -> Path:
         """The folder of a trained baseline, trained now if it is missing."""
         module, folder = BASELINES[job.model], self.folder(job)
         if not (folder / "config.json").is_file():
-            config = getattr(module.Config, self.options.budget)(job.spec)
-            episodes = trajectories(job.data, job.task)
+            episodes, config = trajectories(job.data, job.task), self._config(job)
             module.train(episodes, job.spec, config, job.seed, folder, lambda figures: tell(describe(figures)))
         return folder
 
@@ -225,12 +220,11 @@ class Parts:
         if job.model in BASELINES:
             return BASELINES[job.model].load(self.baseline(job, tell))
         model, info = self.gatos[job.seed]
+        if job.dataset is not None:
+            return agent_for(model, info, job.dataset, job.task, self.options.agent)
         agent = prompted(self.options.agent, info, job.spec)
-        if job.dataset is None:
-            prompt, text = shipped_prompt(self.exports[job.seed], info, job.spec.name, agent), None
-        else:
-            prompt, text = demonstration(job.dataset, job.task, agent), text_tokenizer(job.dataset)
-        return GatoAgent(model, info, job.spec, agent, prompt, text)
+        prompt = shipped_prompt(self.exports[job.seed], info, job.spec.name, agent)
+        return GatoAgent(model, info, job.spec, agent, prompt)
 
     def picture(self, job: Job) -> Path:
         """The film of a model's first seed on a task."""
@@ -256,34 +250,31 @@ class Parts:
 
     def failure(self, job: Job, error: str) -> dict[str, Any]:
         """A row that says why there is none."""
-        empty: dict[str, Any] = {name: None for name in RESULT_SCHEMA.names}
-        nothing = {
+        return self._about(job) | {
             "model_sha256": "",
             "protocol": "{}",
             "episode": 0,
             "episode_seed": 0,
+            "return": float("nan"),
+            "score": float("nan"),
+            "score_kind": "",
             "timesteps": 0,
+            "ending": "error",
+            "error": error,
             "seconds": 0.0,
         }
-        nan = float("nan")
-        return (
-            empty
-            | nothing
-            | {
-                "schema_version": RESULT_SCHEMA_VERSION,
-                "dataset": job.spec.name,
-                "dataset_fingerprint": job.fingerprint,
-                "environment": job.spec.environment.id if job.spec.environment and job.model != "behaviour" else "",
-                "model": job.model,
-                "model_seed": job.seed,
-                "return": nan,
-                "score": nan,
-                "score_kind": "",
-                "ending": "error",
-                "error": error,
-                **self.host,
-            }
-        )
+
+    def _about(self, job: Job) -> dict[str, Any]:
+        """What all rows of a job have in common."""
+        return {
+            "schema_version": RESULT_SCHEMA_VERSION,
+            "dataset": job.spec.name,
+            "dataset_fingerprint": job.fingerprint,
+            "environment": job.environment,
+            "model": job.model,
+            "model_seed": job.seed,
+            **self.host,
+        }
 
 
 def behaviour(dataset: Dataset, task: int) -> list[Played]:
