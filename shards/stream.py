@@ -60,6 +60,9 @@ class StreamConfig:
     """Share of the prompts taken from an episode's end."""
     prompt_max_share: float = 0.5
     """Longest prompt, as a share of the window's timesteps; the length is drawn uniformly from 1 up to it."""
+    prompt_start_share: float = 0.0
+    """Share of the prompts that are followed by the start of an episode, as at play; the others by what the window
+    holds (paper), which is hardly ever one."""
     prompt_loss: bool = True
     """Whether prompt tokens carry loss; the paper leaves it open."""
 
@@ -158,6 +161,7 @@ class Stream:
     def fingerprint(self) -> str:
         """sha256 of all that decides sequence i; a resumed run must match it."""
         chosen = {"tasks": sorted(self.config.tasks), "demonstrations": self.config.demonstrations}
+        chosen["prompt_start_share"] = self.config.prompt_start_share
         # left out where they choose nothing, as they were before they existed: checkpoints of then go on
         config = {name: value for name, value in (asdict(self.config) | chosen).items() if value or name not in chosen}
         body = [sorted(d.manifest.fingerprint for d in self.datasets), config, self.seed, self.held_out]
@@ -183,10 +187,11 @@ class Stream:
         total, width = circles.total[task], circles.width[task]
         phase = below(words(self.seed, "phase", places.epoch, task), total)
         begin = (phase + places.window * width) % total
-        length, from_end, choice = self._prompts(i, self._longest[task])
+        length, from_end, to_start, choice = self._prompts(i, self._longest[task])
         if redraw.any():
             anew = below(words(self.seed, "redraw", i, redraw), total)
             begin, choice = np.where(redraw > 0, anew, begin), np.where(redraw > 0, mixed(choice, redraw), choice)
+        begin[to_start] = circles.starts(task[to_start], begin[to_start])
         near = phase + self.sampler.beside(places, mixed(choice, 1)) * width if self.sampler.mixes_runs else None
         prompt = circles.prompts(task, begin, length, from_end, choice, near)
         silent = np.zeros(len(i), np.int64) if self.config.prompt_loss else prompt[1] - prompt[0]
@@ -238,12 +243,14 @@ class Stream:
             if dataset.place.local is None:
                 dataset.prefetch(number)
 
-    def _prompts(self, i: np.ndarray, longest: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Length in timesteps (0: none) up to `longest`, whether from an episode's end, and the word that chooses, of
-        sequences i."""
-        asked, end, size, choice = words(self.seed, "prompt", i, np.arange(4)[:, None])
+    def _prompts(self, i: np.ndarray, longest: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Length in timesteps (0: none) up to `longest`, whether from an episode's end, whether an episode's start
+        follows, and the word that chooses, of sequences i."""
+        asked, end, size, choice, start = words(self.seed, "prompt", i, np.arange(5)[:, None])
         wanted = (_unit(asked) < self.config.prompt_probability) & (longest > 0)
-        return np.where(wanted, 1 + below(size, longest), 0), _unit(end) < self.config.prompt_end_share, choice
+        to_start = wanted & (_unit(start) < self.config.prompt_start_share)
+        from_end = _unit(end) < self.config.prompt_end_share
+        return np.where(wanted, 1 + below(size, longest), 0), from_end, to_start, choice
 
     @cached_property
     def _longest(self) -> np.ndarray:
@@ -255,7 +262,7 @@ class Stream:
 
 def _check_config(config: StreamConfig, seed: int) -> None:
     """ValueError names a setting that makes no sense."""
-    shares = ("prompt_probability", "prompt_end_share", "prompt_max_share")
+    shares = ("prompt_probability", "prompt_end_share", "prompt_max_share", "prompt_start_share")
     for name, least, most in (
         ("sequence_length", 2, 2**24),
         ("mixture_block", 1, 2**24),

@@ -10,7 +10,7 @@ takes the first timesteps of the grid and shares the segment of the episode behi
 Each task's rows are searched once for all its sequences; what is left is done for all tasks together.
 
 Invariant: the windows of an epoch hold every timestep at least once, fewer than W of them twice (a prompt takes the
-place of a window's last timesteps).
+place of a window's last timesteps, and where an episode's start is to follow it, the start that of its first).
 
 Shapes: n sequences, s spans, T tasks, W timesteps, K tokens a timestep, L tokens.
 """
@@ -148,6 +148,13 @@ class Circles:
         a[drawn] = np.where(from_end[drawn], stop - taken, anywhere)
         b[drawn] = a[drawn] + taken
         return a, b
+
+    def starts(self, task: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """Circle positions (n,) at which the episodes that hold `position` (n,) start."""
+        groups = grouped(task)
+        row = self.search("split_episode", groups, self._episode(task, groups, position), "left")
+        stop, timesteps = self.take(("split_stop", "timesteps"), task, row)
+        return stop - timesteps
 
     def _episode(self, task: np.ndarray, groups: Groups, position: np.ndarray) -> np.ndarray:
         row = self.search("split_stop", groups, position % self.total[task])

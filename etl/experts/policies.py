@@ -9,7 +9,7 @@ from typing import Protocol
 import gymnasium
 import numpy as np
 
-from etl.experts import PolicyError, perceptron, scripted
+from etl.experts import PolicyError, a3c, perceptron, scripted
 from etl.experts.sb3 import StableBaselines
 from schemas.episode import ActionSpec
 
@@ -67,15 +67,21 @@ def load(name: str, env: gymnasium.Env, observation_size: int, action: ActionSpe
     if name == "expert":
         for prefix, make in EXPERTS.items():
             if environment.startswith(prefix):
-                policy = make(env)
-                if noise and isinstance(policy, scripted.Bot):
+                expert = make(env)
+                if noise and isinstance(expert, scripted.Bot):
                     raise PolicyError("the bot plans on its own actions and cannot follow others; leave --noise out")
-                return policy
+                return expert
         known = ", ".join(f"{prefix}v*" for prefix in EXPERTS)
         raise PolicyError(f"no expert of {environment} is shipped (there are {known}); give --policy a file, or random")
     path = Path(name)
     if not path.is_file():
         raise PolicyError(f"{name}: no such policy file; give one, or 'expert', or 'random'")
-    policy = StableBaselines(path) if path.suffix == ".zip" else perceptron.load(path)
+    policy: StableBaselines | a3c.A3C | perceptron.Perceptron
+    if path.suffix == ".zip":
+        policy = StableBaselines(path)
+    elif path.suffix == ".safetensors" and a3c.is_a3c(path):
+        policy = a3c.A3C(path, env)
+    else:
+        policy = perceptron.load(path)
     policy.check(observation_size, action.size, environment)
     return policy

@@ -10,9 +10,10 @@ import minari
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import save_file
 
 from etl import record, simulators
-from etl.experts import PolicyError
+from etl.experts import PolicyError, policies
 
 QUIET = Console(quiet=True)
 
@@ -192,3 +193,43 @@ def test_an_interrupted_recording_leaves_no_log(tmp_path, monkeypatch, environme
     with pytest.raises(KeyboardInterrupt):
         recorded(tmp_path, environment=environment, policy="random", steps=100)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def a3c_file(path: Path, actions: int = 6, **changed) -> Path:
+    rng = np.random.default_rng(0)
+    shapes = {f"conv{n}.weight": (32, 1 if n == 1 else 32, 3, 3) for n in range(1, 5)}
+    shapes |= {f"conv{n}.bias": (32,) for n in range(1, 5)}
+    shapes |= {"gru.weight_ih": (768, 800), "gru.weight_hh": (768, 256), "gru.bias_ih": (768,), "gru.bias_hh": (768,)}
+    shapes |= {"actor_linear.weight": (actions, 256), "actor_linear.bias": (actions,)}
+    arrays = {name: rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in (shapes | changed).items() if shape}
+    save_file(arrays, path)
+    return path
+
+
+def test_a_recurrent_policy_plays_atari_and_remembers(tmp_path):
+    path = a3c_file(tmp_path / "pong.safetensors")
+    logs = [recorded(tmp_path / name, environment="ALE/Pong-v5", policy=str(path), steps=60) for name in "ab"]
+    first, again = (gzip.decompress((log / "$store$_action_ckpt.0.gz").read_bytes()) for log in logs)
+    assert first == again
+    env = simulators.make(simulators.environment_spec("ALE/Pong-v5"), seed=0)
+    policy, observation = policies.load(str(path), env, 84 * 84, simulators.action_spec(env)), env.reset(seed=0)[0]
+    policy.act(observation, np.random.default_rng(0))
+    assert policy.memory.abs().sum() > 0
+    policy.reset()
+    assert policy.memory.abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "given", "message"),
+    [
+        ("ALE/Breakout-v5", {}, "has 6 actions, ALE/Breakout-v5 needs 4"),
+        ("Hopper-v4", {}, "plays Atari games, not Hopper-v4"),
+        ("ALE/Pong-v5", {"gru.bias_hh": ()}, "no field 'gru.bias_hh'"),
+        ("ALE/Pong-v5", {"conv2.bias": (3,)}, r"field 'conv2.bias' has shape \(3,\), must be \(32,\)"),
+        ("ALE/Pong-v5", {"actor_linear.bias": ()}, "no field 'actor_linear.bias'"),
+    ],
+)
+def test_a_recurrent_policy_that_does_not_fit_is_refused(tmp_path, environment, given, message):
+    path = a3c_file(tmp_path / "policy.safetensors", **given)
+    with pytest.raises(PolicyError, match=message):
+        recorded(tmp_path, environment=environment, policy=str(path), steps=5)

@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file
 
 from etl import simulators
 from etl.experts import perceptron
+from etl.experts.a3c import A3C
 from etl.sources import _catalogue
 from eval.environments import play
 from eval.scores import normalised
@@ -108,39 +107,15 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-class A3C:
-    """greydanus/baby-a3c: four convolutions, a GRU, sampled actions."""
-
-    def __init__(self, path: Path):
-        self.weights = load_file(path)
-        self.gru = torch.nn.GRUCell(800, 256)
-        self.gru.load_state_dict({k.removeprefix("gru."): v for k, v in self.weights.items() if k.startswith("gru.")})
-        self.memory = torch.zeros(1, 256)
-
-    @torch.inference_mode()
-    def act(self, screen: np.ndarray, rng: np.random.Generator) -> int:
-        grey = screen[35:195].mean(2)
-        grey = np.uint8((grey - grey.min()) * 255.0 / max(np.ptp(grey), 1e-9) + 0.5)
-        small = np.asarray(Image.fromarray(grey).resize((80, 80), Image.Resampling.BILINEAR), np.float32) / 255
-        x = torch.from_numpy(small)[None, None]
-        for n in range(1, 5):
-            x = torch.nn.functional.conv2d(x, self.weights[f"conv{n}.weight"], self.weights[f"conv{n}.bias"], 2, 1)
-            x = torch.nn.functional.elu(x)
-        self.memory = self.gru(x.reshape(1, -1), self.memory)
-        logits = self.memory @ self.weights["actor_linear.weight"].T + self.weights["actor_linear.bias"]
-        odds = logits[0].double().softmax(0).numpy()
-        return int(rng.choice(len(odds), p=odds / odds.sum()))
-
-
 def play_game(game: str, episodes: int, **kwargs) -> np.ndarray:
     returns = []
     for seed in range(1000, 1000 + episodes):
         env = simulators.make(EnvironmentSpec("atari", f"ALE/{game}-v5", kwargs))
-        policy, rng = A3C(SHARED / "policies" / f"{game.lower()}-a3c.safetensors"), np.random.default_rng(seed)
-        env.reset(seed=seed)
+        policy, rng = A3C(SHARED / "policies" / f"{game.lower()}-a3c.safetensors", env), np.random.default_rng(seed)
+        observation, _ = env.reset(seed=seed)
         total, ended = 0.0, False
         while not ended:
-            _, reward, terminated, truncated, _ = env.step(policy.act(simulators.frame(env), rng))
+            observation, reward, terminated, truncated, _ = env.step(policy.act(observation, rng))
             total, ended = total + float(reward), terminated or truncated
         returns.append(total)
     score = normalised(float(np.mean(returns)), _catalogue.game(game).score)

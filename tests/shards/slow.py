@@ -22,10 +22,14 @@ def slow_sequence(stream: Stream, i: int) -> dict[str, list]:
     phase = int(below(words(stream.seed, "phase", epoch, task), len(steps))[0])
     first = phase + window * W
     body = [(*steps[(first + n) % len(steps)], (first + n) // len(steps)) for n in range(W)]
-    asked, end, size, choice = (words(stream.seed, "prompt", i, n) for n in range(4))
+    asked, end, size, choice, start = (words(stream.seed, "prompt", i, n) for n in range(5))
+    prompted = int(asked[0]) / 2**64 < config.prompt_probability and layout.action
+    if prompted and int(start[0]) / 2**64 < config.prompt_start_share:
+        first = min(n for n, step in enumerate(steps) if episode_of[step[0]] == episode_of[body[0][0]])
+        body = [(*steps[(first + n) % len(steps)], (first + n) // len(steps)) for n in range(W)]
     prompt = []
     others = [e for e in dict.fromkeys(episode_of[rows].tolist()) if e != episode_of[body[0][0]]]
-    if int(asked[0]) / 2**64 < config.prompt_probability and layout.action and others:
+    if prompted and others:
         length = 1 + int(below(size, max(1, int(W * config.prompt_max_share)))[0])
         chosen = others[int(below(choice, len(others))[0])]
         if config.working_set is not None:

@@ -401,6 +401,7 @@ SETTINGS = {
     "prompt_probability": (2.0, -1.0, float("nan")),
     "prompt_end_share": (5.0,),
     "prompt_max_share": (-1.0,),
+    "prompt_start_share": (1.1,),
 }
 
 

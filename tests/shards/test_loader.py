@@ -167,11 +167,12 @@ def tasks():
     st.integers(1, 4),
     st.integers(0, 2**40),
     st.booleans(),
+    st.sampled_from([0.0, 0.6]),
     st.data(),
 )
 @settings(max_examples=40, deadline=None)
 def test_any_dataset_gives_the_slow_references_sequences(
-    made, weights, length, working_set, piece, shards, seed, prompt_loss, data
+    made, weights, length, working_set, piece, shards, seed, prompt_loss, prompt_start_share, data
 ):
     """Shapes, weights, lengths, pieces, shards, held-out episodes: sequences, epochs and mixtures are as promised."""
     held = [
@@ -180,9 +181,8 @@ def test_any_dataset_gives_the_slow_references_sequences(
     ]
     made = [replace(task, held_out=own) for task, own in zip(made, held)]
     named = dict(zip([task.name for task in made], weights))
-    config = StreamConfig(
-        length, weights=named, prompt_probability=0.5, prompt_loss=prompt_loss, working_set=working_set
-    )
+    config = StreamConfig(length, weights=named, prompt_probability=0.5, prompt_loss=prompt_loss,
+                          working_set=working_set, prompt_start_share=prompt_start_share)  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         folder = make(Path(name) / "made", made, piece, shards)
         verify(folder, full=True)

@@ -42,9 +42,10 @@ def test_where_the_datasets_lie_does_not_matter(stream, hopper, pong, tmp_path):
     assert stream.fingerprint == again.fingerprint and equal(stream.batch(0, 32), again.batch(0, 32))
 
 
-@pytest.mark.parametrize("prompt_loss", [True, False])
-def test_sequences_match_the_slow_reference(hopper, pong, prompt_loss):
-    config = StreamConfig(sequence_length=L, mixture_block=16, prompt_loss=prompt_loss, prompt_probability=0.5)
+@pytest.mark.parametrize(("prompt_loss", "prompt_start_share"), [(True, 0.0), (False, 0.5)])
+def test_sequences_match_the_slow_reference(hopper, pong, prompt_loss, prompt_start_share):
+    config = StreamConfig(L, mixture_block=16, prompt_loss=prompt_loss, prompt_probability=0.5,
+                          prompt_start_share=prompt_start_share)  # fmt: skip
     stream = Stream([hopper, pong], config, seed=5)
     batch = stream.batch(30, 40)
     check_batch(stream, batch)
@@ -99,7 +100,8 @@ def test_prompts_come_as_often_as_asked_and_from_other_episodes(hopper):
     config = StreamConfig(sequence_length=L, mixture_block=8)
     stream = Stream([hopper], config, seed=1)
     timeline, i = stream.timelines[0], np.arange(4000)
-    length, from_end, word = stream._prompts(i, np.full(len(i), timeline.width // 2))
+    length, from_end, to_start, word = stream._prompts(i, np.full(len(i), timeline.width // 2))
+    assert not to_start.any()
     assert abs((length > 0).mean() - 0.25) < 0.03
     assert set(length[length > 0].tolist()) == set(range(1, timeline.width // 2 + 1))
     assert abs(from_end[length > 0].mean() - 0.5) < 0.06
@@ -180,3 +182,19 @@ def test_bad_requests_are_refused(stream, hopper, pong):
         Loader(stream, 0, 6, 4)
     with pytest.raises(ValueError, match="more than one dataset"):
         Stream([hopper, hopper], StreamConfig(), seed=0)
+
+
+def test_prompts_are_followed_by_the_starts_of_episodes_where_that_is_asked(hopper):
+    plain, asked = (
+        Stream([hopper], StreamConfig(L, mixture_block=8, prompt_start_share=share), seed=1) for share in (0.0, 0.5)
+    )
+    assert plain.fingerprint != asked.fingerprint
+    i, timeline = np.arange(2000), asked.timelines[0]
+    length, _, to_start, _ = asked._prompts(i, np.full(len(i), timeline.width // 2))
+    assert (length[to_start] > 0).all() and abs(to_start[length > 0].mean() - 0.5) < 0.06
+    position = np.arange(timeline.total)
+    ends = timeline.column("split_stop")[np.flatnonzero(np.diff(timeline.column("split_episode"), append=-1))]
+    starts = np.append(0, ends[:-1])[np.searchsorted(ends, position, side="right")]
+    assert (asked.circles.starts(np.zeros_like(position), position) == starts).all()
+    same = (plain.batch(0, 256).tokens == asked.batch(0, 256).tokens).all(axis=1)
+    assert same[~to_start[:256]].all() and same[to_start[:256]].mean() < 0.1  # but for windows at a start
