@@ -144,7 +144,10 @@ class Parts:
         stamp = sha256(f"{job.fingerprint}{weights}{protocol}{job.seed}".encode()).hexdigest()[:12]
         part = self.options.output / "parts" / f"{job.name}-{stamp}.parquet"
         if part.is_file():
-            return report.load_rows(part).to_pylist(), "kept from before"
+            kept = report.load_rows(part).to_pylist()
+            # other simulators or libraries may give other returns
+            if job.model == "behaviour" or {row["versions"] for row in kept} == {self.host["versions"]}:
+                return kept, "kept from before"
         episodes = behaviour(job.data, job.task) if job.model == "behaviour" else self._play(job, tell)
         # Atari logs hold clipped rewards, which the raw references of the score do not fit.
         spec = replace(job.spec, score=None) if job.model == "behaviour" and job.spec.source == "atari" else job.spec

@@ -101,6 +101,8 @@ def comparison(aggregates: Sequence[Aggregate], tasks: Mapping[str, TaskSpec] | 
             marks.append(
                 _mark(notes, f"{one.errors} of {one.errors + one.episodes} episodes ended in an error; left out.")
             )
+        if one.limited:
+            marks.append(_mark(notes, "Episodes were cut by --step-limit; the behaviour's were not."))
         return (_figures(one) if one.episodes else "—") + "\u202f".join(marks)
 
     played: dict[str, set[str]] = {}

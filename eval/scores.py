@@ -40,8 +40,9 @@ class ResultError(ValueError):
 class Aggregate:
     """One model on one task. Returns are raw; scores are normalised, NaN where the task has no reference.
 
-    `episodes` were counted, `errors` left out. `unit` says what `return_std` (n - 1) and the intervals
-    are over: 'seeds' or 'episodes'. Figures are NaN without an episode, std and intervals with one unit.
+    `episodes` were counted, `limited` of them cut by --step-limit, and `errors` left out. `unit` says what
+    `return_std` (n - 1) and the intervals are over: 'seeds' or 'episodes'. Figures are NaN without an episode, std and
+    intervals with one unit.
     The last two are None where no random policy was run, and for the random policy itself.
     """
 
@@ -49,6 +50,7 @@ class Aggregate:
     environment: str
     model: str
     episodes: int
+    limited: int
     errors: int
     seeds: int
     unit: str
@@ -224,6 +226,7 @@ def _aggregate(key: tuple[str, str, str], rows: list[dict[str, Any]], resamples:
     return Aggregate(
         *key,
         episodes=len(finished),
+        limited=sum(row["ending"] == "step limit" for row in finished),
         errors=len(rows) - len(finished),
         seeds=len({row["model_seed"] for row in finished}),
         unit=unit,

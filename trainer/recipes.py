@@ -30,6 +30,20 @@ TINY = TrainConfig(
     run=RunConfig(output=Path("runs/tiny")),
 )
 
+# tiny-table: `tiny` for the results table: one set of weights for every dataset there is, by Muon (docs/ablations.md).
+# Medium and expert share an environment, so the agent is prompted: episodes' starts must be seen behind prompts
+# command   deepspeed --num_gpus 1 trainer/main.py --recipe tiny-table --seed 0 --run.output runs/tiny-table-0
+# hardware  1 CPU core, no GPU
+# hours     not yet
+# expected  not yet
+TINY_TABLE = replace(
+    TINY,
+    steps=5_000,
+    optimiser=replace(TINY.optimiser, matrices="muon", decay_steps=5_000, warmup_steps=200),
+    data=replace(TINY.data, stream=replace(TINY.data.stream, prompt_start_share=0.5)),
+    run=RunConfig(output=Path("runs/tiny-table"), evaluate_every=250, save_every=250, export_every=1_000),
+)
+
 # quickstart: `tiny`, shortened to fit `make quickstart`
 # command   make quickstart
 # hardware  2 CPU cores, no GPU
@@ -96,6 +110,7 @@ def _on(base: TrainConfig, name: str, deepspeed: str, micro_batch: int) -> Train
 
 RECIPES = {
     "tiny": TINY,
+    "tiny-table": TINY_TABLE,
     "quickstart": QUICKSTART,
     "finetune": FINETUNE,
     # 79m-24gb

@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 
-from eval.report import load_rows
+from eval.report import load_rows, save_rows
 from schemas.files import sha256_of
 from shards.reader import Dataset
 from tests.conftest import run
@@ -55,6 +55,11 @@ def test_the_table_does_not_depend_on_processes_and_kept_parts_are_kept(exports,
     assert again.stderr.count("kept from before") == len(parts) == 8
     assert parts == {path: path.stat().st_mtime_ns for path in (tmp_path / "one" / "parts").iterdir()}
     assert again.stdout == one.stdout and "| hopper-random-v4 | Hopper-v4 |" in one.stdout
+    assert "cut by --step-limit" in one.stdout
+    older = next((tmp_path / "one" / "parts").glob("hopper-random-v4-gato-3-*"))
+    save_rows(older, [row | {"versions": "{}"} for row in load_rows(older).to_pylist()])
+    anew = run(*arguments(tmp_path / "one", exports, [hopper, pong], "--processes", "2"))
+    assert anew.stderr.count("kept from before") == 7 and rows(tmp_path / "one") == rows(tmp_path / "two")
 
 
 def children(process):
