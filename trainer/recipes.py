@@ -38,8 +38,8 @@ TINY = TrainConfig(
 # expected  not yet
 TINY_TABLE = replace(
     TINY,
-    steps=5_000,
-    optimiser=replace(TINY.optimiser, matrices="muon", decay_steps=5_000, warmup_steps=200),
+    steps=4_000,
+    optimiser=replace(TINY.optimiser, matrices="muon", decay_steps=4_000, warmup_steps=200),
     data=replace(TINY.data, stream=replace(TINY.data.stream, prompt_start_share=0.5)),
     run=RunConfig(output=Path("runs/tiny-table"), evaluate_every=250, save_every=250, export_every=1_000),
 )
