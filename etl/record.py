@@ -39,6 +39,8 @@ class Options:
     """Timesteps. A last episode may take a tenth more to end, and is cut there otherwise, as in real logs."""
     noise: float = 0.0
     """Standard deviation of Gaussian action noise; for discrete actions the probability of a random one."""
+    temperature: float = 1.0
+    """Of policies that sample their actions (A3C): what their logits are divided by; less is less noise."""
     seed: int = 0
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Folder; data/logs/d4rl, data/logs/dqn_replay or data/logs/minari where not given."""
@@ -91,13 +93,14 @@ def _state(env: Any) -> dict[str, np.ndarray]:
 
 def record(options: Options, console: Console) -> Path:
     """Play and write the log; returns its path. SimulatorError or PolicyError say what does not fit."""
-    if options.steps < 1 or options.noise < 0:
-        raise ValueError("--steps must be at least 1 and --noise not negative")
+    if options.steps < 1 or options.noise < 0 or not options.temperature > 0:
+        raise ValueError("--steps must be at least 1, --noise not negative and --temperature positive")
     spec = simulators.environment_spec(options.environment)
     env = simulators.make(spec)
     fields = simulators.observation_fields(env)
     size = sum(int(np.prod(field.shape)) for field in fields)
-    policy = policies.load(options.policy, env, size, simulators.action_spec(env), options.noise)
+    given = options.noise, options.temperature
+    policy = policies.load(options.policy, env, size, simulators.action_spec(env), *given)
     atari, plain = spec.suite == "atari", [field.key for field in fields] == ["observation"]
     path = _path(options, "atari" if atari else "plain" if plain else "minari")
     if path.exists() and not options.overwrite:
@@ -111,7 +114,7 @@ def record(options: Options, console: Console) -> Path:
         log = collected = MinariLog(path.parents[1], "/".join(path.parts[-2:]), policy.algorithm)
         env.close()
         env = simulators.make(spec, inner=collected.wrap)
-        policy = policies.load(options.policy, env, size, simulators.action_spec(env), options.noise)
+        policy = policies.load(options.policy, env, size, simulators.action_spec(env), *given)
     returns, running, done = [], 0.0, 0
     try:
         with Progress(console=console) as progress:

@@ -38,10 +38,10 @@ TINY = TrainConfig(
 # expected  not yet
 TINY_TABLE = replace(
     TINY,
-    steps=4_000,
-    optimiser=replace(TINY.optimiser, matrices="muon", decay_steps=4_000, warmup_steps=200),
+    steps=3_500,
+    optimiser=replace(TINY.optimiser, matrices="muon", decay_steps=3_500, warmup_steps=200),
     data=replace(TINY.data, stream=replace(TINY.data.stream, prompt_start_share=0.5)),
-    run=RunConfig(output=Path("runs/tiny-table"), evaluate_every=250, save_every=250, export_every=1_000),
+    run=RunConfig(output=Path("runs/tiny-table"), evaluate_every=250, save_every=250, export_every=500),
 )
 
 # quickstart: `tiny`, shortened to fit `make quickstart`

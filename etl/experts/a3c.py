@@ -28,16 +28,17 @@ FLAT = CHANNELS * 5 * 5
 
 
 class A3C:
-    """Plays the Atari simulator `env`, whose screen it reads. PolicyError names the file and what is wrong in it."""
+    """Plays the Atari simulator `env`, whose screen it reads; its logits are divided by `temperature`. PolicyError
+    names the file and what is wrong in it."""
 
     algorithm = "a3c"
 
-    def __init__(self, path: Path, env: gymnasium.Env):
+    def __init__(self, path: Path, env: gymnasium.Env, temperature: float = 1.0):
         try:
             self.weights = load_file(path)
         except (OSError, SafetensorError) as error:
             raise PolicyError(f"{path}: not a readable safetensors file ({error})") from None
-        self.name, self.env = str(path), env
+        self.name, self.env, self.temperature = str(path), env, temperature
         actions = len(self.weights.get("actor_linear.weight", ()))
         shapes: dict[str, tuple[int, ...]] = {f"conv{n}.bias": (CHANNELS,) for n in range(1, 5)}
         shapes |= {f"conv{n}.weight": (CHANNELS, 1 if n == 1 else CHANNELS, 3, 3) for n in range(1, 5)}
@@ -75,7 +76,7 @@ class A3C:
             x = F.elu(F.conv2d(x, self.weights[f"conv{n}.weight"], self.weights[f"conv{n}.bias"], 2, 1))
         self.memory = self.gru(x.reshape(1, -1), self.memory)
         logits = self.memory @ self.weights["actor_linear.weight"].T + self.weights["actor_linear.bias"]
-        odds = logits[0].double().softmax(0).numpy()
+        odds = (logits[0].double() / self.temperature).softmax(0).numpy()
         return np.array(rng.choice(len(odds), p=odds / odds.sum()))
 
 

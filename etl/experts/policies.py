@@ -58,10 +58,20 @@ def noise_action(action: ActionSpec, rng: np.random.Generator) -> np.ndarray:
     return rng.integers(action.choices, size=() if action.size == 1 else action.size)
 
 
-def load(name: str, env: gymnasium.Env, observation_size: int, action: ActionSpec, noise: float = 0.0) -> Policy:
-    """`name` is 'expert', 'random' or a policy file; it will play `env` with that much noise. PolicyError names
-    what does not fit and the remedy."""
-    environment = env.spec.id if env.spec else ""
+def load(
+    name: str,
+    env: gymnasium.Env,
+    observation_size: int,
+    action: ActionSpec,
+    noise: float = 0.0,
+    temperature: float = 1.0,
+) -> Policy:
+    """`name` is 'expert', 'random' or a policy file; it will play `env` with that much noise, and where it samples its
+    actions at that temperature. PolicyError names what does not fit and the remedy."""
+    environment, path = env.spec.id if env.spec else "", Path(name)
+    recurrent = path.suffix == ".safetensors" and a3c.is_a3c(path)
+    if temperature != 1.0 and not recurrent:
+        raise PolicyError(f"{name}: has no temperature, which A3C alone samples with; leave --temperature out")
     if name == "random":
         return Random(action)
     if name == "expert":
@@ -73,14 +83,13 @@ def load(name: str, env: gymnasium.Env, observation_size: int, action: ActionSpe
                 return expert
         known = ", ".join(f"{prefix}v*" for prefix in EXPERTS)
         raise PolicyError(f"no expert of {environment} is shipped (there are {known}); give --policy a file, or random")
-    path = Path(name)
     if not path.is_file():
         raise PolicyError(f"{name}: no such policy file; give one, or 'expert', or 'random'")
     policy: StableBaselines | a3c.A3C | perceptron.Perceptron
     if path.suffix == ".zip":
         policy = StableBaselines(path)
-    elif path.suffix == ".safetensors" and a3c.is_a3c(path):
-        policy = a3c.A3C(path, env)
+    elif recurrent:
+        policy = a3c.A3C(path, env, temperature)
     else:
         policy = perceptron.load(path)
     policy.check(observation_size, action.size, environment)

@@ -217,6 +217,18 @@ def test_a_recurrent_policy_plays_atari_and_remembers(tmp_path):
     assert policy.memory.abs().sum() > 0
     policy.reset()
     assert policy.memory.abs().sum() == 0
+    cold = [
+        recorded(tmp_path / n, environment="ALE/Pong-v5", policy=str(path), steps=60, temperature=1e-3) for n in "cd"
+    ]
+    cold = [set(gzip.decompress((log / "$store$_action_ckpt.0.gz").read_bytes())[128:]) for log in cold]
+    assert cold[0] == cold[1] and len(cold[0]) < len(set(first[128:]))
+
+
+def test_temperature_is_for_policies_that_sample(tmp_path):
+    with pytest.raises(PolicyError, match="has no temperature"):
+        recorded(tmp_path, temperature=0.5, steps=5)
+    with pytest.raises(ValueError, match="--temperature positive"):
+        recorded(tmp_path, temperature=0.0, steps=5)
 
 
 @pytest.mark.parametrize(
