@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from eval.agent import AgentConfig
+from schemas.ranges import require
 
 
 @dataclass(frozen=True)
@@ -60,5 +61,4 @@ def check(options: Options) -> None:
         ("agent.temperature", agent.temperature, 1e-6, 1e6),
         ("agent.prompt-share", agent.prompt_share, 0, 1),
     ):
-        if not least <= value <= most:
-            raise ValueError(f"--{name} {value}: must be from {least:g} to {most:g}")
+        require(name, value, least, most)

@@ -24,6 +24,7 @@ import numpy as np
 
 from schemas.dataset import MANIFEST_NAME, TEXT_MODEL_NAME, DatasetError
 from schemas.episode import STRICT
+from schemas.ranges import require
 from schemas.vocabulary import Vocabulary
 from shards.assembly import Assembly, Plan
 from shards.batch import Batch, Memory
@@ -271,11 +272,9 @@ def _check_config(config: StreamConfig, seed: int) -> None:
         *((name, 0, 1) for name in shares),
     ):
         value = getattr(config, name)
-        if value is not None and not least <= value <= most:
-            setting = name.replace("_", "-")
-            raise ValueError(f"--data.stream.{setting} {value}: must be from {least} to {most}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"--seed {seed}: must be from 0 to 2**63 - 1")
+        if value is not None:
+            require(f"data.stream.{name}", value, least, most)
+    require("seed", seed, 0, 2**63 - 1)
 
 
 def _unit(word: np.ndarray) -> np.ndarray:

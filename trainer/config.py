@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from schemas.episode import STRICT
+from schemas.ranges import require
 from shards.cache import CacheConfig
 from shards.reader import Verify
 from shards.stream import OnBadShard, StreamConfig
@@ -176,8 +177,7 @@ def check(config: TrainConfig, world: int) -> None:
         value: Any = config
         for part in name.split("."):
             value = getattr(value, part)
-        if not least <= value <= most:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be from {least:g} to {most:g}")
+        require(name, value, least, most)
     data = config.data
     if world < 1 or data.global_batch % (world * data.micro_batch):
         raise ValueError(

@@ -98,22 +98,7 @@ class Engine:
     def __init__(self, model: Gato, config: TrainConfig, device: torch.device, continuous: list[bool], text: bool):
         self.config, self.device = config, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        accumulation = config.data.global_batch // (self.world * config.data.micro_batch)
-        body = read_config(config.deepspeed) | {
-            "train_batch_size": config.data.global_batch,
-            "train_micro_batch_size_per_gpu": config.data.micro_batch,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": config.optimiser.gradient_clip,
-            "steps_per_print": 10**9,
-        }
-        stage = body.get("zero_optimization", {}).get("stage", 0)
-        if config.compile and stage == 3:
-            raise ValueError("--compile does not go with ZeRO 3, whose layers fetch their weights while they run")
-        if not stage:
-            body["gradient_clipping"] = 0.0  # see `_clip`
-        if stage and config.optimiser.matrices == "muon":
-            raise ValueError("--optimiser.matrices muon updates whole matrices, which ZeRO 1 to 3 cut up; "
-                             "use adamw, or a configuration of stage 0 such as --deepspeed zero0_cpu")  # fmt: skip
+        body = deepspeed_body(config, self.world)
         optimiser = make_optimiser(model, config.optimiser)
         objective = Objective(model, config.loss, continuous, text)
         prepare_blocks(model, config.compile, config.activation_checkpointing)
@@ -233,6 +218,34 @@ def prepare_blocks(model: Gato, compile: bool, activation_checkpointing: bool) -
             block.compile(dynamic=None if number == len(model.blocks) - 1 else False)
         if activation_checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def deepspeed_body(config: TrainConfig, world: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run of `world` processes: its file, and what the run's own settings say.
+    ValueError where they do not go together."""
+    body, data = read_config(config.deepspeed), config.data
+    stage = body.get("zero_optimization", {}).get("stage", 0)
+    if config.compile and stage == 3:
+        raise ValueError("--compile does not go with ZeRO 3, whose layers fetch their weights while they run")
+    if stage and config.optimiser.matrices == "muon":
+        raise ValueError("--optimiser.matrices muon updates whole matrices, which ZeRO 1 to 3 cut up; "
+                         "use adamw, or a configuration of stage 0 such as --deepspeed zero0_cpu")  # fmt: skip
+    ours = {
+        "train_batch_size": (data.global_batch, "--data.global-batch"),
+        "train_micro_batch_size_per_gpu": (data.micro_batch, "--data.micro-batch"),
+        "gradient_accumulation_steps": (data.global_batch // (world * data.micro_batch), "--data.micro-batch"),
+        "gradient_clipping": (config.optimiser.gradient_clip, "--optimiser.gradient-clip"),
+        "optimizer": (None, "--optimiser.*"),
+        "scheduler": (None, "--optimiser.*"),
+    }
+    for key, (value, setting) in ours.items():
+        if body.pop(key, "auto") not in ("auto", value):
+            raise ValueError(f"{config.deepspeed}: field '{key}' is for {setting} to say; remove it from the file")
+        if value is not None:
+            body[key] = value
+    if not stage:
+        body["gradient_clipping"] = 0.0  # see `Engine._clip`
+    return {"steps_per_print": 10**9} | body
 
 
 def read_config(name: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from tests.trainer.launch import losses, train
 from trainer.config import check, differences, from_dict, to_dict
-from trainer.engine import CONFIGS, read_config
+from trainer.engine import CONFIGS, deepspeed_body, read_config
 from trainer.recipes import RECIPES
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.json"))
@@ -32,17 +32,12 @@ def test_the_hostfile_is_one():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_survives_json_and_fits_its_configuration(name):
+def test_every_recipe_survives_json_is_in_range_and_fits_its_configuration(name):
     config = RECIPES[name]
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
-    assert config.deepspeed in NAMES and config.data.global_batch % config.data.micro_batch == 0
     processes = {"1.18b-8gpu": 8, "1.18b-nodes": 32}.get(name, 1)
-    assert config.data.global_batch % (processes * config.data.micro_batch) == 0
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_is_in_range(name):
-    check(RECIPES[name], {"1.18b-8gpu": 8, "1.18b-nodes": 32}.get(name, 1))
+    check(config, processes)
+    assert config.deepspeed in NAMES and deepspeed_body(config, processes)
 
 
 @pytest.mark.parametrize(
@@ -82,3 +77,21 @@ def test_offload_saves_resumes_bit_for_bit_and_learns_the_same(hopper, pong, tmp
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
     whole, parts = (load_file(tmp_path / name / "export" / "weights.safetensors") for name in ("whole", "parts"))
     assert all(np.array_equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "setting"),
+    [
+        ("train_micro_batch_size_per_gpu", 3, "--data.micro-batch"),
+        ("gradient_clipping", 5.0, "--optimiser.gradient-clip"),
+        ("scheduler", {"type": "WarmupLR"}, "--optimiser"),
+    ],
+)
+def test_a_file_of_ones_own_does_not_say_what_the_run_says(field, value, setting, tmp_path):
+    path = tmp_path / "own.json"
+    own = replace(RECIPES["tiny"], deepspeed=str(path))
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1}, "train_batch_size": "auto"}))
+    assert deepspeed_body(own, 1)["train_batch_size"] == own.data.global_batch
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1}, field: value}))
+    with pytest.raises(ValueError, match=f"own.json: field '{field}' is for {setting}"):
+        deepspeed_body(own, 1)

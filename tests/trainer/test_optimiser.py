@@ -1,5 +1,7 @@
 """Muon beside torch's own, and in runs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,9 @@ from torch import nn
 
 from tests.trainer.launch import errors, losses, train
 from trainer.config import OptimiserConfig
+from trainer.engine import deepspeed_body
 from trainer.optimiser import block_matrices, make_optimiser, orthogonalised
+from trainer.recipes import RECIPES
 
 MUON = ("--optimiser.matrices", "muon")
 
@@ -76,3 +80,5 @@ def test_muon_resumes_bit_for_bit_at_any_world_size_and_refuses_cut_up_matrices(
     assert all(np.array_equal(whole[name], parts[name]) for name in whole)
     refused = train(tmp_path / "cut", [hopper], *MUON, "--deepspeed", "zero1_cpu", check=False)
     assert refused.returncode and "matrices" in errors(refused)[0]
+    with pytest.raises(ValueError, match="--optimiser.matrices muon"):  # a dry run asks for the same
+        deepspeed_body(replace(RECIPES["tiny-table"], deepspeed="zero1"), 1)
