@@ -66,7 +66,8 @@ class OptimiserConfig:
     """On matrices; norms and biases have none."""
     gradient_clip: float = 1.0
     matrices: Literal["adamw", "muon"] = "adamw"
-    """What updates the blocks' matrices: AdamW as all else (paper), or Muon, see trainer/optimiser.py; at ZeRO 0."""
+    """What updates the matrices of blocks and patch embedder: AdamW as all else (paper), or Muon (ours, at ZeRO 0),
+    see trainer/optimiser.py."""
     muon_peak_lr: float = 0.02
     """Muon's rate where AdamW's is `peak_lr`; both follow the same schedule."""
 

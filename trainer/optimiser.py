@@ -1,10 +1,10 @@
-"""AdamW, with Muon for the matrices of the blocks: one optimiser whose states have AdamW's names.
+"""AdamW, with Muon for the matrices between hidden vectors: one optimiser whose states have AdamW's names.
 
     gradient -> momentum (`exp_avg`) -> nearest semi-orthogonal matrix -> step of a rate of its own
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) is not in the paper. Tables, norms, the patch embedder's
-convolutions and everything else stay with AdamW, whose `exp_avg_sq` is kept for all, zero where Muon steps, so that
-checkpoints know one form.
+first convolution and everything else stay with AdamW, whose `exp_avg_sq` is kept for all, zero where Muon steps, so
+that checkpoints know one form.
 
 Invariant: a matrix is updated whole, so parameters must not be cut up (ZeRO 0).
 """
@@ -36,9 +36,11 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
-def block_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """What Muon is for: the two-dimensional weights of the blocks."""
-    return [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """What Muon is for: the matrices of the blocks and, but for the first, of the patch embedder, a convolution's
+    kernel as (out, rest). Under AdamW the embedder's wide last one outgrows what differs between patches."""
+    inner = ("blocks.", "patches.conv", "patches.skip", "patches.out")
+    return [p for name, p in model.named_parameters() if name.startswith(inner) and p.ndim >= 2]
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -69,14 +71,14 @@ class MuonAdamW(torch.optim.AdamW):
         assert p.grad is not None
         state["step"] += 1
         momentum = state["exp_avg"].lerp_(p.grad, 1 - MOMENTUM)
-        update = orthogonalised(p.grad.lerp(momentum, MOMENTUM))  # Nesterov's form
+        update = orthogonalised(p.grad.lerp(momentum, MOMENTUM).flatten(1))  # Nesterov's form
         p.mul_(1 - rate * weight_decay)
-        p.add_(update, alpha=-rate * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+        p.add_(update.view_as(p), alpha=-rate * max(1.0, update.shape[0] / update.shape[1]) ** 0.5)
 
 
 def make_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
     """The optimiser of an OptimiserConfig. Weight decay on matrices and tables, not on norms and biases."""
-    matrices = block_matrices(model) if config.matrices == "muon" else []
+    matrices = hidden_matrices(model) if config.matrices == "muon" else []
     theirs = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in theirs]
     groups: list[dict[str, Any]] = [

@@ -8,10 +8,12 @@ import torch
 from safetensors.numpy import load_file
 from torch import nn
 
+from schemas.vocabulary import SEED
 from tests.trainer.launch import errors, losses, train
 from trainer.config import OptimiserConfig
 from trainer.engine import deepspeed_body
-from trainer.optimiser import block_matrices, make_optimiser, orthogonalised
+from trainer.model import Gato, ModelConfig
+from trainer.optimiser import hidden_matrices, make_optimiser, orthogonalised
 from trainer.recipes import RECIPES
 
 MUON = ("--optimiser.matrices", "muon")
@@ -42,7 +44,7 @@ class Net(nn.Module):
 def test_muon_steps_as_torchs_does_and_the_rest_as_adamw():
     config = OptimiserConfig(matrices="muon", peak_lr=1e-3, start_lr=1e-3)
     ours, theirs = Net(), Net()
-    matrices = block_matrices(theirs)
+    matrices = hidden_matrices(theirs)
     rest = [p for p in theirs.parameters() if all(p is not matrix for matrix in matrices)]
     assert len(matrices) == 2
     sides = [(ours, [make_optimiser(ours, config)])]
@@ -66,6 +68,19 @@ def test_muon_steps_as_torchs_does_and_the_rest_as_adamw():
         moved = (other.detach() - first).norm()
         # torch iterates in bfloat16, of eight bits
         assert moved > 0 and (mine.detach() - other.detach()).norm() < 0.1 * moved, name
+
+
+def test_muon_takes_hidden_matrices_and_turns_kernels_into_them():
+    model = Gato(ModelConfig(blocks=1, heads=2, width=32, feed_forward=64, head_size=16, patch_channels=16), SEED)
+    found = {name for name, p in model.named_parameters() if any(p is one for one in hidden_matrices(model))}
+    patches = {f"patches.{name}.weight" for name in ("conv_1", "conv_2", "skip", "out")}
+    assert patches < found and all(name.startswith("blocks.0.") for name in found - patches)
+    optimiser = make_optimiser(model, OptimiserConfig(matrices="muon", peak_lr=1.0, start_lr=1.0, muon_peak_lr=1.0))
+    kernel = model.patches.conv_1.weight
+    before, kernel.grad = kernel.detach().clone(), torch.randn(kernel.shape, generator=torch.Generator().manual_seed(0))
+    optimiser.step()
+    values = torch.linalg.svdvals((before * 0.9 - kernel.detach()).flatten(1))
+    assert values.min() > 0.6 and values.max() < 1.3
 
 
 def test_muon_resumes_bit_for_bit_at_any_world_size_and_refuses_cut_up_matrices(hopper, tmp_path):
