@@ -34,6 +34,7 @@ COLOURS = {"dt": "#3f72af", "tt": "#2a9d8f", "gato": "#d1603d", "random": "#8d94
 LINES = ("#d1603d", "#3f72af", "#2a9d8f", "#b79f5b", "#8e6bb0", "#5f9ea0", "#c2698f", "#7a8b3a", "#8d949c", "#a0522d")
 LABELS = {"dt": "DT", "tt": "TT", "gato": "Gato", "random": "Random", "behaviour": "Behaviour"}
 Curves = dict[str, dict[str, list[tuple[float, float]]]]  # quantity -> line -> [(step, value)]
+SPREAD = 30  # losses further apart are drawn on a logarithmic scale
 MEDIA = {".gif": "image/gif", ".png": "image/png"}
 STYLE: Any = {
     "svg.hashsalt": "gato",
@@ -158,7 +159,7 @@ def curves_chart(curves: Curves) -> str:
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     with matplotlib.rc_context(STYLE):
-        legend_rows = -(-(len(names) + 1) // 3)
+        legend_rows = -(-(len(names) + 1) // columns)
         figure = Figure(figsize=(3.5 * columns, 2.3 * rows + 0.2 * legend_rows), layout="constrained")
         handles: dict[str, Line2D] = {}
         for index, panel in enumerate(panels):
@@ -174,10 +175,13 @@ def curves_chart(curves: Curves) -> str:
             axes.grid(axis="y")
             axes.tick_params(length=0)
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            heights = [value for line in curves[panel].values() for _, value in line]
+            if "loss" in panel and 0 < SPREAD * min(heights) < max(heights):
+                axes.set_yscale("log")
             if panel == "tokens_per_second":
                 axes.set_ylim(bottom=0)
                 axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        figure.legend(list(handles.values()), list(handles), loc="outside lower left", ncols=3, frameon=False)
+        figure.legend(list(handles.values()), list(handles), loc="outside lower left", ncols=columns, frameon=False)
         return _svg_uri(figure)
 
 

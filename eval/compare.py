@@ -25,6 +25,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 import tyro
@@ -158,17 +159,20 @@ def compare(options: Options, console: Console) -> Path:
 
 
 def curves(parts: Parts, jobs: list[Job]) -> dict[str, Curves]:
-    """Learning curves by title: each Gato's run, and the baselines' losses, a line a task and seed."""
+    """Learning curves by title: each Gato's run, and the baselines' losses, a line a task, the mean of its seeds."""
     found: dict[str, Curves] = {}
     for export in parts.exports.values():
         if (path := export.parent / "metrics.jsonl").is_file():
             found[f"Gato: {export.parent.name}"] = read_metrics(path)
+    losses: dict[tuple[str, str], list[np.ndarray]] = {}
     for job in jobs:
         trained = parts.folder(job) / "config.json" if job.model in BASELINES else None
         if trained and trained.is_file():
-            losses = json.loads(trained.read_text())["extra"]["losses"]
-            lines = found.setdefault("Baselines", {}).setdefault(f"training loss of {job.model.upper()}", {})
-            lines[f"{job.spec.name}, seed {job.seed}"] = [(step, loss) for step, loss in losses]
+            seed = np.array(json.loads(trained.read_text())["extra"]["losses"])
+            losses.setdefault((f"training loss of {job.model.upper()}", job.spec.name), []).append(seed)
+    for (quantity, task), seeds in losses.items():
+        line = [(int(step), float(loss)) for step, loss in np.mean(seeds, axis=0)]
+        found.setdefault("Baselines", {}).setdefault(quantity, {})[task] = line
     return found
 
 
