@@ -133,7 +133,9 @@ def test_what_was_added_leaves_older_checkpoints_as_they_were(hopper):
     tuned = deciding(RECIPES["finetune"])
     assert (tuned["model"]["dropout"], tuned["optimiser"]["schedule"]) == (0.1, "constant")
     stream = Stream([hopper], StreamConfig(), 0)
-    plain = {k: v for k, v in asdict(StreamConfig()).items() if k not in ("tasks", "demonstrations", "prompt_start_share")}
+    plain = {
+        k: v for k, v in asdict(StreamConfig()).items() if k not in ("tasks", "demonstrations", "prompt_start_share")
+    }
     body = [[stream.datasets[0].manifest.fingerprint], plain, 0, False]
     assert stream.fingerprint == hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     prints = {
