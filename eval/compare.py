@@ -171,7 +171,7 @@ def curves(parts: Parts, jobs: list[Job]) -> dict[str, Curves]:
             seed = np.array(json.loads(trained.read_text())["extra"]["losses"])
             losses.setdefault((f"training loss of {job.model.upper()}", job.spec.name), []).append(seed)
     for (quantity, task), seeds in losses.items():
-        line = [(int(step), float(loss)) for step, loss in np.mean(seeds, axis=0)]
+        line: list[tuple[float, float]] = [(int(step), float(loss)) for step, loss in np.mean(seeds, axis=0)]
         found.setdefault("Baselines", {}).setdefault(quantity, {})[task] = line
     return found
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from schemas.vocabulary import Vocabulary
 from trainer.config import TrainConfig
-from trainer.engine import deepspeed_body
+from trainer.engine import zero_config
 from trainer.loss import LossConfig, action_ids
 from trainer.model import Gato, ModelConfig
 
@@ -80,7 +80,7 @@ def estimate(config: TrainConfig, vocabulary: Vocabulary, world: int, supervised
     with torch.device("meta"):
         model = Gato(config.model, vocabulary)
     length, micro = config.data.stream.sequence_length, config.data.micro_batch
-    e = 2 if lower_precision(deepspeed_body(config, world)) else 4
+    e = 2 if lower_precision(zero_config(config, world)) else 4
     tokens = micro * length
     live = activations(config.model, micro, length, int(tokens * ATARI_PATCHES), int(tokens * supervised), e, True)
     head = head_bytes(config.loss, vocabulary, config.model.width, int(tokens * supervised), e, text=True)

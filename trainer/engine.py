@@ -98,7 +98,7 @@ class Engine:
     def __init__(self, model: Gato, config: TrainConfig, device: torch.device, continuous: list[bool], text: bool):
         self.config, self.device = config, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        body = deepspeed_body(config, self.world)
+        body = zero_config(config, self.world)
         optimiser = make_optimiser(model, config.optimiser)
         objective = Objective(model, config.loss, continuous, text)
         prepare_blocks(model, config.compile, config.activation_checkpointing)
@@ -220,7 +220,7 @@ def prepare_blocks(model: Gato, compile: bool, activation_checkpointing: bool) -
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def deepspeed_body(config: TrainConfig, world: int) -> dict[str, Any]:
+def zero_config(config: TrainConfig, world: int) -> dict[str, Any]:
     """The DeepSpeed configuration of a run of `world` processes: its file, and what the run's own settings say.
     ValueError where they do not go together."""
     body, data = read_config(config.deepspeed), config.data

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from tests.trainer.launch import losses, train
 from trainer.config import check, differences, from_dict, to_dict
-from trainer.engine import CONFIGS, deepspeed_body, read_config
+from trainer.engine import CONFIGS, read_config, zero_config
 from trainer.recipes import RECIPES
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.json"))
@@ -37,7 +37,7 @@ def test_every_recipe_survives_json_is_in_range_and_fits_its_configuration(name)
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
     processes = {"1.18b-8gpu": 8, "1.18b-nodes": 32}.get(name, 1)
     check(config, processes)
-    assert config.deepspeed in NAMES and deepspeed_body(config, processes)
+    assert config.deepspeed in NAMES and zero_config(config, processes)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_file_of_ones_own_does_not_say_what_the_run_says(field, value, setting
     path = tmp_path / "own.json"
     own = replace(RECIPES["tiny"], deepspeed=str(path))
     path.write_text(json.dumps({"zero_optimization": {"stage": 1}, "train_batch_size": "auto"}))
-    assert deepspeed_body(own, 1)["train_batch_size"] == own.data.global_batch
+    assert zero_config(own, 1)["train_batch_size"] == own.data.global_batch
     path.write_text(json.dumps({"zero_optimization": {"stage": 1}, field: value}))
     with pytest.raises(ValueError, match=f"own.json: field '{field}' is for {setting}"):
-        deepspeed_body(own, 1)
+        zero_config(own, 1)

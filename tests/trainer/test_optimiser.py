@@ -11,7 +11,7 @@ from torch import nn
 from schemas.vocabulary import SEED
 from tests.trainer.launch import errors, losses, train
 from trainer.config import OptimiserConfig
-from trainer.engine import deepspeed_body
+from trainer.engine import zero_config
 from trainer.model import Gato, ModelConfig
 from trainer.optimiser import hidden_matrices, make_optimiser, orthogonalised
 from trainer.recipes import RECIPES
@@ -96,4 +96,4 @@ def test_muon_resumes_bit_for_bit_at_any_world_size_and_refuses_cut_up_matrices(
     refused = train(tmp_path / "cut", [hopper], *MUON, "--deepspeed", "zero1_cpu", check=False)
     assert refused.returncode and "matrices" in errors(refused)[0]
     with pytest.raises(ValueError, match="--optimiser.matrices muon"):  # a dry run asks for the same
-        deepspeed_body(replace(RECIPES["tiny-table"], deepspeed="zero1"), 1)
+        zero_config(replace(RECIPES["tiny-table"], deepspeed="zero1"), 1)
