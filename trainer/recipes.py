@@ -34,8 +34,9 @@ TINY = TrainConfig(
 # Medium and expert share an environment, so the agent is prompted: episodes' starts must be seen behind prompts
 # command   deepspeed --num_gpus 1 trainer/main.py --recipe tiny-table --seed 0 --run.output runs/tiny-table-0
 # hardware  1 CPU core, no GPU
-# hours     not yet
-# expected  not yet
+# hours     0.43
+# expected  of the behaviour's return: 104 % on halfcheetah-medium, 86 % on hopper-medium, 36 and 25 % on their experts,
+#           under 10 % on Walker2d, nothing on Pong and Breakout (docs/results/table, 3 seeds)
 TINY_TABLE = replace(
     TINY,
     steps=3_500,
