@@ -99,8 +99,12 @@ def record(options: Options, console: Console) -> Path:
     env = simulators.make(spec)
     fields = simulators.observation_fields(env)
     size = sum(int(np.prod(field.shape)) for field in fields)
-    given = options.noise, options.temperature
-    policy = policies.load(options.policy, env, size, simulators.action_spec(env), *given)
+
+    def player() -> policies.Policy:
+        action = simulators.action_spec(env)
+        return policies.load(options.policy, env, size, action, options.noise, options.temperature)
+
+    policy = player()
     atari, plain = spec.suite == "atari", [field.key for field in fields] == ["observation"]
     path = _path(options, "atari" if atari else "plain" if plain else "minari")
     if path.exists() and not options.overwrite:
@@ -114,7 +118,7 @@ def record(options: Options, console: Console) -> Path:
         log = collected = MinariLog(path.parents[1], "/".join(path.parts[-2:]), policy.algorithm)
         env.close()
         env = simulators.make(spec, inner=collected.wrap)
-        policy = policies.load(options.policy, env, size, simulators.action_spec(env), *given)
+        policy = player()
     returns, running, done = [], 0.0, 0
     try:
         with Progress(console=console) as progress:

@@ -192,7 +192,8 @@ class Stream:
         if redraw.any():
             anew = below(words(self.seed, "redraw", i, redraw), total)
             begin, choice = np.where(redraw > 0, anew, begin), np.where(redraw > 0, mixed(choice, redraw), choice)
-        begin[to_start] = circles.starts(task[to_start], begin[to_start])
+        if to_start.any():
+            begin[to_start] = circles.starts(task[to_start], begin[to_start])
         near = phase + self.sampler.beside(places, mixed(choice, 1)) * width if self.sampler.mixes_runs else None
         prompt = circles.prompts(task, begin, length, from_end, choice, near)
         silent = np.zeros(len(i), np.int64) if self.config.prompt_loss else prompt[1] - prompt[0]

@@ -139,10 +139,8 @@ class Circles:
             other = self._episode(task, groups, near[drawn])
             other += other == own
             other[other == count] = 0
-        row = self.search("split_episode", groups, other, "left")
         behind = self.search("split_episode", groups, other)
-        end, timesteps = self.take(("split_stop", "timesteps"), task, row)
-        start, stop = end - timesteps, self.take(("split_stop",), task, behind - 1)[0]
+        start, stop = self._start(task, groups, other), self.take(("split_stop",), task, behind - 1)[0]
         taken = np.minimum(length[drawn], stop - start)
         anywhere = start + below(mixed(word, 0), stop - start - taken + 1)
         a[drawn] = np.where(from_end[drawn], stop - taken, anywhere)
@@ -152,7 +150,10 @@ class Circles:
     def starts(self, task: np.ndarray, position: np.ndarray) -> np.ndarray:
         """Circle positions (n,) at which the episodes that hold `position` (n,) start."""
         groups = grouped(task)
-        row = self.search("split_episode", groups, self._episode(task, groups, position), "left")
+        return self._start(task, groups, self._episode(task, groups, position))
+
+    def _start(self, task: np.ndarray, groups: Groups, episode: np.ndarray) -> np.ndarray:
+        row = self.search("split_episode", groups, episode, "left")
         stop, timesteps = self.take(("split_stop", "timesteps"), task, row)
         return stop - timesteps
 

@@ -17,11 +17,9 @@ import gymnasium
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from etl.experts import PolicyError
+from etl.experts import PolicyError, open_safetensors
 
 ROWS, SIDE, CHANNELS, MEMORY = slice(35, 195), 80, 32, 256
 FLAT = CHANNELS * 5 * 5
@@ -34,17 +32,15 @@ class A3C:
     algorithm = "a3c"
 
     def __init__(self, path: Path, env: gymnasium.Env, temperature: float = 1.0):
-        try:
-            self.weights = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise PolicyError(f"{path}: not a readable safetensors file ({error})") from None
+        with open_safetensors(path) as file:
+            self.weights = {key: torch.from_numpy(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
         self.name, self.env, self.temperature = str(path), env, temperature
-        actions = len(self.weights.get("actor_linear.weight", ()))
+        self.actions = len(self.weights.get("actor_linear.weight", ()))
         shapes: dict[str, tuple[int, ...]] = {f"conv{n}.bias": (CHANNELS,) for n in range(1, 5)}
         shapes |= {f"conv{n}.weight": (CHANNELS, 1 if n == 1 else CHANNELS, 3, 3) for n in range(1, 5)}
         shapes |= {"gru.weight_ih": (3 * MEMORY, FLAT), "gru.weight_hh": (3 * MEMORY, MEMORY)}
         shapes |= {"gru.bias_ih": (3 * MEMORY,), "gru.bias_hh": (3 * MEMORY,)}
-        shapes |= {"actor_linear.weight": (actions, MEMORY), "actor_linear.bias": (actions,)}
+        shapes |= {"actor_linear.weight": (self.actions, MEMORY), "actor_linear.bias": (self.actions,)}
         for name, shape in shapes.items():
             if name not in self.weights:
                 raise PolicyError(f"{path}: no field '{name}', so no policy of baby-a3c; export it again")
@@ -58,9 +54,10 @@ class A3C:
         """PolicyError unless `environment` is an Atari game with as many actions as the policy has."""
         if not environment.startswith("ALE/"):
             raise PolicyError(f"{self.name}: plays Atari games, not {environment}; give another --policy")
-        own, needed = len(self.weights["actor_linear.weight"]), int(self.env.action_space.n)  # type: ignore[attr-defined]
-        if own != needed:
-            raise PolicyError(f"{self.name}: has {own} actions, {environment} needs {needed}; name the game it plays")
+        needed = int(self.env.action_space.n)  # type: ignore[attr-defined]
+        if self.actions != needed:
+            has = f"has {self.actions} actions, {environment} needs {needed}"
+            raise PolicyError(f"{self.name}: {has}; name the game it plays")
 
     def reset(self) -> None:
         self.memory = torch.zeros(1, MEMORY)
@@ -78,12 +75,3 @@ class A3C:
         logits = self.memory @ self.weights["actor_linear.weight"].T + self.weights["actor_linear.bias"]
         odds = (logits[0].double() / self.temperature).softmax(0).numpy()
         return np.array(rng.choice(len(odds), p=odds / odds.sum()))
-
-
-def is_a3c(path: Path) -> bool:
-    """Whether a safetensors file names convolutions; False for what is none, or cannot be read."""
-    try:
-        with safe_open(path, "numpy") as file:
-            return "conv1.weight" in file.keys()  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return False

@@ -20,10 +20,9 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from etl.experts import PolicyError
+from etl.experts import PolicyError, open_safetensors
 from schemas.files import atomic_write
 
 VARIANCE_EPSILON = 1e-8
@@ -114,12 +113,9 @@ def save_safetensors(
 
 
 def _load_safetensors(path: Path) -> Perceptron:
-    try:
-        with safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise PolicyError(f"{path}: not a readable safetensors file ({error})") from None
+    with open_safetensors(path) as file:
+        metadata = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     weights, biases = _layers(path, tensors, "layers.{}.weight", "layers.{}.bias")
     variance = tensors.get("observation.variance", np.ones(weights[0].shape[1]))
     return Perceptron(

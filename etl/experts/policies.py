@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import gymnasium
 import numpy as np
 
-from etl.experts import PolicyError, a3c, perceptron, scripted
+from etl.experts import PolicyError, open_safetensors, perceptron, scripted
 from etl.experts.sb3 import StableBaselines
 from schemas.episode import ActionSpec
 
@@ -69,7 +69,7 @@ def load(
     """`name` is 'expert', 'random' or a policy file; it will play `env` with that much noise, and where it samples its
     actions at that temperature. PolicyError names what does not fit and the remedy."""
     environment, path = env.spec.id if env.spec else "", Path(name)
-    recurrent = path.suffix == ".safetensors" and a3c.is_a3c(path)
+    recurrent = path.suffix == ".safetensors" and path.is_file() and _has_convolutions(path)
     if temperature != 1.0 and not recurrent:
         raise PolicyError(f"{name}: has no temperature, which A3C alone samples with; leave --temperature out")
     if name == "random":
@@ -85,12 +85,18 @@ def load(
         raise PolicyError(f"no expert of {environment} is shipped (there are {known}); give --policy a file, or random")
     if not path.is_file():
         raise PolicyError(f"{name}: no such policy file; give one, or 'expert', or 'random'")
-    policy: StableBaselines | a3c.A3C | perceptron.Perceptron
     if path.suffix == ".zip":
-        policy = StableBaselines(path)
+        policy: Any = StableBaselines(path)
     elif recurrent:
-        policy = a3c.A3C(path, env, temperature)
+        from etl.experts.a3c import A3C  # torch, which no other policy takes a second to start for
+
+        policy = A3C(path, env, temperature)
     else:
         policy = perceptron.load(path)
     policy.check(observation_size, action.size, environment)
     return policy
+
+
+def _has_convolutions(path: Path) -> bool:
+    with open_safetensors(path) as file:
+        return "conv1.weight" in file.keys()  # noqa: SIM118
