@@ -1,5 +1,5 @@
 #!/bin/bash
-# The whole table: logs from the simulators, shards, three Gatos, DT and TT, the comparison. About five hours of one
+# The whole table: logs from the simulators, shards, three Gatos, DT and TT, the comparison. Some four hours of one
 # core; each command may be killed and run again.
 #   POLICIES=FOLDER bash docs/results/table/run.sh      (from the root of the checkout, environment activated)
 # POLICIES holds hopper-ars.safetensors and so on: policies of DLR-RM/rl-trained-agents and greydanus/baby-a3c (both MIT)
