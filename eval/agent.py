@@ -7,7 +7,8 @@ token n of an episode lies in slot n mod W K of the cache: timestep t comes wher
 t - W lay. A timestep takes as many forward passes as an action has tokens, for the last one
 is fed along with the next observation. The rolling mode keeps the cached keys of the
 remaining timesteps, which still remember what was dropped; the exact mode computes the
-window anew each timestep and is the reference. Episodes that end leave the batch.
+window anew each timestep and is the reference. Episodes that end leave the batch, but for
+one that is replayed (see eval/replay.py).
 
 Invariants: sampling is restricted to the ids that the action space allows; on one thread an
 episode's actions are the same to the bit whatever else is in the batch (see `batch_invariant`).
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 from etl.tokenizers.text import TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer
 from eval.draws import Draws
+from eval.replay import Replay
 from schemas.episode import TaskSpec
 from schemas.vocabulary import bin_centres
 from shards.reader import Dataset
@@ -54,6 +56,9 @@ class AgentConfig:
     batch_invariant: bool = True
     """On a CPU, matrix products of fewer than 4 rows are made of 4: libraries have other kernels for those, with other
     last bits, and an episode would depend on how many still run. Costs speed where few environments are played."""
+    launch: Literal["auto", "plain", "graph", "compiled"] = "auto"
+    """How a timestep is started: kernel by kernel; as a CUDA graph, whose actions are the same; as one of kernels that
+    torch.compile merged, faster and rounded otherwise; or auto: graph on a GPU with the rolling window, else plain."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,15 @@ class GatoAgent:
         weight = model.tokens.weight.detach()
         self.device, self.dtype = weight.device, weight.dtype
         self.rows_needed = ROWS if config.batch_invariant and self.device.type == "cpu" else 1
+        rolling, self.launch = config.window == "rolling", config.launch
+        self.replay: Replay | None = None
+        if self.launch == "auto":
+            self.launch = "graph" if self.device.type == "cuda" and rolling else "plain"
+        if self.launch != "plain" and not rolling:
+            raise ValueError(f"--agent.launch {self.launch}: the exact window's timesteps differ in shape; use plain")
+        if self.launch == "compiled":
+            for block in model.blocks:
+                block.compile(fullgraph=True, dynamic=False)
         self.head = weight[self.ids.start : self.ids.stop]
         self.slots = self.window * self.layout.length
         with torch.inference_mode():
@@ -165,7 +179,7 @@ class GatoAgent:
     ) -> np.ndarray:
         """observations {key: (B, ...)} -> actions (B, A) float32 or (B,) int64, zeros where not `active`. Rewards are
         not shown to Gato."""
-        if int(active.sum()) < len(self.running):
+        if int(active.sum()) < len(self.running) and self.launch == "plain":
             left = np.flatnonzero(active[self.running])
             self.running = self.running[left]
             self._keep(left)
@@ -174,18 +188,32 @@ class GatoAgent:
         oldest = max(0, self.time - self.window + 1) * K
         first = oldest if self.config.window == "exact" else max(0, self.time * K - 1)
         numbers = torch.arange(first, (self.time + 1) * K - 1, device=self.device)
-        points = rng.random((n, A)) if self.decoding == "sample" else np.zeros((n, A))
+        points, live = np.zeros((n, A)), active[self.running]
+        if self.decoding == "sample":
+            points[live] = rng.random((int(live.sum()), A))
         x = self._embed(self._ids(encoded.tokens), encoded.patches)
         if self.time:
             x = torch.cat(
                 [self._embed_actions(self.last, 0)[:, -A if self.config.window == "exact" else -1 :], x], dim=1
             )
-        self.last = self.timestep(x, numbers, torch.from_numpy(points).to(self.device))
+        inputs = x, numbers, torch.from_numpy(points).to(self.device)
+        # an episode's very first timestep has no action before it, and so another shape than all others
+        self.last = self._replayed(*inputs) if self.launch != "plain" and self.time else self.timestep(*inputs)
         self.time += 1
         chosen = self.tokenizer.decode_action(self.last.cpu().numpy())
         actions = np.zeros((len(active), *chosen.shape[1:]), chosen.dtype)
-        actions[self.running] = chosen
+        actions[self.running[live]] = chosen[live]
         return actions
+
+    def _replayed(self, *inputs: Tensor) -> Tensor:
+        """`timestep` by the graph of a batch of this size, captured where the last one's was another."""
+        if self.replay is None or not self.replay.fits(inputs):
+            self.replay = None  # its memory is free before more is taken
+            self.replay = Replay(self.timestep, inputs, self.cache)
+        if self.cache is not self.replay.cache:
+            self.replay.cache.copy_(self.cache)
+            self.cache = self.replay.cache
+        return self.replay(*inputs)
 
     def timestep(self, x: Tensor, numbers: Tensor, points: Tensor) -> Tensor:
         """New embedded tokens (n, T, W) up to the separator, their and the window's token numbers up to the last but

@@ -73,7 +73,7 @@ class Assembly:
             silent = plan.silent[begin + rows]
             if silent.any():
                 batch.supervised[rows] &= np.arange(self.length) >= silent[:, None] * layout.length
-        return batch
+        return batch.seal(memory)
 
     def _fill_tokens(
         self,

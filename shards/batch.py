@@ -1,11 +1,12 @@
 """A batch of token sequences, as arrays: what the stream makes and the model takes.
 
-Shapes: B sequences, L tokens, M patches in the whole batch.
+Shapes: B sequences, L tokens, M patches and N targets in the whole batch.
 """
 
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,11 @@ class Batch:
     patches (M, 16, 16, C) uint8, grey ones repeated where others have colours; patch_index (M,) int32, place of
     each in the flattened (B * L); patch_positions (M, 2) uint8, row and column bin; tasks (B,) int64;
     sequence (B,) int64, the i of each.
+
+    What follows from these is worked out beside them (`seal`), since a GPU that is asked for it keeps its host waiting:
+    chosen (N,) int32, the place in the flattened (B * L) before each target; starts (S,) int32, ascending, where a
+    segment begins in it, then B * L up to a number S of them that few batches exceed; packed, whether any sequence
+    holds two segments.
     """
 
     tokens: Any
@@ -41,17 +47,35 @@ class Batch:
     patch_positions: Any
     tasks: Any
     sequence: Any
+    chosen: Any = None
+    starts: Any = None
+    packed: bool = False
+
+    def seal(self, memory: Memory | None = None) -> Batch:
+        """Work out `chosen`, `starts` and `packed` once all other arrays are filled."""
+        B, L = self.tokens.shape
+        take, places = (memory or Memory()).take, np.flatnonzero(self.supervised)
+        self.chosen = take("chosen", np.int32, len(places))
+        np.subtract(places, 1, out=self.chosen, casting="same_kind")
+        begins = np.ones((B, L), bool)
+        np.not_equal(self.segments[:, 1:], self.segments[:, :-1], out=begins[:, 1:])
+        starts = np.flatnonzero(begins)
+        # powers of two, so that a compiled model meets few shapes
+        self.starts = take("starts", np.int32, 1 << max(2 * B, len(starts) + 1).bit_length())
+        self.starts[: len(starts)], self.starts[len(starts) :] = starts, B * L
+        self.packed = len(starts) > B
+        return self
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch as tensors on `device`. A CPU's share the arrays' memory."""
         import torch
 
-        return Batch(
-            **{
-                field.name: torch.as_tensor(getattr(self, field.name)).to(device, non_blocking=True)
-                for field in fields(self)
-            }
-        )
+        moved = copy(self)
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if not isinstance(value, bool | None):
+                setattr(moved, part.name, torch.as_tensor(value).to(device, non_blocking=True))
+        return moved
 
     @staticmethod
     def empty(tasks: np.ndarray, length: int, patches: int, channels: int, memory: Memory | None = None) -> Batch:

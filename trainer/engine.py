@@ -114,7 +114,7 @@ class Engine:
     def train_step(self, step: int, batches: list[Batch], stop: bool) -> StepResult:
         """One optimiser step on this rank's micro-batches. `stop`: this rank was asked to end; the result
         says whether any rank was."""
-        counted = sum(int(batch.supervised.sum()) for batch in batches)
+        counted = sum(len(batch.chosen) for batch in batches)
         totals = torch.tensor([counted, float(stop)], dtype=torch.float64, device=self.device)
         dist.all_reduce(totals)
         supervised = max(1, int(totals[0]))
@@ -123,7 +123,7 @@ class Engine:
         summed = torch.zeros((), dtype=torch.float64, device=self.device)
         self.engine.train()
         for batch in batches:
-            loss = self.loss(batch.to(self.device))
+            loss = self.loss(batch)
             summed += loss.detach()
             # DeepSpeed divides by world size and by accumulation steps; the mean is over tokens.
             self.engine.backward(loss * (self.world * len(batches) / supervised))
@@ -150,9 +150,9 @@ class Engine:
         return norm
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """Summed cross-entropy of a micro-batch's supervised tokens."""
+        """Summed cross-entropy of the targets of a micro-batch, which is the loader's, in the host's memory."""
         keep = branch_scales(batch.sequence, self.config.model, self.config.seed)
-        return self.engine(batch, None if keep is None else keep.to(self.device))
+        return self.engine(batch.to(self.device), None if keep is None else keep.to(self.device, non_blocking=True))
 
     @property
     def gato(self) -> Gato:

@@ -40,11 +40,9 @@ class LossConfig:
 
 
 def select(gato: Gato, batch: Batch, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states (N, W) at p - 1, targets (N,) int64 at p and tasks (N,) of every supervised place p;
-    supervised[:, 0] is never set."""
-    chosen = batch.supervised
-    hidden = gato(batch, keep, chosen.roll(-1, dims=1))
-    return hidden, batch.tokens[chosen].long(), batch.tasks[:, None].expand_as(chosen)[chosen]
+    """Hidden states (N, W) at p - 1, targets (N,) int64 at p and tasks (N,) of every supervised place p."""
+    hidden, places = gato(batch, keep, batch.chosen), batch.chosen.long()
+    return hidden, batch.tokens.flatten()[places + 1].long(), batch.tasks[places // batch.tokens.shape[1]]
 
 
 def soft_targets(targets: Tensor, ordered: Tensor, ids: IdRange, soft_bins: float) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from eval.agent import AgentConfig, GatoAgent, demonstration, prompted
 from eval.draws import Draws
@@ -43,7 +44,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def setup(folder, small=SMALL, kind=Recorder, **config):
+def setup(folder, small=SMALL, kind=Recorder, device="cpu", **config):
     dataset = Dataset(folder)
     task = dataset.manifest.tasks[0].spec
     vocabulary = dataset.manifest.vocabulary
@@ -53,7 +54,7 @@ def setup(folder, small=SMALL, kind=Recorder, **config):
     model.tokens.weight.data.mul_(20)
     for weight in (weight for weight in model.blocks.parameters() if weight.ndim == 2):
         weight.data.mul_(30)
-    options = AgentConfig(**config)
+    options, model = AgentConfig(**config), model.to(device)
     return kind(model, info, task, options, demonstration(dataset, 0, options)), dataset
 
 
@@ -185,6 +186,58 @@ def test_a_timestep_is_one_graph_of_fixed_shapes(hopper):
     assert np.array_equal(plain[: agent.window], acts(agent, dataset, agent.window, 2))
     at_first = len(graphs)
     assert np.array_equal(plain, acts(agent, dataset, 3 * agent.window, 2)) and len(graphs) == at_first == 1
+
+
+@pytest.mark.parametrize("data", ["hopper", "pong"])
+def test_a_replayed_agent_plays_as_the_plain_one(data, request):
+    """On a CPU without the capture; batches of two sizes, and a cache that was used before."""
+    folder = request.getfixturevalue(data)
+    plain, dataset = setup(folder, decoding="sample", kind=GatoAgent)
+    agent, _ = setup(folder, decoding="sample", kind=GatoAgent, launch="graph")
+    for size in (3, 2, 2):
+        count = 2 * agent.window + 1
+        assert np.array_equal(acts(agent, dataset, count, size), acts(plain, dataset, count, size))
+        assert agent.replay is not None and agent.cache is agent.replay.cache
+
+
+def test_a_replayed_agent_keeps_its_rows_when_episodes_end(hopper):
+    plain, dataset = setup(hopper, decoding="sample", kind=GatoAgent)
+    agent, _ = setup(hopper, decoding="sample", kind=GatoAgent, launch="graph")
+    task, seeds = dataset.manifest.tasks[0].spec, [3, 4, 5, 6, 7, 8]
+    mine, theirs = (play(one, task, seeds, step_limit=60, policy_seed=11) for one in (agent, plain))
+    assert [one.total for one in mine] == [one.total for one in theirs] and len({one.timesteps for one in mine}) > 1
+    assert len(agent.running) == len(seeds) > len(plain.running)
+    with pytest.raises(ValueError, match="use plain"):
+        setup(hopper, launch="graph", window="exact")
+
+
+def test_a_compiled_timestep_chooses_what_the_plain_one_does(hopper):
+    found = []
+    for launch in ("plain", "compiled"):
+        agent, dataset = setup(hopper, decoding="greedy", kind=GatoAgent, launch=launch)
+        found.append(acts(agent, dataset, 2 * agent.window, 2))
+    assert np.array_equal(*found)
+
+
+def test_nothing_in_a_timestep_waits_for_a_tensors_value(hopper):
+    """What a capture would refuse; fake tensors have no values to give."""
+    agent, dataset = setup(hopper, decoding="mean", kind=GatoAgent)
+    acts(agent, dataset, 3, 2)
+    K, A = agent.layout.length, agent.layout.action
+    with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True):
+        numbers = torch.arange(3 * K - 1, 4 * K - 1)
+        tokens = agent.timestep(torch.zeros(2, K - A + 1, SMALL.width), numbers, torch.zeros(2, A, dtype=torch.float64))
+        assert tokens.shape == (2, A)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("data", ["hopper", "pong"])
+def test_a_captured_timestep_acts_as_the_plain_one(data, request):
+    folder, found = request.getfixturevalue(data), []
+    for launch in ("plain", "graph"):
+        agent, dataset = setup(folder, decoding="greedy", kind=GatoAgent, launch=launch, device="cuda")
+        found.append([acts(agent, dataset, 2 * agent.window + 1, size) for size in (3, 2)])
+    assert all(np.array_equal(mine, plain) for mine, plain in zip(*found))
 
 
 def test_rotary_angles_are_right_far_into_an_episode():

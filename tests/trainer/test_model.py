@@ -1,10 +1,12 @@
 """True sizes, no leak, masks, packing, cache: the model against slower forms of itself."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention
 
 from schemas.layout import ACTION
 from schemas.vocabulary import SEED
@@ -12,7 +14,8 @@ from shards.batch import Batch
 from shards.stream import Stream, StreamConfig
 from trainer.engine import branch_scales, prepare_blocks
 from trainer.loss import FusedCrossEntropy, LossConfig, Objective, cross_entropy, select, soft_targets
-from trainer.model import PRESETS, Gato, ModelConfig
+from trainer.model import PRESETS, Gato, ModelConfig, transformer
+from trainer.model import gato as gato_module
 from trainer.model.transformer import causal_segment_mask
 
 SMALL = ModelConfig(blocks=2, heads=2, width=32, feed_forward=64, head_size=16, patch_channels=16)
@@ -175,12 +178,12 @@ def test_loss_sees_exactly_the_supervised_tokens(model, batch):
 
 
 def test_hidden_of_chosen_places_is_the_whole_one_there_with_its_gradients(batch):
-    chosen = batch.supervised.roll(-1, dims=1)
     keep = branch_scales(batch.sequence.numpy(), replace(SMALL, stochastic_depth=0.3, dropout=0.1), 0)
     found = []
     for whole in (True, False):
         gato = Gato(SMALL, SEED).initialise(0)
-        hidden = gato(batch, keep)[chosen] if whole else gato(batch, keep, chosen)
+        chosen = batch.supervised.roll(-1, dims=1)
+        hidden = gato(batch, keep)[chosen] if whole else gato(batch, keep, batch.chosen)
         hidden.square().sum().backward()
         found.append((hidden, {name: p.grad for name, p in gato.named_parameters()}))
     (plain, plain_gradients), (hidden, gradients) = found
@@ -192,11 +195,86 @@ def test_hidden_of_chosen_places_is_the_whole_one_there_with_its_gradients(batch
     assert torch.equal(predicted, hidden) and targets.tolist() == batch.tokens[:, 1:][chosen[:, :-1]].tolist()
 
 
+def test_a_batch_knows_its_targets_and_where_its_segments_begin(batch):
+    B, L = batch.tokens.shape
+    places, begins = [], []
+    for row in range(B):
+        for place in range(L):
+            if batch.supervised[row, place]:
+                places.append(row * L + place - 1)
+            if place == 0 or batch.segments[row, place] != batch.segments[row, place - 1]:
+                begins.append(row * L + place)
+    assert batch.chosen.tolist() == places
+    starts = batch.starts.tolist()
+    assert starts[: len(begins)] == begins and set(starts[len(begins) :]) == {B * L} and len(starts) % (2 * B) == 0
+    assert batch.packed == (len(begins) > B) and batch.packed
+
+
+def segments_one_by_one(q, k, v, starts):
+    """`segment_attention` as its docstring has it, a segment at a time."""
+    B, H, T, D = q.shape
+    q, k, v = (x.transpose(1, 2).reshape(B * T, H, D).transpose(0, 1) for x in (q, k, v))
+    parts = [slice(a, b) for a, b in zip(starts.tolist(), starts.tolist()[1:]) if a < b]
+    y = torch.cat([scaled_dot_product_attention(q[:, p], k[:, p], v[:, p], is_causal=True) for p in parts], dim=1)
+    return y.transpose(0, 1).view(B, T, H, D).transpose(1, 2)
+
+
+@torch.no_grad()
+def test_attention_by_segments_is_the_masked_one(model, batch, monkeypatch):
+    masked = model(batch)
+    monkeypatch.setattr(transformer, "segment_attention", segments_one_by_one)
+    monkeypatch.setattr(gato_module, "flash_serves", lambda x: True)
+    assert torch.allclose(model(batch), masked, atol=1e-5)
+
+
+def test_attention_by_segments_has_shapes_and_gradients():
+    """The operator's own account of itself; its values need a GPU, below."""
+    q, k, v = (torch.empty(2, 4, 64, 32, device="meta", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    y = transformer.segment_attention(q.float(), k.float(), v, torch.empty(8, device="meta", dtype=torch.int32))
+    assert y.shape == q.shape and y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert all(x.grad.shape == x.shape for x in (q, k, v))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention's kernel needs a GPU")
+@pytest.mark.parametrize("D", [32, 128])
+def test_flash_attention_by_segments_is_the_masked_one_with_its_gradients(batch, D):
+    B, T = batch.tokens.shape
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(B, 4, T, D, generator=generator).to("cuda", torch.bfloat16) for _ in range(4)]
+    found = []
+    for form in ("flash", "mask"):
+        q, k, v = (x.clone().requires_grad_() for x in inputs[:3])
+        if form == "flash":
+            y = transformer.segment_attention(q, k, v, batch.starts.to("cuda"))
+        else:
+            mask = causal_segment_mask(batch.segments.to("cuda"))
+            y = scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+        y.backward(inputs[3].to(y.dtype))
+        found.append([y, q.grad, k.grad, v.grad])
+    for mine, plain in zip(*found):
+        assert (mine.float() - plain.float()).norm() / plain.float().norm() < 1e-2
+
+
+def test_nothing_in_a_training_step_waits_for_a_tensors_value(batch):
+    """Fake tensors have shapes and no values, and refuse what would need one: where a GPU's host would wait for it."""
+    keep = branch_scales(batch.sequence.numpy(), replace(SMALL, stochastic_depth=0.3), 0)
+    with FakeTensorMode(allow_non_fake_inputs=False) as fake:
+        gato = Gato(replace(SMALL, rotary="token"), SEED)
+        objective = Objective(gato, LossConfig(soft_bins=3.0, softmax="targets"), [True, False], text=False)
+        shapes = {f.name: fake.from_tensor(v) for f in fields(batch) if torch.is_tensor(v := getattr(batch, f.name))}
+        assert batch.packed
+        objective(replace(batch, **shapes), fake.from_tensor(keep)).backward()
+        assert all(p.grad is not None and p.grad.shape == p.shape for p in gato.parameters())
+        with pytest.raises(DataDependentOutputException):
+            bool((shapes["segments"] == 0).all())
+
+
 @pytest.mark.parametrize(("compile", "activation_checkpointing"), [(True, False), (False, True), (True, True)])
 def test_prepared_blocks_equal_plain_ones_with_their_gradients(batch, compile, activation_checkpointing):
     config = replace(SMALL, rotary="token", action_position="own", stochastic_depth=0.3)
     keep = branch_scales(batch.sequence.numpy(), config, 0)
-    one = replace(batch, segments=torch.zeros_like(batch.segments))  # which needs no mask
+    one = replace(batch, segments=torch.zeros_like(batch.segments), packed=False)  # which needs no mask
     found = []
     for prepared in (False, True):
         gato = Gato(config, SEED).initialise(0)

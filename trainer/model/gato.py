@@ -19,7 +19,7 @@ from schemas.vocabulary import Vocabulary, bin_centres
 from shards.batch import Batch
 from trainer.model.patch import PatchEmbedding
 from trainer.model.presets import ModelConfig
-from trainer.model.transformer import Block, Cache, causal_segment_mask, rotary_turns
+from trainer.model.transformer import Block, Cache, causal_segment_mask, flash_serves, rotary_turns
 
 
 class Gato(nn.Module):
@@ -92,13 +92,14 @@ class Gato(nn.Module):
         return rotary_turns(places, self.config.head_size, self.tokens.weight.dtype)
 
     def forward(self, batch: Batch, keep: Tensor | None = None, chosen: Tensor | None = None) -> Tensor:
-        """Hidden states (B, L, W) behind the last norm, or (N, W) of the places `chosen` (B, L) bool, for which the
-        last block does less. `keep` (B, blocks, 2, 1 or W): scales of the residual branches, for stochastic depth and
-        dropout."""
+        """Hidden states (B, L, W) behind the last norm, or (N, W) of the places `chosen` (N,) int32 of the flattened
+        (B L), for which the last block does less. `keep` (B, blocks, 2, 1 or W): scales of the residual branches, for
+        stochastic depth and dropout. Nothing is decided by a tensor's values, so a GPU's host need not wait."""
         x = self.embed(batch)
         # one segment a sequence needs no mask: the plain causal kernel is the same function, faster
-        single = bool((batch.segments == batch.segments[:, :1]).all())
-        mask = None if single else causal_segment_mask(batch.segments)
+        mask = None
+        if batch.packed:
+            mask = batch.starts if flash_serves(x) else causal_segment_mask(batch.segments)
         turns = self.turns(torch.arange(x.shape[1], device=x.device))
         keep = None if keep is None else keep.to(x.dtype)  # a float32 scale would make float32 of all behind it
         for number, block in enumerate(self.blocks):

@@ -29,10 +29,17 @@ class Cache:
         """Sequences `rows` (n,) int64 of those held, in this order; one may be asked for several times."""
         self.blocks = [(keys[rows], values[rows]) for keys, values in self.blocks]
 
+    def copy_(self, other: Cache) -> None:
+        """Hold what another cache of the same shape holds, in this one's memory."""
+        for mine, given in zip(self.blocks, other.blocks):
+            for held, value in zip(mine, given):
+                held.copy_(value)
+
 
 class Attention(nn.Module):
-    """Multi-head self-attention; `mask` bool (B, 1, T, S), True where attended, or None for plain causal. With a cache
-    float (T, S), 0 or -inf; rows of x beyond the cache's are left without attention (see Gato.step)."""
+    """Multi-head self-attention; `mask` bool (B, 1, T, S), True where attended, or None for plain causal, or int32, see
+    `segment_attention`. With a cache float (T, S), 0 or -inf; rows of x beyond the cache's are left without attention
+    (see Gato.step)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -64,7 +71,10 @@ class Attention(nn.Module):
             keys_BHSD.index_copy_(2, slots, k[:held])
             values_BHSD.index_copy_(2, slots, v[:held])
             q, k, v = q[:held], keys_BHSD, values_BHSD
-        y_BHTD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+        if mask is not None and mask.dtype == torch.int32:
+            y_BHTD = segment_attention(q, k, v, mask)
+        else:
+            y_BHTD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
         y_BTW = y_BHTD.transpose(1, 2).flatten(2)
         return self.out(y_BTW if len(y_BTW) == B else F.pad(y_BTW, (0, 0, 0, 0, 0, B - len(y_BTW))))
 
@@ -88,7 +98,7 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)). `keep` (B, 2, 1 or W) scales the two branches. With
-    `chosen` (B, T) bool the latter, and the result (N, W), is of these places alone."""
+    `chosen` (N,) int32, places of the flattened (B T), the latter, and the result (N, W), is of these alone."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -109,7 +119,8 @@ class Block(nn.Module):
         x = x + (branch if keep is None else branch * keep[:, :1])
         scale = None if keep is None else keep[:, 1:]
         if chosen is not None:
-            x, scale = x[chosen], None if scale is None else scale.expand(*chosen.shape, -1)[chosen]
+            T, x = x.shape[1], x.flatten(0, 1).index_select(0, chosen)
+            scale = None if scale is None else scale[:, 0].index_select(0, chosen // T)
         branch = self.feed_forward(self.norm_2(x))
         return x + (branch if scale is None else branch * scale)
 
@@ -129,6 +140,23 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     difference of their places, so the cache may hold them in any order."""
     cos, sin = turns
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def flash_serves(x: Tensor) -> bool:
+    """Whether `segment_attention` can run on what blocks make of x: on a GPU, in two bytes."""
+    return x.is_cuda and (x.element_size() == 2 or torch.is_autocast_enabled("cuda"))
+
+
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
+    """Causal attention (B, H, T, D) within the segments that begin at `starts` (S,) int32 of the flattened (B T): what
+    `causal_segment_mask` allows, by FlashAttention's kernel for sequences of varying length, which neither reads a mask
+    nor computes what one would hide. The operator is the same in all releases of torch from 2.10 on; its public
+    wrapper, torch.nn.attention.varlen, is not."""
+    B, _, T, _ = v.shape
+    # rotary angles in float32 make float32 of q and k under autocast
+    q, k, v = (x.to(v.dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    y = torch.ops.aten._flash_attention_forward(q, k, v, starts, starts, T, T, 0.0, True, False)[0]
+    return y.unflatten(0, (B, T)).transpose(1, 2)
 
 
 def causal_segment_mask(segments: Tensor) -> Tensor:
