@@ -17,6 +17,7 @@ episode's actions are the same to the bit whatever else is in the batch (see `ba
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -27,12 +28,13 @@ from torch.nn import functional as F
 from etl.tokenizers.text import TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer
 from eval.draws import Draws
-from eval.replay import Replay
+from eval.replay import Replay, compiled
 from schemas.episode import TaskSpec
 from schemas.vocabulary import bin_centres
 from shards.reader import Dataset
 from trainer.checkpoint import ExportInfo
 from trainer.model import Gato
+from trainer.model.gato import Blocks
 from trainer.model.transformer import Cache
 
 ROWS = 4  # that a CPU's matrix products need to round as they do for more
@@ -130,9 +132,6 @@ class GatoAgent:
             self.launch = "graph" if self.device.type == "cuda" and rolling else "plain"
         if self.launch != "plain" and not rolling:
             raise ValueError(f"--agent.launch {self.launch}: the exact window's timesteps differ in shape; use plain")
-        if self.launch == "compiled":
-            for block in model.blocks:
-                block.compile(fullgraph=True, dynamic=False)
         self.head = weight[self.ids.start : self.ids.stop]
         self.slots = self.window * self.layout.length
         with torch.inference_mode():
@@ -209,16 +208,18 @@ class GatoAgent:
         """`timestep` by the graph of a batch of this size, captured where the last one's was another."""
         if self.replay is None or not self.replay.fits(inputs):
             self.replay = None  # its memory is free before more is taken
-            self.replay = Replay(self.timestep, inputs, self.cache)
+            blocks = compiled(self.model) if self.launch == "compiled" else None
+            self.replay = Replay(partial(self.timestep, blocks=blocks), inputs, self.cache)
         if self.cache is not self.replay.cache:
             self.replay.cache.copy_(self.cache)
             self.cache = self.replay.cache
         return self.replay(*inputs)
 
-    def timestep(self, x: Tensor, numbers: Tensor, points: Tensor) -> Tensor:
+    def timestep(self, x: Tensor, numbers: Tensor, points: Tensor, blocks: Blocks | None = None) -> Tensor:
         """New embedded tokens (n, T, W) up to the separator, their and the window's token numbers up to the last but
         one of this action, points (n, A) in [0, 1) -> tokens (n, A) of the action. Tensors in, tensors out, their
-        shapes the same at each full timestep of the rolling mode: what a compiler or a CUDA graph takes whole."""
+        shapes the same at each full timestep of the rolling mode: what a compiler or a CUDA graph takes whole.
+        `blocks`: the model's in another form."""
         A = self.layout.action
         slots, mask, turns = self._places(numbers)
         if self.config.window == "exact":
@@ -231,7 +232,7 @@ class GatoAgent:
             part = slice(begin, end)
             angles = None if turns is None else turns[:, part]
             filled = self._filled(x) if len(x) * x.shape[1] < self.rows_needed else x
-            hidden = self.model.step(filled, self.cache, slots[part], mask[part], angles)[: len(x), -1]
+            hidden = self.model.step(filled, self.cache, slots[part], mask[part], angles, blocks)[: len(x), -1]
             logits = F.linear(self._filled(hidden), self.head)[: len(x)]
             chosen.append(self.ids.start + self._choose(logits, points[:, column, None]))
             x = self._embed_actions(chosen[-1][:, None], column)

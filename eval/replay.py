@@ -16,9 +16,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from trainer.model import Gato
+from trainer.model.gato import Blocks
 from trainer.model.transformer import Cache
 
+VARIANTS = 256  # shapes that blocks are compiled for, two for a task and number of environments; beyond, they run plain
 WARM_UPS = 3  # libraries choose kernels and take workspaces in the first calls, which a capture may not
+
+
+def compiled(model: Gato) -> Blocks:
+    """The model's blocks with their kernels merged; the model itself stays as it is."""
+    torch._dynamo.config.recompile_limit = VARIANTS
+    return [torch.compile(block, dynamic=False) for block in model.blocks]
 
 
 class Replay:

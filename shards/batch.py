@@ -25,8 +25,8 @@ class Batch:
     """Fields are numpy arrays, or tensors after `to`.
 
     tokens (B, L) int32, 0 where a patch or padding stands; roles (B, L) uint8 of schemas.layout;
-    positions (B, L) int16, index within the timestep; segments (B, L) int16, attention stays within one,
-    -1 is padding; supervised (B, L) bool, True where the token AT that place is a target of the loss;
+    positions (B, L) int16, index within the timestep; segments (B, L) int16, ascending, attention stays within one;
+    supervised (B, L) bool, True where the token AT that place is a target of the loss;
     patches (M, 16, 16, C) uint8, grey ones repeated where others have colours; patch_index (M,) int32, place of
     each in the flattened (B * L); patch_positions (M, 2) uint8, row and column bin; tasks (B,) int64;
     sequence (B,) int64, the i of each.
@@ -57,9 +57,10 @@ class Batch:
         take, places = (memory or Memory()).take, np.flatnonzero(self.supervised)
         self.chosen = take("chosen", np.int32, len(places))
         np.subtract(places, 1, out=self.chosen, casting="same_kind")
-        begins = np.ones((B, L), bool)
-        np.not_equal(self.segments[:, 1:], self.segments[:, :-1], out=begins[:, 1:])
-        starts = np.flatnonzero(begins)
+        rows = np.flatnonzero(self.segments[:, -1] != self.segments[:, 0])
+        inside = self.segments[rows]
+        row, place = np.nonzero(inside[:, 1:] != inside[:, :-1])
+        starts = np.sort(np.concatenate([np.arange(0, B * L, L), rows[row] * L + place + 1]))
         # powers of two, so that a compiled model meets few shapes
         self.starts = take("starts", np.int32, 1 << max(2 * B, len(starts) + 1).bit_length())
         self.starts[: len(starts)], self.starts[len(starts) :] = starts, B * L

@@ -212,6 +212,8 @@ def branch_scales(sequence: Any, model: ModelConfig, seed: int) -> torch.Tensor 
 
 def prepare_blocks(model: Gato, compile: bool, activation_checkpointing: bool) -> None:
     """Compile the blocks, and let their inner activations go until the backward pass; names of weights stay."""
+    if compile:  # with and without mask, places chosen, branches scaled, gradients; beyond it, blocks would run plain
+        torch._dynamo.config.recompile_limit = 64
     for number, block in enumerate(model.blocks):
         if compile:
             # the last one's feed-forward sees another number of places in every batch

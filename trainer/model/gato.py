@@ -9,6 +9,7 @@ logits that predict an action never see it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from shards.batch import Batch
 from trainer.model.patch import PatchEmbedding
 from trainer.model.presets import ModelConfig
 from trainer.model.transformer import Block, Cache, causal_segment_mask, flash_serves, rotary_turns
+
+Blocks = Sequence[Callable[..., Tensor]]
+"""What does a model's blocks' work: these themselves, or compiled."""
 
 
 class Gato(nn.Module):
@@ -107,12 +111,22 @@ class Gato(nn.Module):
             x = block(x, mask, None if keep is None else keep[:, number], turns=turns, **last)
         return self.norm(x)
 
-    def step(self, x: Tensor, cache: Cache, slots: Tensor, mask: Tensor, turns: Tensor | None) -> Tensor:
+    def step(
+        self,
+        x: Tensor,
+        cache: Cache,
+        slots: Tensor,
+        mask: Tensor,
+        turns: Tensor | None,
+        blocks: Blocks | None = None,
+    ) -> Tensor:
         """Hidden states of new embedded tokens x (B, T, W). Their keys are written to cache `slots` (T,) int64, then
         they attend to all S slots where `mask` (T, S) float is 0 and not -inf. Rows of x behind those that the cache
         has are padding, which matrix products may want (see eval/agent.py). All shapes stay while a window moves, and
-        nothing is decided here by a tensor's values, so a graph may be captured of it."""
-        for block, held in zip(self.blocks, cache.blocks):
+        nothing is decided here by a tensor's values, so a graph may be captured of it. `blocks`: the model's own in
+        another form."""
+        form: Blocks = list(self.blocks) if blocks is None else blocks
+        for block, held in zip(form, cache.blocks):
             x = block(x, mask, None, held, slots, turns)
         return self.norm(x)
 
