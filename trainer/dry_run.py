@@ -82,7 +82,8 @@ def estimate(config: TrainConfig, vocabulary: Vocabulary, world: int, supervised
     length, micro = config.data.stream.sequence_length, config.data.micro_batch
     e = 2 if lower_precision(zero_config(config, world)) else 4
     tokens = micro * length
-    live = activations(config.model, micro, length, int(tokens * ATARI_PATCHES), int(tokens * supervised), e, True)
+    masked = e == 4  # in two bytes, on a GPU, attention takes segments in the place of a mask
+    live = activations(config.model, micro, length, int(tokens * ATARI_PATCHES), int(tokens * supervised), e, masked)
     head = head_bytes(config.loss, vocabulary, config.model.width, int(tokens * supervised), e, text=True)
     memory = {stage: states(model, stage, world, e) for stage in STAGES}
     return Estimate(
@@ -187,7 +188,7 @@ def show(name: str, config: TrainConfig, vocabulary: Vocabulary, world: int, tfl
     times.add_row(f"{STEPS:,} steps in {DAYS:g} days", f"{wanted:,.0f}", f"{found.days(wanted):,.2f}")
     console.print(times)
     console.print(
-        f"activations: a micro-batch of 80x64 frames, a mask in every block, loss on {found.supervised_share:.0%} of "
-        "the tokens. Left out: buckets of the reduction (500 million numbers by default), the float32 gradients of an "
-        "update, fragments, the CUDA context"
+        f"activations: a micro-batch of 80x64 frames, loss on {found.supervised_share:.0%} of the tokens, in float32 a "
+        "mask in every block. Left out: buckets of the reduction (500 million numbers by default), the float32 "
+        "gradients of an update, fragments, the CUDA context"
     )
