@@ -21,6 +21,8 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+PREFIX = "gym/"  # of such an environment's id, where others are gymnasium's
+
 
 def make(id: str, kwargs: dict[str, Any]) -> gymnasium.Env:
     """The environment that gym knows as `id`. Raises what gym raises."""

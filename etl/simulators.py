@@ -50,7 +50,6 @@ SUITES = {
     "gymnasium": ("gymnasium", "pip install gymnasium"),
     "gym": ("gym", "pip install 'gym<0.27', and d4rl for its ids"),
 }
-OLD_GYM = "gym/"
 
 
 class SimulatorError(RuntimeError):
@@ -59,7 +58,7 @@ class SimulatorError(RuntimeError):
 
 def environment_spec(environment: str, **kwargs: Any) -> EnvironmentSpec:
     """The spec of a gymnasium id with version, or of gym/ID, its suite looked up. SimulatorError for an unknown id."""
-    if environment.startswith(OLD_GYM):
+    if environment.startswith(oldgym.PREFIX):
         return EnvironmentSpec("gym", environment, kwargs)
     if environment.startswith("ALE/"):
         suite = "atari"
@@ -96,7 +95,7 @@ def make(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is out of date.*", category=DeprecationWarning)
             if environment.suite == "gym":
-                raw = oldgym.make(environment.id.removeprefix(OLD_GYM), kwargs)
+                raw = oldgym.make(environment.id.removeprefix(oldgym.PREFIX), kwargs)
             else:
                 _require_known(environment.id, environment.suite)
                 raw = gymnasium.make(environment.id, render_mode=mode, disable_env_checker=True, **kwargs)

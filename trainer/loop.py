@@ -50,9 +50,7 @@ class Run:
     """The parts of a run, and what happens between its steps."""
 
     def __init__(self, recipe: str, config: TrainConfig, device: torch.device):
-        start = checkpoint.load_export(Path(config.run.start_from)) if config.run.start_from else None
-        if start is not None:
-            config = replace(config, model=shape_of(start[1].model, config, recipe))
+        config, start = started(recipe, config)
         self.recipe, self.config, self.device = recipe, config, device
         self.folder = config.run.output / "checkpoints"
         self.stream, self.held_out = open_streams(config)
@@ -299,6 +297,15 @@ class Run:
         self.batches.close()
         if self.metrics:
             self.metrics.close()
+
+
+def started(recipe: str, config: TrainConfig) -> tuple[TrainConfig, tuple[Gato, checkpoint.ExportInfo] | None]:
+    """The configuration with the shape of the model that a run starts from, and that model, where it starts from one.
+    CheckpointError or ValueError where it cannot."""
+    if not config.run.start_from:
+        return config, None
+    start = checkpoint.load_export(Path(config.run.start_from))
+    return replace(config, model=shape_of(start[1].model, config, recipe)), start
 
 
 def shape_of(exported: ModelConfig, config: TrainConfig, recipe: str) -> ModelConfig:

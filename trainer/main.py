@@ -29,7 +29,7 @@ from schemas.dataset import DatasetError
 from schemas.vocabulary import SEED, VocabularyMismatch
 from trainer import dry_run, engine
 from trainer.config import TrainConfig, check
-from trainer.loop import train
+from trainer.loop import started, train
 from trainer.metrics import PEAK_TFLOPS
 from trainer.recipes import RECIPES
 from trainer.watch import Stop
@@ -60,7 +60,7 @@ def main() -> int:
     try:
         check(config, asked.world if asked.dry_run else int(os.environ.get("WORLD_SIZE", "1")))
         if asked.dry_run:
-            dry_run.show(asked.recipe, config, SEED, asked.world, asked.tflops)
+            dry_run.show(asked.recipe, started(asked.recipe, config)[0], SEED, asked.world, asked.tflops)
             return 0
         device = engine.start(asked.local_rank, config.run.patience_minutes)
         train(asked.recipe, config, device, stop)

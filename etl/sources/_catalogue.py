@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from etl import oldgym
 from schemas.episode import EnvironmentSpec, ScoreReference
 
 
@@ -79,7 +80,7 @@ def environment(id: str, kwargs: dict[str, Any] | None = None) -> EnvironmentSpe
 
 def is_old(id: str) -> bool:
     """Whether it names an environment of the old gym or of d4rl: gym/ID."""
-    return id.startswith("gym/")
+    return id.startswith(oldgym.PREFIX)
 
 
 def time_limit(id: str) -> int | None:
@@ -113,7 +114,7 @@ def _score(kind: Literal["d4rl", "human"], low: float | None, high: float | None
 
 
 def _body(id: str) -> str:
-    return id.removeprefix("gym/").rsplit("-v", 1)[0]
+    return id.removeprefix(oldgym.PREFIX).rsplit("-v", 1)[0]
 
 
 def _normalise(name: str) -> str:

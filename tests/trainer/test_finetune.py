@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -12,7 +14,7 @@ from safetensors.numpy import load_file
 from schemas.dataset import DatasetError
 from schemas.vocabulary import SEED
 from shards.stream import Stream, StreamConfig
-from tests.trainer.launch import errors, losses, train
+from tests.trainer.launch import ROOT, errors, losses, train
 from trainer.checkpoint import export, load_export
 from trainer.config import deciding
 from trainer.engine import branch_scales, learning_rate
@@ -73,6 +75,15 @@ def test_what_does_not_fit_is_refused_in_one_line(exported, hopper, pong, tmp_pa
     ]
     for done, words in cases:
         assert done.returncode and len(errors(done)) == 1 and words in errors(done)[0], done.stderr
+
+
+def test_a_dry_run_is_of_the_exports_shape(exported, tmp_path):
+    command = [sys.executable, "trainer/main.py", "--dry-run", "--recipe", "finetune", "--run.start-from"]
+    transformer = load_export(exported)[0].parameter_counts()["transformer"]
+    assert transformer != Gato(RECIPES["finetune"].model, SEED).parameter_counts()["transformer"]
+    for start, status, words in ((exported, 0, f"transformer {transformer:,}"), (tmp_path / "none", 1, "no export")):
+        done = subprocess.run([*command, str(start)], cwd=ROOT, capture_output=True, text=True, timeout=100)
+        assert done.returncode == status and words in done.stdout + done.stderr
 
 
 def shown(stream: Stream, count: int) -> set[tuple[int, ...]]:
