@@ -49,9 +49,10 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "queries and keys normalised": {"model": {"qk_norm": True}},
     "Muon for the blocks' matrices": {"optimiser": {"matrices": "muon"}},
     "Muon, over 8 bins": {"optimiser": {"matrices": "muon"}, "loss": {"soft_bins": 8.0}},
+    "patches: GroupNorm (the paper's form)": {"model": {"patch_norm": "group"}},
     "sequences of 128": {"stream": {"sequence_length": 128}},
     "the paper's form": {
-        "model": {"rotary": "none", "action_position": "shared", "smooth_bins": False},
+        "model": {"rotary": "none", "action_position": "shared", "smooth_bins": False, "patch_norm": "group"},
         "loss": {"soft_bins": 0.0, "softmax": "vocabulary"},
     },
 }

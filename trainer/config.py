@@ -146,7 +146,10 @@ def deciding(config: TrainConfig) -> dict[str, Any]:
     things are written, and how long the run is, may change."""
     raw = asdict(config)
     # settings that were added later are left out at their defaults: checkpoints from before go on
-    later = ("model", "dropout", 0.0), ("optimiser", "schedule", "cosine"), ("optimiser", "matrices", "adamw")
+    later = (
+        ("model", "dropout", 0.0), ("model", "patch_norm", "group"), ("optimiser", "schedule", "cosine"),
+        ("optimiser", "matrices", "adamw"),
+    )  # fmt: skip
     for part, name, default in later:
         if raw[part][name] == default:
             del raw[part][name]

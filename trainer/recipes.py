@@ -36,7 +36,7 @@ TINY = TrainConfig(
 # hardware  1 CPU core, no GPU
 # hours     0.43
 # expected  of the behaviour's return: 104 % on halfcheetah-medium, 86 % on hopper-medium, 36 and 25 % on their experts,
-#           under 10 % on Walker2d, nothing on Pong and Breakout (docs/results/table, 3 seeds)
+#           under 10 % on Walker2d, nothing on Pong and Breakout (docs/results/table, 3 seeds; patches by GroupNorm)
 TINY_TABLE = replace(
     TINY,
     steps=3_500,

@@ -32,7 +32,7 @@ def test_optimiser_schedule_and_batch(name):
     assert (stream.prompt_probability, stream.prompt_end_share) == (0.25, 0.5)
     m = config.model
     assert (m.stochastic_depth, m.local_positions, m.smooth_bins, m.rotary) == (0.1, 512, False, "none")
-    assert (m.action_position, m.patch_groups) == ("shared", 32)
+    assert (m.action_position, m.patch_groups, m.patch_norm) == ("shared", 32, "group")
     assert (config.loss.soft_bins, config.loss.softmax) == (0.0, "vocabulary")
 
 

@@ -21,9 +21,9 @@ COMMON = (
 )
 FORMS = {
     "paper": "--model.no-smooth-bins --model.rotary none --model.action-position shared "
-    "--model.feed-forward-form geglu --loss.soft-bins 0 --loss.softmax vocabulary",
+    "--model.patch-norm group --model.feed-forward-form geglu --loss.soft-bins 0 --loss.softmax vocabulary",
     "ours": "--model.smooth-bins --model.rotary token --model.action-position own --model.feed-forward-form gelu "
-    "--loss.soft-bins 8 --loss.softmax targets",
+    "--model.patch-norm channel --loss.soft-bins 8 --loss.softmax targets",
 }
 
 

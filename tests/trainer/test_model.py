@@ -32,6 +32,21 @@ def model():
     return Gato(SMALL, SEED).initialise(0).eval()
 
 
+def test_a_channels_own_norm_shows_a_dot_on_a_flat_patch():
+    shown, flat = {}, {}
+    pixels = torch.full((4, 16, 16, 1), 87, dtype=torch.uint8)
+    pixels[1, 7:9, 7:9], pixels[2], pixels[3] = 200, 0, 174
+    for norm in ("group", "channel"):
+        patches = Gato(replace(SMALL, patch_norm=norm), SEED).initialise(0).patches
+        with torch.no_grad():
+            out = patches(pixels, torch.zeros(4, 2, dtype=torch.uint8))
+            out -= patches.row.weight[0] + patches.column.weight[0]
+        shown[norm] = float((out[1] - out[0]).norm() / out[0].norm())
+        flat[norm] = float((out[2] + out[3] - 2 * out[0]).norm() / out[0].norm())
+    assert shown["channel"] > 3 * shown["group"]
+    assert flat["channel"] < 1e-3 < flat["group"]  # of a flat patch only the level is left, as it is
+
+
 @pytest.mark.parametrize(
     ("preset", "embedding", "vision", "transformer"),
     [

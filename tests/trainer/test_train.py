@@ -33,6 +33,14 @@ def test_a_run_leaves_an_export_that_loads(finished):
     assert list((finished / "tensorboard").iterdir())
 
 
+def test_an_export_from_before_a_setting_has_the_settings_default(finished, tmp_path):
+    about = shutil.copytree(finished / "export", tmp_path / "export") / "model.json"
+    body = json.loads(about.read_text())
+    assert body["model"].pop("patch_norm") == "channel"  # tiny's
+    about.write_text(json.dumps(body))
+    assert load_export(about.parent)[1].model.patch_norm == "group"
+
+
 @pytest.mark.parametrize(("stage", "processes"), [(0, 2), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)])
 def test_zero_stages_and_world_sizes_give_the_same_losses(finished, hopper, pong, tmp_path, stage, processes):
     train(tmp_path, [pong, hopper], "--deepspeed", f"zero{stage}_cpu", processes=processes)

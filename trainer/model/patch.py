@@ -1,8 +1,12 @@
 """Patches to vectors: one ResNet v2 block and two position tables (paper §2.2, appendices C.2, C.3).
 
-uint8 (M, 16, 16, C) -> [-1, 1] / sqrt(16) -> 3x3 stem, stride 2 -> GroupNorm, GELU, conv
-(stride 2) -> GroupNorm, GELU, conv, + 1x1 skip -> flatten 4x4 -> linear (M, width)
+uint8 (M, 16, 16, C) -> [-1, 1] / sqrt(16) -> 3x3 stem, stride 2 -> norm, GELU, conv
+(stride 2) -> norm, GELU, conv, + 1x1 skip -> flatten 4x4 -> linear (M, width)
 + row table[row bin] + column table[column bin]
+
+The norm is the paper's GroupNorm, or one of each channel's own (ours). Where channels are taken together, a flat patch
+keeps their differences and comes out as large as any other: what most patches show in common is then most of every
+embedding. Each channel for itself, a flat patch comes out as zero. Its level goes through the skip alone.
 """
 
 from __future__ import annotations
@@ -13,6 +17,9 @@ from torch.nn import functional as F
 from schemas.layout import PATCH_SIZE, POSITION_BINS
 from trainer.model.presets import ModelConfig
 
+GROUP_EPSILON = 1e-5
+CHANNEL_EPSILON = 1e-4  # of variances: what differs by less than a hundredth counts as flat
+
 
 class PatchEmbedding(nn.Module):
     """patches uint8 (M, 16, 16, C), C of 1 or 3 (grey is repeated), positions (M, 2) -> (M, width)."""
@@ -22,10 +29,13 @@ class PatchEmbedding(nn.Module):
         channels, groups = config.patch_channels, config.patch_groups
         if channels % groups or channels == groups:
             raise ValueError(f"patch_channels {channels} must be a multiple, at least twice, of patch_groups {groups}")
-        self.stem = nn.Conv2d(3, channels, 3, stride=2, padding=1)
-        self.norm_1 = nn.GroupNorm(groups, channels)
+        own = config.patch_norm == "channel"
+        groups, epsilon = (channels, CHANNEL_EPSILON) if own else (groups, GROUP_EPSILON)
+        # zeros around it would give a flat patch edges
+        self.stem = nn.Conv2d(3, channels, 3, stride=2, padding=1, padding_mode="replicate" if own else "zeros")
+        self.norm_1 = nn.GroupNorm(groups, channels, epsilon)
         self.conv_1 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-        self.norm_2 = nn.GroupNorm(groups, channels)
+        self.norm_2 = nn.GroupNorm(groups, channels, epsilon)
         self.conv_2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.skip = nn.Conv2d(channels, channels, 1, stride=2)
         self.out = nn.Linear(channels * (PATCH_SIZE // 4) ** 2, config.width)

@@ -38,6 +38,9 @@ class ModelConfig:
     """Channels of the patch ResNet; the paper does not give them."""
     patch_groups: int = 8
     """Groups of its GroupNorm (paper: 32)."""
+    patch_norm: Literal["group", "channel"] = "group"
+    """group: the paper's GroupNorm; channel (ours): each channel normalised for itself over a patch's places, so that
+    a flat patch is embedded as about nothing and what stands out in others is seen."""
     stochastic_depth: float = 0.0
     """Probability of skipping a sub-layer, for each sequence on its own (paper: 0.1)."""
     dropout: float = 0.0
@@ -62,7 +65,7 @@ def _paper(blocks: int, heads: int, width: int, feed_forward: int, head_size: in
 
 
 PRESETS = {
-    "tiny": ModelConfig(action_position="own", rotary="token"),
+    "tiny": ModelConfig(action_position="own", rotary="token", patch_norm="channel"),
     "79m": _paper(8, 24, 768, 3072, 32),
     "364m": _paper(12, 12, 1536, 6144, 128),
     "1.18b": _paper(24, 16, 2048, 8192, 128),
