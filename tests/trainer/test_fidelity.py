@@ -10,7 +10,7 @@ from trainer.engine import learning_rate
 from trainer.model import PRESETS, Gato, ModelConfig
 from trainer.recipes import RECIPES
 
-PAPER = [name for name in RECIPES if name.split("-")[0] in ("79m", "364m", "1.18b")]
+PAPER = [name for name in RECIPES if name.split("-")[0] in ("79m", "364m", "1.18b") and "table" not in name]
 SMALL = ModelConfig(blocks=1, heads=2, width=32, feed_forward=64, head_size=16, patch_channels=16)
 
 

@@ -30,6 +30,6 @@ for source in d4rl atari; do
 done
 for seed in 0 1 2; do
     deepspeed --num_gpus 1 trainer/main.py --recipe tiny-table --seed $seed \
-        --data.root $SHARDS --run.output runs/tiny-table-$seed
+        --model.patch-norm group --data.root $SHARDS --run.output runs/tiny-table-$seed
 done
 python -m eval.compare --root $SHARDS --gato runs/tiny-table-{0,1,2}/export --budget cpu --seeds 3 -o results/table
