@@ -45,6 +45,19 @@ TINY_TABLE = replace(
     run=RunConfig(output=Path("runs/tiny-table"), evaluate_every=250, save_every=250, export_every=500),
 )
 
+# tiny-pong: Pong alone, from 200,000 frames of a player (docs/results/pong)
+# command   deepspeed --num_gpus 1 trainer/main.py --recipe tiny-pong --seed 0
+# hardware  1 CPU core, no GPU
+# hours     0.48
+# expected  a return of 2.8 with actions sampled, 10.0 with the likeliest ones; the player's 14.8, random -20.7 (1 seed)
+TINY_PONG = replace(
+    TINY_TABLE,
+    steps=3_000,
+    optimiser=replace(TINY_TABLE.optimiser, decay_steps=3_000),
+    data=replace(TINY_TABLE.data, stream=replace(TINY_TABLE.data.stream, tasks=("pong-run1",))),
+    run=replace(TINY_TABLE.run, output=Path("runs/tiny-pong")),
+)
+
 # quickstart: `tiny`, shortened to fit `make quickstart`
 # command   make quickstart
 # hardware  2 CPU cores, no GPU
@@ -127,6 +140,7 @@ def _on(base: TrainConfig, name: str, deepspeed: str, micro_batch: int) -> Train
 RECIPES = {
     "tiny": TINY,
     "tiny-table": TINY_TABLE,
+    "tiny-pong": TINY_PONG,
     "quickstart": QUICKSTART,
     "finetune": FINETUNE,
     "79m-table": TABLE_79M,
