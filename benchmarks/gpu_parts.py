@@ -81,12 +81,13 @@ def train(
     waited = loader.figures()["data/wait_share"]
     loader.close()
     named = {"3_offload": "3 + offload"}.get(stage, stage)
-    memory = estimate(config, stream.vocabulary, 1).memory[named]
+    pictures = len(stream.batch(0, data.micro_batch).patches) / (data.micro_batch * data.stream.sequence_length)
+    memory = estimate(config, stream.vocabulary, 1, pictures=pictures).memory[named]
     return rates(config, flops, seconds) | {
         "wait_share": waited,
         "losses": [round(loss, 4) for loss in losses],
-        "expected_gigabytes": memory.device / 1e9,
-        "expected_activations_gigabytes": memory.activations / 1e9,
+        "form": "compiled" if compiled else "checkpointed" if checkpointed else "plain",
+        **({} if checkpointed else {"expected_gigabytes": memory.device / 1e9}),
         **peaks(),
     }
 
@@ -97,7 +98,7 @@ def bare(size: str, shards: list[str]) -> Figures:
     step, flops = bare_step(config, shards)
     elapsed(step, WARM)
     forget_peak()
-    return rates(config, flops, elapsed(step, STEPS)) | peaks()
+    return rates(config, flops, elapsed(step, STEPS)) | {"form": "compiled" if GPU else "plain"} | peaks()
 
 
 def bare_step(config: TrainConfig, shards: list[str]) -> tuple[Callable[[int], object], float]:
@@ -150,7 +151,7 @@ def gpt2(size: str, shards: list[str]) -> Figures:
     elapsed(step, WARM)
     forget_peak()
     flops = Gato(model, stream.vocabulary).flops_per_token(data.stream.sequence_length)
-    return rates(config, flops, elapsed(step, STEPS)) | peaks()
+    return rates(config, flops, elapsed(step, STEPS)) | {"form": "plain"} | peaks()
 
 
 def patches(size: str, shards: list[str]) -> Figures:

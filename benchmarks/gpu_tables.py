@@ -25,7 +25,7 @@ def written(lines: list[Line]) -> str:
     text += ["", f"Hardware: {'; '.join(hardware)}.", ""]
     if "tflops" in best:
         copied = best["terabytes_per_second"]
-        text += [f"Its best here: {best['tflops']:.0f} TFLOP/s (bfloat16 product), {copied:.2f} TB/s (copy).", ""]
+        text += [f"Its best here: {best['tflops']:.4g} TFLOP/s (bfloat16 product), {copied:.2f} TB/s (copy).", ""]
     sections = training(parts), embedder(lines), control(lines), kernels(lines), failures(lines)
     return "\n".join([*text, *(line for section in sections for line in section)])
 
@@ -37,21 +37,24 @@ def training(parts: dict[str, Line]) -> list[str]:
             continue
         size = name.removeprefix("bare loop ").removeprefix("train ").removeprefix("GPT-2 ").split()[0]
         peers = [parts.get(peer, {}).get("tokens_per_second") for peer in (f"GPT-2 {size} ZeRO 1", f"bare loop {size}")]
-        ours = name.startswith("train") and not name.endswith("Atari")
+        ours = name.startswith("train") and not name.endswith(("Atari", "offload")) and "micro-batch" not in name
         ratios = [f"{line['tokens_per_second'] / rate:.2f}" if ours and rate else "" for rate in peers]
         rows.append([
             name,
+            line["form"],
             line["micro_batch"],
             f"{line['tokens_per_second']:,.0f}",
-            f"{line['tflops']:.0f}",
+            f"{line['tflops']:.4g}",
             f"{100 * line['tflops'] / best:.1f}" if best else "",
             f"{line['step_ms']:.1f}",
             *ratios,
             f"{100 * line['wait_share']:.2f}" if "wait_share" in line else "",
             *(f"{line[key]:.1f}" if key in line else "" for key in ("peak_gigabytes", "expected_gigabytes")),
         ])  # fmt: skip
-    heads = ["part", "micro-batch", "tokens/s", "TFLOP/s", "% of best", "step, ms", "/ GPT-2", "/ bare loop"]
-    return table("Training", [*heads, "wait on data, %", "peak GB", "GB by --dry-run"], rows)
+    heads = ["part", "blocks", "micro-batch", "tokens/s", "TFLOP/s", "% of best", "step, ms", "/ GPT-2", "/ bare loop"]
+    said = "FLOP/s by Gato's convention for every row, GPT-2's too. --dry-run leaves out buckets and float32 gradients."
+    text = table("Training", [*heads, "wait on data, %", "peak GB", "GB by --dry-run"], rows)
+    return [*text, said, ""] if text else []
 
 
 def embedder(lines: list[Line]) -> list[str]:

@@ -62,6 +62,11 @@ class AgentConfig:
     """How a timestep is started: kernel by kernel; as a CUDA graph, whose actions are the same; as one of kernels that
     torch.compile merged, faster and rounded otherwise; or auto: graph on a GPU with the rolling window, else plain."""
 
+    def check(self) -> None:
+        """ValueError for settings that do not go together."""
+        if self.launch in ("graph", "compiled") and self.window == "exact":
+            raise ValueError(f"--agent.launch {self.launch}: the exact window's timesteps differ in shape; use plain")
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -112,6 +117,7 @@ class GatoAgent:
         prompt: Prompt | None = None,
         text: TextTokenizer | None = None,
     ):
+        config.check()
         self.model, self.config, self.prompt = model, config, prompt
         self.tokenizer = TimestepTokenizer(task, info.vocabulary, text)
         self.layout = self.tokenizer.layout
@@ -130,8 +136,6 @@ class GatoAgent:
         self.replay: Replay | None = None
         if self.launch == "auto":
             self.launch = "graph" if self.device.type == "cuda" and rolling else "plain"
-        if self.launch != "plain" and not rolling:
-            raise ValueError(f"--agent.launch {self.launch}: the exact window's timesteps differ in shape; use plain")
         self.head = weight[self.ids.start : self.ids.stop]
         self.slots = self.window * self.layout.length
         with torch.inference_mode():

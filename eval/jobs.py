@@ -134,6 +134,9 @@ class Parts:
                     remark = f"{spec.name}: its log names no environment, so only behaviour is shown"
                     self.remarks += [remark] if remark not in self.remarks else []
                     continue
+                taught = [spec.name in {task.name for task in info.tasks} for _, info in self.gatos.values()]
+                if model == "gato" and not all(taught):
+                    self.remarks.append(f"{spec.name}: not among the tasks that Gato was trained on")
                 found += [Job(spec, model, seed, dataset, number) for seed in seeds[model]]
         return found
 

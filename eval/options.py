@@ -62,3 +62,4 @@ def check(options: Options) -> None:
         ("agent.prompt-share", agent.prompt_share, 0, 1),
     ):
         require(name, value, least, most)
+    agent.check()

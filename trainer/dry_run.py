@@ -75,15 +75,18 @@ class Estimate:
         return mfu * tflops * 1e12 * self.world / self.flops_per_token
 
 
-def estimate(config: TrainConfig, vocabulary: Vocabulary, world: int, supervised: float = 0.25) -> Estimate:
-    """What a run needs at `world` devices. `supervised`: share of the tokens that carry loss."""
+def estimate(
+    config: TrainConfig, vocabulary: Vocabulary, world: int, supervised: float = 0.25, pictures: float = ATARI_PATCHES
+) -> Estimate:
+    """What a run needs at `world` devices. `supervised`, `pictures`: shares of the tokens that carry loss, that are
+    patches. Activation checkpointing is not counted."""
     with torch.device("meta"):
         model = Gato(config.model, vocabulary)
     length, micro = config.data.stream.sequence_length, config.data.micro_batch
     e = 2 if lower_precision(zero_config(config, world)) else 4
     tokens = micro * length
     masked = e == 4  # in two bytes, on a GPU, attention takes segments in the place of a mask
-    live = activations(config.model, micro, length, int(tokens * ATARI_PATCHES), int(tokens * supervised), e, masked)
+    live = activations(config.model, micro, length, int(tokens * pictures), int(tokens * supervised), e, masked)
     head = head_bytes(config.loss, vocabulary, config.model.width, int(tokens * supervised), e, text=True)
     memory = {stage: states(model, stage, world, e) for stage in STAGES}
     return Estimate(
@@ -189,6 +192,6 @@ def show(name: str, config: TrainConfig, vocabulary: Vocabulary, world: int, tfl
     console.print(times)
     console.print(
         f"activations: a micro-batch of 80x64 frames, loss on {found.supervised_share:.0%} of the tokens, in float32 a "
-        "mask in every block. Left out: buckets of the reduction (500 million numbers by default), the float32 "
-        "gradients of an update, fragments, the CUDA context"
+        "mask in every block. Left out: what activation checkpointing saves, buckets of the reduction (500 million "
+        "numbers by default), the float32 gradients of an update, fragments, the CUDA context"
     )

@@ -121,6 +121,9 @@ class Run:
             print(f"resuming at step {record.step} (saved by {before})", flush=True)
         elif self.started_from:
             print(f"starting from the weights of {self.config.run.start_from}", flush=True)
+            usual, own = asdict(RECIPES[self.recipe].model), asdict(self.config.model)
+            if others := [f"{name} {own[name]} (recipe {usual[name]})" for name in own if own[name] != usual[name]]:
+                print(f"its shape is not the recipe's: {', '.join(others)}", flush=True)
 
     def go(self, stop: Stop) -> None:
         """All steps that are left, or as many as are taken before somebody asks to stop."""

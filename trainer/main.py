@@ -26,6 +26,7 @@ import torch.distributed as dist
 import tyro
 
 from schemas.dataset import DatasetError
+from schemas.ranges import require
 from schemas.vocabulary import SEED, VocabularyMismatch
 from trainer import dry_run, engine
 from trainer.config import TrainConfig, check
@@ -58,6 +59,9 @@ def main() -> int:
     asked, config = parse(sys.argv[1:])
     stop = Stop()
     try:
+        if asked.dry_run:
+            require("world", asked.world, 1, 2**20)
+            require("tflops", asked.tflops, 1e-3, 1e9)
         check(config, asked.world if asked.dry_run else int(os.environ.get("WORLD_SIZE", "1")))
         if asked.dry_run:
             dry_run.show(asked.recipe, started(asked.recipe, config)[0], SEED, asked.world, asked.tflops)

@@ -14,7 +14,7 @@ body() { # environment, policy, noise, level
         --policy "$POLICIES/$2.safetensors" --noise "$3" --steps 200000 --seed 100 -o $LOGS/d4rl
 }
 game() {
-    [ -e "$LOGS/atari/$1" ] || python -m etl.record -e "ALE/$1-v5" \
+    [ -e "$LOGS/atari/$1/1/replay_logs" ] || python -m etl.record -e "ALE/$1-v5" \
         --policy "$POLICIES/$2.safetensors" --temperature 0.1 --steps 200000 --seed 100 -o $LOGS/atari
 }
 body Hopper-v4 hopper-ars 0.05 medium
