@@ -62,7 +62,7 @@ TINY_PONG = replace(
 # command   make quickstart
 # hardware  2 CPU cores, no GPU
 # hours     about 0.1
-# expected  Freeway as its expert; Hopper's first steps, not more
+# expected  Freeway as its expert; Hopper hops, a third or so of its expert's return
 QUICKSTART = replace(
     TINY,
     steps=500,
