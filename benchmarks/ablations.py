@@ -28,7 +28,7 @@ from trainer.checkpoint import ExportInfo
 from trainer.config import TrainConfig
 from trainer.engine import learning_rate
 from trainer.heldout import evaluate
-from trainer.loss import Objective
+from trainer.loss import Objective, targets_of
 from trainer.model import Gato
 from trainer.optimiser import make_optimiser
 from trainer.recipes import RECIPES
@@ -85,9 +85,8 @@ def changed(base: TrainConfig, change: dict[str, dict[str, Any]]) -> TrainConfig
 
 def trained(config: TrainConfig, stream: Stream, seconds: float) -> tuple[Gato, int]:
     """A model after so much CPU time, and its steps. The rate warms up in a twentieth of it, then falls by cosine."""
-    continuous = [bool(t.dataset.manifest.tasks[t.task].spec.action.kind == "continuous") for t in stream.timelines]
     gato = Gato(config.model, stream.vocabulary).initialise(config.seed)
-    objective = Objective(gato, config.loss, continuous, any(t.layout.text for t in stream.timelines))
+    objective = Objective(gato, config.loss, *targets_of(stream))
     shape = config.optimiser
     optimiser = make_optimiser(gato, shape)
     schedule = replace(shape, warmup_steps=50, decay_steps=1000)  # of a thousandth of the time each

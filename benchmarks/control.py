@@ -97,7 +97,8 @@ def against_naive(table: Table, dataset: Dataset, task: int, size: str, timestep
     check = Naive(half, Prompt(agent.prompt.tokens[-(half.window // 2) :], None))
     half.reset(1)
     for observation in seen[:2]:
-        assert np.array_equal(act(half, observation[None]), check.act({"observation": observation[None]}))
+        shown = {"observation": observation[None]}
+        assert np.array_equal(act(half, shown), check.act(shown))
     agent.reset(1)
     naive = Naive(agent, agent.prompt)
     took: tuple[list[float], list[float]] = ([], [])
@@ -107,7 +108,7 @@ def against_naive(table: Table, dataset: Dataset, task: int, size: str, timestep
                 observation = seen[(repeat * timesteps + n) % len(seen)][None]
                 begun = time.process_time()
                 if seconds is took[0]:
-                    act(agent, observation)
+                    act(agent, {"observation": observation})
                 else:
                     naive.act({"observation": observation})
                 seconds.append(time.process_time() - begun)
@@ -118,9 +119,9 @@ def against_naive(table: Table, dataset: Dataset, task: int, size: str, timestep
     table.add_row(name, *cells, f"{1e3 * middle:.1f}", f"{1e3 * late:.1f}")
 
 
-def act(agent: GatoAgent, observations: np.ndarray) -> np.ndarray:
-    count = len(observations)
-    return agent.act({"observation": observations}, np.zeros(count), np.ones(count, bool), np.random.default_rng(0))
+def act(agent: GatoAgent, observations: dict[str, np.ndarray]) -> np.ndarray:
+    count = len(next(iter(observations.values())))
+    return agent.act(observations, np.zeros(count), np.ones(count, bool), np.random.default_rng(0))
 
 
 def batches(dataset: Dataset, task: int, timesteps: int, picture: Path) -> None:
@@ -136,7 +137,7 @@ def batches(dataset: Dataset, task: int, timesteps: int, picture: Path) -> None:
             for n in range(timesteps):
                 observations = np.resize(seen[n:], (size, seen.shape[1]))
                 begun = time.process_time()
-                act(agent, observations)
+                act(agent, {"observation": observations})
                 took[size].append(time.process_time() - begun)
     for size, seconds in took.items():
         middle, late = np.quantile(seconds, (0.5, 0.99))

@@ -14,10 +14,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
+import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from eval.host import host
 from schemas.dataset import DatasetError
 from schemas.files import atomic_write
 from shards.reader import Dataset
-from trainer.watch import only_run
+from trainer.watch import hear_of_parents_death, only_run
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = ("1.18b", "364m", "79m")
@@ -141,18 +140,6 @@ def sorted_out(folders: list[str]) -> tuple[list[str], list[str]]:
     return tuple([folder for folder, pictures in zip(whole, seen) if pictures == kind][:1] for kind in (False, True))  # type: ignore[return-value]
 
 
-def die_with_parent() -> None:
-    """A part whose command was killed would measure beside the next one's."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shards", nargs="+", default=[], help="finished dataset folders, a control one, an Atari one")
@@ -164,7 +151,7 @@ def main() -> int:
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        die_with_parent()
+        hear_of_parents_death(signal.SIGKILL)  # a part whose command was killed would measure beside the next one's
         _, what, size, shards, arguments = options.one
         print("figures " + json.dumps(PARTS[what](size, shards, **arguments)), flush=True)
         return 0

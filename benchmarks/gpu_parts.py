@@ -10,7 +10,6 @@ all runs on the CPU, which tests these lines and measures nothing of interest.
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +20,8 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.control import player
-from benchmarks.trainer import free_port
+from benchmarks.control import act, player
+from benchmarks.trainer import started
 from eval.agent import AgentConfig, GatoAgent
 from shards.batch import Batch
 from shards.loader import Loader
@@ -31,7 +30,7 @@ from shards.stream import Stream
 from trainer import engine
 from trainer.config import TrainConfig
 from trainer.dry_run import estimate
-from trainer.loss import Objective
+from trainer.loss import Objective, targets_of
 from trainer.model import PRESETS, Gato
 from trainer.optimiser import make_optimiser
 from trainer.recipes import RECIPES
@@ -62,13 +61,13 @@ def train(
     size: str, shards: list[str], stage: str, micro: int = 0, compiled: bool = False, checkpointed: bool = False
 ) -> Figures:
     """The trainer's own engine and loader, without evaluation and saves."""
-    device, config = started(), configured(size, shards, micro)
+    device, config = started(5.0), configured(size, shards, micro)
     zero = f"zero{stage}" + ("" if GPU else "_cpu")
     config = replace(config, deepspeed=zero, compile=compiled, activation_checkpointing=checkpointed)
     stream, data = Stream(shards, config.data.stream, config.seed), config.data
     gato = Gato(config.model, stream.vocabulary).initialise(config.seed)
     flops = gato.flops_per_token(data.stream.sequence_length)
-    run = engine.Engine(gato, config, device, *targets(stream))
+    run = engine.Engine(gato, config, device, *targets_of(stream))
     loader, losses = Loader(stream, 0, data.global_batch, data.micro_batch, pinned=GPU), []
 
     def step(n: int) -> None:
@@ -104,7 +103,7 @@ def bare(size: str, shards: list[str]) -> Figures:
 def bare_step(config: TrainConfig, shards: list[str]) -> tuple[Callable[[int], object], float]:
     stream, length = Stream(shards, config.data.stream, config.seed), config.data.stream.sequence_length
     gato = Gato(config.model, stream.vocabulary).initialise(0).to(DEVICE).train()
-    objective = Objective(gato, config.loss, *targets(stream)).to(DEVICE)
+    objective = Objective(gato, config.loss, *targets_of(stream)).to(DEVICE)
     engine.prepare_blocks(gato, GPU, False)
     optimiser, batches = make_optimiser(gato, config.optimiser), pairs(stream, config)
 
@@ -128,7 +127,7 @@ def gpt2(size: str, shards: list[str]) -> Figures:
     import deepspeed
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    started()
+    started(5.0)
     config = configured(size, shards)
     model, data = config.model, config.data
     stream = Stream(shards, data.stream, config.seed)
@@ -245,29 +244,10 @@ def logged(dataset: Dataset, count: int) -> Iterator[dict[str, np.ndarray]]:
             yield {field.key: np.repeat(frame[None], count, axis=0)}
 
 
-def act(agent: GatoAgent, observations: dict[str, np.ndarray]) -> np.ndarray:
-    count = len(next(iter(observations.values())))
-    return agent.act(observations, np.zeros(count), np.ones(count, bool), np.random.default_rng(0))
-
-
-def started() -> torch.device:
-    """A process group of one, without a launcher."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    os.environ.update(alone)
-    return engine.start(0, 5.0)
-
-
 def configured(size: str, shards: list[str], micro: int = 0) -> TrainConfig:
     recipe, micro = RECIPES[size], micro or MICRO[size]
     data = replace(recipe.data, folders=tuple(shards), micro_batch=micro, global_batch=2 * micro)
     return replace(recipe, data=data)
-
-
-def targets(stream: Stream) -> tuple[list[bool], bool]:
-    """Arguments `continuous` and `text` of an Objective."""
-    specs = [timeline.dataset.manifest.tasks[timeline.task].spec for timeline in stream.timelines]
-    text = any(timeline.layout.text for timeline in stream.timelines)
-    return [bool(spec.action and spec.action.kind == "continuous") for spec in specs], text
 
 
 def pairs(stream: Stream, config: TrainConfig, count: int = 4) -> list[list[Batch]]:

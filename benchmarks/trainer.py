@@ -35,7 +35,7 @@ from shards.batch import Batch
 from shards.stream import Stream, StreamConfig
 from trainer import engine
 from trainer.config import TrainConfig
-from trainer.loss import Objective
+from trainer.loss import Objective, targets_of
 from trainer.model import Gato
 from trainer.optimiser import make_optimiser
 from trainer.recipes import RECIPES
@@ -61,9 +61,7 @@ def read(shards: Path, recipe: str) -> list[Batch]:
 def objective(config: TrainConfig, shards: Path) -> Objective:
     stream = Stream([shards], StreamConfig(), seed=0)
     model = Gato(config.model, stream.vocabulary).initialise(0).train()
-    specs = [timeline.dataset.manifest.tasks[timeline.task].spec for timeline in stream.timelines]
-    continuous = [bool(spec.action and spec.action.kind == "continuous") for spec in specs]
-    return Objective(model, config.loss, continuous, False)
+    return Objective(model, config.loss, *targets_of(stream))
 
 
 def timed(work: Callable[[], object]) -> Turn:
@@ -184,11 +182,16 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def engines(table: Table, control: Path, repeats: int) -> None:
-    """`tiny`: DeepSpeed at ZeRO 0 against the bare loop, without and with accumulation."""
+def started(patience_minutes: float) -> torch.device:
+    """A process group of one, without a launcher."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     os.environ.update(alone)
-    device = engine.start(0, 1.0)
+    return engine.start(0, patience_minutes)
+
+
+def engines(table: Table, control: Path, repeats: int) -> None:
+    """`tiny`: DeepSpeed at ZeRO 0 against the bare loop, without and with accumulation."""
+    device = started(1.0)
     torch.set_num_threads(1)
     for accumulation in (1, 4):
         recipe = RECIPES["tiny"]

@@ -30,6 +30,7 @@ from trainer import checkpoint
 from trainer.config import TrainConfig, deciding, differences, to_dict
 from trainer.engine import Engine, StepResult, agreed, learning_rate
 from trainer.heldout import evaluate
+from trainer.loss import targets_of
 from trainer.metrics import Metrics
 from trainer.model import Gato, ModelConfig
 from trainer.recipes import RECIPES
@@ -67,9 +68,7 @@ class Run:
             model.load_state_dict(start[0].state_dict())
         # before the engine: under ZeRO 3 its parameters are empty
         self.counts, self.flops = model.parameter_counts(), model.flops_per_token(config.data.stream.sequence_length)
-        continuous = [bool(spec.action and spec.action.kind == "continuous") for spec in self.specs]
-        text = any(timeline.layout.text for timeline in self.stream.timelines)
-        self.engine = Engine(model, config, device, continuous, text)
+        self.engine = Engine(model, config, device, *targets_of(self.stream))
         if record is not None:
             self.engine.restore(read, record.applied)
         self.step = record.step if record else 0

@@ -21,6 +21,7 @@ from torch.nn import functional
 from schemas.episode import STRICT
 from schemas.vocabulary import IdRange, Vocabulary
 from shards.batch import Batch
+from shards.stream import Stream
 from trainer.model import Gato
 
 
@@ -101,6 +102,13 @@ class FusedCrossEntropy(torch.autograd.Function):
         hidden_gradient, weight_gradient = ctx.saved_tensors
         scale = upstream[0].to(hidden_gradient.dtype)
         return hidden_gradient.mul_(scale), weight_gradient.mul_(scale), None, None, None, None
+
+
+def targets_of(stream: Stream) -> tuple[list[bool], bool]:
+    """Arguments `continuous` and `text` of the Objective of a stream's tasks."""
+    actions = [timeline.dataset.manifest.tasks[timeline.task].spec.action for timeline in stream.timelines]
+    text = any(timeline.layout.text for timeline in stream.timelines)
+    return [bool(action and action.kind == "continuous") for action in actions], text
 
 
 class Objective(nn.Module):

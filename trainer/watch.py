@@ -33,8 +33,8 @@ class Stop:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
         self._launched = "LOCAL_RANK" in os.environ  # set by deepspeed, torchrun and the like
-        if self._launched and hasattr(ctypes.CDLL(None), "prctl"):
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if self._launched:
+            hear_of_parents_death(signal.SIGTERM)
         self._parents = _parents()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
@@ -45,6 +45,12 @@ class Stop:
         if self._launched and not self._signalled:
             self._signalled = _parents() != self._parents
         return self._signalled
+
+
+def hear_of_parents_death(number: signal.Signals) -> None:
+    """Get this signal when the process that started this one ends (Linux; nothing happens elsewhere)."""
+    if hasattr(ctypes.CDLL(None), "prctl"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def _parents() -> tuple[int, int]:
