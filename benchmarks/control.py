@@ -31,8 +31,8 @@ from torch import Tensor
 from benchmarks.stream import build
 from eval.agent import AgentConfig, GatoAgent, Prompt, demonstration
 from eval.charts import COLOURS, STYLE
-from eval.draws import Draws
 from eval.environments import play
+from eval.episode_rng import Draws
 from schemas.layout import SEPARATOR
 from shards.batch import Batch
 from shards.reader import Dataset

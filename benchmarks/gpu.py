@@ -25,11 +25,11 @@ import torch
 
 from benchmarks.gpu_parts import GPU, PARTS
 from benchmarks.gpu_tables import FIGURES, Line, written
-from eval.host import host
+from eval.provenance import host
 from schemas.dataset import DatasetError
 from schemas.files import atomic_write
 from shards.reader import Dataset
-from trainer.watch import hear_of_parents_death, only_run
+from trainer.lifecycle import hear_of_parents_death, only_run
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = ("1.18b", "364m", "79m")

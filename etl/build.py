@@ -25,9 +25,13 @@ import tyro
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 from rich.console import Console
 
-from etl import filters, pipeline, remote, sources, summary
-from etl.gather import gather
-from etl.plan import BuildConfig, Item, described, make_plan
+from etl import sources
+from etl.building import filters
+from etl.building import pipeline
+from etl.fetch import remote
+from etl.building import summary
+from etl.building.gather import gather
+from etl.building.plan import BuildConfig, Item, described, make_plan
 from etl.sources import Source, SourceError, TaskScan
 from etl.tokenizers import text as texts
 from schemas.dataset import MANIFEST_NAME, TEXT_MODEL_NAME, DatasetError, Manifest, parse_manifest

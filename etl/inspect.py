@@ -1,6 +1,6 @@
 """`python -m etl.inspect DATASET`: what a dataset holds, and one timestep of it decoded back.
 
-dataset.json -> facts, rejected.jsonl -> terminal; etl.decoded.TaskView (survey, timestep) -> HTML page | PNG
+dataset.json -> facts, rejected.jsonl -> terminal; etl.inspection.decoded.TaskView (survey, timestep) -> HTML page | PNG
 
 A page shows the facts of all tasks and decodes up to 12 of them; a picture shows the first. --task names another.
 
@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from etl.decoded import Dimension, InspectError, TaskView, Timestep, Token, share
+from etl.inspection.decoded import Dimension, InspectError, TaskView, Timestep, Token, share
 from etl.tokenizers.text import TextTokenizer
 from schemas.dataset import REJECTED_NAME
 from schemas.episode import FieldSpec
@@ -40,7 +40,7 @@ from schemas.files import atomic_write
 from schemas.layout import PATCH_SIZE, ROLE_NAMES
 from shards.reader import Dataset
 
-TEMPLATE = Path(__file__).with_name("inspect.html")
+TEMPLATE = Path(__file__).parent / "inspection" / "inspect.html"
 WIDTH = 128  # columns of a drawn distribution
 PANELS = 60  # dimensions drawn one by one; more of them become a heat map
 SHOWN_TASKS = 12  # on one page, where no task is named

@@ -22,9 +22,9 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from etl import simulators
-from etl.experts import PolicyError, policies
+import simulators
 from etl.logs import Columns, Hdf5Log, MinariLog, ReplayLog
+from simulators.experts import PolicyError, policies
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ t - W lay. A timestep takes as many forward passes as an action has tokens, for 
 is fed along with the next observation. The rolling mode keeps the cached keys of the
 remaining timesteps, which still remember what was dropped; the exact mode computes the
 window anew each timestep and is the reference. Episodes that end leave the batch, but for
-one that is replayed (see eval/replay.py).
+one that is replayed (see eval/cuda_graph.py).
 
 Invariants: sampling is restricted to the ids that the action space allows; on one thread an
 episode's actions are the same to the bit whatever else is in the batch (see `batch_invariant`).
@@ -27,8 +27,8 @@ from torch.nn import functional as F
 
 from etl.tokenizers.text import TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer
-from eval.draws import Draws
-from eval.replay import Replay, compiled
+from eval.cuda_graph import Replay, compiled
+from eval.episode_rng import Draws
 from schemas.episode import TaskSpec
 from schemas.vocabulary import bin_centres
 from shards.reader import Dataset

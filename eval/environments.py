@@ -17,8 +17,8 @@ from typing import Protocol
 import numpy as np
 from gymnasium import spaces
 
-from etl import simulators
-from eval.draws import Draws
+import simulators
+from eval.episode_rng import Draws
 from schemas.episode import TaskSpec
 
 

@@ -21,13 +21,13 @@ import imageio.v3 as imageio
 import numpy as np
 import torch
 
-from etl import simulators
+import simulators
 from eval import report, scores
 from eval.agent import GatoAgent, agent_for, prompted
 from eval.baselines import decision_transformer, device, trajectory_transformer
 from eval.environments import Played, Policy, RandomPolicy, play
-from eval.host import host
 from eval.options import Options, check
+from eval.provenance import host
 from eval.ship import shipped_prompt
 from schemas.dataset import DatasetError
 from schemas.episode import TaskSpec

@@ -9,9 +9,10 @@ ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {
     "schemas": set(),
     "shards": {"schemas"},
-    "etl": {"schemas", "shards.writer", "shards.folder", "shards.reader"},
+    "simulators": {"schemas"},
+    "etl": {"schemas", "simulators", "shards.writer", "shards.folder", "shards.reader"},
     "trainer": {"schemas", "shards"},
-    "eval": {"schemas", "shards", "etl.tokenizers", "etl.simulators", "trainer.model", "trainer.checkpoint"},
+    "eval": {"schemas", "shards", "simulators", "etl.tokenizers", "trainer.model", "trainer.checkpoint"},
 }
 MODULES = sorted(path for room in ALLOWED for path in (ROOT / room).rglob("*.py"))
 

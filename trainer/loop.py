@@ -30,11 +30,11 @@ from trainer import checkpoint
 from trainer.config import TrainConfig, deciding, differences, to_dict
 from trainer.engine import Engine, StepResult, agreed, learning_rate
 from trainer.heldout import evaluate
+from trainer.lifecycle import Stop, expect_sign_of_life, only_run
 from trainer.loss import targets_of
 from trainer.metrics import Metrics
 from trainer.model import Gato, ModelConfig
 from trainer.recipes import RECIPES
-from trainer.watch import Stop, expect_sign_of_life, only_run
 
 
 def train(recipe: str, config: TrainConfig, device: torch.device, stop: Stop) -> None:

@@ -30,10 +30,10 @@ from schemas.ranges import require
 from schemas.vocabulary import SEED, VocabularyMismatch
 from trainer import dry_run, engine
 from trainer.config import TrainConfig, check
+from trainer.lifecycle import Stop
 from trainer.loop import started, train
 from trainer.metrics import PEAK_TFLOPS
 from trainer.recipes import RECIPES
-from trainer.watch import Stop
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, TrainConfig]:

@@ -21,8 +21,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from etl import oldgym
 from schemas.episode import EnvironmentSpec, ScoreReference
+from simulators import oldgym
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from etl.download import fetch
+from etl.fetch.download import fetch
 from etl.sources import STALE, EpisodeRef, Known, Rejection, ScanOptions, SourceError, TaskScan, _catalogue
 from etl.sources._catalogue import Game
 from etl.sources._gzip import DAMAGE, Gunzip

@@ -22,7 +22,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from etl.download import fetch
+from etl.fetch.download import fetch
 from etl.sources import EpisodeRef, Known, Rejection, ScanOptions, SourceError, TaskScan, _catalogue, _hdf5, by_task
 from etl.sources._hdf5 import AGAIN, Rows, damage
 from schemas.episode import ActionSpec, EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, TaskSpec

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from etl.tokenizers.image import resize
 from eval.baselines import Training, device, flatten, load_folder, optimise, save_folder, whole
-from eval.draws import Draws
+from eval.episode_rng import Draws
 from schemas.episode import FieldSpec, TaskSpec
 from shards.views import Trajectory
 

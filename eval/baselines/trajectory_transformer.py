@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eval.baselines import Training, device, flatten, load_folder, optimise, save_folder, whole
-from eval.draws import Draws
+from eval.episode_rng import Draws
 from schemas.episode import TaskSpec
 from shards.views import Trajectory
 

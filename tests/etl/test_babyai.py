@@ -7,7 +7,8 @@ import pytest
 from minigrid.utils.baby_ai_bot import BabyAIBot
 from minigrid.wrappers import RGBImgPartialObsWrapper
 
-from etl import gridworld, simulators, sources
+import simulators
+from etl import sources
 from etl.sources import ScanOptions, babyai
 from etl.tokenizers import image
 from etl.tokenizers.text import TextTokenizer
@@ -15,6 +16,7 @@ from etl.tokenizers.timestep import TimestepTokenizer
 from schemas.layout import ACTION, TEXT
 from shards.reader import Dataset
 from shards.stream import Stream, StreamConfig
+from simulators import gridworld
 from tests.conftest import run
 
 LEVEL = "BabyAI-GoToLocal-v0"

@@ -19,7 +19,7 @@ from minari.data_collector import EpisodeBuffer
 from rich.console import Console
 
 from etl.build import Options, beam_flags, build
-from etl.plan import BuildConfig
+from etl.building.plan import BuildConfig
 from shards.verify import verify
 from tests.etl.test_build import d4rl_file
 from tests.etl.test_sources_atari import action_name

@@ -21,9 +21,8 @@ import pytest
 from gymnasium import spaces
 from rich.console import Console
 
-from etl import gridworld
 from etl.build import Options, beam_flags, build
-from etl.plan import BuildConfig
+from etl.building.plan import BuildConfig
 from etl.record import Options as RecordOptions
 from etl.record import record
 from etl.sources import ScanOptions
@@ -32,6 +31,7 @@ from etl.tokenizers.text import TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer
 from schemas.layout import PATCH_SIZE
 from shards.reader import Dataset
+from simulators import gridworld
 from tests.etl.test_sources_atari import write as write_atari
 from tests.etl.test_sources_d4rl import write as write_d4rl
 from tests.etl.test_sources_minari import write as write_minari

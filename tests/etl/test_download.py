@@ -14,8 +14,8 @@ import h5py
 import numpy as np
 import pytest
 
-from etl import download
-from etl.download import fetch
+from etl.fetch import download
+from etl.fetch.download import fetch
 from etl.sources import ScanOptions, SourceError
 from etl.sources.atari import SOURCE as ATARI
 from etl.sources.d4rl import SOURCE as D4RL

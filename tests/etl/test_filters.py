@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etl import filters
-from etl.filters import Filter
+from etl.building import filters
+from etl.building.filters import Filter
 from schemas.dataset import load_manifest
 from tests.conftest import run
 from tests.etl.test_build import d4rl_file

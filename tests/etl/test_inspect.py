@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from etl import decoded, inspect
-from etl.decoded import InspectError, TaskView
+from etl import inspect
 from etl.inspect import Options
+from etl.inspection import decoded
+from etl.inspection.decoded import InspectError, TaskView
 from shards.reader import Dataset
 from tests.conftest import run
 from tests.shards.made import sign

@@ -97,7 +97,7 @@ def test_two_builds_of_one_folder_do_not_mix(inputs, built, tmp_path):
 
 
 def test_a_silent_worker_is_lost_and_a_slow_one_is_not(tmp_path, monkeypatch):
-    from etl import watch
+    from etl.building import heartbeat as watch
     from shards.folder import Folder
 
     monkeypatch.setattr(watch, "PATIENCE_SECONDS", 1.5)

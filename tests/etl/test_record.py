@@ -12,8 +12,9 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import save_file
 
-from etl import record, simulators
-from etl.experts import PolicyError, policies
+import simulators
+from etl import record
+from simulators.experts import PolicyError, policies
 
 QUIET = Console(quiet=True)
 

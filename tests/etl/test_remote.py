@@ -90,7 +90,7 @@ def test_a_worker_fetches_what_it_lacks(s3, built, tmp_path):
     cache = tmp_path / "cache"
     run("etl.build", "--input", "s3://bucket/logs", "--output", tmp_path / "d", "--cache", cache, *SMALL)
     assert digests(tmp_path / "d") == digests(built)
-    from etl.remote import ensure
+    from etl.fetch.remote import ensure
 
     (file,) = (cache / "remote" / "s3" / "bucket" / "logs").glob("a-*.hdf5")
     content = file.read_bytes()

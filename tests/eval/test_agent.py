@@ -8,8 +8,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from eval.agent import AgentConfig, GatoAgent, demonstration, prompted
-from eval.draws import Draws
 from eval.environments import play
+from eval.episode_rng import Draws
 from schemas.layout import PATCH, SEPARATOR
 from shards.batch import Batch
 from shards.reader import Dataset

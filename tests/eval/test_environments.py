@@ -19,10 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from etl import oldgym, simulators
-from etl.experts import policies
+import simulators
 from etl.sources import _catalogue
-from etl.uninterrupted import uninterrupted
 from eval.compare import compare as comparison
 from eval.environments import RandomPolicy, play
 from eval.options import Options
@@ -30,6 +28,9 @@ from eval.scores import scored
 from schemas.episode import EnvironmentSpec
 from schemas.vocabulary import PAPER
 from shards.reader import Dataset
+from simulators import oldgym
+from simulators.experts import policies
+from simulators.uninterrupted import uninterrupted
 from tests.conftest import run
 from trainer.checkpoint import ExportInfo, export
 from trainer.model import Gato, ModelConfig

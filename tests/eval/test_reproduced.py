@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from etl import simulators
-from etl.experts import perceptron
-from etl.experts.a3c import A3C
+import simulators
 from etl.sources import _catalogue
 from eval.environments import play
 from eval.scores import normalised
 from schemas.episode import EnvironmentSpec, TaskSpec
+from simulators.experts import perceptron
+from simulators.experts.a3c import A3C
 
 pytestmark = [
     pytest.mark.slow,

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from etl.plan import BuildConfig, make_plan
+from etl.building.plan import BuildConfig, make_plan
 from etl.sources import Rejection, ScanOptions, Source, SourceError, TaskScan
 from etl.tokenizers.text import DEFAULT_MODEL, TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer

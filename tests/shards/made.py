@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from etl.gather import _ordered
+from etl.building.gather import _ordered
 from schemas.dataset import (
     INDEX_NAME,
     MANIFEST_NAME,

@@ -24,7 +24,7 @@ from tests.trainer.launch import (
     train,
 )
 from trainer.checkpoint import CHECKPOINT_VERSION, Record, latest, load_export, publish, write_part
-from trainer.watch import only_run
+from trainer.lifecycle import only_run
 
 STEPS = 40
 
@@ -175,7 +175,7 @@ def test_a_skipped_step_changes_nothing(hopper, stage):
 
 def test_one_run_a_folder(tmp_path):
     with only_run(tmp_path, 0.1):
-        script = f"import pathlib, trainer.watch as w\nwith w.only_run(pathlib.Path({str(tmp_path)!r}), 0.3): pass"
+        script = f"import pathlib, trainer.lifecycle as w\nwith w.only_run(pathlib.Path({str(tmp_path)!r}), 0.3): pass"
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode and "another training writes there" in done.stderr
     with only_run(tmp_path, 0.1):

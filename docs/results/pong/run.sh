@@ -1,7 +1,7 @@
 #!/bin/bash
 # Pong on one core: a player's frames, shards, Gato, DT, the comparison. About an hour; each command may be killed and run again.
 #   POLICIES=FOLDER bash docs/results/pong/run.sh      (from the root of the checkout, environment activated)
-# POLICIES holds pong-a3c.safetensors: greydanus/baby-a3c's player (MIT) in the form that etl/experts/a3c.py describes.
+# POLICIES holds pong-a3c.safetensors: greydanus/baby-a3c's player (MIT) in the form that simulators/experts/a3c.py describes.
 # Without it, another player's log: python -m etl.record -e ALE/Pong-v5 --policy expert (scripted, wins slowly).
 set -euo pipefail
 export OMP_NUM_THREADS=1

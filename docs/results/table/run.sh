@@ -3,7 +3,7 @@
 # core; each command may be killed and run again.
 #   POLICIES=FOLDER bash docs/results/table/run.sh      (from the root of the checkout, environment activated)
 # POLICIES holds hopper-ars.safetensors and so on: policies of DLR-RM/rl-trained-agents and greydanus/baby-a3c (both MIT)
-# as safetensors, in the forms that etl/experts/perceptron.py and etl/experts/a3c.py describe.
+# as safetensors, in the forms that simulators/experts/perceptron.py and simulators/experts/a3c.py describe.
 set -euo pipefail
 export OMP_NUM_THREADS=1
 LOGS=data/table/logs SHARDS=data/table/shards

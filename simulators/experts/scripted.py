@@ -3,7 +3,7 @@
     frame (84, 84, 1) -> paddle and ball by their pixels -> where the ball will cross the paddle's line -> move there
 
 A paddle's player is a deterministic function of the last few frames and its own last actions, so that a small
-sequence model can imitate it. Pixel positions are those of `etl.simulators`' frames: box-filtered 84x84.
+sequence model can imitate it. Pixel positions are those of `simulators`' frames: box-filtered 84x84.
 """
 
 from __future__ import annotations

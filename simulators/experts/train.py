@@ -22,9 +22,9 @@ import tyro
 from gymnasium.wrappers import FlattenObservation
 from rich.console import Console
 
-from etl import simulators
-from etl.experts import PolicyError
-from etl.experts.perceptron import VARIANCE_EPSILON, Perceptron, load, save_safetensors
+import simulators
+from simulators.experts import PolicyError
+from simulators.experts.perceptron import VARIANCE_EPSILON, Perceptron, load, save_safetensors
 
 CLIP = 10.0
 
@@ -189,7 +189,7 @@ def _header(options: TrainOptions, timesteps: int) -> dict[str, str]:
 
 def main() -> None:
     console = Console()
-    options = tyro.cli(TrainOptions, prog="python -m etl.experts.train")
+    options = tyro.cli(TrainOptions, prog="python -m simulators.experts.train")
     try:
         header = train(options, console)
     except (PolicyError, simulators.SimulatorError) as error:

@@ -15,9 +15,9 @@ from dataclasses import asdict
 import numpy as np
 import pyarrow as pa
 
-from etl.filters import DUPLICATE
-from etl.plan import BuildConfig, Item, described
-from etl.shard import BUILD_FOLDER, COUNTS, finished
+from etl.building.filters import DUPLICATE
+from etl.building.plan import BuildConfig, Item, described
+from etl.building.shard import BUILD_FOLDER, COUNTS, finished
 from etl.sources import STALE, TaskScan
 from etl.tokenizers.text import TextTokenizer
 from schemas.dataset import (

@@ -22,8 +22,8 @@ from zipfile import BadZipFile
 import numpy as np
 from safetensors.numpy import save
 
-from etl.experts import PolicyError, open_safetensors
 from schemas.files import atomic_write
+from simulators.experts import PolicyError, open_safetensors
 
 VARIANCE_EPSILON = 1e-8
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {

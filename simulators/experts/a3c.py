@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from etl.experts import PolicyError, open_safetensors
+from simulators.experts import PolicyError, open_safetensors
 
 ROWS, SIDE, CHANNELS, MEMORY = slice(35, 195), 80, 32, 256
 FLAT = CHANNELS * 5 * 5

@@ -24,10 +24,10 @@ import apache_beam as beam
 import psutil
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, PortableOptions
 
-from etl.plan import Item, packed, unpacked
-from etl.shard import BUILD_FOLDER, write_shard
+from etl.building.heartbeat import Watch, WorkerLost
+from etl.building.plan import Item, packed, unpacked
+from etl.building.shard import BUILD_FOLDER, write_shard
 from etl.sources import SourceError
-from etl.watch import Watch, WorkerLost
 from schemas.dataset import MANIFEST_NAME, SHARDS_NAME, DatasetError, Manifest, parse_shards
 from shards.folder import Folder
 from shards.writer import shard_name

@@ -8,7 +8,7 @@ MuJoCo bodies give {"observation": float32 (D,)}, gymnasium-robotics tasks their
 the last two grey screens, box-filtered to 84x84 (the convention of the DQN-Replay logs, but for the filter's
 treatment of pixels that two output pixels share: OpenCV splits them, Pillow gives them to one). Pillow's filter is
 integer arithmetic, so a frame has the same bytes on every processor. Episodes are whole (a lost life ends none), up
-to 108,000 emulator frames, rewards unclipped. Ids of the old gym and of d4rl are written gym/ID (etl/oldgym.py).
+to 108,000 emulator frames, rewards unclipped. Ids of the old gym and of d4rl are written gym/ID (simulators/oldgym.py).
 
 Invariant: an agent sees in evaluation exactly what the recorder writes into logs, because both call `make`.
 """
@@ -31,9 +31,9 @@ import numpy as np
 from gymnasium import spaces
 from PIL import Image
 
-from etl import drawing, gridworld, oldgym
-from etl.uninterrupted import uninterrupted
 from schemas.episode import ActionSpec, EnvironmentSpec, FieldSpec
+from simulators import drawing, gridworld, oldgym
+from simulators.uninterrupted import uninterrupted
 
 FRAME_SIZE = (84, 84)
 RESIZED_FRAME = (64, 80)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from etl import simulators
+import simulators
 
 
 def host(threads: int) -> dict[str, str]:

@@ -11,7 +11,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from etl.experts import PolicyError
+from simulators.experts import PolicyError
 
 ALGORITHMS = ("ppo", "sac", "td3", "a2c", "ddpg", "dqn")
 

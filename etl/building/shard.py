@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from etl import remote, sources
-from etl.plan import Item, digest, refs_of
+from etl import sources
+from etl.building.heartbeat import Heartbeat
+from etl.building.plan import Item, digest, refs_of
+from etl.fetch import remote
 from etl.sources import Rejection
 from etl.tokenizers.text import TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer
-from etl.watch import Heartbeat
 from schemas.dataset import INDEX_SCHEMA, TEXT_MODEL_NAME, DatasetError
 from schemas.episode import Document, RawEpisode, TaskSpec
 from schemas.vocabulary import by_name

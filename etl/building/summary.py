@@ -13,7 +13,7 @@ from rich import progress
 from rich.console import Console
 from rich.table import Table
 
-from etl.plan import Item, timesteps_of
+from etl.building.plan import Item, timesteps_of
 from etl.sources import Source
 from schemas.dataset import Manifest, TaskSummary
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from etl import simulators
-from etl.experts import PolicyError, perceptron, policies
-from etl.experts.train import play
+import simulators
 from schemas.episode import ActionSpec, EnvironmentSpec
+from simulators.experts import PolicyError, perceptron, policies
+from simulators.experts.train import play
 
 PONG = EnvironmentSpec("atari", "ALE/Pong-v5")
 

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import gymnasium
 import numpy as np
 
-from etl.experts import PolicyError, open_safetensors, perceptron, scripted
-from etl.experts.sb3 import StableBaselines
 from schemas.episode import ActionSpec
+from simulators.experts import PolicyError, open_safetensors, perceptron, scripted
+from simulators.experts.sb3 import StableBaselines
 
 HERE = Path(__file__).resolve().parent
 # beginning of a gymnasium id -> maker of its expert, given the simulator
@@ -88,7 +88,7 @@ def load(
     if path.suffix == ".zip":
         policy: Any = StableBaselines(path)
     elif recurrent:
-        from etl.experts.a3c import A3C  # torch, which no other policy takes a second to start for
+        from simulators.experts.a3c import A3C  # torch, which no other policy takes a second to start for
 
         policy = A3C(path, env, temperature)
     else:

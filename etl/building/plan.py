@@ -23,7 +23,7 @@ import numpy as np
 import tyro
 
 from etl import sources
-from etl.filters import Filter
+from etl.building.filters import Filter
 from etl.sources import EpisodeRef, TaskScan
 from schemas.layout import PATCH_SIZE, layout_of
 

@@ -1,0 +1,1 @@
+"""Inputs from elsewhere: downloads of named datasets, and files of object stores."""
