@@ -109,7 +109,7 @@ def bare_step(config: TrainConfig, shards: list[str]) -> tuple[Callable[[int], o
 
     def step(n: int) -> None:
         pair = batches[n % len(batches)]
-        supervised = sum(len(batch.chosen) for batch in pair)
+        supervised = sum(len(batch.predict_index) for batch in pair)
         for batch in pair:
             keep = engine.branch_scales(batch.sequence, config.model, 0)
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU):

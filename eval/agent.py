@@ -168,8 +168,8 @@ class GatoAgent:
                 self.shown[:, : length * K] = x
             else:
                 numbers = torch.arange(length * K - 1, device=self.device)
-                slots, mask, turns = self._places(numbers)
-                self.model.step(x[:, :-1], self.cache, slots, mask, turns)
+                slots, mask, rope = self._places(numbers)
+                self.model.step(x[:, :-1], self.cache, slots, mask, rope)
         self._keep(np.zeros(batch, np.int64))
 
     @torch.inference_mode()
@@ -225,7 +225,7 @@ class GatoAgent:
         shapes the same at each full timestep of the rolling mode: what a compiler or a CUDA graph takes whole.
         `blocks`: the model's in another form."""
         A = self.layout.action
-        slots, mask, turns = self._places(numbers)
+        slots, mask, rope = self._places(numbers)
         if self.config.window == "exact":
             stop = len(numbers) - (A - 1)
             self.shown.index_copy_(1, slots[stop - x.shape[1] : stop], x)
@@ -234,7 +234,7 @@ class GatoAgent:
         begin, end = 0, x.shape[1]
         for column in range(A):
             part = slice(begin, end)
-            angles = None if turns is None else turns[:, part]
+            angles = None if rope is None else rope[:, part]
             filled = self._filled(x) if len(x) * x.shape[1] < self.rows_needed else x
             hidden = self.model.step(filled, self.cache, slots[part], mask[part], angles, blocks)[: len(x), -1]
             logits = F.linear(self._filled(hidden), self.head)[: len(x)]
@@ -265,7 +265,7 @@ class GatoAgent:
         mask = torch.zeros(seen.shape, device=self.device, dtype=self.dtype).masked_fill(
             ~(seen & (held >= 0)), -torch.inf
         )
-        return numbers % self.slots, mask, self.model.turns(numbers)
+        return numbers % self.slots, mask, self.model.rope(numbers)
 
     def _ids(self, tokens: np.ndarray) -> Tensor:
         """Stored tokens (m, s), with or without an action's, as whole timesteps' columns (m, k)."""

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from schemas.layout import PATCH_SIZE, TEXT, TimestepLayout
-from shards.batch import Batch, Memory
+from shards.batch import Batch, BufferPool
 from shards.reader import BadShard
 from shards.tables import Tables
-from shards.timeline import Spans, Timeline, grouped
+from shards.timeline import Spans, Timeline, group_indices
 
 PATCH = (PATCH_SIZE, PATCH_SIZE)
 
@@ -48,22 +48,22 @@ class Assembly:
         self.timelines, self.length = timelines, length
         self.tables = Tables(timelines, length, seed)
 
-    def batch(self, plan: Plan, begin: int, end: int, memory: Memory) -> Batch:
+    def batch(self, plan: Plan, begin: int, end: int, buffers: BufferPool) -> Batch:
         """Sequences [begin, end) of a plan. BadShard where one cannot be read."""
         task, spans = plan.task[begin:end], plan.spans
-        batch, patches_at = self.tables.batch(task, plan.draws[begin:end], plan.evaluation, memory)
+        batch, patches_at = self.tables.batch(task, plan.draws[begin:end], plan.evaluation, buffers)
         batch.sequence[:] = plan.i[begin:end]
         kinds, first = self.tables.kind[task], int(spans.first[begin])
         of_span = kinds[spans.sequence[first : spans.first[end]] - begin]
-        for kind, rows in grouped(kinds):
+        for kind, rows in group_indices(kinds):
             own = first + np.flatnonzero(of_span == kind)
             row = spans.sequence[own] - begin
             layout, M = self.tables.layouts[kind], int(self.tables.patches[kind])
-            self._fill_tokens(batch, plan, layout, own, row, rows, memory)
+            self._fill_tokens(batch, plan, layout, own, row, rows, buffers)
             if M:
                 self._fill_patches(batch, plan, layout, M, own, patches_at[row], patches_at[rows])
-            fresh = spans.fresh[own]
-            row, behind = row[fresh], spans.place[own][fresh] * layout.length
+            starts_segment = spans.starts_segment[own]
+            row, behind = row[starts_segment], spans.place[own][starts_segment] * layout.length
             batch.supervised[row, behind] = False
             for number, token in zip(row.tolist(), behind.tolist()):
                 batch.segments[number, token:] += 1
@@ -73,7 +73,7 @@ class Assembly:
             silent = plan.silent[begin + rows]
             if silent.any():
                 batch.supervised[rows] &= np.arange(self.length) >= silent[:, None] * layout.length
-        return batch.seal(memory)
+        return batch.seal(buffers)
 
     def _fill_tokens(
         self,
@@ -83,12 +83,12 @@ class Assembly:
         own: np.ndarray,
         row: np.ndarray,
         rows: np.ndarray,
-        memory: Memory,
+        buffers: BufferPool,
     ) -> None:
         """Copy the tokens of spans `own` (s,), which are of `row` (s,) of a batch, to its rows (n,) of one layout."""
         n, L, K, size = len(rows), self.length, layout.length, 2 * layout.stored
         W = -(-L // K)
-        stored = memory.take("stored", np.uint8, n * W * size)
+        stored = buffers.take("stored", np.uint8, n * W * size)
         target = (rows.searchsorted(row) * W + plan.spans.place[own]) * size
         self._copy(plan, plan.spans.tokens, own, target, plan.spans.count[own] * size, stored)
         values = stored.view(np.uint16).reshape(n, W, layout.stored)

@@ -31,10 +31,10 @@ class Batch:
     each in the flattened (B * L); patch_positions (M, 2) uint8, row and column bin; tasks (B,) int64;
     sequence (B,) int64, the i of each.
 
-    What follows from these is worked out beside them (`seal`), since a GPU that is asked for it keeps its host waiting:
-    chosen (N,) int32, the place in the flattened (B * L) before each target; starts (S,) int32, ascending, where a
-    segment begins in it, then B * L up to a number S of them that few batches exceed; packed, whether any sequence
-    holds two segments.
+    `seal` derives three more on the host, since asking a GPU for them would make the host wait:
+    predict_index (N,) int32, the place in the flattened (B * L) before each target; cu_seqlens (S,) int32, ascending,
+    where each segment begins in it, padded with B * L to a length S that few batches exceed; packed, whether any
+    sequence holds two segments.
     """
 
     tokens: Any
@@ -47,24 +47,24 @@ class Batch:
     patch_positions: Any
     tasks: Any
     sequence: Any
-    chosen: Any = None
-    starts: Any = None
+    predict_index: Any = None
+    cu_seqlens: Any = None
     packed: bool = False
 
-    def seal(self, memory: Memory | None = None) -> Batch:
-        """Work out `chosen`, `starts` and `packed` once all other arrays are filled."""
+    def seal(self, buffers: BufferPool | None = None) -> Batch:
+        """Work out `predict_index`, `cu_seqlens` and `packed` once all other arrays are filled."""
         B, L = self.tokens.shape
-        take, places = (memory or Memory()).take, np.flatnonzero(self.supervised)
-        self.chosen = take("chosen", np.int32, len(places))
-        np.subtract(places, 1, out=self.chosen, casting="same_kind")
+        take, places = (buffers or BufferPool()).take, np.flatnonzero(self.supervised)
+        self.predict_index = take("predict_index", np.int32, len(places))
+        np.subtract(places, 1, out=self.predict_index, casting="same_kind")
         rows = np.flatnonzero(self.segments[:, -1] != self.segments[:, 0])
         inside = self.segments[rows]
         row, place = np.nonzero(inside[:, 1:] != inside[:, :-1])
-        starts = np.sort(np.concatenate([np.arange(0, B * L, L), rows[row] * L + place + 1]))
+        cu_seqlens = np.sort(np.concatenate([np.arange(0, B * L, L), rows[row] * L + place + 1]))
         # powers of two, so that a compiled model meets few shapes
-        self.starts = take("starts", np.int32, 1 << max(2 * B, len(starts) + 1).bit_length())
-        self.starts[: len(starts)], self.starts[len(starts) :] = starts, B * L
-        self.packed = len(starts) > B
+        self.cu_seqlens = take("cu_seqlens", np.int32, 1 << max(2 * B, len(cu_seqlens) + 1).bit_length())
+        self.cu_seqlens[: len(cu_seqlens)], self.cu_seqlens[len(cu_seqlens) :] = cu_seqlens, B * L
+        self.packed = len(cu_seqlens) > B
         return self
 
     def to(self, device: torch.device | str) -> Batch:
@@ -79,10 +79,10 @@ class Batch:
         return moved
 
     @staticmethod
-    def empty(tasks: np.ndarray, length: int, patches: int, channels: int, memory: Memory | None = None) -> Batch:
-        """Numpy arrays to be filled, for sequences of `tasks` (B,) with so many patches; in `memory`, if given."""
+    def empty(tasks: np.ndarray, length: int, patches: int, channels: int, buffers: BufferPool | None = None) -> Batch:
+        """Numpy arrays to be filled, for sequences of `tasks` (B,) with so many patches; in `buffers`, if given."""
         B = len(tasks)
-        take = (memory or Memory()).take
+        take = (buffers or BufferPool()).take
         batch = Batch(
             tokens=take("tokens", np.int32, B, length),
             roles=take("roles", np.uint8, B, length),
@@ -99,7 +99,7 @@ class Batch:
         return batch
 
 
-class Memory:
+class BufferPool:
     """Room for a batch's arrays that is used again for the next one: fresh pages cost more than what is written to
     them. `pinned`: page-locked, so that copies to a GPU run beside its work; needs one."""
 

@@ -22,7 +22,7 @@ import numpy as np
 from schemas.dataset import DatasetError
 from schemas.layout import TEXT
 from shards.assembly import Plan
-from shards.batch import Batch, Memory
+from shards.batch import Batch, BufferPool
 from shards.stream import Stream
 
 PLANNED = 2048  # sequences that are planned together
@@ -33,7 +33,7 @@ class Loader(Iterator[list[Batch]]):
     """Endless steps from sequence `start` on: this rank's micro-batches of each global batch. A step's arrays are
     written again once the next step is asked for. After an error the same step is tried again. `threads` 0: all is
     done inside `next`. ValueError for a global batch that ranks and micro-batches do not divide. `pinned`: see
-    `Memory`."""
+    `BufferPool`."""
 
     def __init__(
         self,
@@ -66,9 +66,9 @@ class Loader(Iterator[list[Batch]]):
         self.rank, self.share = rank, global_batch // world
         self.parts = self.share // micro_batch
         ahead = max(self.parts, threads) if threads else 0
-        self._free = [Memory(pinned) for _ in range(self.parts + ahead)]
-        self._held: list[Memory] = []
-        self._pending: deque[tuple[Memory, Future[tuple[Batch, int]]]] = deque()
+        self._free = [BufferPool(pinned) for _ in range(self.parts + ahead)]
+        self._held: list[BufferPool] = []
+        self._pending: deque[tuple[BufferPool, Future[tuple[Batch, int]]]] = deque()
         self._pool = ThreadPoolExecutor(threads, "stream") if threads else None
         self._asked = self.step = self.redrawn = 0  # micro-batches asked for; steps given, their redrawn sequences
         self._together = max(1, PLANNED // micro_batch)
@@ -105,16 +105,16 @@ class Loader(Iterator[list[Batch]]):
         if self._pool is None:
             self._held.append(self._free.pop())
             return self._part(self._next(), self._held[-1])
-        memory, future = self._pending.popleft()
-        self._held.append(memory)
+        buffers, future = self._pending.popleft()
+        self._held.append(buffers)
         return future.result()
 
     def _start_over(self) -> None:
         """After an error: the next call tries the same step again."""
-        for memory, future in self._pending:
+        for buffers, future in self._pending:
             if not future.cancel():
                 future.exception()
-            self._free.append(memory)
+            self._free.append(buffers)
         self._pending.clear()
         self._free += self._held
         self._held = []
@@ -122,18 +122,18 @@ class Loader(Iterator[list[Batch]]):
 
     def _ask(self) -> None:
         while self._pool is not None and self._free:
-            memory = self._free.pop()
-            self._pending.append((memory, self._pool.submit(self._part, self._next(), memory)))
+            buffers = self._free.pop()
+            self._pending.append((buffers, self._pool.submit(self._part, self._next(), buffers)))
 
     def _next(self) -> int:
         self._asked += 1
         return self._asked - 1
 
-    def _part(self, number: int, memory: Memory) -> tuple[Batch, int]:
+    def _part(self, number: int, buffers: BufferPool) -> tuple[Batch, int]:
         """Micro-batch `number` of this rank, and how many of its sequences were drawn anew."""
         plan, first = self._planned(number)
         begin = (number - first) * self.micro_batch
-        return self.stream.fill(plan, begin, begin + self.micro_batch, memory)
+        return self.stream.fill(plan, begin, begin + self.micro_batch, buffers)
 
     def _planned(self, number: int) -> tuple[Plan, int]:
         """The plan that holds a micro-batch, and the first micro-batch of that plan. Many are planned together, which

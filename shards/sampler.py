@@ -37,12 +37,12 @@ def random(seed: int, purpose: str, *counter: int) -> Generator:
     return Generator(Philox(key=[seed, _purpose(purpose)], counter=[0, *counters]))
 
 
-def words(seed: int, purpose: str, *counters: Counter) -> np.ndarray:
+def random_bits(seed: int, purpose: str, *counters: Counter) -> np.ndarray:
     """Random uint64 words, one for each element of the broadcast counters (integers from 0 on)."""
-    return mixed(np.uint64(seed ^ _purpose(purpose)), *counters)
+    return fold_in(np.uint64(seed ^ _purpose(purpose)), *counters)
 
 
-def mixed(key: np.ndarray | np.uint64, *counters: Counter) -> np.ndarray:
+def fold_in(key: np.ndarray | np.uint64, *counters: Counter) -> np.ndarray:
     """The words of further counters under a word as key: a chain of splitmix64 steps, uint64."""
     word = np.atleast_1d(np.asarray(key, np.uint64))
     for counter in counters:
@@ -53,7 +53,7 @@ def mixed(key: np.ndarray | np.uint64, *counters: Counter) -> np.ndarray:
     return word
 
 
-def below(word: np.ndarray, size: Counter) -> np.ndarray:
+def uniform_below(word: np.ndarray, size: Counter) -> np.ndarray:
     """Words to uniform integers in [0, size), int64: by their upper half, or where that is too short the remainder."""
     size = np.asarray(size).astype(np.uint64)
     number = (word >> HALF) * size >> HALF
@@ -70,7 +70,7 @@ def permuted(index: Counter, n: Counter, key: np.ndarray) -> np.ndarray:
     x, n, key = x + zero, n + zero, key + zero
     bits = np.frexp((n - ONE).astype(np.float64))[1]
     half = np.maximum(1, (bits + 1) // 2).astype(np.uint64)
-    keys = mixed(key, np.arange(ROUNDS).reshape(-1, *[1] * key.ndim))
+    keys = fold_in(key, np.arange(ROUNDS).reshape(-1, *[1] * key.ndim))
     x = _feistel(x, half, keys)
     while (outside := x >= n).any():
         x[outside] = _feistel(x[outside], half[outside], keys[:, outside])
@@ -98,7 +98,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Places:
+class SampledWindows:
     """Windows `window` of tasks `task` in those tasks' epochs `epoch`, at `place` of the epoch; int64 arrays (n,)."""
 
     task: np.ndarray
@@ -146,24 +146,24 @@ class Sampler:
         self.task_of_slot = np.repeat(np.arange(len(counts)), counts)
         self.first_slot = np.cumsum(counts) - counts
 
-    def places(self, i: np.ndarray) -> Places:
+    def places(self, i: np.ndarray) -> SampledWindows:
         """Where training sequences i (n,) come from."""
         block, offset = np.divmod(np.asarray(i, np.int64), self.block)
-        slot = permuted(offset, self.block, words(self.seed, "block", block))
+        slot = permuted(offset, self.block, random_bits(self.seed, "block", block))
         task = self.task_of_slot[slot]
         ordinal = block * self.counts[task] + slot - self.first_slot[task]
         epoch, place = np.divmod(ordinal, self.windows[task])
-        return Places(task, epoch, self._window(task, epoch, place), place)
+        return SampledWindows(task, epoch, self._window(task, epoch, place), place)
 
     @property
     def mixes_runs(self) -> bool:
         """Whether runs of windows are kept together."""
         return self.runs is not None
 
-    def beside(self, places: Places, word: np.ndarray) -> np.ndarray:
+    def neighbour_windows(self, places: SampledWindows, word: np.ndarray) -> np.ndarray:
         """Other windows (n,), chosen by words (n,) from the runs that are mixed with each place's own."""
         first, size = self._group(places.task, places.place)
-        return self._window(places.task, places.epoch, first + below(word, size))
+        return self._window(places.task, places.epoch, first + uniform_below(word, size))
 
     def _group(self, task: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First place and size of the group of runs that each place is in."""
@@ -177,11 +177,11 @@ class Sampler:
         """The window at each place of an epoch. Runs of neighbouring windows, which lie in the same shard or two, are
         shuffled; a group of them after the other is used up, its windows mixed. Windows behind the last whole run
         belong to the last group: each epoch begins its windows at another phase, so these are others each time."""
-        key, windows = words(self.seed, "epoch", epoch, task), self.windows[task]
+        key, windows = random_bits(self.seed, "epoch", epoch, task), self.windows[task]
         if self.runs is None or self.together is None:
             return permuted(place, windows, key)
         first, size = self._group(task, place)
-        within = first + permuted(place - first, size, mixed(key, first))
+        within = first + permuted(place - first, size, fold_in(key, first))
         run = self.runs[task]
         number, count = within // run, windows // run
         shuffled = permuted(np.minimum(number, np.maximum(count, 1) - 1), np.maximum(count, 1), key)

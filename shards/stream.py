@@ -27,12 +27,12 @@ from schemas.episode import STRICT
 from schemas.ranges import require
 from schemas.vocabulary import Vocabulary
 from shards.assembly import Assembly, Plan
-from shards.batch import Batch, Memory
+from shards.batch import Batch, BufferPool
 from shards.folder import Folder
 from shards.reader import BadShard, Dataset, Store, Verify, check
-from shards.sampler import Sampler, below, mixed, words
+from shards.sampler import Sampler, fold_in, random_bits, uniform_below
 from shards.tables import DRAWS
-from shards.timeline import Circles, Timeline
+from shards.timeline import Timeline, TimelineTable
 
 OnBadShard = Literal["stop", "skip"]
 REDRAWS = 100
@@ -114,7 +114,7 @@ class Stream:
             raise DatasetError(
                 f"no {'held-out' if held_out else 'training'} episodes in {', '.join(map(str, folders))}"
             )
-        self.tasks, self.circles = [timeline.name for timeline in self.timelines], Circles(self.timelines)
+        self.tasks, self.table = [timeline.name for timeline in self.timelines], TimelineTable(self.timelines)
         if twice := [name for name, following in pairwise(self.tasks) if name == following]:
             raise DatasetError(f"task '{twice[0]}' is in more than one dataset folder; name only one of them")
         unknown = sorted(set(config.weights) - set(known))
@@ -183,37 +183,41 @@ class Stream:
 
     def plan(self, i: np.ndarray, redraw: np.ndarray | None = None) -> Plan:
         """Where training sequences i (n,) come from. `redraw` (n,): how often each was drawn anew."""
-        places, circles = self.sampler.places(i), self.circles
+        places, table = self.sampler.places(i), self.table
         task, redraw = places.task, np.zeros(len(i), np.int64) if redraw is None else redraw
-        total, width = circles.total[task], circles.width[task]
-        phase = below(words(self.seed, "phase", places.epoch, task), total)
+        total, width = table.total[task], table.width[task]
+        phase = uniform_below(random_bits(self.seed, "phase", places.epoch, task), total)
         begin = (phase + places.window * width) % total
         length, from_end, to_start, choice = self._prompts(i, self._longest[task])
         if redraw.any():
-            anew = below(words(self.seed, "redraw", i, redraw), total)
-            begin, choice = np.where(redraw > 0, anew, begin), np.where(redraw > 0, mixed(choice, redraw), choice)
+            anew = uniform_below(random_bits(self.seed, "redraw", i, redraw), total)
+            begin, choice = np.where(redraw > 0, anew, begin), np.where(redraw > 0, fold_in(choice, redraw), choice)
         if to_start.any():
-            begin[to_start] = circles.starts(task[to_start], begin[to_start])
-        near = phase + self.sampler.beside(places, mixed(choice, 1)) * width if self.sampler.mixes_runs else None
-        prompt = circles.prompts(task, begin, length, from_end, choice, near)
+            begin[to_start] = table.starts(task[to_start], begin[to_start])
+        near = (
+            phase + self.sampler.neighbour_windows(places, fold_in(choice, 1)) * width
+            if self.sampler.mixes_runs
+            else None
+        )
+        prompt = table.prompts(task, begin, length, from_end, choice, near)
         silent = np.zeros(len(i), np.int64) if self.config.prompt_loss else prompt[1] - prompt[0]
-        draws = below(words(self.seed, "patch", i), DRAWS)
-        return Plan(i, task, redraw, draws, silent, circles.spans(task, begin, prompt), evaluation=False)
+        draws = uniform_below(random_bits(self.seed, "patch", i), DRAWS)
+        return Plan(i, task, redraw, draws, silent, table.spans(task, begin, prompt), evaluation=False)
 
     def _evaluation_plan(self, task: int, windows: np.ndarray, redraw: np.ndarray | None = None) -> Plan:
         timeline, none = self.timelines[task], np.zeros(len(windows), np.int64)
         redraw = none if redraw is None else redraw
-        anew = below(words(self.seed, "redraw", windows, redraw), timeline.total)
+        anew = uniform_below(random_bits(self.seed, "redraw", windows, redraw), timeline.total)
         begin = np.where(redraw > 0, anew, (windows % timeline.windows) * timeline.width)
-        spans = self.circles.spans(none + task, begin, (begin, begin))
+        spans = self.table.spans(none + task, begin, (begin, begin))
         return Plan(windows, none + task, redraw, none, none, spans, evaluation=True)
 
-    def fill(self, plan: Plan, begin: int, end: int, memory: Memory | None = None) -> tuple[Batch, int]:
-        """Sequences [begin, end) of a plan, in `memory` where it is given, and how many of them were drawn anew."""
-        memory = memory or Memory()
+    def fill(self, plan: Plan, begin: int, end: int, buffers: BufferPool | None = None) -> tuple[Batch, int]:
+        """Sequences [begin, end) of a plan, in `buffers` where it is given, and how many of them were drawn anew."""
+        buffers = buffers or BufferPool()
         while True:
             try:
-                return self._assembly.batch(plan, begin, end, memory), int((plan.redraw[begin:end] > 0).sum())
+                return self._assembly.batch(plan, begin, end, buffers), int((plan.redraw[begin:end] > 0).sum())
             except BadShard as error:
                 if not self.skip:
                     raise
@@ -248,11 +252,11 @@ class Stream:
     def _prompts(self, i: np.ndarray, longest: np.ndarray) -> tuple[np.ndarray, ...]:
         """Length in timesteps (0: none) up to `longest`, whether from an episode's end, whether an episode's start
         follows, and the word that chooses, of sequences i."""
-        asked, end, size, choice, start = words(self.seed, "prompt", i, np.arange(5)[:, None])
+        asked, end, size, choice, start = random_bits(self.seed, "prompt", i, np.arange(5)[:, None])
         wanted = (_unit(asked) < self.config.prompt_probability) & (longest > 0)
         to_start = wanted & (_unit(start) < self.config.prompt_start_share)
         from_end = _unit(end) < self.config.prompt_end_share
-        return np.where(wanted, 1 + below(size, longest), 0), from_end, to_start, choice
+        return np.where(wanted, 1 + uniform_below(size, longest), 0), from_end, to_start, choice
 
     @cached_property
     def _longest(self) -> np.ndarray:

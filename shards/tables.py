@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from schemas.layout import ACTION, PATCH, SEPARATOR, TEXT, TimestepLayout
-from shards.batch import Batch, Memory
+from shards.batch import Batch, BufferPool
 from shards.sampler import random
-from shards.timeline import Timeline, grouped
+from shards.timeline import Timeline, group_indices
 
 DRAWS = 1024  # timesteps of a layout for which patch positions are drawn; a sequence takes W in a row of them
 
@@ -43,17 +43,17 @@ class Tables:
         self.channels = np.array([layout.channels if layout.patches else 1 for layout in self.layouts])
         self._drawn: dict[tuple[int, bool], np.ndarray] = {}
 
-    def batch(self, task: np.ndarray, draws: np.ndarray, mean: bool, memory: Memory) -> tuple[Batch, np.ndarray]:
+    def batch(self, task: np.ndarray, draws: np.ndarray, mean: bool, buffers: BufferPool) -> tuple[Batch, np.ndarray]:
         """A batch of sequences of tasks (B,), and the first patch of each (B,). `draws` (B,): the timestep from which
         each one's patch positions are drawn; `mean`: their means instead. Segments are 0."""
         kinds = self.kind[task]
         patches = self.patches[kinds]
-        batch = Batch.empty(task, self.length, int(patches.sum()), int(self.channels[kinds].max()), memory)
+        batch = Batch.empty(task, self.length, int(patches.sum()), int(self.channels[kinds].max()), buffers)
         for name in ("tokens", "roles", "positions", "supervised"):
             np.take(getattr(self, name), kinds, axis=0, out=getattr(batch, name), mode="clip")
         batch.segments.fill(0)
         patches_at = np.cumsum(patches) - patches
-        for kind, rows in grouped(kinds):
+        for kind, rows in group_indices(kinds):
             if self.patches[kind]:
                 self._place(batch, kind, rows, patches_at[rows], draws[rows], mean)
         return batch, patches_at

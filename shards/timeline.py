@@ -27,7 +27,7 @@ import numpy as np
 from schemas.dataset import DatasetError
 from schemas.layout import PATCH_SIZE, TimestepLayout
 from shards.reader import Dataset
-from shards.sampler import below, mixed
+from shards.sampler import fold_in, uniform_below
 
 Groups = list[tuple[int, np.ndarray]]
 COLUMNS = "split_stop", "timesteps", "split_episode", "shard", "tokens_offset", "patches_offset"
@@ -68,7 +68,7 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Spans:
-    """What n sequences are copied from. All arrays int64 but `fresh`.
+    """What n sequences are copied from. All arrays int64 but `starts_segment`.
 
     first (n + 1,): each sequence's first span. Of each span (s,), ordered by sequence and place: its sequence; its
     shard; the first byte of its tokens and of its patches there; timesteps; the first one in the sequence's grid;
@@ -81,10 +81,10 @@ class Spans:
     patches: np.ndarray
     count: np.ndarray
     place: np.ndarray
-    fresh: np.ndarray
+    starts_segment: np.ndarray
 
 
-class Circles:
+class TimelineTable:
     """The circles of T tasks. `task` (n,) is the task of each sequence; rows are those of its dataset's index."""
 
     def __init__(self, timelines: Sequence[Timeline]):
@@ -92,7 +92,7 @@ class Circles:
         self.datasets = list(dict.fromkeys(timeline.dataset for timeline in timelines))
         number = {dataset: n for n, dataset in enumerate(self.datasets)}
         facts = [(t.total, t.count, t.first, t.pieces, t.width, number[t.dataset]) for t in timelines]
-        self.total, self.count, self.first, self.pieces, self.width, self.home = np.array(facts).T
+        self.total, self.count, self.first, self.pieces, self.width, self.dataset_of_task = np.array(facts).T
         sizes = [(2 * t.layout.stored, t.layout.patches * t.layout.channels * PATCH_SIZE**2) for t in timelines]
         self.token_bytes, self.patch_bytes = np.array(sizes).T  # of a timestep
 
@@ -109,7 +109,7 @@ class Circles:
     def take(self, names: Sequence[str], task: np.ndarray, row: np.ndarray) -> np.ndarray:
         """Columns of rows (n,), int64 (names, n)."""
         found = np.empty((len(names), len(row)), np.int64)
-        for number, at in grouped(self.home[task]):
+        for number, at in group_indices(self.dataset_of_task[task]):
             own, dataset = row[at], self.datasets[number]
             for values, name in zip(found, names):
                 values[at] = dataset.column(name)[own]
@@ -130,10 +130,10 @@ class Circles:
         a, b = np.zeros((2, len(first)), np.int64)
         drawn = np.flatnonzero((length > 0) & (self.count[task] > 1))
         task, word = task[drawn], word[drawn]
-        groups, count = grouped(task), self.count[task]
+        groups, count = group_indices(task), self.count[task]
         own = self._episode(task, groups, first[drawn])
         if near is None:
-            other = below(word, count - 1)
+            other = uniform_below(word, count - 1)
             other += other >= own
         else:
             other = self._episode(task, groups, near[drawn])
@@ -142,14 +142,14 @@ class Circles:
         behind = self.search("split_episode", groups, other)
         start, stop = self._start(task, groups, other), self.take(("split_stop",), task, behind - 1)[0]
         taken = np.minimum(length[drawn], stop - start)
-        anywhere = start + below(mixed(word, 0), stop - start - taken + 1)
+        anywhere = start + uniform_below(fold_in(word, 0), stop - start - taken + 1)
         a[drawn] = np.where(from_end[drawn], stop - taken, anywhere)
         b[drawn] = a[drawn] + taken
         return a, b
 
     def starts(self, task: np.ndarray, position: np.ndarray) -> np.ndarray:
         """Circle positions (n,) at which the episodes that hold `position` (n,) start."""
-        groups = grouped(task)
+        groups = group_indices(task)
         return self._start(task, groups, self._episode(task, groups, position))
 
     def _start(self, task: np.ndarray, groups: Groups, episode: np.ndarray) -> np.ndarray:
@@ -173,12 +173,12 @@ class Circles:
         task = task[sequence]
         total, pieces = self.total[task], self.pieces[task]
         lap, within = np.divmod(a, total)
-        row = self.search("split_stop", grouped(task), within)
+        row = self.search("split_stop", group_indices(task), within)
         low = lap * pieces + row  # rows are counted on from lap to lap
         high = low.copy()
         further = np.flatnonzero(b > lap * total + self.take(("split_stop",), task, row)[0])
         lap, within = np.divmod(b[further] - 1, total[further])
-        high[further] = lap * pieces[further] + self.search("split_stop", grouped(task[further]), within)
+        high[further] = lap * pieces[further] + self.search("split_stop", group_indices(task[further]), within)
         counts = high - low + 1
         run, begins = np.repeat(np.arange(len(runs)), counts), np.cumsum(counts) - counts
         task = task[run]
@@ -194,8 +194,8 @@ class Circles:
         start = np.maximum(a[run], end - timesteps)
         inside, sequence = start - end + timesteps, sequence[run]
         # a prompt is of one episode, and so are the pieces of a long one; the body's first shares its segment
-        fresh = np.zeros(len(run), bool)
-        fresh[1:] = (run[1:] == run[:-1]) & ((episode[1:] != episode[:-1]) | (lap[1:] != lap[:-1]))
+        starts_segment = np.zeros(len(run), bool)
+        starts_segment[1:] = (run[1:] == run[:-1]) & ((episode[1:] != episode[:-1]) | (lap[1:] != lap[:-1]))
         return Spans(
             first=sequence.searchsorted(np.arange(n + 1)),
             sequence=sequence,
@@ -204,11 +204,11 @@ class Circles:
             patches=patches + inside * self.patch_bytes[task],
             count=np.minimum(b[run], end) - start,
             place=place[run] + start - a[run],
-            fresh=fresh,
+            starts_segment=starts_segment,
         )
 
 
-def grouped(task: np.ndarray) -> Groups:
+def group_indices(task: np.ndarray) -> Groups:
     """(task, where it stands, ascending) for every task in an array (n,)."""
     order = np.argsort(task, kind="stable")
     ordered = task[order]

@@ -115,7 +115,7 @@ class Engine:
     def train_step(self, step: int, batches: list[Batch], stop: bool) -> StepResult:
         """One optimiser step on this rank's micro-batches. `stop`: this rank was asked to end; the result
         says whether any rank was."""
-        counted = sum(len(batch.chosen) for batch in batches)
+        counted = sum(len(batch.predict_index) for batch in batches)
         totals = torch.tensor([counted, float(stop)], dtype=torch.float64, device=self.device)
         dist.all_reduce(totals)
         supervised = max(1, int(totals[0]))
@@ -152,8 +152,10 @@ class Engine:
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Summed cross-entropy of the targets of a micro-batch, which is the loader's, in the host's memory."""
-        keep = branch_scales(batch.sequence, self.config.model, self.config.seed)
-        return self.engine(batch.to(self.device), None if keep is None else keep.to(self.device, non_blocking=True))
+        branch_scale = branch_scales(batch.sequence, self.config.model, self.config.seed)
+        return self.engine(
+            batch.to(self.device), None if branch_scale is None else branch_scale.to(self.device, non_blocking=True)
+        )
 
     @property
     def gato(self) -> Gato:

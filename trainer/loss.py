@@ -40,9 +40,9 @@ class LossConfig:
     """Rows of logits in memory at a time; 0 for all at once (the plain form)."""
 
 
-def select(gato: Gato, batch: Batch, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def select(gato: Gato, batch: Batch, branch_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states (N, W) at p - 1, targets (N,) int64 at p and tasks (N,) of every supervised place p."""
-    hidden, places = gato(batch, keep, batch.chosen), batch.chosen.long()
+    hidden, places = gato(batch, branch_scale, batch.predict_index), batch.predict_index.long()
     return hidden, batch.tokens.flatten()[places + 1].long(), batch.tasks[places // batch.tokens.shape[1]]
 
 
@@ -124,8 +124,8 @@ class Objective(nn.Module):
         self.continuous: Tensor
         self.register_buffer("continuous", torch.tensor(continuous), persistent=False)
 
-    def forward(self, batch: Batch, keep: Tensor | None = None) -> Tensor:
-        hidden, targets, tasks = select(self.gato, batch, keep)
+    def forward(self, batch: Batch, branch_scale: Tensor | None = None) -> Tensor:
+        hidden, targets, tasks = select(self.gato, batch, branch_scale)
         ids = self.gato.vocabulary.action_continuous
         ordered = self.continuous[tasks] & (targets >= ids.start) & (targets < ids.stop)
         neighbours, weights = soft_targets(targets, ordered, ids, self.config.soft_bins)

@@ -15,7 +15,7 @@ from shards.batch import Batch
 from shards.reader import Dataset
 from trainer.checkpoint import ExportInfo
 from trainer.model import Gato, ModelConfig
-from trainer.model.transformer import rotary_turns, rotate
+from trainer.model.transformer import rope_cos_sin, rotate
 
 SMALL = ModelConfig(blocks=2, heads=2, width=32, feed_forward=64, head_size=16, patch_channels=16)
 
@@ -243,8 +243,8 @@ def test_a_captured_timestep_acts_as_the_plain_one(data, request):
 def test_rotary_angles_are_right_far_into_an_episode():
     q, k = torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(0))
     products = [
-        rotate(q, rotary_turns(torch.tensor([n + 7]), 64, torch.float32))
-        @ rotate(k, rotary_turns(torch.tensor([n]), 64, torch.float32)).T
+        rotate(q, rope_cos_sin(torch.tensor([n + 7]), 64, torch.float32))
+        @ rotate(k, rope_cos_sin(torch.tensor([n]), 64, torch.float32)).T
         for n in (0, 700_000)
     ]
     assert torch.allclose(*products, atol=1e-4)

@@ -6,7 +6,7 @@ import numpy as np
 
 from schemas.layout import ACTION, PATCH, SEPARATOR, TEXT
 from shards.batch import Batch
-from shards.sampler import below, mixed, random, words
+from shards.sampler import fold_in, random, random_bits, uniform_below
 from shards.stream import Stream
 from shards.tables import DRAWS
 
@@ -19,10 +19,10 @@ def slow_sequence(stream: Stream, i: int) -> dict[str, list]:
     dataset, layout, W = timeline.dataset, timeline.layout, timeline.width
     episode_of, rows = dataset.column("episode"), dataset.rows(timeline.task, stream.held_out)
     steps = [(int(row), t) for row in rows for t in range(dataset.column("timesteps")[row])]
-    phase = int(below(words(stream.seed, "phase", epoch, task), len(steps))[0])
+    phase = int(uniform_below(random_bits(stream.seed, "phase", epoch, task), len(steps))[0])
     first = phase + window * W
     body = [(*steps[(first + n) % len(steps)], (first + n) // len(steps)) for n in range(W)]
-    asked, end, size, choice, start = (words(stream.seed, "prompt", i, n) for n in range(5))
+    asked, end, size, choice, start = (random_bits(stream.seed, "prompt", i, n) for n in range(5))
     prompted = int(asked[0]) / 2**64 < config.prompt_probability and layout.action
     if prompted and int(start[0]) / 2**64 < config.prompt_start_share:
         first = min(n for n, step in enumerate(steps) if episode_of[step[0]] == episode_of[body[0][0]])
@@ -30,22 +30,22 @@ def slow_sequence(stream: Stream, i: int) -> dict[str, list]:
     prompt = []
     others = [e for e in dict.fromkeys(episode_of[rows].tolist()) if e != episode_of[body[0][0]]]
     if prompted and others:
-        length = 1 + int(below(size, max(1, int(W * config.prompt_max_share)))[0])
-        chosen = others[int(below(choice, len(others))[0])]
+        length = 1 + int(uniform_below(size, max(1, int(W * config.prompt_max_share)))[0])
+        chosen = others[int(uniform_below(choice, len(others))[0])]
         if config.working_set is not None:
-            near = phase + int(stream.sampler.beside(place, mixed(choice, 1))[0]) * W
+            near = phase + int(stream.sampler.neighbour_windows(place, fold_in(choice, 1))[0]) * W
             order = list(dict.fromkeys(episode_of[rows].tolist()))
             chosen = episode_of[steps[near % len(steps)][0]]
             if chosen == episode_of[body[0][0]]:
                 chosen = order[(order.index(chosen) + 1) % len(order)]
         episode = [step for step in steps if episode_of[step[0]] == chosen]
         length = min(length, len(episode))
-        start = int(below(mixed(choice, 0), len(episode) - length + 1)[0])
+        start = int(uniform_below(fold_in(choice, 0), len(episode) - length + 1)[0])
         prompt = episode[-length:] if int(end[0]) / 2**64 < config.prompt_end_share else episode[start : start + length]
     out: dict[str, list] = {name: [] for name in ("tokens", "roles", "positions", "segments", "supervised")}
     out |= {"patches": [], "patch_index": [], "patch_positions": []}
     rng = random(stream.seed, "patch").random((DRAWS, layout.patches, 2), np.float32)
-    draw = int(below(words(stream.seed, "patch", i), DRAWS)[0])
+    draw = int(uniform_below(random_bits(stream.seed, "patch", i), DRAWS)[0])
     segment, previous = 0, None
     for n, (row, t, *lap) in enumerate([*prompt, *body[: W - len(prompt)]]):
         here = (episode_of[row], lap)

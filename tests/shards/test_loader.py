@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.loader import Loader
-from shards.sampler import below, words
+from shards.sampler import random_bits, uniform_below
 from shards.stream import Stream, StreamConfig
 from shards.verify import verify
 from tests.shards.made import Task, make
@@ -215,7 +215,7 @@ def walk(stream):
     for task, timeline in enumerate(stream.timelines):
         windows = places.window[(places.task == task) & (places.epoch == 0)]
         assert sorted(windows.tolist()) == list(range(timeline.windows))
-        phase = int(below(words(stream.seed, "phase", 0, task), timeline.total)[0])
+        phase = int(uniform_below(random_bits(stream.seed, "phase", 0, task), timeline.total)[0])
         steps = (phase + windows[:, None] * timeline.width + np.arange(timeline.width)) % timeline.total
         seen = np.bincount(steps.reshape(-1), minlength=timeline.total)
         assert seen.min() >= 1 and (seen - 1).sum() < timeline.width

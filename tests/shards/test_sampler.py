@@ -3,11 +3,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.sampler import Places, Sampler, below, permuted, random, words
+from shards.sampler import SampledWindows, Sampler, permuted, random, random_bits, uniform_below
 
 
 def key(number: int) -> np.ndarray:
-    return words(number, "test")
+    return random_bits(number, "test")
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**62))
@@ -26,18 +26,23 @@ def test_permutation_depends_on_its_key():
 def test_permutations_of_many_sizes_and_keys_at_once():
     rng = np.random.default_rng(0)
     n = rng.integers(1, 10_000, 500)
-    index, keys = rng.integers(0, n), words(0, "test", np.arange(500))
+    index, keys = rng.integers(0, n), random_bits(0, "test", np.arange(500))
     together = permuted(index, n, keys)
     assert together.tolist() == [int(permuted(i, m, k)[0]) for i, m, k in zip(index, n, keys)]
 
 
 def test_words_are_a_function_of_their_arguments_and_even():
     i = np.arange(100_000)
-    a = words(3, "x", i)
-    assert (a[[7, 99]] == words(3, "x", np.array([7, 99]))).all()
-    for other in (words(4, "x", i), words(3, "y", i), words(3, "x", i, 1), words(3, "x", i + 1)):
+    a = random_bits(3, "x", i)
+    assert (a[[7, 99]] == random_bits(3, "x", np.array([7, 99]))).all()
+    for other in (
+        random_bits(4, "x", i),
+        random_bits(3, "y", i),
+        random_bits(3, "x", i, 1),
+        random_bits(3, "x", i + 1),
+    ):
         assert (other != a).all()
-    counts = np.bincount(below(a, 10), minlength=10)
+    counts = np.bincount(uniform_below(a, 10), minlength=10)
     assert len(counts) == 10 and np.abs(counts - 10_000).max() < 500
     bits = np.unpackbits(a.view(np.uint8)).reshape(-1, 64).mean(axis=0)
     assert np.abs(bits - 0.5).max() < 0.01
@@ -96,11 +101,13 @@ def test_a_stretch_of_an_epoch_uses_few_runs_and_every_window_comes_once(windows
         part = window[first : first + size]
         assert len(set((part[part < tail] // run).tolist())) <= together
     # prompts come from the same runs
-    beside = sampler.beside(Places(task, epoch, window, place), words(seed, "x", place))
+    neighbour_windows = sampler.neighbour_windows(
+        SampledWindows(task, epoch, window, place), random_bits(seed, "x", place)
+    )
     whole = max(1, -(-(windows // run) // together))
     group = np.minimum(place // size, whole - 1)
     for number in range(whole):
-        assert set(beside[group == number].tolist()) <= set(window[group == number].tolist())
+        assert set(neighbour_windows[group == number].tolist()) <= set(window[group == number].tolist())
 
 
 def test_a_working_set_mixes_runs():
@@ -125,6 +132,6 @@ def test_what_was_seen_is_counted_at_once():
 
 @pytest.mark.parametrize("size", [1, 7, 2**31 + 5, 2**32, 2**33 + 1, 10**12])
 def test_numbers_below_any_size_are_even(size):
-    found = below(words(0, "x", np.arange(20_000)), size)
+    found = uniform_below(random_bits(0, "x", np.arange(20_000)), size)
     assert found.min() >= 0 and found.max() < size
     assert abs(found.mean() / max(1, size - 1) - (0.5 if size > 1 else 0)) < 0.01

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from schemas.layout import ACTION, OBSERVATION, PAD, PATCH, SEPARATOR, TimestepLayout
 from shards.loader import Loader
 from shards.reader import Dataset
-from shards.sampler import below, words
+from shards.sampler import random_bits, uniform_below
 from shards.stream import Stream, StreamConfig
-from shards.timeline import Circles, Timeline
+from shards.timeline import Timeline, TimelineTable
 from tests.shards.slow import check_batch
 
 L = 120
@@ -77,9 +77,9 @@ def test_an_epoch_shows_every_timestep(hopper):
     counts: dict[tuple[int, int], int] = {}
     places = stream.sampler.places(np.arange(-(-timeline.windows // 8) * 8))
     window = places.window[places.epoch == 0]
-    phase = int(below(words(0, "phase", 0, 0), timeline.total)[0])
+    phase = int(uniform_below(random_bits(0, "phase", 0, 0), timeline.total)[0])
     begin = (phase + window * timeline.width) % timeline.total
-    spans = stream.circles.spans(np.zeros(len(begin), np.int64), begin, (begin, begin))
+    spans = stream.table.spans(np.zeros(len(begin), np.int64), begin, (begin, begin))
     for shard, byte, count in zip(spans.shard, spans.tokens, spans.count):
         for t in range(count):
             place = shard, byte + t * 2 * timeline.layout.stored
@@ -106,7 +106,7 @@ def test_prompts_come_as_often_as_asked_and_from_other_episodes(hopper):
     assert set(length[length > 0].tolist()) == set(range(1, timeline.width // 2 + 1))
     assert abs(from_end[length > 0].mean() - 0.5) < 0.06
     begin = np.random.default_rng(0).integers(0, timeline.total, 4000)
-    a, b = stream.circles.prompts(np.zeros(4000, np.int64), begin, length, from_end, word, None)
+    a, b = stream.table.prompts(np.zeros(4000, np.int64), begin, length, from_end, word, None)
     last = np.flatnonzero(np.diff(timeline.column("split_episode"), append=-1))
     ends = timeline.column("split_stop")[last]
     starts = np.append(0, ends[:-1])
@@ -151,7 +151,7 @@ def test_spans_walk_the_circles(tasks, width, first):
         timelines.append(timeline)
     task = np.arange(2 * len(tasks)) % len(tasks)
     begin = (first + 3 * np.arange(len(task))) % np.array([timelines[t].total for t in task])
-    spans = Circles(timelines).spans(task, begin, (begin, begin))
+    spans = TimelineTable(timelines).spans(task, begin, (begin, begin))
     for grid, t in enumerate(task.tolist()):
         rows = enumerate(tasks[t])
         steps = [(timelines[t].first + row, step, row // 2) for row, length in rows for step in range(length)]
@@ -167,7 +167,7 @@ def test_spans_walk_the_circles(tasks, width, first):
         mine = [
             (byte // 1000, byte % 1000 // 2 + n, segment)
             for byte, count, segment in zip(
-                spans.tokens[own].tolist(), spans.count[own].tolist(), np.cumsum(spans.fresh[own]).tolist()
+                spans.tokens[own].tolist(), spans.count[own].tolist(), np.cumsum(spans.starts_segment[own]).tolist()
             )
             for n in range(count)
         ]
@@ -195,6 +195,6 @@ def test_prompts_are_followed_by_the_starts_of_episodes_where_that_is_asked(hopp
     position = np.arange(timeline.total)
     ends = timeline.column("split_stop")[np.flatnonzero(np.diff(timeline.column("split_episode"), append=-1))]
     starts = np.append(0, ends[:-1])[np.searchsorted(ends, position, side="right")]
-    assert (asked.circles.starts(np.zeros_like(position), position) == starts).all()
+    assert (asked.table.starts(np.zeros_like(position), position) == starts).all()
     same = (plain.batch(0, 256).tokens == asked.batch(0, 256).tokens).all(axis=1)
     assert same[~to_start[:256]].all() and same[to_start[:256]].mean() < 0.1  # but for windows at a start

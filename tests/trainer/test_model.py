@@ -193,12 +193,12 @@ def test_loss_sees_exactly_the_supervised_tokens(model, batch):
 
 
 def test_hidden_of_chosen_places_is_the_whole_one_there_with_its_gradients(batch):
-    keep = branch_scales(batch.sequence.numpy(), replace(SMALL, stochastic_depth=0.3, dropout=0.1), 0)
+    branch_scale = branch_scales(batch.sequence.numpy(), replace(SMALL, stochastic_depth=0.3, dropout=0.1), 0)
     found = []
     for whole in (True, False):
         gato = Gato(SMALL, SEED).initialise(0)
-        chosen = batch.supervised.roll(-1, dims=1)
-        hidden = gato(batch, keep)[chosen] if whole else gato(batch, keep, batch.chosen)
+        predict_index = batch.supervised.roll(-1, dims=1)
+        hidden = gato(batch, branch_scale)[predict_index] if whole else gato(batch, branch_scale, batch.predict_index)
         hidden.square().sum().backward()
         found.append((hidden, {name: p.grad for name, p in gato.named_parameters()}))
     (plain, plain_gradients), (hidden, gradients) = found
@@ -206,8 +206,8 @@ def test_hidden_of_chosen_places_is_the_whole_one_there_with_its_gradients(batch
     for name, gradient in plain_gradients.items():
         if gradient is not None:
             assert torch.allclose(gradients[name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max())), name
-    predicted, targets, _ = select(gato, batch, keep)
-    assert torch.equal(predicted, hidden) and targets.tolist() == batch.tokens[:, 1:][chosen[:, :-1]].tolist()
+    predicted, targets, _ = select(gato, batch, branch_scale)
+    assert torch.equal(predicted, hidden) and targets.tolist() == batch.tokens[:, 1:][predict_index[:, :-1]].tolist()
 
 
 def test_a_batch_knows_its_targets_and_where_its_segments_begin(batch):
@@ -219,17 +219,21 @@ def test_a_batch_knows_its_targets_and_where_its_segments_begin(batch):
                 places.append(row * L + place - 1)
             if place == 0 or batch.segments[row, place] != batch.segments[row, place - 1]:
                 begins.append(row * L + place)
-    assert batch.chosen.tolist() == places
-    starts = batch.starts.tolist()
-    assert starts[: len(begins)] == begins and set(starts[len(begins) :]) == {B * L} and len(starts) % (2 * B) == 0
+    assert batch.predict_index.tolist() == places
+    cu_seqlens = batch.cu_seqlens.tolist()
+    assert (
+        cu_seqlens[: len(begins)] == begins
+        and set(cu_seqlens[len(begins) :]) == {B * L}
+        and len(cu_seqlens) % (2 * B) == 0
+    )
     assert batch.packed == (len(begins) > B) and batch.packed
 
 
-def segments_one_by_one(q, k, v, starts):
+def segments_one_by_one(q, k, v, cu_seqlens):
     """`segment_attention` as its docstring has it, a segment at a time."""
     B, H, T, D = q.shape
     q, k, v = (x.transpose(1, 2).reshape(B * T, H, D).transpose(0, 1) for x in (q, k, v))
-    parts = [slice(a, b) for a, b in zip(starts.tolist(), starts.tolist()[1:]) if a < b]
+    parts = [slice(a, b) for a, b in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:]) if a < b]
     y = torch.cat([scaled_dot_product_attention(q[:, p], k[:, p], v[:, p], is_causal=True) for p in parts], dim=1)
     return y.transpose(0, 1).view(B, T, H, D).transpose(1, 2)
 
@@ -261,7 +265,7 @@ def test_flash_attention_by_segments_is_the_masked_one_with_its_gradients(batch,
     for form in ("flash", "mask"):
         q, k, v = (x.clone().requires_grad_() for x in inputs[:3])
         if form == "flash":
-            y = transformer.segment_attention(q, k, v, batch.starts.to("cuda"))
+            y = transformer.segment_attention(q, k, v, batch.cu_seqlens.to("cuda"))
         else:
             mask = causal_segment_mask(batch.segments.to("cuda"))
             y = scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
@@ -273,13 +277,13 @@ def test_flash_attention_by_segments_is_the_masked_one_with_its_gradients(batch,
 
 def test_nothing_in_a_training_step_waits_for_a_tensors_value(batch):
     """Fake tensors have shapes and no values, and refuse what would need one: where a GPU's host would wait for it."""
-    keep = branch_scales(batch.sequence.numpy(), replace(SMALL, stochastic_depth=0.3), 0)
+    branch_scale = branch_scales(batch.sequence.numpy(), replace(SMALL, stochastic_depth=0.3), 0)
     with FakeTensorMode(allow_non_fake_inputs=False) as fake:
         gato = Gato(replace(SMALL, rotary="token"), SEED)
         objective = Objective(gato, LossConfig(soft_bins=3.0, softmax="targets"), [True, False], text=False)
         shapes = {f.name: fake.from_tensor(v) for f in fields(batch) if torch.is_tensor(v := getattr(batch, f.name))}
         assert batch.packed
-        objective(replace(batch, **shapes), fake.from_tensor(keep)).backward()
+        objective(replace(batch, **shapes), fake.from_tensor(branch_scale)).backward()
         assert all(p.grad is not None and p.grad.shape == p.shape for p in gato.parameters())
         with pytest.raises(DataDependentOutputException):
             bool((shapes["segments"] == 0).all())
@@ -288,7 +292,7 @@ def test_nothing_in_a_training_step_waits_for_a_tensors_value(batch):
 @pytest.mark.parametrize(("compile", "activation_checkpointing"), [(True, False), (False, True), (True, True)])
 def test_prepared_blocks_equal_plain_ones_with_their_gradients(batch, compile, activation_checkpointing):
     config = replace(SMALL, rotary="token", action_position="own", stochastic_depth=0.3)
-    keep = branch_scales(batch.sequence.numpy(), config, 0)
+    branch_scale = branch_scales(batch.sequence.numpy(), config, 0)
     one = replace(batch, segments=torch.zeros_like(batch.segments), packed=False)  # which needs no mask
     found = []
     for prepared in (False, True):
@@ -297,7 +301,7 @@ def test_prepared_blocks_equal_plain_ones_with_their_gradients(batch, compile, a
         if prepared:
             prepare_blocks(gato, compile, activation_checkpointing)
         objective = Objective(gato, LossConfig(soft_bins=3.0), [True, False])
-        loss = objective(batch, keep) + objective(one)
+        loss = objective(batch, branch_scale) + objective(one)
         loss.backward()
         assert list(gato.state_dict()) == names
         found.append((loss.item(), {name: p.grad for name, p in gato.named_parameters()}))

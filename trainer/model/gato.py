@@ -20,7 +20,7 @@ from schemas.vocabulary import Vocabulary, bin_centres
 from shards.batch import Batch
 from trainer.model.patch import PatchEmbedding
 from trainer.model.presets import ModelConfig
-from trainer.model.transformer import Block, Cache, causal_segment_mask, flash_serves, rotary_turns
+from trainer.model.transformer import Block, Cache, causal_segment_mask, flash_serves, rope_cos_sin
 
 Blocks = Sequence[Callable[..., Tensor]]
 """What does a model's blocks' work: these themselves, or compiled."""
@@ -89,26 +89,28 @@ class Gato(nn.Module):
             index = torch.where(action, last, index)
         return self.positions(index) * shown
 
-    def turns(self, places: Tensor) -> Tensor | None:
+    def rope(self, places: Tensor) -> Tensor | None:
         """Rotary angles of tokens at `places` (T,) of an episode or a sequence."""
         if self.config.rotary == "none":
             return None
-        return rotary_turns(places, self.config.head_size, self.tokens.weight.dtype)
+        return rope_cos_sin(places, self.config.head_size, self.tokens.weight.dtype)
 
-    def forward(self, batch: Batch, keep: Tensor | None = None, chosen: Tensor | None = None) -> Tensor:
-        """Hidden states (B, L, W) behind the last norm, or (N, W) of the places `chosen` (N,) int32 of the flattened
-        (B L), for which the last block does less. `keep` (B, blocks, 2, 1 or W): scales of the residual branches, for
-        stochastic depth and dropout. Nothing is decided by a tensor's values, so a GPU's host need not wait."""
+    def forward(self, batch: Batch, branch_scale: Tensor | None = None, predict_index: Tensor | None = None) -> Tensor:
+        """Hidden states (B, L, W) after the last norm, or (N, W) of the places `predict_index` (N,) int32 of the
+        flattened (B L) alone, which saves work in the last block. `branch_scale` (B, blocks, 2, 1 or W) scales the
+        residual branches, for stochastic depth and dropout. Nothing here depends on a tensor's values, so a GPU's
+        host never waits."""
         x = self.embed(batch)
         # one segment a sequence needs no mask: the plain causal kernel is the same function, faster
         mask = None
         if batch.packed:
-            mask = batch.starts if flash_serves(x) else causal_segment_mask(batch.segments)
-        turns = self.turns(torch.arange(x.shape[1], device=x.device))
-        keep = None if keep is None else keep.to(x.dtype)  # a float32 scale would make float32 of all behind it
+            mask = batch.cu_seqlens if flash_serves(x) else causal_segment_mask(batch.segments)
+        rope = self.rope(torch.arange(x.shape[1], device=x.device))
+        # a float32 scale would make float32 of all that follows
+        branch_scale = None if branch_scale is None else branch_scale.to(x.dtype)
         for number, block in enumerate(self.blocks):
-            last = {"chosen": chosen} if number == len(self.blocks) - 1 else {}
-            x = block(x, mask, None if keep is None else keep[:, number], turns=turns, **last)
+            last = {"predict_index": predict_index} if number == len(self.blocks) - 1 else {}
+            x = block(x, mask, None if branch_scale is None else branch_scale[:, number], rope=rope, **last)
         return self.norm(x)
 
     def step(
@@ -117,7 +119,7 @@ class Gato(nn.Module):
         cache: Cache,
         slots: Tensor,
         mask: Tensor,
-        turns: Tensor | None,
+        rope: Tensor | None,
         blocks: Blocks | None = None,
     ) -> Tensor:
         """Hidden states of new embedded tokens x (B, T, W). Their keys are written to cache `slots` (T,) int64, then
@@ -127,7 +129,7 @@ class Gato(nn.Module):
         another form."""
         form: Blocks = list(self.blocks) if blocks is None else blocks
         for block, held in zip(form, cache.blocks):
-            x = block(x, mask, None, held, slots, turns)
+            x = block(x, mask, None, held, slots, rope)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -54,15 +54,15 @@ class Attention(nn.Module):
         mask: Tensor | None,
         cache: tuple[Tensor, Tensor] | None = None,
         slots: Tensor | None = None,
-        turns: Tensor | None = None,
+        rope: Tensor | None = None,
     ) -> Tensor:
         B, T, _ = x_BTW.shape
         qkv = self.qkv(x_BTW).view(B, T, 3, self.heads, self.head_size).permute(2, 0, 3, 1, 4)
         qk, v = qkv.split((2, 1))
         if self.qk_norm:
             qk = F.rms_norm(qk, qk.shape[-1:])
-        if turns is not None:
-            qk = rotate(qk, turns)
+        if rope is not None:
+            qk = rotate(qk, rope)
         (q, k), v = qk, v[0]
         if cache is not None:
             assert slots is not None
@@ -97,8 +97,9 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)). `keep` (B, 2, 1 or W) scales the two branches. With
-    `chosen` (N,) int32, places of the flattened (B T), the latter, and the result (N, W), is of these alone."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)). `branch_scale` (B, 2, 1 or W) scales the two branches.
+    With `predict_index` (N,) int32, places of the flattened (B T), the feed-forward and the result (N, W) are of
+    these places alone."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -109,23 +110,23 @@ class Block(nn.Module):
         self,
         x: Tensor,
         mask: Tensor | None,
-        keep: Tensor | None = None,
+        branch_scale: Tensor | None = None,
         cache: tuple[Tensor, Tensor] | None = None,
         slots: Tensor | None = None,
-        turns: Tensor | None = None,
-        chosen: Tensor | None = None,
+        rope: Tensor | None = None,
+        predict_index: Tensor | None = None,
     ) -> Tensor:
-        branch = self.attention(self.norm_1(x), mask, cache, slots, turns)
-        x = x + (branch if keep is None else branch * keep[:, :1])
-        scale = None if keep is None else keep[:, 1:]
-        if chosen is not None:
-            T, x = x.shape[1], x.flatten(0, 1).index_select(0, chosen)
-            scale = None if scale is None else scale[:, 0].index_select(0, chosen // T)
+        branch = self.attention(self.norm_1(x), mask, cache, slots, rope)
+        x = x + (branch if branch_scale is None else branch * branch_scale[:, :1])
+        scale = None if branch_scale is None else branch_scale[:, 1:]
+        if predict_index is not None:
+            T, x = x.shape[1], x.flatten(0, 1).index_select(0, predict_index)
+            scale = None if scale is None else scale[:, 0].index_select(0, predict_index // T)
         branch = self.feed_forward(self.norm_2(x))
         return x + (branch if scale is None else branch * scale)
 
 
-def rotary_turns(places: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:
+def rope_cos_sin(places: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:
     """places (T,) -> (2, T, D): cosines of place * 10000 ** (-2 i / D) for features i and i + D / 2, and sines,
     negative for the former. Made in float64: an episode's places go into the hundred thousands, where float32 angles
     are off by hundredths."""
@@ -135,10 +136,10 @@ def rotary_turns(places: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:
     return torch.stack([torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)]).to(dtype)
 
 
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """x (..., T, D): turn feature pairs (i, i + D / 2) by their angles. Products of two such vectors know only the
     difference of their places, so the cache may hold them in any order."""
-    cos, sin = turns
+    cos, sin = rope
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
@@ -147,15 +148,15 @@ def flash_serves(x: Tensor) -> bool:
     return x.is_cuda and (x.element_size() == 2 or torch.is_autocast_enabled("cuda"))
 
 
-def segment_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
-    """Causal attention (B, H, T, D) within the segments that begin at `starts` (S,) int32 of the flattened (B T): what
-    `causal_segment_mask` allows, by FlashAttention's kernel for sequences of varying length, which neither reads a mask
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Causal attention (B, H, T, D) within the segments that begin at `cu_seqlens` (S,) int32 of the flattened (B T):
+    what `causal_segment_mask` allows, by FlashAttention's kernel for sequences of varying length, which neither reads a mask
     nor computes what one would hide. The operator is the same in all releases of torch from 2.10 on; its public
     wrapper, torch.nn.attention.varlen, is not."""
     B, _, T, _ = v.shape
     # rotary angles in float32 make float32 of q and k under autocast
     q, k, v = (x.to(v.dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-    y = torch.ops.aten._flash_attention_forward(q, k, v, starts, starts, T, T, 0.0, True, False)[0]
+    y = torch.ops.aten._flash_attention_forward(q, k, v, cu_seqlens, cu_seqlens, T, T, 0.0, True, False)[0]
     return y.unflatten(0, (B, T)).transpose(1, 2)
 
 
