@@ -150,9 +150,9 @@ def flash_serves(x: Tensor) -> bool:
 
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Causal attention (B, H, T, D) within the segments that begin at `cu_seqlens` (S,) int32 of the flattened (B T):
-    what `causal_segment_mask` allows, by FlashAttention's kernel for sequences of varying length, which neither reads a mask
-    nor computes what one would hide. The operator is the same in all releases of torch from 2.10 on; its public
-    wrapper, torch.nn.attention.varlen, is not."""
+    the same function as a `causal_segment_mask`, by FlashAttention's kernel for sequences of varying length, which
+    reads no mask and skips what one would hide. The operator is the same in all releases of torch from 2.10 on; its
+    public wrapper, torch.nn.attention.varlen, is not."""
     B, _, T, _ = v.shape
     # rotary angles in float32 make float32 of q and k under autocast
     q, k, v = (x.to(v.dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
