@@ -17,9 +17,9 @@ class Options:
     """Play the real simulators with DT, TT and Gato; print and save
     `Dataset | Environment | DT | TT | Gato | Random | Behaviour`."""
 
-    gato: tuple[Path, ...] = ()
-    """Folders of exported models (…/export), trained with different seeds where there are several; the newest
-    runs/*/export where none is given."""
+    gato: tuple[str, ...] = ()
+    """Exported models: folders (RUN/export), URLs or shipped names (tiny), trained with different seeds where there
+    are several. Default: the newest runs/*/export, or else the shipped tiny."""
     datasets: tuple[str, ...] = ()
     """Dataset folders or URLs; all finished ones in --root where none is named."""
     root: str = "data/shards"

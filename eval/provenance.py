@@ -1,4 +1,4 @@
-"""Who measured: commit, versions and hardware, in words that go into every result row."""
+"""Provenance of a measurement: commit, versions and hardware, which go into every result row."""
 
 from __future__ import annotations
 
@@ -20,21 +20,27 @@ def host(threads: int) -> dict[str, str]:
 
 
 def commit() -> str:
-    """Commit of the checkout, or empty outside one."""
-    where = Path(__file__).resolve().parent
-    asked = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=where, capture_output=True, text=True)
-    return asked.stdout.strip() if asked.returncode == 0 else ""
+    """Commit of the checkout; empty outside one and without git."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # an installed package may lie in somebody else's checkout
+        return ""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        answer = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    except OSError:  # no git here
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
 def hardware(threads: int) -> str:
-    """What computed, in words."""
+    """Name of the GPU, or of the CPU with its number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{processor()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def processor() -> str:
-    """The CPU's name, or the machine's kind where it does not tell."""
+    """The CPU's name, or the machine's kind where the CPU does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

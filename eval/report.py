@@ -19,15 +19,14 @@ from typing import Any
 
 import jinja2
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.table import Table as RichTable
 
 from eval.charts import LABELS, Curves, curves_chart, describe, image_uri, number, returns_chart
-from eval.scores import CONFIDENCE, RESAMPLES, Aggregate, ResultError, aggregate, is_error, overall
+from eval.scores import CONFIDENCE, RESAMPLES, Aggregate, aggregate, overall
 from schemas.dataset import Manifest
 from schemas.episode import TaskSpec
 from schemas.files import atomic_write
-from schemas.result import RESULT_SCHEMA, RESULT_SCHEMA_VERSION
+from schemas.result import EpisodeResult, from_table
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PUBLISHED = Path(__file__).with_name("published.json")
@@ -45,39 +44,6 @@ class Comparison:
     rows: list[tuple[str, ...]]
     notes: list[str]
     caption: str
-
-
-def save_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write result rows as Parquet in RESULT_SCHEMA; `schema_version` is filled in where it is left out.
-    ResultError for a field that is missing or unknown."""
-    names = set(RESULT_SCHEMA.names)
-    full = [{"schema_version": RESULT_SCHEMA_VERSION} | row for row in rows]
-    for ordinal, row in enumerate(full):
-        if wrong := sorted(names ^ set(row)):
-            what = "unknown field" if wrong[0] in row else "missing field"
-            raise ResultError(f"{path}: row {ordinal}: {what} '{wrong[0]}'; write every field of RESULT_SCHEMA")
-    with atomic_write(path) as file:
-        pq.write_table(pa.Table.from_pylist(full, schema=RESULT_SCHEMA), file)
-
-
-def load_rows(path: Path) -> pa.Table:
-    """Read what `save_rows` wrote. ResultError for another file or schema version."""
-    try:
-        table = pq.read_table(path)
-    except FileNotFoundError:
-        raise ResultError(f"{path}: no such results file; run python -m eval.compare") from None
-    except pa.ArrowInvalid as error:
-        raise ResultError(f"{path}: not a Parquet file ({error}); run python -m eval.compare again") from None
-    versions = table["schema_version"].unique().to_pylist() if "schema_version" in table.schema.names else [None]
-    if wrong := [version for version in versions if version != RESULT_SCHEMA_VERSION]:
-        raise ResultError(
-            f"{path}: field 'schema_version' is {wrong[0]}, this package reads {RESULT_SCHEMA_VERSION}; "
-            "run python -m eval.compare again"
-        )
-    if not table.schema.equals(RESULT_SCHEMA):
-        odd = sorted(set(table.schema.names) ^ set(RESULT_SCHEMA.names)) or ["a column's type"]
-        raise ResultError(f"{path}: not in RESULT_SCHEMA ({', '.join(odd)}); run python -m eval.compare again")
-    return table
 
 
 def comparison(aggregates: Sequence[Aggregate], tasks: Mapping[str, TaskSpec] | None = None) -> Comparison:
@@ -169,7 +135,7 @@ def html(
     title: str,
 ) -> str:
     """The whole report as one HTML document without external resources."""
-    aggregates, rows = aggregate(table), table.to_pylist()
+    aggregates, rows = aggregate(table), from_table(table)
     tasks = {task.spec.name: task.spec for manifest in manifests for task in manifest.tasks}
     behaviour = {one.dataset: one for one in aggregates if one.model == "behaviour"}
     groups: dict[tuple[str, str], list[Aggregate]] = {}
@@ -277,31 +243,30 @@ def _markdown_table(body: Comparison) -> str:
     return "\n".join(lines)
 
 
-def _errors(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Error rows, one a (dataset, environment, model, message), with the episodes that met it."""
+def _errors(rows: Iterable[EpisodeResult]) -> list[dict[str, Any]]:
+    """One entry per (dataset, environment, model, message), with the episodes that failed so."""
     grouped: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
-        if is_error(row):
-            key = (row["dataset"], row["environment"], row["model"], row["error"] or "no message")
-            grouped.setdefault(key, []).append(f"{row['model_seed']}/{row['episode']}")
+        if row.failed:
+            key = (row.dataset, row.environment, row.model, row.error or "no message")
+            grouped.setdefault(key, []).append(f"{row.model_seed}/{row.episode}")
     names = ("dataset", "environment", "model", "message")
     return [dict(zip(names, key)) | {"episodes": met} for key, met in sorted(grouped.items())]
 
 
-def _run(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """What the rows say of their making: distinct commits, hardware, versions, data, and protocol and
-    weights of each model."""
+def _run(rows: Iterable[EpisodeResult]) -> dict[str, Any]:
+    """The provenance of the rows: distinct commits, hardware, versions, data, protocols and weights."""
     distinct: dict[str, set[str]] = {name: set() for name in ("commit", "hardware", "versions")}
     data: dict[str, set[str]] = {}
     protocols: dict[tuple[str, str], set[str]] = {}
     weights: dict[tuple[str, int, str], set[str]] = {}
     for row in rows:
         for name, values in distinct.items():
-            values.update({row[name]} - {None, ""})
-        data.setdefault(row["dataset"], set()).add(row["dataset_fingerprint"] or "")
-        protocols.setdefault((row["model"], row["protocol"] or "{}"), set()).add(row["dataset"])
-        if row["model_sha256"]:
-            weights.setdefault((row["model"], row["model_seed"], row["model_sha256"]), set()).add(row["dataset"])
+            values.update({getattr(row, name)} - {None, ""})
+        data.setdefault(row.dataset, set()).add(row.dataset_fingerprint or "")
+        protocols.setdefault((row.model, row.protocol or "{}"), set()).add(row.dataset)
+        if row.model_sha256:
+            weights.setdefault((row.model, row.model_seed, row.model_sha256), set()).add(row.dataset)
     return {
         "commits": sorted(distinct["commit"]),
         "hardware": sorted(distinct["hardware"]),

@@ -1,4 +1,4 @@
-"""Result rows in, one aggregate a (dataset, environment, model) out.
+"""Result rows in, one aggregate per (dataset, environment, model) out.
 
     rows -> leave out errors -> units -> mean, std, interquartile mean -> 95 % bootstrap intervals
 
@@ -15,13 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from schemas.episode import ScoreReference, TaskSpec
-from schemas.result import MODELS
+from schemas.result import MODELS, EpisodeResult, ResultError, from_table
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -30,10 +29,6 @@ BLOCK = 1 << 22  # values drawn at once, so that a behaviour policy of 10,000 ep
 Interval = tuple[float, float]
 Statistic = Callable[[np.ndarray], np.ndarray]
 UNKNOWN: Interval = (float("nan"), float("nan"))
-
-
-class ResultError(ValueError):
-    """Result rows cannot be used; the message names the row or file and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -153,12 +148,12 @@ def aggregate(table: pa.Table, resamples: int = RESAMPLES, seed: int = 0) -> lis
 def overall(table: pa.Table, resamples: int = RESAMPLES, seed: int = 0) -> list[Overall]:
     """Interquartile mean over tasks, one a model and score kind, tasks as strata. Compare models only
     where `tasks` are the same. Seeds are the units if every task of the model has two or more."""
-    by_model: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    by_model: dict[tuple[str, str], dict[str, list[EpisodeResult]]] = {}
     for (dataset, environment, model), rows in sorted(_groups(table).items()):
-        scored = [row for row in _finished(rows) if row["score_kind"] and not np.isnan(row["score"])]
+        scored = [row for row in _finished(rows) if row.score_kind and _has_score(row)]
         if scored:
             task = f"{dataset} on {environment}" if environment else dataset
-            by_model.setdefault((scored[0]["score_kind"], model), {})[task] = scored
+            by_model.setdefault((scored[0].score_kind, model), {})[task] = scored
     results = []
     for (kind, model), tasks in sorted(by_model.items(), key=lambda item: (item[0][0], MODELS.index(item[0][1]))):
         units = [_units(rows, "score") for rows in tasks.values()]
@@ -172,63 +167,60 @@ def overall(table: pa.Table, resamples: int = RESAMPLES, seed: int = 0) -> list[
     return results
 
 
-def is_error(row: dict[str, Any]) -> bool:
-    """Whether the row's episode could not be played to an end."""
-    return row["ending"] == "error"
-
-
-def _groups(table: pa.Table) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
-    """Rows by (dataset, environment, model), in an order that the table's own order does not change."""
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    names = ("dataset", "environment", "model", "model_seed", "episode", "return", "score", "score_kind", "ending")
-    for row in table.select(names).to_pylist():
-        if row["model"] not in MODELS:
-            raise ResultError(f"model '{row['model']}' of dataset '{row['dataset']}': known are {', '.join(MODELS)}")
-        row["score"] = float("nan") if row["score"] is None else row["score"]
-        groups.setdefault((row["dataset"], row["environment"], row["model"]), []).append(row)
+def _groups(table: pa.Table) -> dict[tuple[str, str, str], list[EpisodeResult]]:
+    """Rows by (dataset, environment, model), in an order that does not depend on the table's own."""
+    groups: dict[tuple[str, str, str], list[EpisodeResult]] = {}
+    for row in from_table(table):
+        if row.model not in MODELS:
+            raise ResultError(f"model '{row.model}' of dataset '{row.dataset}': known are {', '.join(MODELS)}")
+        groups.setdefault((row.dataset, row.environment, row.model), []).append(row)
     for rows in groups.values():
-        rows.sort(key=lambda row: (row["model_seed"], row["episode"], row["return"] or 0.0))
+        rows.sort(key=lambda row: (row.model_seed, row.episode, row.episode_return or 0.0))
     return groups
 
 
-def _finished(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    finished = [row for row in rows if not is_error(row)]
+def _finished(rows: Iterable[EpisodeResult]) -> list[EpisodeResult]:
+    finished = [row for row in rows if not row.failed]
     for row in finished:
-        if row["return"] is None or not np.isfinite(row["return"]):
+        if row.episode_return is None or not np.isfinite(row.episode_return):
             raise ResultError(
-                f"{row['dataset']}, {row['model']}, seed {row['model_seed']}, episode {row['episode']}: the return is "
-                f"{row['return']} though the episode ended as '{row['ending']}'; mark it 'error' or play it again"
+                f"{row.dataset}, {row.model}, seed {row.model_seed}, episode {row.episode}: the return is "
+                f"{row.episode_return} though the episode ended as '{row.ending}'; mark it 'error' or play it again"
             )
     return finished
 
 
-def _column(rows: list[dict[str, Any]], name: str) -> np.ndarray:
-    return np.array([row[name] for row in rows], np.float64)
+def _has_score(row: EpisodeResult) -> bool:
+    return row.score is not None and not np.isnan(row.score)
 
 
-def _units(rows: list[dict[str, Any]], name: str) -> tuple[str, np.ndarray]:
-    """What is resampled, and its values: ('seeds', one mean a seed) or ('episodes', one value a row)."""
-    values, seeds = _column(rows, name), np.array([row["model_seed"] for row in rows])
+def _column(rows: list[EpisodeResult], name: str) -> np.ndarray:
+    return np.array([getattr(row, name) for row in rows], np.float64)
+
+
+def _units(rows: list[EpisodeResult], name: str) -> tuple[str, np.ndarray]:
+    """What is resampled, and its values: ('seeds', one mean per seed) or ('episodes', one value per row)."""
+    values, seeds = _column(rows, name), np.array([row.model_seed for row in rows])
     distinct = np.unique(seeds)
     if len(distinct) < 2:
         return "episodes", values
     return "seeds", np.array([values[seeds == one].mean() for one in distinct])
 
 
-def _aggregate(key: tuple[str, str, str], rows: list[dict[str, Any]], resamples: int, seed: int) -> Aggregate:
+def _aggregate(key: tuple[str, str, str], rows: list[EpisodeResult], resamples: int, seed: int) -> Aggregate:
     finished = _finished(rows)
-    unit, values = _units(finished, "return")
-    scored = [row for row in finished if not np.isnan(row["score"])]
-    kinds = {row["score_kind"] for row in scored}
+    unit, values = _units(finished, "episode_return")
+    scored = [row for row in finished if _has_score(row)]
+    kinds = {row.score_kind for row in scored}
     if len(kinds) > 1:
         raise ResultError(f"{key[0]}, {key[2]}: scores of kinds {', '.join(sorted(kinds))} in one group; keep one")
     nan = float("nan")
     return Aggregate(
         *key,
         episodes=len(finished),
-        limited=sum(row["ending"] == "step limit" for row in finished),
+        limited=sum(row.ending == "step limit" for row in finished),
         errors=len(rows) - len(finished),
-        seeds=len({row["model_seed"] for row in finished}),
+        seeds=len({row.model_seed for row in finished}),
         unit=unit,
         return_mean=float(values.mean()) if len(values) else nan,
         return_std=float(values.std(ddof=1)) if len(values) > 1 else nan,

@@ -4,12 +4,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
 
-from eval.report import load_rows, save_rows
+from eval.rows import load_rows, save_rows
 from schemas.files import sha256_of
+from schemas.result import from_table
 from shards.reader import Dataset
 from tests.conftest import run
 from trainer.checkpoint import ExportInfo, export
@@ -57,7 +59,7 @@ def test_the_table_does_not_depend_on_processes_and_kept_parts_are_kept(exports,
     assert again.stdout == one.stdout and "| hopper-random-v4 | Hopper-v4 |" in one.stdout
     assert "cut by --step-limit" in one.stdout
     older = next((tmp_path / "one" / "parts").glob("hopper-random-v4-gato-3-*"))
-    save_rows(older, [row | {"versions": "{}"} for row in load_rows(older).to_pylist()])
+    save_rows(older, [replace(row, versions="{}") for row in from_table(load_rows(older))])
     anew = run(*arguments(tmp_path / "one", exports, [hopper, pong], "--processes", "2"))
     assert anew.stderr.count("kept from before") == 7 and rows(tmp_path / "one") == rows(tmp_path / "two")
 

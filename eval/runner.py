@@ -1,0 +1,284 @@
+"""Runs one part of a comparison: a model with its seed on a task -> result rows, in a Parquet file of its own.
+
+    dataset + task + model + seed -> weights (a missing baseline is trained first) -> episodes -> parts/NAME.parquet
+
+The name of a part's file contains a hash of everything that decides its rows. So a part that exists is reused, and
+processes share the work without talking to each other.
+
+Invariant: the rows of a part are a function of data, weights, protocol and seed, whichever process plays it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as imageio
+import numpy as np
+import torch
+
+import simulators
+from eval import scores
+from eval.agent import GatoAgent, agent_for, prompted
+from eval.baselines import decision_transformer, device, trajectory_transformer
+from eval.environments import Played, Policy, RandomPolicy, play
+from eval.exports import find_export, newest_export
+from eval.jobs import Job, KnownTask, plan_jobs
+from eval.options import Options, check
+from eval.provenance import host
+from eval.rows import load_rows, save_rows
+from eval.ship import shipped_prompt
+from schemas.dataset import DatasetError
+from schemas.files import atomic_write, sha256_of
+from schemas.result import EpisodeResult, from_table
+from shards.reader import Dataset, Store
+from shards.stream import find_datasets
+from shards.views import trajectories
+from trainer.checkpoint import CheckpointError, ExportInfo, load_export
+from trainer.model import Gato
+
+BASELINES = {"dt": decision_transformer, "tt": trajectory_transformer}
+
+ProgressCallback = Callable[[str], None]
+"""Called with a line on what a job is doing now."""
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a job gave: its rows, a line on what happened, and the reason where it failed."""
+
+    rows: tuple[EpisodeResult, ...]
+    summary: str
+    error: str = ""
+
+
+class ComparisonRunner:
+    """What all parts of a comparison share, and how each is run.
+
+    Raises:
+        DatasetError, CheckpointError, VocabularyMismatch: a dataset or export is missing, damaged or does not fit.
+        ValueError: an option makes no sense, or nothing is left to play.
+    """
+
+    def __init__(self, options: Options):
+        self.options = options
+        check(options)
+        torch.set_num_threads(options.threads)
+        store = Store()
+        folders = list(options.datasets) or find_datasets(options.root)
+        self.datasets = [Dataset(folder, store=store) for folder in folders]
+        self.exports: dict[int, Path] = {}
+        self.gatos: dict[int, tuple[Gato, ExportInfo]] = {}
+        if "gato" in options.models:
+            for folder in [find_export(place) for place in options.gato] or [newest_export()]:
+                self._load_gato(folder)
+        self.tasks, self.remarks = self._known_tasks()
+        if unknown := sorted(set(options.tasks) - {task.spec.name for task in self.tasks}):
+            known = ", ".join(task.spec.name for task in self.tasks)
+            raise DatasetError(f"unknown task '{unknown[0]}'; tasks: {known}")
+        self.jobs, remarks = plan_jobs(options, self.tasks, {seed: info for seed, (_, info) in self.gatos.items()})
+        self.remarks += remarks
+        self.host = host(options.threads)
+
+    def _load_gato(self, folder: Path) -> None:
+        model, info = load_export(folder)
+        vocabularies = [dataset.manifest.vocabulary for dataset in self.datasets]
+        same = [one for one in vocabularies if one.fingerprint == info.vocabulary_fingerprint]
+        (same or vocabularies or [info.vocabulary])[0].require(info.vocabulary_fingerprint, str(folder))
+        seed = int(info.training.get("seed", 0))
+        if seed in self.gatos:
+            raise CheckpointError(
+                f"{folder}: trained with seed {seed}, as {self.exports[seed]} was; give --gato exports of different "
+                "seeds"
+            )
+        self.exports[seed], self.gatos[seed] = folder, (model.to(device()), info)
+
+    def _known_tasks(self) -> tuple[list[KnownTask], list[str]]:
+        """The tasks of all datasets; without a dataset those that the first export was trained on, and a remark."""
+        if self.datasets:
+            pairs = [(dataset, number) for dataset in self.datasets for number in range(len(dataset.manifest.tasks))]
+            return [KnownTask(dataset.manifest.tasks[n].spec, dataset, n) for dataset, n in pairs], []
+        missing = f"{self.options.root}: no finished dataset there; build one with python -m etl.build"
+        if not self.gatos:
+            raise DatasetError(missing)
+        remark = f"{missing}. Until then Gato plays the tasks that it was trained on, compared with random actions"
+        return [KnownTask(spec) for spec in next(iter(self.gatos.values()))[1].tasks], [remark]
+
+    def run(self, job: Job, progress: ProgressCallback = lambda text: None) -> JobResult:
+        """Play a job now, or read the rows that an earlier comparison left.
+
+        Raises whatever the simulator, the model or the disk raises; `eval.workers.run_job` turns that into a row.
+        """
+        weights, protocol = self.weights(job, progress), self.protocol(job)
+        stamp = sha256(f"{job.fingerprint}{weights}{protocol}{job.seed}".encode()).hexdigest()[:12]
+        part = self.options.output / "parts" / f"{job.name}-{stamp}.parquet"
+        if part.is_file():
+            kept = from_table(load_rows(part))
+            # other simulators or libraries may give other returns
+            if job.model == "behaviour" or {row.versions for row in kept} == {self.host["versions"]}:
+                return JobResult(tuple(kept), "kept from before")
+        episodes = behaviour(job.dataset, job.task.number) if job.model == "behaviour" else self._play(job, progress)
+        # Atari logs hold clipped rewards, which the raw references of the score do not fit
+        spec = replace(job.spec, score=None) if job.model == "behaviour" and job.spec.source == "atari" else job.spec
+        common = self._common(job) | {"model_sha256": weights, "protocol": protocol}
+        rows = []
+        for number, episode in enumerate(episodes):
+            score, kind = scores.scored(episode.total, spec)
+            rows.append(
+                EpisodeResult(
+                    **common,
+                    episode=number,
+                    episode_seed=episode.seed,
+                    episode_return=episode.total,
+                    score=score,
+                    score_kind=kind,
+                    timesteps=episode.timesteps,
+                    ending=episode.ending,
+                    error=episode.error,
+                    seconds=episode.seconds,
+                )
+            )
+        save_rows(part, rows)
+        done = [row.episode_return for row in rows if not row.failed]
+        mean = f"{np.mean(done):.1f}" if done else "-"
+        failures = sorted({row.error for row in rows if row.failed})
+        summary = f"return {mean} over {len(done)} episodes"
+        if failures:
+            summary += f", {len(rows) - len(done)} failed: {failures[0]}"
+        return JobResult(tuple(rows), summary, "" if done or not failures else failures[0])
+
+    def failure(self, job: Job, error: str) -> EpisodeResult:
+        """The row of a job that could not run at all."""
+        nan = float("nan")
+        return EpisodeResult(
+            **self._common(job),
+            model_sha256="",
+            protocol="{}",
+            episode=0,
+            episode_seed=0,
+            episode_return=nan,
+            score=nan,
+            score_kind="",
+            timesteps=0,
+            ending="error",
+            error=error,
+            seconds=0.0,
+        )
+
+    def protocol(self, job: Job) -> str:
+        """JSON of everything that decides a row, except weights and data."""
+        if job.model == "behaviour":
+            clipped = ", clipped to ±1 a step" if job.spec.source == "atari" else ""
+            return json.dumps({"returns": "as logged" + clipped})
+        settings: dict[str, Any] = {"episodes": self.options.episodes, "first_seed": self.options.first_seed}
+        settings["step_limit"] = self.options.step_limit
+        assert job.spec.environment is not None
+        settings["environment"] = simulators.settings(job.spec.environment)
+        if job.model == "gato":
+            settings |= asdict(prompted(self.options.agent, self.gatos[job.seed][1], job.spec))
+        if job.model in BASELINES:
+            settings["budget"] = self.options.budget
+        return json.dumps(settings, sort_keys=True)
+
+    def weights(self, job: Job, progress: ProgressCallback) -> str:
+        """sha256 of the weights that a job plays with; a missing baseline is trained first."""
+        if job.model == "gato":
+            info = self.gatos[job.seed][1]
+            if job.task.dataset is not None:
+                job.dataset.manifest.vocabulary.require(info.vocabulary_fingerprint, str(self.exports[job.seed]))
+            return info.weights_sha256
+        if job.model not in BASELINES:
+            return ""
+        return sha256_of(self.baseline(job, progress) / "weights.safetensors")
+
+    def baseline_folder(self, job: Job) -> Path:
+        """Where a baseline is kept; the name contains a hash of data, settings and seed."""
+        stamp = sha256(f"{job.fingerprint}{self._baseline_config(job)}{job.seed}".encode()).hexdigest()[:12]
+        return self.options.baselines / f"{job.name}-{stamp}"
+
+    def _baseline_config(self, job: Job) -> Any:
+        return getattr(BASELINES[job.model].Config, self.options.budget)(job.spec)
+
+    def baseline(self, job: Job, progress: ProgressCallback) -> Path:
+        """The folder of a trained baseline, which is trained now if it is missing."""
+        module, folder = BASELINES[job.model], self.baseline_folder(job)
+        if not (folder / "config.json").is_file():
+            episodes, config = trajectories(job.dataset, job.task.number), self._baseline_config(job)
+            module.train(episodes, job.spec, config, job.seed, folder, lambda metrics: progress(in_words(metrics)))
+        return folder
+
+    def picture(self, job: Job) -> Path:
+        """The film of a model's first seed on a task."""
+        return self.options.output / "rollouts" / f"{job.spec.name}-{job.model}.gif"
+
+    def _policy(self, job: Job, progress: ProgressCallback) -> Policy:
+        if job.model == "random":
+            return RandomPolicy(job.spec)
+        if job.model in BASELINES:
+            return BASELINES[job.model].load(self.baseline(job, progress))
+        model, info = self.gatos[job.seed]
+        if job.task.dataset is not None:
+            return agent_for(model, info, job.dataset, job.task.number, self.options.agent)
+        config = prompted(self.options.agent, info, job.spec)
+        prompt = shipped_prompt(self.exports[job.seed], info, job.spec.name, config)
+        return GatoAgent(model, info, job.spec, config, prompt)
+
+    def _play(self, job: Job, progress: ProgressCallback) -> list[Played]:
+        seeds = [self.options.first_seed + n for n in range(self.options.episodes)]
+        every = 4 if job.spec.environment and job.spec.environment.suite == "atari" else 5
+        first = min(self.gatos) if job.model == "gato" else 0
+        film = int(self.options.film_seconds * 10) if job.seed == first else 0
+
+        def each_timestep(timesteps: int, active: int) -> None:
+            if timesteps % 20 == 0:
+                progress(f"timestep {timesteps}, {active} of {len(seeds)} episodes running")
+
+        policy = self._policy(job, progress)
+        played = play(policy, job.spec, seeds, self.options.step_limit, job.seed, film, every, each_timestep)
+        if played[0].frames:
+            images = [thumbnail(frame) for frame in played[0].frames]
+            with atomic_write(self.picture(job)) as file:
+                file.write(imageio.imwrite("<bytes>", images, extension=".gif", duration=100, loop=0))
+        return played
+
+    def _common(self, job: Job) -> dict[str, Any]:
+        """The fields that all rows of a job share."""
+        return {
+            "dataset": job.spec.name,
+            "dataset_fingerprint": job.fingerprint,
+            "environment": job.environment,
+            "model": job.model,
+            "model_seed": job.seed,
+            **self.host,
+        }
+
+
+def behaviour(dataset: Dataset, task: int) -> list[Played]:
+    """The complete episodes of the log itself, in the form of played ones."""
+    rows = np.concatenate([dataset.rows(task, held_out) for held_out in (False, True)])
+    ends = dataset.column("terminated")[rows] | dataset.column("truncated")[rows]
+    rows = np.sort(rows[ends & (dataset.column("start")[rows] == 0)])
+    return [
+        Played(
+            seed=0,
+            total=float(dataset.column("episode_return")[row]),
+            timesteps=int(dataset.column("episode_timesteps")[row]),
+            ending="terminated" if dataset.column("terminated")[row] else "truncated",
+        )
+        for row in rows
+    ]
+
+
+def thumbnail(frame: np.ndarray, width: int = 160) -> np.ndarray:
+    """A small copy of a picture (H, W, 3): every n-th pixel, so that it is at most `width` wide."""
+    stride = max(1, -(-frame.shape[1] // width))
+    return frame[::stride, ::stride]
+
+
+def in_words(metrics: dict[str, Any]) -> str:
+    """Progress metrics in one line."""
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
