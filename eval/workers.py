@@ -41,7 +41,9 @@ def run_job(runner: ComparisonRunner, job: Job, progress: ProgressCallback) -> J
         return JobResult((runner.failure(job, reason),), reason, reason)
 
 
-def run_jobs(runner: ComparisonRunner, processes: int, message: MessageCallback) -> Generator[tuple[int, JobResult], None, None]:
+def run_jobs(
+    runner: ComparisonRunner, processes: int, message: MessageCallback
+) -> Generator[tuple[int, JobResult], None, None]:
     """Every job's number and result, as soon as it is ready.
 
     Raises:
