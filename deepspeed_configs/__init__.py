@@ -1,0 +1,1 @@
+"""DeepSpeed configurations by name; read by trainer.engine through importlib.resources."""

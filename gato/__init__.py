@@ -1,0 +1,30 @@
+"""Gato from Python: write logs, build datasets, stream and train, load weights, act and compare.
+
+Every name is imported when it is first asked for, so that `import gato` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gato.data import Dataset, Episode, Stream, build, write_logs
+    from gato.training import TrainingError, train
+
+__all__ = ["Dataset", "Episode", "Stream", "TrainingError", "build", "train", "write_logs"]
+
+_HOMES = {
+    **dict.fromkeys(("Dataset", "Episode", "Stream", "build", "write_logs"), "gato.data"),
+    **dict.fromkeys(("TrainingError", "train"), "gato.training"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gato' has no attribute '{name}'; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
