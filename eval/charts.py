@@ -87,7 +87,7 @@ def returns_chart(aggregates: Sequence[Aggregate]) -> str:
         if ceilings and not math.isnan(ceilings[0]):
             axes.axvline(ceilings[0], color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set_yticks(range(len(shown)), [LABELS[one.model] for one in shown])
-        axes.set_ylim(len(shown) - 0.5, -0.5)
+        axes.set_ylim(max(1, len(shown)) - 0.5, -0.5)
         axes.axvline(0, color=FAINT, linewidth=0.8)
         axes.tick_params(length=0)
         axes.spines["left"].set_visible(False)

@@ -26,7 +26,7 @@ from rich.console import Console
 
 from eval import report, scores
 from eval.charts import Curves, read_metrics
-from eval.display import Display, lossy_console, say
+from eval.display import Display, lossy_console, open_closed_streams, say
 from eval.options import Options
 from eval.rows import save_rows
 from eval.runner import BASELINES, ComparisonRunner, JobResult
@@ -81,7 +81,7 @@ def failure_of(runner: ComparisonRunner, results: dict[int, JobResult]) -> str:
     played = [results[number] for number, job in enumerate(runner.jobs) if job.model != "behaviour"]
     if played and all(result.error for result in played):
         reasons = dict.fromkeys(result.error for result in played)
-        return f"nothing could be played, all {len(played)} parts failed: {'; '.join(reasons)}"
+        return f"nothing could be played, every part failed: {'; '.join(reasons)}"
     if not any(result.rows for result in results.values()):
         return "the logs hold no complete episode, and no other model was asked for; give other --models"
     return ""
@@ -107,6 +107,7 @@ def learning_curves(runner: ComparisonRunner) -> dict[str, Curves]:
 
 def main() -> int:
     """The command; returns its exit status: 1 where nothing could be played."""
+    open_closed_streams()
     options = tyro.cli(Options, prog="python -m eval.compare")
     try:
         outcome = compare(options, lossy_console())

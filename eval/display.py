@@ -54,9 +54,21 @@ class LossyStream:
             self.stream = None
 
 
+def open_closed_streams() -> None:
+    """Point stdin, stdout and stderr at nothing where they are closed: else the next file that is opened takes their
+    place, and libraries write into it."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            if nothing != descriptor:
+                os.dup2(nothing, descriptor)
+                os.close(nothing)
+            setattr(sys, name, open(descriptor, "r" if name == "stdin" else "w"))  # noqa: SIM115
+
+
 def lossy_console() -> Console:
     """A console on stderr."""
-    return Console(file=LossyStream(sys.stderr)) if sys.stderr is not None else Console(quiet=True)  # type: ignore[arg-type]
+    return Console(file=LossyStream(sys.stderr))  # type: ignore[arg-type]
 
 
 def say(text: str, stream: TextIO | None) -> None:

@@ -32,7 +32,7 @@ from gymnasium import spaces
 from PIL import Image
 
 from schemas.episode import ActionSpec, EnvironmentSpec, FieldSpec
-from simulators import drawing, gridworld, oldgym
+from simulators import drawing, gridworld, oldgym, opengl
 from simulators.uninterrupted import uninterrupted
 
 FRAME_SIZE = (84, 84)
@@ -328,7 +328,7 @@ def _register(suite: str) -> None:
     module, remedy = SUITES[suite]
     try:
         with uninterrupted():
-            gymnasium.register_envs(importlib.import_module(module))
+            gymnasium.register_envs(opengl.import_module(module))
     except ImportError as error:
         raise SimulatorError(f"suite '{suite}' needs the package {module} ({error}); {remedy}") from None
     if suite == "atari":

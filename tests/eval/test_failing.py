@@ -1,0 +1,112 @@
+"""What a comparison says and returns when nothing can be played, OpenGL is missing or nobody reads its output."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import h5py
+import pytest
+
+import simulators
+from eval import provenance
+from eval.rows import load_rows
+from tests.conftest import run
+
+QUICK = ("--episodes", "1", "--step-limit", "20", "--film-seconds", "0", "--processes", "1")
+
+
+@pytest.fixture(scope="module")
+def built(logs, tmp_path_factory):
+    """One recording of Hopper as three datasets, by what their log names as its environment."""
+    root = tmp_path_factory.mktemp("named")
+    for name, environment in (("right", "Hopper-v4"), ("wrong", "Walker2d-v4"), ("none", None)):
+        (root / name).mkdir()
+        copy = shutil.copy(next((logs / "d4rl").iterdir()), root / name / "body.hdf5")
+        with h5py.File(copy, "r+") as file:
+            del file.attrs["env_id"]
+            if environment:
+                file.attrs["env_id"] = environment
+        run("etl.build", "--source", "d4rl", "--input", root / name, "--output", root / f"{name}-shards")
+    return {name: root / f"{name}-shards" for name in ("right", "wrong", "none")}
+
+
+def play(dataset, output, *models, **kwargs):
+    command = ("eval.compare", "--datasets", dataset, "--output", output, "--models", *models, *QUICK)
+    return run(*command, check=False, **kwargs)
+
+
+def test_every_part_failed(built, tmp_path):
+    done = play(built["wrong"], tmp_path, "random", "behaviour")
+    assert done.returncode == 1 and "| body | Walker2d-v4 |" in done.stdout
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: nothing could be played") and "rebuild the dataset with --environment" in last
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+    assert {row["ending"] for row in load_rows(tmp_path / "rows.parquet").to_pylist()} >= {"error"}
+
+
+def test_one_part_played_is_enough(built, tmp_path):
+    command = ("eval.compare", "--datasets", built["wrong"], built["right"], "--output", tmp_path, "--models", "random")
+    assert run(*command, *QUICK).returncode == 0
+
+
+def test_nothing_to_play_names_the_remedy(built, tmp_path):
+    done = play(built["none"], tmp_path, "random", "dt")
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("error: nothing to play: body: its log names no environment")
+    assert "--environment" in done.stderr and not tmp_path.joinpath("rows.parquet").exists()
+    shown = play(built["none"], tmp_path, "random", "behaviour")
+    assert shown.returncode == 0 and "| body | — |" in shown.stdout and "--environment" in shown.stderr
+
+
+def test_no_opengl_is_needed_to_play(built, tmp_path):
+    done = play(built["right"], tmp_path, "random", env=os.environ | {"MUJOCO_GL": "osmesa"})
+    assert done.returncode == 0, done.stderr
+    code = """
+import simulators
+from schemas.episode import EnvironmentSpec
+env = simulators.make(EnvironmentSpec("mujoco", "Hopper-v4"), render=True)
+env.reset(seed=0)
+try:
+    print(simulators.frame(env).shape)
+except simulators.SimulatorError as error:
+    assert "MUJOCO_GL=osmesa cannot render here" in str(error), error
+    print("told")
+"""
+    drawn = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"MUJOCO_GL": "osmesa"}, capture_output=True, text=True
+    )
+    assert drawn.stdout.strip() in ("told", "(480, 480, 3)"), drawn.stderr
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_closed_streams_end_no_comparison(built, tmp_path, processes):
+    """The reader of both streams is gone before anything is written; then they are closed from the start."""
+    command = [sys.executable, "-m", "eval.compare", "--datasets", str(built["right"]), str(built["wrong"])]
+    command += ["--models", "random", "behaviour", *QUICK[:-1], processes, "--output"]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([*command, str(tmp_path / "gone")], stdout=write, stderr=write, timeout=300)
+    os.close(write)
+    assert done.returncode == 0
+    shell = f"exec {' '.join([*command, str(tmp_path / 'closed')])} >&- 2>&-"
+    assert subprocess.run(["bash", "-c", shell], timeout=300).returncode == 0
+    assert (
+        load_rows(tmp_path / "gone/rows.parquet").num_rows == load_rows(tmp_path / "closed/rows.parquet").num_rows > 2
+    )
+
+
+def test_provenance_without_git_or_a_checkout(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance.commit() == ""
+    monkeypatch.undo()
+    package = tmp_path / "site-packages" / "eval"
+    shutil.copytree(provenance.__file__.rsplit("/", 1)[0], package, ignore=shutil.ignore_patterns("weights"))
+    subprocess.run("git init -q . && git -c user.name=a -c user.email=a@b commit -q --allow-empty -m theirs",
+                   shell=True, cwd=tmp_path, check=True)  # fmt: skip
+    code = "from eval import provenance; print(repr(provenance.commit()), provenance.__file__)"
+    paths = os.pathsep.join([str(package.parent), os.getcwd()])
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths},
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.stdout.split() == ["''", str(package / "provenance.py")], done.stderr
+    assert simulators.versions()["gymnasium"]
