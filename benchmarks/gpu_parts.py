@@ -75,9 +75,9 @@ def train(
 
     elapsed(step, WARM)
     forget_peak()
-    loader.figures()
+    loader.metrics()
     seconds = elapsed(step, STEPS, WARM)
-    waited = loader.figures()["data/wait_share"]
+    waited = loader.metrics()["data/wait_share"]
     loader.close()
     named = {"3_offload": "3 + offload"}.get(stage, stage)
     pictures = len(stream.batch(0, data.micro_batch).patches) / (data.micro_batch * data.stream.sequence_length)

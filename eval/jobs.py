@@ -95,7 +95,7 @@ class Parts:
             theirs = [one.manifest.vocabulary for one in self.datasets]
             fits = [one for one in theirs if one.fingerprint == info.vocabulary_fingerprint]
             (fits or theirs or [info.vocabulary])[0].require(info.vocabulary_fingerprint, str(folder))
-            seed = int(info.training.get("seed", 0))
+            seed = info.training.seed
             if seed in self.gatos:
                 raise CheckpointError(f"{folder}: trained with seed {seed}, as {self.exports[seed]} was; give --gato "
                                       "exports of different seeds")  # fmt: skip

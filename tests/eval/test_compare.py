@@ -12,7 +12,7 @@ from eval.report import load_rows, save_rows
 from schemas.files import sha256_of
 from shards.reader import Dataset
 from tests.conftest import run
-from trainer.checkpoint import ExportInfo, export
+from trainer.checkpoint import ExportInfo, TrainingInfo, export
 from trainer.model import Gato, ModelConfig
 
 SMALL = ModelConfig(blocks=1, heads=2, width=32, feed_forward=64, head_size=16, patch_channels=16)
@@ -25,8 +25,8 @@ def exports(hopper, pong, tmp_path_factory):
     tasks, vocabulary = tuple(m.tasks[0].spec for m in manifests), manifests[0].vocabulary
     for seed in (3, 5):
         folders.append(tmp_path_factory.mktemp("runs") / f"gato-{seed}" / "export")
-        facts = {"seed": seed}
-        info = ExportInfo("gato.model", 1, SMALL, vocabulary, vocabulary.fingerprint, 120, 0, tasks, {}, facts)
+        training = TrainingInfo(seed=seed)
+        info = ExportInfo("gato.model", 1, SMALL, vocabulary, vocabulary.fingerprint, 120, 0, tasks, {}, training)
         export(folders[-1], dict(Gato(SMALL, vocabulary).initialise(seed).state_dict()), info)
     return folders
 

@@ -330,9 +330,9 @@ def test_bad_shards_stop_or_are_skipped_the_same_everywhere(made, what, when, ca
     for threads in (0, 1, 4):
         loader = Loader(streams[2], 0, 64, 16, threads=threads)
         next(loader)
-        figures = loader.figures()
+        metrics = loader.metrics()
         loader.close()
-        assert (figures["data/bad_shards"], figures["data/redrawn_sequences"]) == (1, redrawn)
+        assert (metrics["data/bad_shards"], metrics["data/redrawn_sequences"]) == (1, redrawn)
 
 
 def test_too_little_left_is_an_error(made):
