@@ -1,4 +1,4 @@
-"""The real command under the real launcher, at a size that takes seconds; what a run wrote, and which processes are left."""
+"""The real command under the real launcher, at a size of seconds; what a run wrote, and which processes are left."""
 
 from __future__ import annotations
 
