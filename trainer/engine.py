@@ -1,4 +1,4 @@
-"""All use of DeepSpeed: start-up, one training step, gathered weights (their states by name: trainer/states.py).
+"""All use of DeepSpeed: start-up, one training step, gathered weights.
 
     Gato, TrainConfig -> Engine -> train_step(step, micro-batches of this rank) -> StepResult
 
@@ -25,6 +25,13 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import deepspeed_configs
@@ -38,6 +45,9 @@ from trainer.optimiser import make_optimiser
 
 CONFIGS = resources.files(deepspeed_configs)
 T = TypeVar("T")
+ACCESS = states.PartitionedAccess(
+    safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_fp32_param, safe_set_full_optimizer_state
+)
 
 
 def learning_rate(step: int, config: OptimiserConfig) -> float:
@@ -115,7 +125,7 @@ class Engine:
         optimiser = make_optimiser(model, config.optimiser)
         objective = Objective(model, config.loss, continuous, text)
         prepare_blocks(model, config.compile, config.activation_checkpointing)
-        self.engine, self.optimiser, _, _ = deepspeed.initialize(model=objective, optimizer=optimiser, config=body)
+        self.engine, self.optimiser = wrap(objective, optimiser, body)
         if self.engine.zero_optimization_partition_weights():
             # the head is the embedding table, used outside the module that owns it
             deepspeed.zero.register_external_parameter(objective, model.tokens.weight)
@@ -175,12 +185,14 @@ class Engine:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The weights and optimiser states that this rank saves, by name, see trainer/states.py. Collective."""
-        return states.gather(self.engine, self.gato, states.parameters_of_rank(self.gato, self.rank, self.world))
+        return states.gather(
+            self.engine, ACCESS, self.gato, states.parameters_of_rank(self.gato, self.rank, self.world)
+        )
 
     def restore(self, read: Callable[[str], torch.Tensor], applied: int) -> None:
         """Load weights and optimiser states by name, as `tensors` of any number of ranks returned them after `applied`
         steps. Collective."""
-        states.restore(self.engine, self.gato, read, applied)
+        states.restore(self.engine, ACCESS, self.gato, read, applied)
 
     @property
     def applied(self) -> int:
@@ -205,8 +217,14 @@ class Engine:
     def weights(self) -> dict[str, torch.Tensor] | None:
         """Complete float32 weights on rank 0, None elsewhere. Collective."""
         wanted = {name for name, _ in self.gato.named_parameters()} if self.rank == 0 else set()
-        found = states.gather(self.engine, self.gato, wanted, (states.WEIGHT,))
+        found = states.gather(self.engine, ACCESS, self.gato, wanted, (states.WEIGHT,))
         return {key.rpartition("/")[0]: value for key, value in found.items()} if self.rank == 0 else None
+
+
+def wrap(module: nn.Module, optimiser: torch.optim.Optimizer, body: dict[str, Any]) -> tuple[Any, Any]:
+    """DeepSpeed's engine around a module, and its optimiser, for a configuration as `zero_config` makes it."""
+    engine, wrapped, *_ = deepspeed.initialize(model=module, optimizer=optimiser, config=body)
+    return engine, wrapped
 
 
 def branch_scales(sequence: Any, model: ModelConfig, seed: int) -> torch.Tensor | None:

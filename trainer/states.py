@@ -12,19 +12,26 @@ Invariant: these functions are collective (every rank calls them), and assemble 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 WEIGHT = "weight"
+KINDS = (WEIGHT, *MOMENTS)
+
+
+@dataclass(frozen=True)
+class PartitionedAccess:
+    """How to read and write a partitioned parameter as one complete float32 tensor: DeepSpeed's functions, which
+    trainer/engine.py supplies. `get_state` and `set_state` take a moment's name too."""
+
+    get_weight: Callable[[Tensor], Tensor]
+    get_state: Callable[[Tensor, str], Tensor]
+    set_weight: Callable[[Tensor, Tensor], None]
+    set_state: Callable[[Tensor, Tensor, str], None]
 
 
 def master_weights(engine: Any) -> list[Tensor]:
@@ -75,7 +82,11 @@ def parameters_of_rank(model: nn.Module, rank: int, world: int) -> set[str]:
 
 
 def gather(
-    engine: Any, model: nn.Module, wanted: set[str], kinds: tuple[str, ...] = (WEIGHT, *MOMENTS)
+    engine: Any,
+    access: PartitionedAccess,
+    model: nn.Module,
+    wanted: set[str],
+    kinds: tuple[str, ...] = (WEIGHT, *MOMENTS),
 ) -> dict[str, Tensor]:
     """Complete float32 tensors of the parameters `wanted`, on the CPU, by name: NAME/weight, NAME/exp_avg,
     NAME/exp_avg_sq. Collective."""
@@ -86,26 +97,26 @@ def gather(
             if unpartitioned:
                 value = parameter.data if kind == WEIGHT else engine.optimizer.state[parameter][kind]
             elif kind == WEIGHT:
-                value = safe_get_full_fp32_param(parameter)
+                value = access.get_weight(parameter)
             else:
-                value = safe_get_full_optimizer_state(parameter, kind)
+                value = access.get_state(parameter, kind)
             if name in wanted:
                 found[f"{name}/{kind}"] = value.detach().float().cpu().contiguous()
     return found
 
 
-def restore(engine: Any, model: nn.Module, read: Callable[[str], Tensor], step: int) -> None:
+def restore(engine: Any, access: PartitionedAccess, model: nn.Module, read: Callable[[str], Tensor], step: int) -> None:
     """Inverse of `gather`: set the float32 master weights and the optimiser's states, `read` by name, and its count of
     applied steps. The weights that the model computes with must be loaded before the engine is created."""
     optimiser, unpartitioned = base_optimiser(engine), engine.zero_optimization_stage() == 0
     for name, parameter in model.named_parameters():
-        for kind in (WEIGHT, *MOMENTS):
+        for kind in KINDS:
             value = read(f"{name}/{kind}")
             if unpartitioned:
                 (parameter.data if kind == WEIGHT else optimiser.state[parameter][kind]).copy_(value)
             elif kind == WEIGHT:
-                safe_set_full_fp32_param(parameter, value)
+                access.set_weight(parameter, value)
             else:
-                safe_set_full_optimizer_state(parameter, value, kind)
+                access.set_state(parameter, value, kind)
     for master in master_weights(engine):
         optimiser.state[master]["step"].fill_(step)
