@@ -13,28 +13,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("schemas", "simulators", "shards", "etl", "trainer", "eval", "gato", "deepspeed_configs")
 SIMULATORS = ("ale_py", "minigrid", "mujoco", "gymnasium_robotics")
-SMALL = [
-    "--model.blocks",
-    "1",
-    "--model.heads",
-    "2",
-    "--model.width",
-    "32",
-    "--model.feed-forward",
-    "64",
-    "--model.head-size",
-    "16",
-    "--model.patch-channels",
-    "16",
-    "--data.global-batch",
-    "4",
-    "--data.micro-batch",
-    "4",
-    "--data.stream.sequence-length",
-    "120",
-    "--run.evaluate-sequences",
-    "2",
-]
+SMALL = (
+    "--model.blocks 1 --model.heads 2 --model.width 32 --model.feed-forward 64 --model.head-size 16 "
+    "--model.patch-channels 16 --data.global-batch 4 --data.micro-batch 4 --data.stream.sequence-length 120 "
+    "--run.evaluate-sequences 2"
+)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +100,7 @@ def test_by_console_scripts(home):
     run(home, "gato-inspect", "shards", "-o", "page.html")
     assert "hopper-expert-v4" in (home / "page.html").read_text()
     assert "zero0_cpu" in run(home, "gato-train", "--dry-run", "--recipe", "tiny")
-    trained = run(home, "gato-train", "--num_gpus", 1, "--master_port", port, "--recipe", "tiny", "--steps", 20, *SMALL,
+    trained = run(home, "gato-train", "--num_gpus", 1, "--master_port", port, "--recipe", "tiny", "--steps", 20, *SMALL.split(),
                   "--data.folders", "shards", "--run.output", "trained")  # fmt: skip
     assert "finished at step 20" in trained and (home / "trained" / "export" / "model.json").is_file()
     table = run(home, "gato-compare", "--root", "nothing", "--models", "random", "gato", "--episodes", 1,
