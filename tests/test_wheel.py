@@ -100,8 +100,9 @@ def test_by_console_scripts(home):
     run(home, "gato-inspect", "shards", "-o", "page.html")
     assert "hopper-expert-v4" in (home / "page.html").read_text()
     assert "zero0_cpu" in run(home, "gato-train", "--dry-run", "--recipe", "tiny")
-    trained = run(home, "gato-train", "--num_gpus", 1, "--master_port", port, "--recipe", "tiny", "--steps", 20, *SMALL.split(),
-                  "--data.folders", "shards", "--run.output", "trained")  # fmt: skip
+    launcher = ("--num_gpus", 1, "--master_port", port)
+    data = ("--data.folders", "shards", "--run.output", "trained")
+    trained = run(home, "gato-train", *launcher, "--recipe", "tiny", "--steps", 20, *SMALL.split(), *data)
     assert "finished at step 20" in trained and (home / "trained" / "export" / "model.json").is_file()
     table = run(home, "gato-compare", "--root", "nothing", "--models", "random", "gato", "--episodes", 1,
                 "--step-limit", 20, "--film-seconds", 0, "--processes", 1, "-o", "table")  # fmt: skip
