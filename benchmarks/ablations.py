@@ -24,7 +24,7 @@ from rich.table import Table
 from eval.agent import AgentConfig, GatoAgent, demonstration
 from eval.environments import play
 from shards.stream import Stream
-from trainer.checkpoint import ExportInfo
+from trainer.checkpoint import ExportInfo, TrainingInfo
 from trainer.config import TrainConfig
 from trainer.engine import learning_rate
 from trainer.heldout import evaluate
@@ -117,7 +117,9 @@ def measured(name: str, options: Options) -> dict[str, Any]:
         spec, agent = timeline.dataset.manifest.tasks[timeline.task].spec, options.agent
         prompt = demonstration(timeline.dataset, timeline.task, agent)
         fingerprint = stream.vocabulary.fingerprint
-        info = ExportInfo("", 0, config.model, stream.vocabulary, fingerprint, data.sequence_length, 0, (), {}, {})
+        info = ExportInfo(
+            "", 0, config.model, stream.vocabulary, fingerprint, data.sequence_length, 0, (), {}, TrainingInfo()
+        )
         player = GatoAgent(gato, info, spec, agent, prompt)
         totals = [one.total for one in play(player, spec, [1000 + n for n in range(options.episodes)])]
         result[f"returns/{spec.name}"] = [float(np.mean(totals)), float(np.std(totals))]

@@ -36,7 +36,7 @@ from eval.episode_rng import Draws
 from schemas.layout import SEPARATOR
 from shards.batch import Batch
 from shards.reader import Dataset
-from trainer.checkpoint import ExportInfo, load_export
+from trainer.checkpoint import ExportInfo, TrainingInfo, load_export
 from trainer.model import PRESETS, Gato
 
 CONTEXTS = {"tiny": 256, "79m": 1024}
@@ -77,7 +77,7 @@ class Naive:
 
 def player(dataset: Dataset, task: int, model: Gato, context: int, config: AgentConfig) -> GatoAgent:
     vocabulary, spec = dataset.manifest.vocabulary, dataset.manifest.tasks[task].spec
-    info = ExportInfo("", 0, model.config, vocabulary, vocabulary.fingerprint, context, 0, (spec,), {}, {})
+    info = ExportInfo("", 0, model.config, vocabulary, vocabulary.fingerprint, context, 0, (spec,), {}, TrainingInfo())
     return GatoAgent(model, info, spec, config, demonstration(dataset, task, config))
 
 

@@ -29,7 +29,7 @@ from eval.provenance import host
 from schemas.dataset import DatasetError
 from schemas.files import atomic_write
 from shards.reader import Dataset
-from trainer.lifecycle import hear_of_parents_death, only_run
+from trainer.lifecycle import exclusive_run, signal_on_parent_death
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = ("1.18b", "364m", "79m")
@@ -151,7 +151,7 @@ def main() -> int:
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        hear_of_parents_death(signal.SIGKILL)  # a part whose command was killed would measure beside the next one's
+        signal_on_parent_death(signal.SIGKILL)  # a part whose command was killed would measure beside the next one's
         _, what, size, shards, arguments = options.one
         print("figures " + json.dumps(PARTS[what](size, shards, **arguments)), flush=True)
         return 0
@@ -175,7 +175,7 @@ def main() -> int:
         print("no folder of Atari is named: its parts are left out", flush=True)
     if importlib.util.find_spec("transformers") is None:
         print("GPT-2's parts will fail: pip install transformers", flush=True)
-    with only_run(options.output, 5.0):
+    with exclusive_run(options.output, 5.0):
         return run(parts, options.output, options.minutes)
 
 

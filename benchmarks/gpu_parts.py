@@ -75,9 +75,9 @@ def train(
 
     elapsed(step, WARM)
     forget_peak()
-    loader.figures()
+    loader.metrics()
     seconds = elapsed(step, STEPS, WARM)
-    waited = loader.figures()["data/wait_share"]
+    waited = loader.metrics()["data/wait_share"]
     loader.close()
     named = {"3_offload": "3 + offload"}.get(stage, stage)
     pictures = len(stream.batch(0, data.micro_batch).patches) / (data.micro_batch * data.stream.sequence_length)
@@ -124,7 +124,6 @@ def bare_step(config: TrainConfig, shards: list[str]) -> tuple[Callable[[int], o
 
 def gpt2(size: str, shards: list[str]) -> Figures:
     """Hugging Face's GPT-2 of the same shape under DeepSpeed at ZeRO 1, the same tokens and targets."""
-    import deepspeed
     from transformers import GPT2Config, GPT2LMHeadModel
 
     started(5.0)
@@ -137,7 +136,7 @@ def gpt2(size: str, shards: list[str]) -> Figures:
     peer = GPT2LMHeadModel(made)
     body = engine.zero_config(replace(config, deepspeed="zero1" if GPU else "zero1_cpu"), 1)
     optimiser = torch.optim.AdamW(peer.parameters(), lr=1e-4, fused=GPU)
-    wrapped, *_ = deepspeed.initialize(model=peer, optimizer=optimiser, config=body)
+    wrapped, _ = engine.wrap(peer, optimiser, body)
     batches = pairs(stream, config)
 
     def step(n: int) -> None:

@@ -19,7 +19,7 @@ logging.getLogger().setLevel(logging.ERROR)  # first of all: Beam warns while it
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import tyro
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
@@ -259,9 +259,15 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """The console script gato-build: `main`, and an end that waits for nothing. A runner whose worker was lost leaves
+    threads that never end."""
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
     pipeline.end_children()
-    os._exit(status)  # a runner whose worker was lost leaves threads behind that never end
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    command()

@@ -60,8 +60,9 @@ class RandomPolicy:
         spec, points = self.spec, np.zeros((len(active), self.spec.size))
         points[active] = rng.random((int(active.sum()), spec.size))
         if spec.kind == "continuous":
-            return (spec.low + (spec.high - spec.low) * points).astype(np.float32)
-        chosen = (spec.choices * points).astype(np.int64)
+            low, high = np.array(spec.low), np.array(spec.high)
+            return (low + (high - low) * points).astype(np.float32)
+        chosen = (np.array(spec.choices) * points).astype(np.int64) + np.array(spec.start)
         return chosen[:, 0] if spec.size == 1 else chosen
 
 
@@ -170,7 +171,7 @@ def _check_spaces(task: TaskSpec, environment: simulators.gymnasium.Env) -> None
     have, wanted = (
         {s.key: (s.kind, s.kind == "text" or s.shape) for s in specs} for specs in (fields, task.observation)
     )
-    kinds = [(spec.kind, spec.size, spec.choices) for spec in (action, task.action) if spec is not None]
+    kinds = [(spec.kind, spec.size, spec.choices, spec.start) for spec in (action, task.action) if spec is not None]
     if have != wanted or kinds[0] != kinds[1]:
         raise simulators.SimulatorError(
             f"task '{task.name}': logged with observations {wanted} and actions {kinds[1]}, but "

@@ -9,13 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gato.data import Dataset, Episode, Stream, build, write_logs
+    from gato.data import Dataset, Stream, build
+    from gato.logs import Episode, write_logs
     from gato.training import TrainingError, train
 
 __all__ = ["Dataset", "Episode", "Stream", "TrainingError", "build", "train", "write_logs"]
 
 _HOMES = {
-    **dict.fromkeys(("Dataset", "Episode", "Stream", "build", "write_logs"), "gato.data"),
+    **dict.fromkeys(("Dataset", "Stream", "build"), "gato.data"),
+    **dict.fromkeys(("Episode", "write_logs"), "gato.logs"),
     **dict.fromkeys(("TrainingError", "train"), "gato.training"),
 }
 

@@ -168,24 +168,24 @@ class Loader(Iterator[list[Batch]]):
             return 0
         return int(np.isin(batch.tokens[batch.roles == TEXT], self._paddings).sum())
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Since the last call: the share of the time that the trainer waited, of tokens that are padding. Since
         sequence 0: each task's sequences, of all ranks. Since this process began: the cache's counts."""
         now = time.monotonic()
         stream, counts = self.stream, self.stream.store.cache.counts
         seen = stream.sampler.seen(self.start + self.step * self.global_batch)
-        figures = {
+        metrics = {
             "data/wait_share": self._waited / max(1e-9, now - self._since),
             "data/padding_share": self._padding / max(1, self._tokens),
         }
         for name, timeline, count in zip(stream.tasks, stream.timelines, seen.tolist()):
-            figures |= {f"data/sequences/{name}": count, f"data/epochs/{name}": count / timeline.windows}
+            metrics |= {f"data/sequences/{name}": count, f"data/epochs/{name}": count / timeline.windows}
         if self._remote:
-            figures |= {f"cache/{name}": value for name, value in vars(counts).items()}
+            metrics |= {f"cache/{name}": value for name, value in vars(counts).items()}
         if bad := sum(len(dataset.bad) for dataset in stream.datasets):
-            figures |= {"data/bad_shards": bad, "data/redrawn_sequences": self.redrawn}
+            metrics |= {"data/bad_shards": bad, "data/redrawn_sequences": self.redrawn}
         self._waited, self._since, self._tokens, self._padding = 0.0, now, 0, 0
-        return figures
+        return metrics
 
     def close(self) -> None:
         """Stop the threads."""

@@ -256,12 +256,12 @@ class AtariFrames(gymnasium.Wrapper):
 def action_spec(env: gymnasium.Env) -> ActionSpec:
     """The action space in our terms. SimulatorError for a space that is neither bounded nor discrete."""
     space = env.action_space
-    if isinstance(space, spaces.Discrete) and space.start == 0:
-        return ActionSpec("discrete", 1, choices=int(space.n))
+    if isinstance(space, spaces.Discrete):
+        return ActionSpec.discrete(int(space.n), int(space.start))
     if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim == 1:
-        return ActionSpec("discrete", len(space.nvec), choices=int(space.nvec.max()))
+        return ActionSpec.discrete(space.nvec.tolist(), space.start.tolist())
     if isinstance(space, spaces.Box) and len(space.shape) == 1 and space.is_bounded():
-        return ActionSpec("continuous", space.shape[0], low=float(space.low.min()), high=float(space.high.max()))
+        return ActionSpec.continuous(space.low.tolist(), space.high.tolist())
     raise SimulatorError(f"{_id(env)}: action space {space} is not supported; wrap it into a bounded Box or a Discrete")
 
 
@@ -274,7 +274,7 @@ def observation_fields(env: gymnasium.Env) -> tuple[FieldSpec, ...]:
         if isinstance(space, spaces.Text):
             fields.append(FieldSpec(key, "text", (0,)))
         elif isinstance(space, spaces.Discrete):
-            fields.append(FieldSpec(key, "discrete", (), choices=int(space.n)))
+            fields.append(FieldSpec(key, "discrete", (), choices=(int(space.n),), start=(int(space.start),)))
         elif isinstance(space, spaces.Box) and space.dtype == np.uint8:
             fields.append(FieldSpec(key, "image", shape, resized=RESIZED_FRAME))
         else:

@@ -1,16 +1,15 @@
-"""Checkpoints that can be trusted, and the export that everything else loads.
+"""Checkpoints that are verified by hash, and the export that everything else loads.
 
-    RUN/checkpoints/step-00000200/part-00000.safetensors   a rank's share of weights and optimiser states, by name
+    RUN/checkpoints/step-00000200/part-00000.safetensors   one rank's share of weights and optimiser states, by name
     RUN/checkpoints/step-00000200.json                     step, next sequence, sha256 of every part; renamed into
-                                                           place last, when all ranks have finished
+                                                           place last, when all ranks are done
     RUN/export/weights.safetensors                         weights alone
     RUN/export/model.json                                  shape, vocabulary, tasks, hash of the weights; renamed last
 
 There is no other state: learning rate, data, stochastic depth and dropout are functions of the step, the sequence and
 the seed, so no generator's state needs to be kept.
 
-Invariant: nothing is loaded before its hash matches, and nothing is unpickled; a folder that no record names does not
-exist.
+Invariant: nothing is loaded before its hash matches, and nothing is unpickled; a folder without a record is ignored.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
+from schemas import upgrade
 from schemas.episode import STRICT, TaskSpec
 from schemas.files import atomic_write, sha256_of, sync_folder, temporary_name
 from schemas.vocabulary import Vocabulary
@@ -46,10 +46,22 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
+class ResumeState:
+    """What a run must have in common with the checkpoint that it resumes. `stream`: fingerprint of data, sampling and
+    seed; `global_batch`: sequences per step; `config`: the settings of `resume_critical`, as JSON has them;
+    `start_from`: sha256 of the weights that a fine-tuning run started with."""
+
+    __pydantic_config__ = STRICT
+    stream: str
+    global_batch: int
+    config: dict[str, Any]
+    start_from: str | None = None
+
+
+@dataclass(frozen=True)
 class Record:
-    """What vouches for a checkpoint. `applied`: optimiser steps, those that were skipped left out; `score`: mean
-    held-out loss at this step, where it was evaluated; `state`: what a run that goes on must agree on; `files`:
-    sha256 of every part."""
+    """The JSON file that makes a checkpoint valid. `applied`: optimiser steps without those that were skipped;
+    `score`: mean held-out loss at this step (nats per token), if it was evaluated; `files`: sha256 of every part."""
 
     __pydantic_config__ = STRICT
     version: int
@@ -59,7 +71,7 @@ class Record:
     world_size: int
     zero_stage: int
     score: float | None
-    state: dict[str, Any]
+    state: ResumeState
     files: dict[str, str]
 
     @property
@@ -76,15 +88,21 @@ def tag_of(step: int) -> str:
 
 
 def write_part(root: Path, rank: int, tensors: dict[str, Tensor]) -> tuple[str, str]:
-    """A rank's tensors (on the CPU, contiguous), made durable: the file's name and sha256. OSError as the disk gives
-    it, and then nothing is left behind."""
+    """Write one rank's tensors (on the CPU, contiguous) and sync them to disk.
+
+    Returns:
+        The file's name and sha256.
+
+    Raises:
+        OSError: as the disk gives it; no file is left then.
+    """
     root.mkdir(parents=True, exist_ok=True)
     path = root / f"part-{rank:05d}.safetensors"
     temporary = temporary_name(path)
     try:
         try:
             save_file(tensors, temporary)
-        except Exception as error:  # safetensors wraps what the disk said in an exception of its own
+        except Exception as error:  # safetensors wraps the disk's error in an exception of its own
             raise OSError(f"{path}: {error}") from error
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -97,8 +115,8 @@ def write_part(root: Path, rank: int, tensors: dict[str, Tensor]) -> tuple[str, 
 
 
 def publish(folder: Path, record: Record, keep_last: int, keep_best: int) -> None:
-    """Vouch for a checkpoint that all ranks have finished, then drop old ones: all but the last `keep_last` and the
-    `keep_best` of the lowest score. Call on one rank."""
+    """Write the record of a checkpoint that all ranks have finished, then remove old checkpoints: all but the last
+    `keep_last` and the `keep_best` of the lowest score. Call on one rank."""
     body = asdict(record)
     with atomic_write(folder / f"{record.tag}.json") as file:
         file.write(json.dumps({"sha256": _digest(body), "record": body}, indent=1).encode())
@@ -110,14 +128,17 @@ def publish(folder: Path, record: Record, keep_last: int, keep_best: int) -> Non
 
 
 def discard(folder: Path, tag: str) -> None:
-    """Remove a checkpoint, or what there is of one: first what vouches for it."""
+    """Remove a checkpoint, complete or not: its record first."""
     (folder / f"{tag}.json").unlink(missing_ok=True)
     shutil.rmtree(folder / tag, ignore_errors=True)
 
 
 def latest(folder: Path) -> Record | None:
-    """The newest checkpoint whose every part has its hash, or None where there never was one.
-    CheckpointError where there are some and none is whole."""
+    """The newest checkpoint whose parts all match their hashes, or None if there never was one.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is intact.
+    """
     faults: list[str] = []
     for path in sorted(folder.glob("step-*.json"), reverse=True):
         try:
@@ -127,22 +148,22 @@ def latest(folder: Path) -> Record | None:
             faults.append(str(error))
         else:
             for fault in faults:
-                print(f"warning: {fault}; going on from {record.tag} instead", flush=True)
+                print(f"warning: {fault}; resuming from {record.tag} instead", flush=True)
             return record
     if faults:
-        raise CheckpointError(f"{faults[0]}; no other checkpoint is whole: start anew with another --run.output")
+        raise CheckpointError(f"{faults[0]}; no other checkpoint is intact: start again with another --run.output")
     if (folder / "latest.json").is_file():
         raise CheckpointError(f"{folder}: checkpoints of an older version of this package; give another --run.output")
     return None
 
 
 def _parse(path: Path) -> Record:
-    """A record that is as it was written; CheckpointError where it is not."""
+    """A record that is as it was written; CheckpointError if it is not."""
     try:
         raw = json.loads(path.read_bytes())
         if raw["sha256"] == _digest(raw["record"]):
             return _RECORD.validate_python(raw["record"])
-    except (ValueError, KeyError, TypeError):  # of which json's, unicode's and pydantic's errors are kinds
+    except (ValueError, KeyError, TypeError):  # JSON's, Unicode's and pydantic's errors are ValueErrors
         pass
     raise CheckpointError(f"{path}: damaged")
 
@@ -152,7 +173,7 @@ def _digest(body: dict[str, Any]) -> str:
 
 
 def _records(folder: Path) -> list[Record]:
-    """All that can be read, the newest first."""
+    """All records that can be read, the newest first."""
     found = []
     for path in sorted(folder.glob("step-*.json"), reverse=True):
         with suppress(CheckpointError):
@@ -171,22 +192,36 @@ def _check(root: Path, record: Record) -> None:
             raise CheckpointError(f"{path}: sha256 differs from the checkpoint's record, the file is damaged")
 
 
-def reader(folder: Path, record: Record) -> Callable[[str], Tensor]:
-    """A function from a tensor's name to the tensor, read when it is asked for, whichever part holds it."""
+def tensor_reader(folder: Path, record: Record) -> Callable[[str], Tensor]:
+    """A function from a tensor's name to the tensor, read from disk when it is called, whichever part holds it."""
     parts = [safe_open(folder / record.tag / name, framework="pt") for name in sorted(record.files)]
-    place = {key: part for part in parts for key in part.keys()}  # noqa: SIM118
+    part_of = {key: part for part in parts for key in part.keys()}  # noqa: SIM118
 
     def read(name: str) -> Tensor:
-        if name not in place:
+        if name not in part_of:
             raise CheckpointError(f"{folder / record.tag}: holds no '{name}'; it is of another model")
-        return place[name].get_tensor(name)
+        return part_of[name].get_tensor(name)
 
     return read
 
 
 @dataclass(frozen=True)
+class TrainingInfo:
+    """How an export's weights were trained. `global_batch`: sequences per step; `held_out_loss`: nats per token, if the
+    export was made for its score; `start_from`: sha256 of the weights that a fine-tuning run started with."""
+
+    recipe: str = ""
+    steps: int = 0
+    global_batch: int = 0
+    seed: int = 0
+    held_out_loss: float | None = None
+    start_from: str | None = None
+
+
+@dataclass(frozen=True)
 class ExportInfo:
-    """`model.json` of an export. `sequence_length` is the context it was trained with."""
+    """`model.json` of an export. `sequence_length`: the context that it was trained with, in tokens; `datasets`:
+    fingerprints of their manifests by name."""
 
     __pydantic_config__ = STRICT
     format: str
@@ -198,9 +233,9 @@ class ExportInfo:
     step: int
     tasks: tuple[TaskSpec, ...]
     datasets: dict[str, str]
-    training: dict[str, Any]
+    training: TrainingInfo
     first_id: int = 0
-    """Rows of the embedding table below were left out, see eval/ship.py."""
+    """Rows of the embedding table before this one are left out, see eval/ship.py."""
     weights_sha256: str = ""
     prompts_sha256: str = ""
 
@@ -209,7 +244,11 @@ _EXPORT: TypeAdapter[ExportInfo] = TypeAdapter(ExportInfo)
 
 
 def export(folder: Path, weights: dict[str, torch.Tensor], info: ExportInfo) -> None:
-    """Write weights (float32, contiguous), then the JSON that vouches for them. ValueError where one is not finite."""
+    """Write weights (float32, contiguous), then `model.json` with their hash.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
     if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{folder}: not exported, '{broken[0]}' holds values that are not finite")
     with atomic_write(folder / "weights.safetensors") as file:
@@ -219,24 +258,33 @@ def export(folder: Path, weights: dict[str, torch.Tensor], info: ExportInfo) -> 
         file.write((json.dumps(body, indent=1) + "\n").encode())
 
 
-def score_of(folder: Path) -> float:
-    """Held-out loss that an export was made at; infinite where there is no such export."""
+def parse_export(data: bytes) -> ExportInfo:
+    """The content of a model.json, of an older schema too. ValueError where it is none."""
+    return _EXPORT.validate_python(upgrade.tasks(json.loads(data)))
+
+
+def held_out_loss_of(folder: Path) -> float:
+    """Held-out loss of an export that was made for its score; infinite if there is none."""
     try:
-        score = _EXPORT.validate_json((folder / "model.json").read_bytes()).training.get("held_out_loss")
-    except (OSError, ValidationError):
+        loss = parse_export((folder / "model.json").read_bytes()).training.held_out_loss
+    except (OSError, ValueError):
         return math.inf
-    return math.inf if score is None else float(score)
+    return math.inf if loss is None else loss
 
 
 def load_export(folder: Path, vocabulary: Vocabulary | None = None) -> tuple[Gato, ExportInfo]:
-    """The exported model, in evaluation mode on the CPU. CheckpointError or VocabularyMismatch name the
-    file and the remedy; nothing is unpickled."""
+    """Load an exported model, in evaluation mode, on the CPU.
+
+    Raises:
+        CheckpointError: no export, a damaged one, or one of another version.
+        VocabularyMismatch: it was trained with another vocabulary than `vocabulary`.
+    """
     path = Path(folder) / "model.json"
     if not path.is_file():
         raise CheckpointError(f"{folder}: no model.json, so no export; train with deepspeed trainer/main.py")
     try:
-        info = _EXPORT.validate_json(path.read_text())
-    except (ValidationError, UnicodeDecodeError) as error:
+        info = parse_export(path.read_bytes())
+    except ValueError as error:  # of json and of pydantic
         detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise CheckpointError(f"{path}: not an export this package reads ({detail}); export again") from None
     if (info.format, info.version) != ("gato.model", EXPORT_VERSION):

@@ -6,11 +6,12 @@ keeps it as JSON beside its results. Unknown keys are refused.
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from schemas.episode import STRICT
 from schemas.ranges import require
@@ -23,25 +24,26 @@ from trainer.model.presets import ModelConfig
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which shards, and how they become batches."""
+    """Which shards to train on, and how they become batches."""
 
     __pydantic_config__ = STRICT
 
     folders: tuple[str, ...] = ()
-    """Dataset folders or URLs (s3://bucket/name); all finished ones in `root` where none is named."""
+    """Dataset folders or URLs (s3://bucket/name); by default all finished ones in `root`."""
     root: str = "data/shards"
     """Where python -m etl.build puts datasets, a folder or a URL."""
     verify: Verify = "auto"
     """What is checked on opening: size (all sizes), full (all hashes too) or auto (hashes up to 2 GiB in all)."""
     on_bad_shard: OnBadShard = "stop"
-    """skip: sequences that touch a missing or damaged shard are drawn anew, and counted."""
+    """skip: sequences that touch a missing or damaged shard are drawn again, and counted."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     global_batch: int = 512
-    """Sequences a step, over all ranks."""
+    """Sequences per step, over all ranks."""
     micro_batch: int = 8
-    """Sequences a rank runs at once; the rest is accumulated."""
+    """Sequences that a rank computes at once; gradients of the rest are accumulated."""
     threads: int = 1
-    """Threads a rank assembles batches with; more than one help where storage is slow; 0: none, it waits for each."""
+    """Threads per rank that assemble batches; more than one helps if storage is slow; 0: batches are assembled when
+    they are needed."""
     stream: StreamConfig = field(default_factory=StreamConfig)
 
 
@@ -54,22 +56,22 @@ class OptimiserConfig:
     peak_lr: float = 1e-4
     start_lr: float = 1e-7
     schedule: Literal["cosine", "constant"] = "cosine"
-    """What follows the warm-up: cosine, or the peak to the end."""
+    """After the warm-up: cosine decay, or the peak rate to the end."""
     final_lr_share: float = 0.1
-    """The cosine ends at this share of the peak."""
+    """The cosine decay ends at this share of the peak rate."""
     warmup_steps: int = 15_000
     decay_steps: int = 1_000_000
     beta_1: float = 0.9
     beta_2: float = 0.95
     epsilon: float = 1e-8
     weight_decay: float = 0.1
-    """On matrices; norms and biases have none."""
+    """Applied to matrices, not to norms and biases."""
     gradient_clip: float = 1.0
     matrices: Literal["adamw", "muon"] = "adamw"
-    """What updates the matrices of blocks and patch embedder: AdamW as all else (paper), or Muon (ours, at ZeRO 0),
-    see trainer/optimiser.py."""
+    """The optimiser for the matrices of blocks and patch embedder: AdamW as for all else (paper), or Muon (ours, at
+    ZeRO 0 only), see trainer/optimiser.py."""
     muon_peak_lr: float = 0.02
-    """Muon's rate where AdamW's is `peak_lr`; both follow the same schedule."""
+    """Muon's learning rate when AdamW's is `peak_lr`; both follow the same schedule."""
 
 
 @dataclass(frozen=True)
@@ -80,30 +82,30 @@ class RunConfig:
 
     output: Path = Path("runs/gato")
     start_from: str = ""
-    """An export (RUN/export) whose weights and model shape a new run starts with, to fine-tune them."""
+    """An export (RUN/export) to fine-tune: a new run starts with its weights and its model's shape."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: the same command run again goes on where it was; never: refuse a folder with checkpoints."""
+    """auto: the same command run again resumes from the last checkpoint; never: refuse a folder with checkpoints."""
     log_every: int = 10
     evaluate_every: int = 200
-    """Steps between evaluations; the weights of the best mean held-out loss are kept in best/."""
+    """Steps between evaluations; the weights with the lowest mean held-out loss are kept in best/."""
     evaluate_sequences: int = 16
     """Held-out sequences of each task at every evaluation."""
     save_every: int = 200
     """Steps between checkpoints."""
     keep_last: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     keep_best: int = 1
-    """Checkpoints of the lowest held-out loss that are kept beside them, among those made at an evaluated step."""
+    """Number of checkpoints with the lowest held-out loss to keep as well, among those saved at an evaluated step."""
     export_every: int = 0
     """Steps between exports to exports/step-N, for curves of returns; 0: none."""
     skip_limit: int = 20
-    """Steps in a row whose gradients are not finite, and which are skipped and counted, before the run gives up."""
+    """Steps in a row that may be skipped because their gradients are not finite; after that the run ends."""
     patience_minutes: float = 30.0
-    """A rank that hears nothing of the others, or takes no step, for so long ends with its stacks; 0: never."""
+    """A rank that waits for another, or takes for a step, longer than this prints its stacks and ends; 0: never."""
     peak_tflops: float = 0.0
-    """Peak rate of a device in bfloat16 for the share that is used (MFU); by default known for common GPUs."""
+    """Peak rate of one device in bfloat16, from which the share in use (MFU) follows; known for common GPUs."""
     wandb: str = ""
-    """A project of Weights & Biases to report to as well (pip install wandb)."""
+    """Also report to this Weights & Biases project (pip install wandb)."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,12 @@ class TrainConfig:
     steps: int = 1_000_000
     seed: int = 0
     deepspeed: str = "zero0_cpu"
-    """A file of deepspeed_configs/, by name, or a path."""
+    """A configuration of deepspeed_configs/ by name, or the path of a .json file."""
     compile: bool = False
-    """Each block is compiled by torch.compile, which on a CPU needs a C++ compiler: the same function, to rounding.
-    Not with ZeRO 3."""
+    """Compile each block with torch.compile (needs a C++ compiler on a CPU): the same function up to rounding. Not
+    with ZeRO 3."""
     activation_checkpointing: bool = False
-    """A block's inner activations are made anew in the backward pass: less memory for a third more arithmetic."""
+    """Compute a block's inner activations again in the backward pass: less memory for a third more arithmetic."""
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
@@ -141,11 +143,31 @@ def from_dict(raw: dict[str, Any]) -> TrainConfig:
     return _TRAIN.validate_python(raw)
 
 
-def deciding(config: TrainConfig) -> dict[str, Any]:
-    """The part that decides losses and weights: a resumed run must agree on it. Where and how often
-    things are written, and how long the run is, may change."""
+def load_config(path: Path) -> tuple[str, TrainConfig]:
+    """Name of the recipe and the configuration in a run's config.json.
+
+    Raises:
+        ValueError: no such file, or a key or value in it that is no setting.
+    """
+    try:
+        raw = json.loads(path.read_bytes())
+        recipe = raw.pop("recipe")
+        return recipe, from_dict(raw)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; give --config the config.json of a run") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path}: setting '{where}': {first['msg']}; correct or remove it") from None
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: no configuration of a run ({error}); give --config a run's config.json") from None
+
+
+def resume_critical(config: TrainConfig) -> dict[str, Any]:
+    """The settings that determine losses and weights, which must be the same when a run resumes. Where and how often
+    results are written, and how long the run is, may change."""
     raw = asdict(config)
-    # settings that were added later are left out at their defaults: checkpoints from before go on
+    # settings that were added later are left out at their defaults: older checkpoints can be resumed
     later = (
         ("model", "dropout", 0.0), ("model", "patch_norm", "group"), ("optimiser", "schedule", "cosine"),
         ("optimiser", "matrices", "adamw"),
@@ -176,7 +198,11 @@ RANGES = (
 
 
 def check(config: TrainConfig, world: int) -> None:
-    """ValueError names the first setting that makes no sense, alone or with `world` processes."""
+    """Check the ranges of all settings, for a run of `world` processes.
+
+    Raises:
+        ValueError: the first setting that is out of range, as the command line spells it.
+    """
     for name, least, most in RANGES:
         value: Any = config
         for part in name.split("."):
@@ -191,7 +217,7 @@ def check(config: TrainConfig, world: int) -> None:
 
 
 def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
-    """Settings of two trees as JSON has them that are not the same: 'optimiser.peak_lr 0.001, there 0.002'."""
+    """Settings that differ between two trees, as JSON has them: 'optimiser.peak_lr 0.001, there 0.002'."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         keys = sorted(ours | theirs)
         return [line for key in keys for line in differences(ours.get(key), theirs.get(key), f"{name}.{key}")]

@@ -1,11 +1,11 @@
-"""What a run needs before it is started: parameters, memory a device, FLOPs, days. Arithmetic alone; nothing is run.
+"""What a run will need: parameters, memory per device, FLOPs, days. Arithmetic only; nothing is run.
 
     TrainConfig, vocabulary, world size -> shapes on the `meta` device -> bytes and FLOPs (Estimate) -> tables
 
-What DeepSpeed keeps was read off live tensors of real engines, between a step's last backward and its update, and the
-formulas here are held to them by `tests/trainer/test_dry_run.py` (within 3 %; activations within 15 %). What comes and
-goes within a step is told apart or left out: buckets of the reduction (up to `reduce_bucket_size` elements, 500 million
-by DeepSpeed's default), the float32 copy of a rank's gradients during the update, the allocator's fragments.
+The formulas describe the tensors of a real engine between a step's last backward and its update; they are verified by
+`tests/trainer/test_dry_run.py` (within 3 %; activations within 15 %). Left out is what lives shorter: buckets of the
+reduction (up to `reduce_bucket_size` elements, 500 million by DeepSpeed's default), the float32 copy of a rank's
+gradients during the update, the allocator's fragments.
 
 Invariant: `estimate` is a pure function.
 """
@@ -26,16 +26,18 @@ from trainer.loss import LossConfig, action_ids
 from trainer.model import Gato, ModelConfig
 
 STAGES = ("0", "1", "2", "3", "3 + offload")
-PERSISTENT = 100_000  # DeepSpeed's stage3_param_persistence_threshold: smaller parameters stay whole on every rank
+PERSISTENT = 100_000  # DeepSpeed's stage3_param_persistence_threshold: every rank keeps smaller parameters complete
 STEPS, DAYS = 1_000_000, 4.0  # the paper's run, §2.3
 DAY = 86_400.0
-ATARI_PATCHES = 20 / 22  # share of a sequence's tokens that are patches, in a task of 80x64 frames: the most there is
+ATARI_PATCHES = (
+    20 / 22
+)  # share of a sequence's tokens that are patches, in a task of 80x64 frames: the largest of our tasks
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device, the fullest rank's. `optimiser`: both moments and the float32 masters. `head`: gradient of
-    the head and its buffer of logits. `host`: bytes in the machine's memory for this rank."""
+    """Bytes on the device of the rank that needs most. `optimiser`: both moments and the float32 masters; `head`:
+    gradient of the head and its buffer of logits; `host`: bytes in host memory."""
 
     parameters: int
     gradients: int
@@ -51,10 +53,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a configuration at a world size. `memory` by the names of STAGES; rates in tokens/s over all devices."""
+    """What a configuration needs at a world size. `memory`: by the names of STAGES; rates: tokens/s of all devices."""
 
     world: int
-    bytes_a_number: int
+    bytes_per_number: int
     counts: dict[str, int]
     memory: dict[str, Memory]
     flops_per_token: float
@@ -62,8 +64,8 @@ class Estimate:
     steps: int
     supervised_share: float
 
-    def wanted_rate(self, steps: int = STEPS, days: float = DAYS) -> float:
-        """Tokens/s that take `steps` steps in `days` days."""
+    def required_rate(self, steps: int = STEPS, days: float = DAYS) -> float:
+        """Tokens/s needed for `steps` steps in `days` days."""
         return steps * self.tokens_per_step / (days * DAY)
 
     def days(self, rate: float) -> float:
@@ -71,27 +73,27 @@ class Estimate:
         return self.steps * self.tokens_per_step / rate / DAY
 
     def rate(self, mfu: float, tflops: float) -> float:
-        """Tokens/s of all devices at a share `mfu` of the peak, TFLOP/s a device."""
+        """Tokens/s of all devices at a share `mfu` of the peak of `tflops` TFLOP/s per device."""
         return mfu * tflops * 1e12 * self.world / self.flops_per_token
 
 
 def estimate(
     config: TrainConfig, vocabulary: Vocabulary, world: int, supervised: float = 0.25, pictures: float = ATARI_PATCHES
 ) -> Estimate:
-    """What a run needs at `world` devices. `supervised`, `pictures`: shares of the tokens that carry loss, that are
+    """What a run needs on `world` devices. `supervised`, `pictures`: shares of the tokens that carry loss, and that are
     patches. Activation checkpointing is not counted."""
     with torch.device("meta"):
         model = Gato(config.model, vocabulary)
     length, micro = config.data.stream.sequence_length, config.data.micro_batch
     e = 2 if lower_precision(zero_config(config, world)) else 4
     tokens = micro * length
-    masked = e == 4  # in two bytes, on a GPU, attention takes segments in the place of a mask
+    masked = e == 4  # in two bytes, on a GPU, attention takes segments instead of a mask
     live = activations(config.model, micro, length, int(tokens * pictures), int(tokens * supervised), e, masked)
     head = head_bytes(config.loss, vocabulary, config.model.width, int(tokens * supervised), e, text=True)
     memory = {stage: states(model, stage, world, e) for stage in STAGES}
     return Estimate(
         world=world,
-        bytes_a_number=e,
+        bytes_per_number=e,
         counts=model.parameter_counts(),
         memory={stage: Memory(**part, activations=live, head=head) for stage, part in memory.items()},
         flops_per_token=model.flops_per_token(length),
@@ -107,11 +109,11 @@ def lower_precision(body: dict[str, Any]) -> bool:
 
 
 def states(model: Gato, stage: str, world: int, e: int) -> dict[str, int]:
-    """Bytes of parameters, gradients and optimiser states of the fullest rank, and what it holds on the host.
+    """Bytes of parameters, gradients and optimiser states of the rank that needs most, `e` bytes per number.
 
-    ZeRO 0: all whole; in float32 the masters are the parameters. 1, 2: gradients are freed as they are reduced, but for
-    those of the parameters that a rank's slice touches, whole. 3: slices, and small parameters whole. Offload: only
-    parameters in use, the head and two blocks, are on the device; the rest is the host's."""
+    ZeRO 0: everything complete; in float32 the masters are the parameters. 1, 2: gradients are freed as they are
+    reduced, except those of parameters that the rank's slice touches. 3: slices, and small parameters complete.
+    Offload: only parameters in use (the head and two blocks) are on the device; the rest is in host memory."""
     sizes = [p.numel() for p in model.parameters()]
     N, slice_ = sum(sizes), -(-sum(sizes) // world)
     small = sum(size for size in sizes if size < PERSISTENT)
@@ -128,7 +130,7 @@ def states(model: Gato, stage: str, world: int, e: int) -> dict[str, int]:
 
 
 def touched(model: Gato, world: int) -> int:
-    """Most elements, over the ranks, of parameters that a rank's slices of the two flat groups touch."""
+    """Elements of all parameters that a rank's slices of the two flat groups touch: the largest count of any rank."""
     most = [0] * world
     for matrices in (True, False):
         sizes = [p.numel() for p in model.parameters() if (p.ndim >= 2) == matrices]
@@ -143,33 +145,35 @@ def touched(model: Gato, world: int) -> int:
 def activations(
     config: ModelConfig, sequences: int, length: int, patches: int, supervised: int, e: int, masked: bool
 ) -> int:
-    """Bytes that a micro-batch's graph holds for its backward, numbers of `e` bytes. `masked`: whether any sequence
-    holds two segments, and attention therefore a mask in numbers for each block."""
+    """Bytes that a micro-batch's graph keeps for the backward pass, `e` bytes per number. `masked`: some sequence has
+    two segments, so attention keeps a mask of numbers in each block."""
     W, F, H = config.width, config.feed_forward, config.heads
     inner, tokens = H * config.head_size, sequences * length
     forward = (2 if config.feed_forward_form == "gelu" else 4) * F
     attention = (4 + 2 * (config.rotary != "none") + 2 * config.qk_norm) * inner
-    a_token = 4 * W + attention + forward
-    block = tokens * (a_token * e + 4 * (4 + H)) + (sequences * length * length * e if masked else 0)
+    per_token = 4 * W + attention + forward
+    block = tokens * (per_token * e + 4 * (4 + H)) + (sequences * length * length * e if masked else 0)
     patch = patches * (256 * config.patch_channels + 768) * e
     return config.blocks * block + patch + (2 * tokens + supervised) * W * e + 25 * tokens
 
 
 def head_bytes(config: LossConfig, vocabulary: Vocabulary, width: int, supervised: int, e: int, text: bool) -> int:
-    """Gradient of the head's rows and the logits in memory at a time."""
+    """Bytes of the gradient of the head's rows and of the logits in memory at a time."""
     ids = vocabulary.size if text or config.softmax == "vocabulary" else action_ids(vocabulary).size
     rows = min(config.chunk, supervised) if config.chunk else 2 * supervised
     return ids * (rows + (width if config.chunk else 0)) * e
 
 
 def show(name: str, config: TrainConfig, vocabulary: Vocabulary, world: int, tflops: float) -> None:
-    """Tables of the estimate. `tflops`: peak of a device in bfloat16."""
+    """Print tables of the estimate. `tflops`: peak TFLOP/s of one device in bfloat16."""
     found, console = estimate(config, vocabulary, world), Console()
     counts = ", ".join(f"{kind} {count:,}" for kind, count in found.counts.items())
     console.print(f"recipe {name}, {world} device(s), ZeRO configuration {config.deepspeed}")
-    console.print("arithmetic, not measured: no device was asked")
+    console.print("arithmetic, not measured on any device")
     console.print(f"parameters: {counts}")
-    table = Table(title=f"GB a device, {found.bytes_a_number} bytes a number, micro-batch {config.data.micro_batch}")
+    table = Table(
+        title=f"GB per device, {found.bytes_per_number} bytes per number, micro-batch {config.data.micro_batch}"
+    )
     columns = ("ZeRO", "parameters", "gradients", "optimiser", "activations", "head", "device", "host")
     for column in columns:
         table.add_column(column, justify="right")
@@ -178,20 +182,20 @@ def show(name: str, config: TrainConfig, vocabulary: Vocabulary, world: int, tfl
         table.add_row(stage, *(f"{value / 1e9:.2f}" for value in values))
     console.print(table)
     times = Table(
-        title=f"time; {found.flops_per_token / 1e9:.2f} GFLOP a token, {found.tokens_per_step:,} tokens a step"
+        title=f"time; {found.flops_per_token / 1e9:.2f} GFLOP per token, {found.tokens_per_step:,} tokens per step"
     )
     for column in ("at", "tokens/s", f"days for {found.steps:,} steps"):
         times.add_column(column, justify="right")
     rates = {"100,000 tokens/s": 1e5} | {
-        f"MFU {share:.0%} of {tflops:g} TFLOP/s a device": found.rate(share, tflops) for share in (0.3, 0.4, 0.5)
+        f"MFU {share:.0%} of {tflops:g} TFLOP/s per device": found.rate(share, tflops) for share in (0.3, 0.4, 0.5)
     }
     for label, rate in rates.items():
         times.add_row(label, f"{rate:,.0f}", f"{found.days(rate):,.2f}")
-    wanted = found.wanted_rate()
-    times.add_row(f"{STEPS:,} steps in {DAYS:g} days", f"{wanted:,.0f}", f"{found.days(wanted):,.2f}")
+    required = found.required_rate()
+    times.add_row(f"{STEPS:,} steps in {DAYS:g} days", f"{required:,.0f}", f"{found.days(required):,.2f}")
     console.print(times)
     console.print(
         f"activations: a micro-batch of 80x64 frames, loss on {found.supervised_share:.0%} of the tokens, in float32 a "
-        "mask in every block. Left out: what activation checkpointing saves, buckets of the reduction (500 million "
+        "mask in every block. Not counted: what activation checkpointing saves, buckets of the reduction (500 million "
         "numbers by default), the float32 gradients of an update, fragments, the CUDA context"
     )

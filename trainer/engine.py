@@ -1,8 +1,11 @@
-"""All of DeepSpeed but the states: start-up, one training step, weights for export.
+"""All use of DeepSpeed: start-up, one training step, gathered weights.
 
-Model and loss know nothing of ranks. The loss of a step is the mean over all
-supervised tokens of the global batch, whatever rank they fell on, so it is the
-same function at any world size. A step whose gradients are not finite changes nothing.
+    Gato, TrainConfig -> Engine -> train_step(step, micro-batches of this rank) -> StepResult
+
+Model and loss know nothing of ranks.
+
+Invariant: the loss of a step is the mean over all supervised tokens of the global batch, on whichever rank they are, so
+it is the same function at any world size. A step whose gradients are not finite changes nothing.
 """
 
 from __future__ import annotations
@@ -14,15 +17,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import deepspeed_configs
 from shards.batch import Batch
 from shards.sampler import random
 from trainer import states
@@ -31,11 +43,15 @@ from trainer.loss import Objective
 from trainer.model import Gato, ModelConfig
 from trainer.optimiser import make_optimiser
 
-CONFIGS = Path(__file__).resolve().parent.parent / "deepspeed_configs"
+CONFIGS = resources.files(deepspeed_configs)
+T = TypeVar("T")
+ACCESS = states.PartitionedAccess(
+    safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_fp32_param, safe_set_full_optimizer_state
+)
 
 
 def learning_rate(step: int, config: OptimiserConfig) -> float:
-    """Linear warm-up, then cosine to a share of the peak (paper, appendix D), or the peak. `step` counts from 0."""
+    """Linear warm-up, then cosine decay to a share of the peak (paper, appendix D), or constant. `step` is from 0."""
     if step < config.warmup_steps:
         return config.start_lr + (config.peak_lr - config.start_lr) * step / config.warmup_steps
     if config.schedule == "constant":
@@ -47,10 +63,14 @@ def learning_rate(step: int, config: OptimiserConfig) -> float:
 
 
 def start(local_rank: int, patience_minutes: float) -> torch.device:
-    """Join the process group and choose the device. Call once a process, before anything else here. Ranks that wait
-    for another longer than `patience_minutes` (0: half an hour) give up."""
+    """Join the process group and choose the device. Call once per process, before anything else here. Ranks that wait
+    for another one longer than `patience_minutes` (0: half an hour) give up.
+
+    Raises:
+        ValueError: no launcher started this process.
+    """
     if not {"RANK", "OMPI_COMM_WORLD_RANK"} & set(os.environ):
-        raise ValueError("a training is started by its launcher: deepspeed trainer/main.py ...")
+        raise ValueError("training needs its launcher: deepspeed trainer/main.py ... in a checkout, or gato-train ...")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", max(local_rank, 0)))
@@ -60,31 +80,33 @@ def start(local_rank: int, patience_minutes: float) -> torch.device:
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
         if not os.environ.get("OMP_NUM_THREADS"):
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, local_world)))
-        # Serves inference only, and would compile for half a minute on every CPU.
+        # For inference only; it would compile for half a minute on every CPU.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=patience_minutes or 30)
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     return device
 
 
-def agreed(make: Callable[[], Any]) -> Any:
-    """What `make` gives on rank 0, on every rank; its ValueError or OSError too. Collective."""
-    told: list[Any] = [None, None]
+def broadcast_from_rank0(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0 alone and return its result on every rank. Its ValueError or OSError is raised on every
+    rank too. Collective."""
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            told[0] = make()
+            outcome[0] = function()
         except (ValueError, OSError) as error:
-            told[1] = error
-    dist.broadcast_object_list(told)
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimiser step over the global batch: mean loss, supervised tokens, gradient norm before clipping;
-    whether it was applied, or skipped since its gradients are not finite."""
+    """One optimiser step over the global batch. `loss`: mean, nats per supervised token; `supervised`: number of
+    supervised tokens; `gradient_norm`: before clipping; `applied`: False if it was skipped because its gradients are
+    not finite; `stop_requested`: whether any rank was asked to end."""
 
     loss: float
     supervised: int
@@ -94,7 +116,7 @@ class StepResult:
 
 
 class Engine:
-    """A model under DeepSpeed. `continuous`, `text`: see `Objective`."""
+    """A model under DeepSpeed: this rank's share of a training run. `continuous`, `text`: see `Objective`."""
 
     def __init__(self, model: Gato, config: TrainConfig, device: torch.device, continuous: list[bool], text: bool):
         self.config, self.device = config, device
@@ -103,20 +125,19 @@ class Engine:
         optimiser = make_optimiser(model, config.optimiser)
         objective = Objective(model, config.loss, continuous, text)
         prepare_blocks(model, config.compile, config.activation_checkpointing)
-        self.engine, self.optimiser, _, _ = deepspeed.initialize(model=objective, optimizer=optimiser, config=body)
+        self.engine, self.optimiser = wrap(objective, optimiser, body)
         if self.engine.zero_optimization_partition_weights():
             # the head is the embedding table, used outside the module that owns it
             deepspeed.zero.register_external_parameter(objective, model.tokens.weight)
         self.stage: int = self.engine.zero_optimization_stage()
         if self.stage in (1, 2):
-            self.optimiser.check_grad_overflow = True  # which DeepSpeed does in float16 and bfloat16 only
-        states.allocate(self.engine)
+            self.optimiser.check_grad_overflow = True  # DeepSpeed checks in float16 and bfloat16 only
+        states.allocate_optimiser_states(self.engine)
 
     def train_step(self, step: int, batches: list[Batch], stop: bool) -> StepResult:
-        """One optimiser step on this rank's micro-batches. `stop`: this rank was asked to end; the result
-        says whether any rank was."""
-        counted = sum(len(batch.predict_index) for batch in batches)
-        totals = torch.tensor([counted, float(stop)], dtype=torch.float64, device=self.device)
+        """One optimiser step on this rank's micro-batches. `stop`: whether this rank was asked to end. Collective."""
+        own = sum(len(batch.predict_index) for batch in batches)
+        totals = torch.tensor([own, float(stop)], dtype=torch.float64, device=self.device)
         dist.all_reduce(totals)
         supervised = max(1, int(totals[0]))
         for group in self.engine.optimizer.param_groups:
@@ -136,7 +157,7 @@ class Engine:
         return StepResult(loss_, supervised, norm, math.isfinite(norm), bool(totals[1]))
 
     def _clip(self) -> float | None:
-        """Norm of the reduced gradients, which are then clipped, at ZeRO 0, where DeepSpeed does not tell it; where
+        """At ZeRO 0, where DeepSpeed does not report it: the norm of the reduced gradients, which are then clipped. If
         it is not finite they are dropped, and an optimiser without gradients changes nothing."""
         if self.stage > 0:
             return None
@@ -151,7 +172,7 @@ class Engine:
         return norm
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """Summed cross-entropy of the targets of a micro-batch, which is the loader's, in the host's memory."""
+        """Summed cross-entropy (nats) of a micro-batch in host memory, as the loader gives it."""
         branch_scale = branch_scales(batch.sequence, self.config.model, self.config.seed)
         return self.engine(
             batch.to(self.device), None if branch_scale is None else branch_scale.to(self.device, non_blocking=True)
@@ -163,44 +184,54 @@ class Engine:
         return self.engine.module.gato
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """This rank's share of weights and optimiser states, by name, see trainer/states.py. Collective."""
-        return states.collect(self.engine, self.gato, states.share(self.gato, self.rank, self.world))
+        """The weights and optimiser states that this rank saves, by name, see trainer/states.py. Collective."""
+        return states.gather(
+            self.engine, ACCESS, self.gato, states.parameters_of_rank(self.gato, self.rank, self.world)
+        )
 
     def restore(self, read: Callable[[str], torch.Tensor], applied: int) -> None:
-        """Weights and optimiser states by name, as `tensors` of any ranks gave them, behind `applied` steps."""
-        states.restore(self.engine, self.gato, read, applied)
+        """Load weights and optimiser states by name, as `tensors` of any number of ranks returned them after `applied`
+        steps. Collective."""
+        states.restore(self.engine, ACCESS, self.gato, read, applied)
 
     @property
     def applied(self) -> int:
-        """Optimiser steps that were applied."""
-        return states.steps(self.engine)
+        """Number of optimiser steps that were applied."""
+        return states.applied_steps(self.engine)
 
-    def gathered(self) -> Any:
-        """Context in which the whole weights are at hand on every rank; collective under ZeRO 3."""
-        whole = self.engine.zero_optimization_partition_weights()
-        return deepspeed.zero.GatheredParameters(list(self.gato.parameters()), enabled=whole)
+    def gathered_parameters(self) -> Any:
+        """Context in which every rank holds the complete weights. Collective under ZeRO 3."""
+        partitioned = self.engine.zero_optimization_partition_weights()
+        return deepspeed.zero.GatheredParameters(list(self.gato.parameters()), enabled=partitioned)
 
-    def whole_model(self) -> Gato:
-        """The model for evaluation: itself, or under ZeRO 3 a copy, since there its layers let go of their weights
-        after each use. Collective under ZeRO 3."""
+    def evaluation_model(self) -> Gato:
+        """The model itself, or under ZeRO 3 a copy, because there its layers release their weights after each use.
+        Collective under ZeRO 3."""
         if not self.engine.zero_optimization_partition_weights():
             return self.gato
         copy = Gato(self.config.model, self.gato.vocabulary).to(self.device)
-        with self.gathered():
+        with self.gathered_parameters():
             copy.load_state_dict({name: value.detach().clone() for name, value in self.gato.state_dict().items()})
         return copy
 
     def weights(self) -> dict[str, torch.Tensor] | None:
-        """Full float32 weights on rank 0, None elsewhere. Collective."""
+        """Complete float32 weights on rank 0, None elsewhere. Collective."""
         wanted = {name for name, _ in self.gato.named_parameters()} if self.rank == 0 else set()
-        found = states.collect(self.engine, self.gato, wanted, (states.WEIGHT,))
+        found = states.gather(self.engine, ACCESS, self.gato, wanted, (states.WEIGHT,))
         return {key.rpartition("/")[0]: value for key, value in found.items()} if self.rank == 0 else None
 
 
+def wrap(module: nn.Module, optimiser: torch.optim.Optimizer, body: dict[str, Any]) -> tuple[Any, Any]:
+    """DeepSpeed's engine around a module, and its optimiser, for a configuration as `zero_config` makes it."""
+    engine, wrapped, *_ = deepspeed.initialize(model=module, optimizer=optimiser, config=body)
+    return engine, wrapped
+
+
 def branch_scales(sequence: Any, model: ModelConfig, seed: int) -> torch.Tensor | None:
-    """Scales of the residual branches, float32 (B, blocks, 2, 1), or (B, blocks, 2, W) with dropout; None with neither.
-    0 for a branch that stochastic depth skips (paper, appendix D) or a channel that dropout does (appendix E), else
-    the reciprocal of the probability to stay. A function of seed and sequence number alone."""
+    """Scales of the residual branches of sequences (B,): float32 (B, blocks, 2, 1), (B, blocks, 2, W) with dropout, or
+    None with neither dropout nor stochastic depth. 0 for a branch that stochastic depth skips (paper, appendix D) or a
+    channel that dropout zeroes (appendix E), else the reciprocal of the probability to stay. A function of seed and
+    sequence number alone."""
     scales = None
     for name, probability, shape in (
         ("depth", model.stochastic_depth, (model.blocks, 2, 1)),
@@ -214,26 +245,31 @@ def branch_scales(sequence: Any, model: ModelConfig, seed: int) -> torch.Tensor 
 
 
 def prepare_blocks(model: Gato, compile: bool, activation_checkpointing: bool) -> None:
-    """Compile the blocks, and let their inner activations go until the backward pass; names of weights stay."""
-    if compile:  # with and without mask, places chosen, branches scaled, gradients; beyond it, blocks would run plain
+    """Compile the blocks, or checkpoint their inner activations. Names of weights stay the same."""
+    if compile:  # variants: mask, predict_index, branch_scale, gradients; beyond the limit, blocks would run uncompiled
         torch._dynamo.config.recompile_limit = 64
     for number, block in enumerate(model.blocks):
         if compile:
-            # the last one's feed-forward sees another number of places in every batch
+            # the last one's feed-forward has another number of rows in every batch
             block.compile(dynamic=None if number == len(model.blocks) - 1 else False)
         if activation_checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def zero_config(config: TrainConfig, world: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run of `world` processes: its file, and what the run's own settings say.
-    ValueError where they do not go together."""
+    """The DeepSpeed configuration of a run of `world` processes: its file, completed by the run's own settings.
+
+    Raises:
+        ValueError: the file contradicts a setting, or two settings exclude each other.
+    """
     body, data = read_config(config.deepspeed), config.data
     stage = body.get("zero_optimization", {}).get("stage", 0)
     if config.compile and stage == 3:
-        raise ValueError("--compile does not go with ZeRO 3, whose layers fetch their weights while they run")
+        raise ValueError(
+            "--compile cannot be used with ZeRO 3, whose layers fetch their weights while they run; leave one out"
+        )
     if stage and config.optimiser.matrices == "muon":
-        raise ValueError("--optimiser.matrices muon updates whole matrices, which ZeRO 1 to 3 cut up; "
+        raise ValueError("--optimiser.matrices muon updates whole matrices, which ZeRO 1 to 3 split; "
                          "use adamw, or a configuration of stage 0 such as --deepspeed zero0_cpu")  # fmt: skip
     ours = {
         "train_batch_size": (data.global_batch, "--data.global-batch"),
@@ -245,7 +281,7 @@ def zero_config(config: TrainConfig, world: int) -> dict[str, Any]:
     }
     for key, (value, setting) in ours.items():
         if body.pop(key, "auto") not in ("auto", value):
-            raise ValueError(f"{config.deepspeed}: field '{key}' is for {setting} to say; remove it from the file")
+            raise ValueError(f"{config.deepspeed}: field '{key}' is set by {setting}; remove it from the file")
         if value is not None:
             body[key] = value
     if not stage:
@@ -254,12 +290,19 @@ def zero_config(config: TrainConfig, world: int) -> dict[str, Any]:
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """A DeepSpeed configuration by name or path; ValueError lists the names."""
+    """A DeepSpeed configuration by name or path. ValueError lists the names, or says why the file is not JSON."""
     path = Path(name) if name.endswith(".json") else CONFIGS / f"{name}.json"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.json")))
+        known = ", ".join(config_names())
         raise ValueError(f"no DeepSpeed configuration '{name}'; known: {known}, or give a path to a .json file")
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); correct it, or name one of {CONFIGS}") from None
+        raise ValueError(
+            f"{path}: not JSON ({error}); correct it, or name one of {', '.join(config_names())}"
+        ) from None
+
+
+def config_names() -> list[str]:
+    """Names of the configurations in deepspeed_configs/, sorted."""
+    return sorted(path.name.removesuffix(".json") for path in CONFIGS.iterdir() if path.name.endswith(".json"))

@@ -1,4 +1,7 @@
-"""Held-out loss, accuracy and action error of each task: the first windows of episodes never trained on."""
+"""Held-out loss, accuracy and action error of each task: the first windows of episodes never trained on.
+
+held-out Stream -> evaluation batches -> logits at supervised tokens -> sums -> {held_out/TASK/METRIC: mean}
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,20 @@ from trainer.model import Gato
 def evaluate(
     model: Gato, stream: Stream, tasks: Iterable[int], sequences: int, micro_batch: int, device: torch.device
 ) -> dict[str, float]:
-    """`held_out/TASK/{loss, accuracy, action_error, ...}` of some tasks, over at most `sequences` windows of each.
+    """Metrics of the given tasks (ordinals in `stream.tasks`), over at most `sequences` windows of each.
 
-    loss: nats a token against the exact bin, whatever the training targets are, over the ids that can stand there
-    (actions', where a task has no text); accuracy: share of tokens whose most likely id is the logged one. Continuous
-    actions only: action_error: mean |greedy bin centre - logged one|, in units of the action space scaled to [-1, 1];
-    bin_error: the same in bins; mean_error: mean |expected bin centre - logged one|, for the decoding by the mean of
-    bins."""
+    Returns:
+        held_out/TASK/loss: nats per token against the exact bin, whatever the training targets are, over the ids that
+            are possible there (only actions' ids if a task has no text);
+        held_out/TASK/accuracy: share of tokens whose most likely id is the logged one;
+        and for continuous actions
+        held_out/TASK/action_error: mean |greedy bin centre - logged one|, actions scaled to [-1, 1];
+        held_out/TASK/bin_error: the same in bins;
+        held_out/TASK/mean_error: mean |expected bin centre - logged one|, the error of decoding by the mean of bins.
+    """
     training, vocabulary = model.training, model.vocabulary
     model.eval()
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for task in tasks:
         name, timeline = stream.tasks[task], stream.timelines[task]
         action = timeline.dataset.manifest.tasks[timeline.task].spec.action
@@ -55,6 +62,6 @@ def evaluate(
             means["bin_error"] = means["action_error"] * bins.size / 2
         else:
             del means["action_error"], means["mean_error"]
-        figures |= {f"held_out/{name}/{kind}": value for kind, value in means.items()}
+        metrics |= {f"held_out/{name}/{kind}": value for kind, value in means.items()}
     model.train(training)
-    return figures
+    return metrics

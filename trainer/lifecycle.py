@@ -1,6 +1,8 @@
-"""Ends that lose nothing: a signal, a launcher that died, a second run of the same folder, a rank that hangs.
+"""Ends that lose nothing: a signal, a launcher that died, a second run in the same folder, a rank that hangs.
 
-Invariant: a run stops between two steps, behind a checkpoint, and one folder has one run.
+    SIGTERM, SIGINT, a dead launcher -> StopRequest -> the loop ends between two steps, after a checkpoint
+
+Invariant: a run stops only after a saved checkpoint, and one folder has at most one run at a time.
 """
 
 from __future__ import annotations
@@ -18,42 +20,43 @@ from types import FrameType
 
 import psutil
 
-PATIENCE_SECONDS = 120.0  # for the last run of a folder to end
+WAIT_SECONDS = 120.0  # for an earlier run in the same folder to end
 PR_SET_PDEATHSIG = 1
 
 
-class Stop:
-    """Whether this rank was asked to end: by SIGTERM, by SIGINT, or by the death of what launched it.
+class StopRequest:
+    """Whether this rank was asked to end: by SIGTERM, by SIGINT, or because its launcher died.
 
-    A launcher that is killed leaves its ranks behind. The kernel tells a rank of its parent's death (Linux); the
-    parent's own parent, the `deepspeed` command, is looked at here."""
+    A launcher that is killed leaves its ranks behind. The kernel signals a rank when its parent dies (Linux); the
+    parent's own parent, the `deepspeed` command, is checked here."""
 
     def __init__(self) -> None:
         self._signalled = False
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+            signal.signal(number, self._on_signal)
         self._launched = "LOCAL_RANK" in os.environ  # set by deepspeed, torchrun and the like
         if self._launched:
-            hear_of_parents_death(signal.SIGTERM)
+            signal_on_parent_death(signal.SIGTERM)
         self._parents = _parents()
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         if self._launched and not self._signalled:
             self._signalled = _parents() != self._parents
         return self._signalled
 
 
-def hear_of_parents_death(number: signal.Signals) -> None:
-    """Get this signal when the process that started this one ends (Linux; nothing happens elsewhere)."""
+def signal_on_parent_death(number: signal.Signals) -> None:
+    """Get this signal when the process that started this one ends (Linux; does nothing elsewhere)."""
     if hasattr(ctypes.CDLL(None), "prctl"):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def _parents() -> tuple[int, int]:
+    """Process ids of the parent and of its parent."""
     parent = os.getppid()
     try:
         return parent, psutil.Process(parent).ppid()
@@ -62,29 +65,33 @@ def _parents() -> tuple[int, int]:
 
 
 @contextmanager
-def only_run(folder: Path, patience: float = PATIENCE_SECONDS) -> Iterator[None]:
-    """Hold a run's folder. One that is ending is waited for; ValueError where another goes on."""
+def exclusive_run(folder: Path, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
+    """Lock a run's folder while the block runs, after waiting up to `wait_seconds` for an earlier run to end.
+
+    Raises:
+        ValueError: another run still writes there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
-        deadline, told = time.monotonic() + patience, False
+        deadline, announced = time.monotonic() + wait_seconds, False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    remedy = "wait for its end, end it, or give another --run.output"
+                    remedy = "wait for it to end, stop it, or give another --run.output"
                     raise ValueError(f"{folder}: another training writes there; {remedy}") from None
-            if not told:
+            if not announced:
                 print(f"{folder}: waiting for another training to end", flush=True)
-                told = True
+                announced = True
             time.sleep(0.2)
         yield
 
 
-def expect_sign_of_life(minutes: float) -> None:
-    """End the process with the stacks of its threads unless this is called again in time: a rank that hangs, or waits
-    for one that does, must not hold its machines for days. 0: never."""
+def restart_watchdog(minutes: float) -> None:
+    """End the process, with the stacks of its threads, unless this is called again within `minutes`: a rank that
+    hangs, or waits for one that does, must not hold its machines for days. 0 switches the watchdog off."""
     if minutes > 0:
         faulthandler.dump_traceback_later(minutes * 60, exit=True)
     else:

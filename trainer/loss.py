@@ -1,12 +1,11 @@
 """Cross-entropy on the supervised tokens only: text and actions (paper §2.3).
 
-The head is applied to the places that predict a supervised token and to no other.
-Targets of continuous actions may be softened over neighbouring bins; 0 bins is the
-paper's form.
+    batch -> Gato -> hidden states (N, W) that predict a supervised token -> head -> summed cross-entropy
 
-`cross_entropy` on whole logits is the plain form. `FusedCrossEntropy` is the same sum and
-the same gradients, a few rows at a time in one reused buffer: N x V logits of a large
-vocabulary never exist, which on a CPU costs more than the arithmetic.
+Targets of continuous actions may be softened over neighbouring bins; 0 bins is the paper's form.
+
+Invariant: `FusedCrossEntropy` is the same sum with the same gradients as `cross_entropy`, the slow reference. It works
+on a few rows at a time in one reused buffer, because writing N x V logits costs a CPU more than the arithmetic.
 """
 
 from __future__ import annotations
@@ -27,21 +26,21 @@ from trainer.model import Gato
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What a continuous action's target is, and how the sum is computed."""
+    """Targets of continuous actions, and how the sum is computed."""
 
     __pydantic_config__ = STRICT
 
     soft_bins: float = 0.0
     """Standard deviation, in bins, of the Gaussian that spreads a continuous target over its neighbours."""
     softmax: Literal["vocabulary", "targets"] = "vocabulary"
-    """Ids that the softmax runs over: the vocabulary (the paper's), or where no task has text only its action ids,
-    since no other one is ever a target (ours)."""
+    """Ids that the softmax runs over: the whole vocabulary (paper), or only the action ids if no task has text, since
+    no other id is ever a target (ours)."""
     chunk: int = 128
     """Rows of logits in memory at a time; 0 for all at once (the plain form)."""
 
 
 def select(gato: Gato, batch: Batch, branch_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states (N, W) at p - 1, targets (N,) int64 at p and tasks (N,) of every supervised place p."""
+    """For every supervised position p: hidden states (N, W) at p - 1, targets (N,) int64 at p, and tasks (N,)."""
     hidden, places = gato(batch, branch_scale, batch.predict_index), batch.predict_index.long()
     return hidden, batch.tokens.flatten()[places + 1].long(), batch.tasks[places // batch.tokens.shape[1]]
 
@@ -60,7 +59,7 @@ def soft_targets(targets: Tensor, ordered: Tensor, ids: IdRange, soft_bins: floa
 
 
 def action_ids(vocabulary: Vocabulary) -> IdRange:
-    """The least range that holds the ids of all actions, continuous and discrete."""
+    """The smallest range with the ids of all actions, continuous and discrete."""
     ranges = (vocabulary.action_continuous, vocabulary.action_discrete)
     start = min(ids.start for ids in ranges)
     return IdRange(start, max(ids.stop for ids in ranges) - start)
@@ -73,7 +72,7 @@ def cross_entropy(logits: Tensor, neighbours: Tensor, weights: Tensor) -> Tensor
 
 
 class FusedCrossEntropy(torch.autograd.Function):
-    """Sum over rows of cross_entropy(hidden @ weight.T, ...), gradients made in the forward pass."""
+    """Sum over rows of cross_entropy(hidden @ weight.T, ...), gradients computed in the forward pass."""
 
     @staticmethod
     def forward(
@@ -105,16 +104,16 @@ class FusedCrossEntropy(torch.autograd.Function):
 
 
 def targets_of(stream: Stream) -> tuple[list[bool], bool]:
-    """Arguments `continuous` and `text` of the Objective of a stream's tasks."""
+    """The arguments `continuous` and `text` of `Objective`, for a stream's tasks."""
     actions = [timeline.dataset.manifest.tasks[timeline.task].spec.action for timeline in stream.timelines]
     text = any(timeline.layout.text for timeline in stream.timelines)
     return [bool(action and action.kind == "continuous") for action in actions], text
 
 
 class Objective(nn.Module):
-    """Gato and its loss as one module: batch -> summed cross-entropy, so that all parameters are used
-    inside one forward (as ZeRO 3 needs). `continuous`: for each task, whether its actions are ordered bins; `text`:
-    whether any task's text is a target."""
+    """Gato and its loss as one module: batch -> summed cross-entropy. All parameters are used inside one forward, as
+    ZeRO 3 needs. `continuous`: for each task, whether its actions are ordered bins; `text`: whether any task's text is
+    a target."""
 
     def __init__(self, gato: Gato, config: LossConfig, continuous: list[bool], text: bool = True):
         super().__init__()
@@ -140,6 +139,6 @@ class Objective(nn.Module):
 
 @torch.no_grad()
 def held_out_logits(gato: Gato, batch: Batch, ids: IdRange) -> tuple[Tensor, Tensor]:
-    """Logits (N, ids) float32 and targets (N,), counted from the first of `ids`, of a batch's supervised places."""
+    """Logits (N, ids) float32 and targets (N,), counted from the first of `ids`, of a batch's supervised tokens."""
     hidden, targets, _ = select(gato, batch)
     return functional.linear(hidden, gato.tokens.weight[ids.start : ids.stop]).float(), targets - ids.start

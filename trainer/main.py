@@ -1,9 +1,9 @@
-"""`deepspeed trainer/main.py`: train Gato on every dataset that was built.
+"""`deepspeed trainer/main.py` (or `gato-train`, see trainer/launcher.py): train Gato on datasets of shards.
 
-recipe + command line -> configuration -> process group -> trainer.loop: steps -> checkpoints, metrics, export
+    recipe + command line -> configuration -> process group -> trainer.loop: steps -> checkpoints, metrics, export
 
-The command can be killed and run again: it goes on from its last checkpoint, at the
-next sequence. SIGTERM and SIGINT end it behind a saved checkpoint.
+Invariant: every run can be killed; the same command resumes it from its last checkpoint, at the next sequence. SIGTERM
+and SIGINT save a checkpoint and end it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # Run as a file by the launcher: imports start at the root of the checkout, not at trainer/.
+    # The launcher runs this file: imports start at the root of checkout or site-packages, not at trainer/.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-# Threads that spin while they wait lose most of a core to any other busy process. Read when torch loads OpenMP.
+# Threads that spin while they wait take most of a core from other processes. Read when torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -29,42 +29,51 @@ from schemas.dataset import DatasetError
 from schemas.ranges import require
 from schemas.vocabulary import SEED, VocabularyMismatch
 from trainer import dry_run, engine
-from trainer.config import TrainConfig, check
-from trainer.lifecycle import Stop
-from trainer.loop import started, train
+from trainer.config import TrainConfig, check, load_config
+from trainer.inputs import load_initial_model
+from trainer.lifecycle import StopRequest
+from trainer.loop import train
 from trainer.metrics import PEAK_TFLOPS
 from trainer.recipes import RECIPES
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, TrainConfig]:
-    """What is no setting of a recipe (recipe, local_rank, dry_run, world, tflops), and the configuration."""
+    """What is no setting (recipe, config, local_rank, dry_run, world, tflops), and the configuration.
+
+    Raises:
+        ValueError: --config names a file that is no configuration.
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", choices=sorted(RECIPES), default="79m" if torch.cuda.is_available() else "tiny")
+    first.add_argument("--config", type=Path)
     first.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     first.add_argument("--dry-run", action="store_true")
     first.add_argument("--world", type=int, default=1)
     first.add_argument("--tflops", type=float, default=PEAK_TFLOPS["H100"])
     known, rest = first.parse_known_args(arguments)
-    text = f"Train Gato. --recipe {{{','.join(RECIPES)}}} sets the defaults below; now: {known.recipe}."
-    text += " --dry-run [--world DEVICES] [--tflops PEAK] shows what the run needs and starts nothing."
-    config = tyro.cli(
-        TrainConfig, default=RECIPES[known.recipe], args=rest, prog="deepspeed trainer/main.py", description=text
-    )
+    if known.config is None:
+        default = RECIPES[known.recipe]
+    else:
+        known.recipe, default = load_config(known.config)
+    text = f"Train Gato. --recipe {{{','.join(RECIPES)}}} sets the defaults below; now: {known.recipe}. "
+    text += "--config RUN/config.json sets those of an earlier run instead. "
+    text += "--dry-run [--world DEVICES] [--tflops PEAK] shows what the run needs and starts nothing."
+    config = tyro.cli(TrainConfig, default=default, args=rest, prog="deepspeed trainer/main.py", description=text)
     return known, config
 
 
 def main() -> int:
     """The command; its exit status."""
-    faulthandler.enable()  # a mapped shard that is cut while it is read ends the process: say where
-    asked, config = parse(sys.argv[1:])
-    stop = Stop()
+    faulthandler.enable()  # a mapped shard that is truncated while it is read ends the process: print where
+    stop = StopRequest()
     try:
+        asked, config = parse(sys.argv[1:])
         if asked.dry_run:
             require("world", asked.world, 1, 2**20)
             require("tflops", asked.tflops, 1e-3, 1e9)
         check(config, asked.world if asked.dry_run else int(os.environ.get("WORLD_SIZE", "1")))
         if asked.dry_run:
-            dry_run.show(asked.recipe, started(asked.recipe, config)[0], SEED, asked.world, asked.tflops)
+            dry_run.show(asked.recipe, load_initial_model(asked.recipe, config)[0], SEED, asked.world, asked.tflops)
             return 0
         device = engine.start(asked.local_rank, config.run.patience_minutes)
         train(asked.recipe, config, device, stop)
@@ -73,7 +82,7 @@ def main() -> int:
         print(f"rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)
         return 1
     except dist.DistError as error:
-        remedy = "a rank was lost, and the same command goes on from the last checkpoint"
+        remedy = "a rank was lost; run the same command to resume from the last checkpoint"
         if isinstance(error, dist.DistNetworkError):
             remedy = "another training may hold the port: give deepspeed --master_port another number"
         print(f"error: {str(error).splitlines()[0]}; {remedy}", file=sys.stderr)
@@ -88,6 +97,6 @@ if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # All is written and closed. What follows are destructors of communication threads, which now and then abort the
-    # process, and the launcher takes that for a lost rank.
+    # All files are written and closed. Destructors of communication threads now and then abort the process, which the
+    # launcher takes for a lost rank.
     os._exit(status)

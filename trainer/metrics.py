@@ -1,12 +1,13 @@
-"""What a run tells about itself: a progress line, TensorBoard events, `metrics.jsonl`, and Weights & Biases if asked.
+"""What a run reports: a progress line, TensorBoard events, `metrics.jsonl`, and Weights & Biases on request.
 
-metrics.jsonl holds one JSON object a line, keys `step`, `tokens`, `seconds`, then
-figures by name; a resumed run drops the lines behind its checkpoint and goes on.
+    training loop (rank 0) -> MetricsWriter.write(step, tokens, seconds, metrics) -> all of these places
+
+Invariant: metrics.jsonl holds one line per reported step, ascending; a run that resumes drops the lines after its
+checkpoint and appends to the rest.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from schemas.files import atomic_write
+from schemas.metrics import MetricsLine, read_lines
 from trainer.config import RunConfig
 
 # Peak dense rates in bfloat16 with float32 accumulation, TFLOP/s, from the makers' data sheets; by part of the name.
@@ -33,21 +35,24 @@ PEAK_TFLOPS = {
 }
 
 
-class Metrics:
-    """Open for one run folder; only rank 0 has one. `step`: steps already done. ValueError where Weights & Biases is
-    wanted and not installed."""
+class MetricsWriter:
+    """Writes the metrics of one run folder; only rank 0 has one. `step`: steps already done, of `steps` in all.
+
+    Raises:
+        ValueError: Weights & Biases is asked for and not installed, or metrics.jsonl is damaged.
+    """
 
     def __init__(self, config: RunConfig, step: int, steps: int):
         folder = config.output
         folder.mkdir(parents=True, exist_ok=True)
         self.peak_tflops = config.peak_tflops
-        self.wandb = _wandb(config.wandb, folder) if config.wandb else None
-        self.path = folder / "metrics.jsonl"
-        kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= step]
-        with atomic_write(self.path) as old:
-            old.write("".join(line + "\n" for line in kept).encode())
-        self.seconds = max((json.loads(line).get("seconds", 0.0) for line in kept), default=0.0)
-        self.file = self.path.open("a")
+        self.wandb = _wandb_run(config.wandb, folder) if config.wandb else None
+        path = folder / "metrics.jsonl"
+        kept = [line for line in read_lines(path) if line.step <= step]
+        with atomic_write(path) as file:
+            file.write("".join(line.to_json() + "\n" for line in kept).encode())
+        self.seconds_before = max((line.seconds for line in kept), default=0.0)
+        self.file = path.open("a")
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
@@ -62,22 +67,23 @@ class Metrics:
             print(f"step {step}: {text}", flush=True)
 
     def peak_flops(self, device: torch.device) -> float:
-        """Peak FLOP/s of a device, as configured or known by name; 0 where neither."""
+        """Peak FLOP/s of a device, as configured or known by name; 0 if neither."""
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         known = next((rate for part, rate in PEAK_TFLOPS.items() if part in name), 0.0)
         return (self.peak_tflops or known) * 1e12
 
-    def write(self, step: int, tokens: int, seconds: float, figures: dict[str, float]) -> None:
-        """Record figures of a step in all places."""
-        record = {"step": step, "tokens": tokens, "seconds": round(self.seconds + seconds, 3)} | figures
-        self.file.write(json.dumps(record) + "\n")
+    def write(self, step: int, tokens: int, seconds: float, metrics: dict[str, float]) -> None:
+        """Record the metrics of a step. `tokens` since the run's start, `seconds` since this process started."""
+        line = MetricsLine(step, tokens, round(self.seconds_before + seconds, 3), metrics)
+        self.file.write(line.to_json() + "\n")
         self.file.flush()
-        for name, value in figures.items():
+        for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
         if self.wandb is not None:
-            self.wandb.log(figures, step=step)
+            self.wandb.log(metrics, step=step)
 
     def close(self) -> None:
+        """Finish the bar and close the files."""
         self.bar.stop()
         self.file.close()
         self.board.close()
@@ -85,13 +91,8 @@ class Metrics:
             self.wandb.finish()
 
 
-def _lines(path: Path) -> list[str]:
-    """Whole lines; a last one without its end was cut by a kill."""
-    return [line[:-1] for line in path.open() if line.endswith("\n")] if path.is_file() else []
-
-
-def _wandb(project: str, folder: Path) -> Any:
-    """A run of Weights & Biases that goes on when the training run does: its id is kept in the folder."""
+def _wandb_run(project: str, folder: Path) -> Any:
+    """A run of Weights & Biases that continues when the training run does: its id is kept in the folder."""
     try:
         import wandb
     except ImportError:

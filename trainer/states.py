@@ -1,34 +1,41 @@
-"""Weights and optimiser states as whole float32 tensors by name, whatever the ZeRO stage and world size.
+"""Weights and optimiser states as complete float32 tensors by name, whatever the ZeRO stage and world size.
 
     engine (stage 0: plain tensors; 1, 2: slices of flat buffers; 3: partitions) -> "blocks.0.norm_1.weight/exp_avg" ...
 
-So a checkpoint does not know how many ranks made it or how they shared the work: it can be loaded by any number of
-ranks at any stage, bit for bit, without a conversion. DeepSpeed's own files cannot (stages 1 to 3 refuse another world
-size), and they are pickles.
+A checkpoint is independent of the number of ranks and the ZeRO stage that saved it: any number of ranks at any stage
+can load it, bit for bit. DeepSpeed's own files cannot do that (stages 1 to 3 refuse another world size), and they are
+pickles.
 
-Invariant: every rank calls these together; a parameter's tensors are assembled one parameter at a time.
+Invariant: these functions are collective (every rank calls them), and assemble one parameter at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 WEIGHT = "weight"
+KINDS = (WEIGHT, *MOMENTS)
 
 
-def masters(engine: Any) -> list[Tensor]:
-    """The float32 tensors that the optimiser updates: parameters, or at ZeRO 1 to 3 this rank's flat buffers."""
+@dataclass(frozen=True)
+class PartitionedAccess:
+    """How to read and write a partitioned parameter as one complete float32 tensor: DeepSpeed's functions, which
+    trainer/engine.py supplies. `get_state` and `set_state` take a moment's name too."""
+
+    get_weight: Callable[[Tensor], Tensor]
+    get_state: Callable[[Tensor, str], Tensor]
+    set_weight: Callable[[Tensor, Tensor], None]
+    set_state: Callable[[Tensor, Tensor, str], None]
+
+
+def master_weights(engine: Any) -> list[Tensor]:
+    """The float32 tensors that the optimiser updates: the parameters, or at ZeRO 1 to 3 this rank's flat buffers."""
     stage = engine.zero_optimization_stage()
     if stage == 0:
         return [p for group in engine.optimizer.param_groups for p in group["params"]]
@@ -37,15 +44,16 @@ def masters(engine: Any) -> list[Tensor]:
 
 
 def base_optimiser(engine: Any) -> torch.optim.Optimizer:
-    """The torch optimiser, below whatever ZeRO puts around it."""
+    """The torch optimiser inside ZeRO's wrapper."""
     return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
 
 
-def allocate(engine: Any) -> None:
-    """AdamW's states as they are before the first step. torch makes them in that step; here they are needed by then."""
+def allocate_optimiser_states(engine: Any) -> None:
+    """Create AdamW's states as they are before the first step. torch creates them during that step, which is too late
+    to load a checkpoint into them."""
     optimiser = base_optimiser(engine)
     fused = bool(optimiser.defaults.get("fused"))
-    for master in masters(engine):
+    for master in master_weights(engine):
         state = optimiser.state[master]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device if fused else "cpu")
@@ -54,55 +62,61 @@ def allocate(engine: Any) -> None:
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def steps(engine: Any) -> int:
-    """Optimiser steps that were applied."""
+def applied_steps(engine: Any) -> int:
+    """Number of optimiser steps that were applied."""
     optimiser = base_optimiser(engine)
-    return max(int(optimiser.state[master]["step"]) for master in masters(engine))
+    return max(int(optimiser.state[master]["step"]) for master in master_weights(engine))
 
 
-def share(model: nn.Module, rank: int, world: int) -> set[str]:
-    """Names of the parameters whose tensors `rank` writes: each one's by one rank, about as many bytes for each."""
+def parameters_of_rank(model: nn.Module, rank: int, world: int) -> set[str]:
+    """Names of the parameters whose tensors `rank` saves. Each parameter belongs to one rank; all ranks save about as
+    many bytes."""
     parameters = list(model.named_parameters())
     sizes = [getattr(p, "ds_numel", p.numel()) for _, p in parameters]  # under ZeRO 3 a parameter at rest is empty
-    total, before, mine = sum(sizes), 0, set()
+    total, before, own = sum(sizes), 0, set()
     for (name, _), size in zip(parameters, sizes):
         if (before + size // 2) * world // total == rank:
-            mine.add(name)
+            own.add(name)
         before += size
-    return mine
+    return own
 
 
-def collect(
-    engine: Any, model: nn.Module, wanted: set[str], kinds: tuple[str, ...] = (WEIGHT, *MOMENTS)
+def gather(
+    engine: Any,
+    access: PartitionedAccess,
+    model: nn.Module,
+    wanted: set[str],
+    kinds: tuple[str, ...] = (WEIGHT, *MOMENTS),
 ) -> dict[str, Tensor]:
-    """Tensors of the parameters `wanted`, on the CPU: NAME/weight, NAME/exp_avg, NAME/exp_avg_sq. Collective."""
+    """Complete float32 tensors of the parameters `wanted`, on the CPU, by name: NAME/weight, NAME/exp_avg,
+    NAME/exp_avg_sq. Collective."""
     found: dict[str, Tensor] = {}
-    whole = engine.zero_optimization_stage() == 0
+    unpartitioned = engine.zero_optimization_stage() == 0
     for name, parameter in model.named_parameters():
         for kind in kinds:
-            if whole:
+            if unpartitioned:
                 value = parameter.data if kind == WEIGHT else engine.optimizer.state[parameter][kind]
             elif kind == WEIGHT:
-                value = safe_get_full_fp32_param(parameter)
+                value = access.get_weight(parameter)
             else:
-                value = safe_get_full_optimizer_state(parameter, kind)
+                value = access.get_state(parameter, kind)
             if name in wanted:
                 found[f"{name}/{kind}"] = value.detach().float().cpu().contiguous()
     return found
 
 
-def restore(engine: Any, model: nn.Module, read: Callable[[str], Tensor], step: int) -> None:
-    """Inverse of `collect`. `read` gives a tensor by name. The weights that the model computes with must have been
-    loaded before the engine was made; here their float32 originals are set."""
-    optimiser, whole = base_optimiser(engine), engine.zero_optimization_stage() == 0
+def restore(engine: Any, access: PartitionedAccess, model: nn.Module, read: Callable[[str], Tensor], step: int) -> None:
+    """Inverse of `gather`: set the float32 master weights and the optimiser's states, `read` by name, and its count of
+    applied steps. The weights that the model computes with must be loaded before the engine is created."""
+    optimiser, unpartitioned = base_optimiser(engine), engine.zero_optimization_stage() == 0
     for name, parameter in model.named_parameters():
-        for kind in (WEIGHT, *MOMENTS):
+        for kind in KINDS:
             value = read(f"{name}/{kind}")
-            if whole:
+            if unpartitioned:
                 (parameter.data if kind == WEIGHT else optimiser.state[parameter][kind]).copy_(value)
             elif kind == WEIGHT:
-                safe_set_full_fp32_param(parameter, value)
+                access.set_weight(parameter, value)
             else:
-                safe_set_full_optimizer_state(parameter, value, kind)
-    for master in masters(engine):
+                access.set_state(parameter, value, kind)
+    for master in master_weights(engine):
         optimiser.state[master]["step"].fill_(step)

@@ -143,22 +143,23 @@ def is_picture(space: spaces.Space) -> bool:
     return is_image_space(space)
 
 
-def choices_of(key: str, space: spaces.Space) -> int:
-    """Number of values of an integer space, the most among its elements."""
+def choices_of(key: str, space: spaces.Space) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Numbers of values of an integer space and its lowest values, one per element or one for all."""
     if isinstance(space, spaces.Box):  # in float64: the span of an int64 is no int64
         most = (space.high.astype(np.float64) - space.low.astype(np.float64) + 1).max()
     else:
         most = _bounds(space)[1].max()
     if most > CHOICES:
         raise EpisodeError("too many choices", f"'{key}' takes {most:g} values, there are ids for {CHOICES}")
-    return int(most)
+    low, count = (np.unique(bound) if (bound == bound.flat[0]).all() else bound.ravel() for bound in _bounds(space))
+    return tuple(count.tolist()), tuple(low.tolist())
 
 
-def from_zero(key: str, space: spaces.Space, stored: np.ndarray) -> np.ndarray:
-    """Integers (T, ...) less the space's lowest values. EpisodeError where one lies outside the space."""
+def integers(key: str, space: spaces.Space, stored: np.ndarray) -> np.ndarray:
+    """Integers (T, ...) int64. EpisodeError where one lies outside the space."""
     low, count = _bounds(space)
-    values = stored.astype(np.int64) - low
-    outside = (values < 0) | (values >= count)
+    values = stored.astype(np.int64)
+    outside = (values - low < 0) | (values - low >= count)
     if outside.any():
         raise EpisodeError("out of range", f"'{key}' leaves its space at timestep {np.argwhere(outside)[0][0]}")
     return values

@@ -312,7 +312,7 @@ def _scan_run(files: list[Path], options: ScanOptions) -> TaskScan:
         name,
         Atari.name,
         (_field(frame, options.frames),),
-        ActionSpec("discrete", 1, choices=game.actions),
+        ActionSpec.discrete(game.actions),
         EnvironmentSpec("atari", f"ALE/{game.name}-v5"),
         game.score,
         limit,

@@ -206,7 +206,7 @@ def _scan_file(name: str, path: Path, options: ScanOptions) -> TaskScan:
         name,
         D4RL.name,
         fields,
-        ActionSpec("continuous", log.arrays["actions"].shape[1]),
+        ActionSpec.continuous(-1.0, 1.0, log.arrays["actions"].shape[1]),
         environment,
         score,
         limit or max(stop - start for start, stop in bounds),

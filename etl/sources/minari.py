@@ -111,7 +111,7 @@ class Minari:
             raise EpisodeError("unsupported space", f"image '{key}' is {shape}; record 1 or 3 channels, the last axis")
         if disk.is_float(space):
             return FieldSpec(key, "continuous", shape)
-        return FieldSpec(key, "discrete", shape, choices=disk.choices_of(key, space))
+        return FieldSpec(key, "discrete", shape, *disk.choices_of(key, space))
 
     def values(self, spec: FieldSpec, space: spaces.Space, stored: np.ndarray) -> np.ndarray:
         """The (T, ...) array of one episode as RawEpisode takes it; `stored` has the space's shape and its kind of
@@ -120,7 +120,7 @@ class Minari:
             return stored
         if spec.kind == "image":
             return stored.reshape(len(stored), *spec.shape)
-        return disk.float32(stored) if spec.kind == "continuous" else disk.from_zero(spec.key, space, stored)
+        return disk.float32(stored) if spec.kind == "continuous" else disk.integers(spec.key, space, stored)
 
     def action(self, space: spaces.Space) -> ActionSpec:
         """The action space. EpisodeError where it has no bounds or holds more than one array."""
@@ -130,14 +130,15 @@ class Minari:
         if not 0 < size <= TIMESTEP_VALUES:
             raise EpisodeError("unsupported space", f"an action has {size} values; 1 to {TIMESTEP_VALUES} can be read")
         if not isinstance(space, spaces.Box) or not disk.is_float(space):
-            return ActionSpec("discrete", size, choices=disk.choices_of("action", space))
-        low, high = float(space.low.min()), float(space.high.max())
-        if not -math.inf < low < high < math.inf:
-            raise EpisodeError(
-                "unbounded action",
-                f"the action space spans [{low:g}, {high:g}]; record it with gymnasium's RescaleAction or bounded",
-            )
-        return ActionSpec("continuous", size, low=low, high=high)
+            return ActionSpec.discrete(*disk.choices_of("action", space), size)
+        low, high = space.low.astype(float).ravel().tolist(), space.high.astype(float).ravel().tolist()
+        for a, b in zip(low, high):
+            if not -math.inf < a < b < math.inf:
+                raise EpisodeError(
+                    "unbounded action",
+                    f"the action space spans [{a:g}, {b:g}]; record it with gymnasium's RescaleAction or bounded",
+                )
+        return ActionSpec.continuous(low, high)
 
     def environment(self, about: dict[str, Any], options: ScanOptions) -> tuple[EnvironmentSpec | None, int | None]:
         """Where to evaluate, and its time limit: the metadata's eval_env_spec, else its env_spec, else the command
@@ -203,7 +204,7 @@ class Minari:
                         observation[leaf.key] = self.values(spec, leaf.space, stored)
                 stored = disk.rows_of(group, ("actions",), action, T, T, size)
                 discrete = task.action.kind == "discrete"
-                actions = disk.from_zero("action", action, stored) if discrete else disk.float32(stored)
+                actions = disk.integers("action", action, stored) if discrete else disk.float32(stored)
                 return RawEpisode(
                     observation=observation,
                     action=actions.reshape((T,) if discrete and size == 1 else (T, size)),

@@ -54,8 +54,9 @@ class Random:
 def noise_action(action: ActionSpec, rng: np.random.Generator) -> np.ndarray:
     """One uniformly random action."""
     if action.kind == "continuous":
-        return rng.uniform(action.low, action.high, action.size).astype(np.float32)
-    return rng.integers(action.choices, size=() if action.size == 1 else action.size)
+        return rng.uniform(action.low, action.high).astype(np.float32)
+    drawn = rng.integers(action.choices) + np.array(action.start)
+    return drawn.reshape(() if action.size == 1 else action.size)
 
 
 def load(

@@ -13,7 +13,7 @@ from eval.episode_rng import Draws
 from schemas.layout import PATCH, SEPARATOR
 from shards.batch import Batch
 from shards.reader import Dataset
-from trainer.checkpoint import ExportInfo
+from trainer.checkpoint import ExportInfo, TrainingInfo
 from trainer.model import Gato, ModelConfig
 from trainer.model.transformer import rope_cos_sin, rotate
 
@@ -48,7 +48,7 @@ def setup(folder, small=SMALL, kind=Recorder, device="cpu", **config):
     dataset = Dataset(folder)
     task = dataset.manifest.tasks[0].spec
     vocabulary = dataset.manifest.vocabulary
-    info = ExportInfo("gato.model", 1, small, vocabulary, vocabulary.fingerprint, 120, 0, (task,), {}, {})
+    info = ExportInfo("gato.model", 1, small, vocabulary, vocabulary.fingerprint, 120, 0, (task,), {}, TrainingInfo())
     model = Gato(small, vocabulary).initialise(1).eval()
     # far from uniform, and ruled by the context and not by the last token, so that a wrong hidden state changes choices
     model.tokens.weight.data.mul_(20)
@@ -83,7 +83,7 @@ def plain_logits(agent, seen, actions):
         shown = slice(length) if agent.config.prompt == "start" else slice(-length, None)
         patches = agent.prompt.patches
         prompt = list(zip(agent.prompt.tokens[shown], [None] * length if patches is None else patches[shown]))
-    found = np.zeros((len(seen), layout.action, len(actions[0]), agent.ids.size))
+    found = np.zeros((len(seen), layout.action, len(actions[0]), len(agent.head)))
     for row in range(len(actions[0])):
         timesteps = list(prompt)
         for t, observation in enumerate(seen):
@@ -107,7 +107,7 @@ def plain_logits(agent, seen, actions):
                 batch.patch_index[n], batch.patches[n], batch.patch_positions[n] = place, patch, centre
             with torch.no_grad():
                 hidden = agent.model(batch.to("cpu"))[0, len(columns) - layout.action - 1 : -1]
-                found[t, :, row] = agent.model.logits(hidden)[:, agent.ids.start : agent.ids.stop]
+                found[t, :, row] = agent.model.logits(hidden)[:, agent.ids[0].start :][:, : len(agent.head)]
     return found
 
 
@@ -295,7 +295,7 @@ def test_each_row_draws_its_own_numbers():
 
 def test_a_context_too_short_is_refused(pong):
     agent, dataset = setup(pong)
-    info = replace(ExportInfo("gato.model", 1, SMALL, agent.model.vocabulary, "", 30, 0, (), {}, {}))
+    info = replace(ExportInfo("gato.model", 1, SMALL, agent.model.vocabulary, "", 30, 0, (), {}, TrainingInfo()))
     with pytest.raises(ValueError, match="two timesteps"):
         GatoAgent(agent.model, info, dataset.manifest.tasks[0].spec, AgentConfig())
 
@@ -304,6 +304,8 @@ def test_auto_prompts_where_tasks_share_an_environment(hopper):
     agent, dataset = setup(hopper)
     task = dataset.manifest.tasks[0].spec
     for others, wanted in (((), "none"), ((replace(task, name="hopper-expert-v4"),), "end")):
-        info = ExportInfo("gato.model", 1, SMALL, agent.model.vocabulary, "", 120, 0, (task, *others), {}, {})
+        info = ExportInfo(
+            "gato.model", 1, SMALL, agent.model.vocabulary, "", 120, 0, (task, *others), {}, TrainingInfo()
+        )
         assert prompted(AgentConfig(), info, task).prompt == wanted
         assert prompted(AgentConfig(prompt="start"), info, task).prompt == "start"

@@ -14,7 +14,7 @@ from schemas.files import sha256_of
 from schemas.result import from_table
 from shards.reader import Dataset
 from tests.conftest import run
-from trainer.checkpoint import ExportInfo, export
+from trainer.checkpoint import ExportInfo, TrainingInfo, export
 from trainer.model import Gato, ModelConfig
 
 SMALL = ModelConfig(blocks=1, heads=2, width=32, feed_forward=64, head_size=16, patch_channels=16)
@@ -27,8 +27,8 @@ def exports(hopper, pong, tmp_path_factory):
     tasks, vocabulary = tuple(m.tasks[0].spec for m in manifests), manifests[0].vocabulary
     for seed in (3, 5):
         folders.append(tmp_path_factory.mktemp("runs") / f"gato-{seed}" / "export")
-        facts = {"seed": seed}
-        info = ExportInfo("gato.model", 1, SMALL, vocabulary, vocabulary.fingerprint, 120, 0, tasks, {}, facts)
+        training = TrainingInfo(seed=seed)
+        info = ExportInfo("gato.model", 1, SMALL, vocabulary, vocabulary.fingerprint, 120, 0, tasks, {}, training)
         export(folders[-1], dict(Gato(SMALL, vocabulary).initialise(seed).state_dict()), info)
     return folders
 

@@ -32,7 +32,7 @@ from simulators import oldgym
 from simulators.experts import policies
 from simulators.uninterrupted import uninterrupted
 from tests.conftest import run
-from trainer.checkpoint import ExportInfo, export
+from trainer.checkpoint import ExportInfo, TrainingInfo, export
 from trainer.model import Gato, ModelConfig
 
 BREAKOUT = EnvironmentSpec("atari", "ALE/Breakout-v5")
@@ -307,7 +307,7 @@ def test_one_faulty_task_leaves_the_others(logs, tmp_path):
 def exported(folder, vocabulary):
     small = ModelConfig(blocks=1, heads=2, width=32, feed_forward=64, head_size=16, patch_channels=16)
     model = Gato(small, vocabulary).initialise(1)
-    info = ExportInfo("gato.model", 1, small, vocabulary, vocabulary.fingerprint, 120, 0, (), {}, {})
+    info = ExportInfo("gato.model", 1, small, vocabulary, vocabulary.fingerprint, 120, 0, (), {}, TrainingInfo())
     export(folder, dict(model.state_dict()), info)
     return folder
 

@@ -299,9 +299,9 @@ def test_the_loader_fetches_ahead(server, local, tmp_path):
         time.sleep(0.02)
     assert remote.store.cache.counts.misses >= 5, "before any batch was asked for"
     assert same(next(loader)[0], local.batch(0, 8))
-    figures = loader.figures()
+    metrics = loader.metrics()
     loader.close()
-    assert figures["cache/misses"] >= 5 and figures["cache/bytes"] > 0
+    assert metrics["cache/misses"] >= 5 and metrics["cache/bytes"] > 0
 
 
 def test_find_datasets_in_a_store(server, tmp_path):

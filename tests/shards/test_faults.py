@@ -46,11 +46,11 @@ def test_made_datasets_are_whole(made):
     assert verify(made, full=True).index.num_rows == sum(-(-n // 16) for n in BODY.lengths + FILMS.lengths)
 
 
-@pytest.mark.parametrize(("version", "remedy"), [(2, "rebuild"), (4, "update this package"), ("x", "rebuild")])
+@pytest.mark.parametrize(("version", "remedy"), [(2, "rebuild"), (5, "update this package"), ("x", "rebuild")])
 def test_other_schema_versions_are_refused(made, version, remedy):
     manifest = json.loads((made / MANIFEST_NAME).read_text())
     (made / MANIFEST_NAME).write_text(json.dumps(manifest | {"schema_version": version}))
-    with pytest.raises(DatasetError, match=f"dataset.json: schema version {version}, .* reads 3; {remedy}"):
+    with pytest.raises(DatasetError, match=f"dataset.json: schema version {version}, .* reads 3 to 4; {remedy}"):
         Dataset(made)
 
 
@@ -330,9 +330,9 @@ def test_bad_shards_stop_or_are_skipped_the_same_everywhere(made, what, when, ca
     for threads in (0, 1, 4):
         loader = Loader(streams[2], 0, 64, 16, threads=threads)
         next(loader)
-        figures = loader.figures()
+        metrics = loader.metrics()
         loader.close()
-        assert (figures["data/bad_shards"], figures["data/redrawn_sequences"]) == (1, redrawn)
+        assert (metrics["data/bad_shards"], metrics["data/redrawn_sequences"]) == (1, redrawn)
 
 
 def test_too_little_left_is_an_error(made):

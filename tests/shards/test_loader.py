@@ -115,12 +115,12 @@ def test_what_a_loader_tells(stream):
     loader = Loader(stream, 0, GLOBAL, GLOBAL)
     for _ in range(6):
         next(loader)
-    figures = loader.figures()
+    metrics = loader.metrics()
     loader.close()
     counts = np.bincount(stream.sampler.places(np.arange(6 * GLOBAL)).task, minlength=3)
-    assert [figures[f"data/sequences/{name}"] for name in stream.tasks] == counts.tolist()
-    assert figures["data/epochs/body"] == counts[0] / stream.timelines[0].windows
-    assert 0 < figures["data/wait_share"] <= 1 and figures["data/padding_share"] == 0
+    assert [metrics[f"data/sequences/{name}"] for name in stream.tasks] == counts.tolist()
+    assert metrics["data/epochs/body"] == counts[0] / stream.timelines[0].windows
+    assert 0 < metrics["data/wait_share"] <= 1 and metrics["data/padding_share"] == 0
 
 
 def test_padding_of_texts_is_counted(tmp_path):
@@ -129,7 +129,7 @@ def test_padding_of_texts_is_counted(tmp_path):
     loader = Loader(stream, 0, 4, 4)
     (batch,) = next(loader)
     padding = ((batch.tokens == stream.timelines[0].padding) & (batch.roles == 1)).sum()
-    assert padding and loader.figures()["data/padding_share"] == padding / batch.tokens.size
+    assert padding and loader.metrics()["data/padding_share"] == padding / batch.tokens.size
     assert not batch.supervised[(batch.tokens == stream.timelines[0].padding) & (batch.roles == 1)].any()
     loader.close()
 

@@ -1,4 +1,4 @@
-"""The real command under the real launcher, at a size that takes seconds; what a run wrote, and what it left behind."""
+"""The real command under the real launcher, at a size of seconds; what a run wrote, and which processes are left."""
 
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ def losses(output) -> list[float]:
     return [line["train/loss"] for line in lines if line["step"] > 0]
 
 
-def figures(output, step) -> dict:
-    """All that was told of a step."""
+def metrics_at(output, step) -> dict:
+    """All metrics of a step."""
     return next(line for line in map(json.loads, (output / "metrics.jsonl").open()) if line["step"] == step)
 
 
 def errors(done: subprocess.CompletedProcess) -> list[str]:
-    """The lines that tell a user what went wrong."""
+    """The lines of stderr for the user."""
     return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
 
 
 def latest_step(output) -> int:
-    """Step of the newest whole checkpoint, 0 where there is none."""
+    """Step of the newest intact checkpoint, 0 if there is none."""
     record = latest(output / "checkpoints") if (output / "checkpoints").is_dir() else None
     return record.step if record else 0
 

@@ -46,7 +46,7 @@ def held(zero: engine.Engine) -> dict[str, int]:
             gradients += group if isinstance(group, list) else [group]
     if stage == 3:
         gradients.append(inner.grad_partitions_flat_buffer)
-    masters = states.masters(zero.engine)
+    masters = states.master_weights(zero.engine)
     optimiser = list(masters)
     for master in masters:
         optimiser += [states.base_optimiser(zero.engine).state[master][key] for key in states.MOMENTS]

@@ -1,5 +1,5 @@
 """Run by the launcher: a step whose gradients are not finite leaves weights and optimiser states as they are, and the
-steps behind it are those of a run that never had it."""
+steps after it equal those of a run without it."""
 
 import math
 import os

@@ -11,10 +11,10 @@ from safetensors.numpy import load_file
 
 from tests.trainer.launch import losses, train
 from trainer.config import check, differences, from_dict, to_dict
-from trainer.engine import CONFIGS, read_config, zero_config
+from trainer.engine import CONFIGS, config_names, read_config, zero_config
 from trainer.recipes import RECIPES
 
-NAMES = sorted(path.stem for path in CONFIGS.glob("*.json"))
+NAMES = config_names()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -93,5 +93,5 @@ def test_a_file_of_ones_own_does_not_say_what_the_run_says(field, value, setting
     path.write_text(json.dumps({"zero_optimization": {"stage": 1}, "train_batch_size": "auto"}))
     assert zero_config(own, 1)["train_batch_size"] == own.data.global_batch
     path.write_text(json.dumps({"zero_optimization": {"stage": 1}, field: value}))
-    with pytest.raises(ValueError, match=f"own.json: field '{field}' is for {setting}"):
+    with pytest.raises(ValueError, match=f"own.json: field '{field}' is set by {setting}"):
         zero_config(own, 1)

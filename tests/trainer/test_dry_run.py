@@ -41,7 +41,7 @@ def test_memory_is_what_an_engine_holds(hopper, pong, name):
 def test_figures_of_the_papers_run():
     found = estimate(RECIPES["1.18b"], SEED, 8)
     assert found.counts["total"] == 1_283_053_856 and found.tokens_per_step == 512 * 1024
-    assert found.wanted_rate() == pytest.approx(512 * 1024 * 1e6 / (4 * 86400))
+    assert found.required_rate() == pytest.approx(512 * 1024 * 1e6 / (4 * 86400))
     assert found.days(1e5) == pytest.approx(512 * 1024 * 1e6 / 1e5 / 86400)
     assert found.flops_per_token == pytest.approx(8.27e9, rel=0.01)
     assert found.memory["1"].optimiser == pytest.approx(12 * found.counts["total"] / 8, rel=1e-6)

@@ -16,7 +16,7 @@ from schemas.vocabulary import SEED
 from shards.stream import Stream, StreamConfig
 from tests.trainer.launch import ROOT, errors, losses, train
 from trainer.checkpoint import export, load_export
-from trainer.config import deciding
+from trainer.config import resume_critical
 from trainer.engine import branch_scales, learning_rate
 from trainer.model import Gato, ModelConfig
 from trainer.recipes import RECIPES
@@ -139,9 +139,9 @@ def test_scales_keep_the_models_number_format(hopper):
 
 
 def test_what_was_added_leaves_older_checkpoints_as_they_were(hopper):
-    raw = deciding(RECIPES["tiny"])
+    raw = resume_critical(RECIPES["tiny"])
     assert "dropout" not in raw["model"] and "schedule" not in raw["optimiser"]
-    tuned = deciding(RECIPES["finetune"])
+    tuned = resume_critical(RECIPES["finetune"])
     assert (tuned["model"]["dropout"], tuned["optimiser"]["schedule"]) == (0.1, "constant")
     stream = Stream([hopper], StreamConfig(), 0)
     plain = {

@@ -1,5 +1,5 @@
-"""Losses of 50 steps that were written down: whatever changes the model, the data order, the loss or the optimiser
-shows here. Where that is meant, `python -m tests.trainer.test_golden` writes them anew, and the change says so."""
+"""Recorded losses of 50 steps: any change to the model, the data order, the loss or the optimiser shows here. For a
+change that is meant, `python -m tests.trainer.test_golden` records them again, and the commit says so."""
 
 import json
 import tempfile

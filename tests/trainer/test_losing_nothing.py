@@ -16,15 +16,15 @@ from tests.trainer.launch import (
     command,
     errors,
     family,
-    figures,
     latest_step,
     launcher,
     losses,
+    metrics_at,
     nobody_left,
     train,
 )
-from trainer.checkpoint import CHECKPOINT_VERSION, Record, latest, load_export, publish, write_part
-from trainer.lifecycle import only_run
+from trainer.checkpoint import CHECKPOINT_VERSION, Record, ResumeState, latest, load_export, publish, write_part
+from trainer.lifecycle import exclusive_run
 
 STEPS = 40
 
@@ -44,7 +44,7 @@ def whole(hopper, pong, tmp_path_factory):
 
 
 def start(output, data, *extra, **options):
-    """A run in the background, its words in a pipe."""
+    """A run in the background, its output in a pipe."""
     arguments = command(output, data, *extra, **options)
     return subprocess.Popen(
         arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -52,7 +52,7 @@ def start(output, data, *extra, **options):
 
 
 def await_step(process, number=1):
-    """Read a run's words until it tells of a step, or ends."""
+    """Read a run's output until it prints a step, or ends."""
     for line in process.stdout:
         if line.startswith("step ") and int(line.split()[1].strip(":")) >= number:
             return
@@ -76,7 +76,7 @@ def kill(output, victim, moment):
     "kills", [pytest.param(4, id="4"), pytest.param(20, id="20", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 )
 def test_killed_at_random_moments(whole, hopper, pong, tmp_path, kills):
-    """After each restart a run goes on, and at its end curve and weights are those of one that was not disturbed."""
+    """After each restart a run resumes, and at its end losses and weights equal those of an undisturbed run."""
     chance, done = random.Random(kills), 0
     stage = 1 if kills > 4 else 0
     extra = ("--deepspeed", f"zero{stage}_cpu")
@@ -100,13 +100,13 @@ def test_killed_at_random_moments(whole, hopper, pong, tmp_path, kills):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_run_that_goes_on_equals_one_that_was_not_stopped(whole, hopper, pong, tmp_path, stage):
+def test_a_resumed_run_equals_an_uninterrupted_one(whole, hopper, pong, tmp_path, stage):
     for steps in (20, STEPS):
         train(tmp_path, [hopper, pong], "--deepspeed", f"zero{stage}_cpu", processes=2, steps=steps)
     assert losses(tmp_path) == losses(whole(stage))
 
 
-def test_another_world_size_and_stage_goes_on(whole, hopper, pong, tmp_path):
+def test_a_run_resumes_at_another_world_size_and_stage(whole, hopper, pong, tmp_path):
     for stage, processes, steps in ((1, 2, 8), (0, 1, 16), (3, 2, 24), (2, 1, 32), (1, 2, STEPS)):
         done = train(tmp_path, [hopper, pong], "--deepspeed", f"zero{stage}_cpu", processes=processes, steps=steps)
         assert steps == 8 or "resuming at step" in done.stdout
@@ -152,8 +152,8 @@ def test_a_rank_that_hangs_ends_the_run(hopper, tmp_path):
     process = start(tmp_path, [hopper], "--run.patience-minutes", "0.1", processes=2, steps=100_000)
     await_step(process, 3)
     family(tmp_path)["rank"][1].send_signal(signal.SIGSTOP)
-    words, _ = process.communicate(timeout=120)
-    assert process.returncode and "Timeout (0:00:06)" in words and "train_step" in words
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode and "Timeout (0:00:06)" in output and "train_step" in output
     assert nobody_left(tmp_path)
 
 
@@ -163,7 +163,7 @@ def test_gradients_that_are_not_finite_are_skipped_then_end_the_run(hopper, tmp_
     done = train(tmp_path, [hopper], *extra, check=False, steps=50)
     assert done.returncode and "3 steps in a row" in errors(done)[0] and "sequences" in errors(done)[0]
     assert done.stdout.count("not finite") >= 3
-    assert latest_step(tmp_path) >= 2 and figures(tmp_path, 2)["train/skipped_steps"] >= 1
+    assert latest_step(tmp_path) >= 2 and metrics_at(tmp_path, 2)["train/skipped_steps"] >= 1
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -173,12 +173,14 @@ def test_a_skipped_step_changes_nothing(hopper, stage):
     assert done.returncode == 0 and done.stdout.count("a skipped step changed nothing") == 2, done.stdout + done.stderr
 
 
-def test_one_run_a_folder(tmp_path):
-    with only_run(tmp_path, 0.1):
-        script = f"import pathlib, trainer.lifecycle as w\nwith w.only_run(pathlib.Path({str(tmp_path)!r}), 0.3): pass"
+def test_one_run_per_folder(tmp_path):
+    with exclusive_run(tmp_path, 0.1):
+        script = (
+            f"import pathlib, trainer.lifecycle as w\nwith w.exclusive_run(pathlib.Path({str(tmp_path)!r}), 0.3): pass"
+        )
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode and "another training writes there" in done.stderr
-    with only_run(tmp_path, 0.1):
+    with exclusive_run(tmp_path, 0.1):
         pass
 
 
@@ -187,7 +189,7 @@ def test_the_last_and_the_best_checkpoints_are_kept(tmp_path):
 
     for step, score in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 4.0)):
         name, digest = write_part(tmp_path / f"step-{step:08d}", 0, {"w": torch.ones(3)})
-        record = Record(CHECKPOINT_VERSION, step, step * 8, step, 1, 0, score, {}, {name: digest})
+        record = Record(CHECKPOINT_VERSION, step, step * 8, step, 1, 0, score, ResumeState("", 8, {}), {name: digest})
         publish(tmp_path, record, keep_last=2, keep_best=1)
     assert sorted(os.listdir(tmp_path)) == [f"step-0000000{n}{end}" for n in (2, 4, 5) for end in ("", ".json")]
     newest = latest(tmp_path)

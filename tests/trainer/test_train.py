@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.trainer.launch import errors, figures, losses, train
+from tests.trainer.launch import errors, losses, metrics_at, train
 from trainer.checkpoint import CheckpointError, latest, load_export
 
 
@@ -82,8 +82,8 @@ def test_bad_input_is_one_clear_line(finished, hopper, tmp_path):
     assert unknown.returncode != 0 and "colour" in unknown.stdout + unknown.stderr
 
 
-def test_what_the_model_has_seen_is_told(finished, hopper, pong):
-    own = figures(finished, 6)
+def test_metrics_count_what_the_model_has_seen(finished, hopper, pong):
+    own = metrics_at(finished, 6)
     counts = {name: own[f"data/sequences/{name}"] for name in ("hopper-random-v4", "pong-run1")}
     assert sum(counts.values()) == 6 * 8 and set(counts.values()) == {24}
     assert 0 <= own["data/wait_share"] < 1 and own["data/padding_share"] == 0
@@ -115,9 +115,9 @@ def test_remote_datasets_give_the_same_losses(finished, site, tmp_path):
     cache = ["--data.cache.folder", str(tmp_path / "cache")]
     train(tmp_path / "run", urls, *cache, steps=3, processes=2)
     assert losses(tmp_path / "run") == pytest.approx(losses(finished)[:3], abs=1e-6)
-    own = figures(tmp_path / "run", 3)
+    own = metrics_at(tmp_path / "run", 3)
     assert own["cache/misses"] > 0 and own["cache/bytes"] > 10_000
-    # and goes on from a local copy, since the data are the same
+    # and resumes from a local copy, because the data are the same
     train(tmp_path / "run", [site[1] / Path(url).name for url in urls], steps=4, processes=2)
     assert losses(tmp_path / "run") == pytest.approx(losses(finished)[:4], abs=1e-6)
 
@@ -129,9 +129,9 @@ def test_a_bad_shard_stops_a_run_or_is_skipped(site, tmp_path):
     stopped = train(tmp_path / "run", data, check=False, steps=3)
     assert stopped.returncode and len(errors(stopped)) == 1 and "shard-000001.tar: missing" in errors(stopped)[0]
     train(tmp_path / "run", data, "--data.on-bad-shard", "skip", steps=3)
-    assert figures(tmp_path / "run", 3)["data/bad_shards"] == 1
+    assert metrics_at(tmp_path / "run", 3)["data/bad_shards"] == 1
 
 
-def test_the_gradient_norm_is_told(finished):
+def test_metrics_hold_the_gradient_norm(finished):
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert all(0.01 < line["train/gradient_norm"] < 1000 for line in lines if line["step"] > 0)

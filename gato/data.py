@@ -1,0 +1,209 @@
+"""Datasets from Python: build one from logs, and iterate over the batches that training would see.
+
+    logs -> build -> Dataset (a folder and its manifest) -> Stream -> batches of token sequences
+
+Invariant: `build` writes what python -m etl.build writes, and batch n of a Stream is what training at that seed sees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from schemas.dataset import Manifest
+from schemas.vocabulary import Vocabulary
+from shards.batch import Batch
+from shards.loader import Loader
+from shards.stream import Stream as SequenceStream
+from shards.stream import StreamConfig
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A finished dataset: its folder or URL, and what its dataset.json says. Accepted wherever a folder is."""
+
+    folder: str
+    manifest: Manifest
+
+    def __fspath__(self) -> str:
+        return self.folder
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of its tasks."""
+        return [task.spec.name for task in self.manifest.tasks]
+
+
+Folders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+def folder_list(folders: Folders) -> list[str]:
+    """Dataset folders or URLs as strings."""
+    if isinstance(folders, str | os.PathLike):
+        return [os.fspath(folders)]
+    return [os.fspath(folder) for folder in folders]
+
+
+def build(
+    input: str | os.PathLike[str] | None,
+    output: str | os.PathLike[str],
+    source: str | None = None,
+    *,
+    beam_arguments: Sequence[str] = (),
+    progress: bool = False,
+    **options: Any,
+) -> Dataset:
+    """Tokenize logs into a dataset of shards, in this process: python -m etl.build as a function.
+
+    Args:
+        input: a file or folder of logs, or its fsspec URL; None downloads `dataset=NAME`.
+        output: dataset folder or URL to write. One that already holds this dataset is kept.
+        source: log format: minari, d4rl, atari, babyai, text or a plug-in's; by default what the input looks like.
+        beam_arguments: Beam's own flags, such as ['--runner=FlinkRunner'].
+        progress: show a progress bar on stderr.
+        options: the command's other options, with underscores: held_out_share=0.1, expert_share=0.8, overwrite=True.
+
+    Raises:
+        TypeError: an option that does not exist.
+        ValueError: SourceError, DatasetError or an option's value; the message names file and remedy.
+        OSError: the output cannot be written.
+    """
+    level = logging.getLogger().level
+    from etl import build as command  # sets the level of the root logger, for Beam's warnings at import
+
+    logging.getLogger().setLevel(level)
+    from rich.console import Console
+
+    from etl import sources
+    from etl.building import filters
+
+    name = source or detect_source(input)
+    places: dict[str, Any] = {"source": name, "input": input and os.fspath(input), "output": os.fspath(output)}
+    # the dataclasses that the command's options are fields of
+    homes: dict[type, dict[str, Any]] = {
+        command.Options: {},
+        command.BuildConfig: {},
+        filters.Filter: {},
+        sources.ScanOptions: {},
+    }
+    for option, value in options.items():
+        own = [home for home in homes if option in {field.name for field in dataclasses.fields(home)}]
+        if not own or option in (*places, "config", "scan", "filter", "list"):
+            known = [field.name for home in homes for field in dataclasses.fields(home)]
+            near = " or ".join(difflib.get_close_matches(option, known, n=3))
+            remedy = f"perhaps {near}" if near else "see python -m etl.build --help"
+            raise TypeError(f"build has no option '{option}' for source {name}; {remedy}")
+        value = Path(value) if option in ("cache", "text_model") else value
+        homes[own[0]][option] = tuple(value) if isinstance(value, list) else value
+    config = command.BuildConfig(filter=filters.Filter(**homes[filters.Filter]), **homes[command.BuildConfig])
+    scan = sources.ScanOptions(**homes[sources.ScanOptions])
+    chosen = command.Options(config=config, scan=scan, **places, **homes[command.Options])
+    flags = command.beam_flags(list(beam_arguments), chosen.workers)
+    manifest = command.build(chosen, flags, Console(stderr=True, quiet=not progress))
+    return Dataset(str(chosen.output), manifest)
+
+
+def detect_source(input: str | os.PathLike[str] | None) -> str:
+    """The log format of a local folder or file, by its names. ValueError where no format fits."""
+    if input is None or "://" in os.fspath(input):
+        raise ValueError("source: give the log format, such as source='d4rl', for a download or a URL")
+    place = Path(input)
+    if not place.exists():
+        raise ValueError(f"{place}: no such file or folder; give an existing one")
+    files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+    names = {path.name for path in files}
+    if {"main_data.hdf5", "metadata.json"} & names:
+        about = [path.read_text(errors="replace") for path in files if path.name == "metadata.json"]
+        return "babyai" if about and all("BabyAI-" in text for text in about) else "minari"
+    if any(name.startswith("$store$_") for name in names):
+        return "atari"
+    endings = {path.suffix for path in files}
+    if endings & {".hdf5", ".h5"}:
+        return "d4rl"
+    if endings & {".txt", ".jsonl", ".parquet"}:
+        return "text"
+    raise ValueError(f"{place}: holds no log of a known format; give source, and see python -m etl.build --help")
+
+
+class Stream:
+    """Batches of token sequences, in the order in which training with this seed sees them; endless.
+
+    `for batch in stream` starts at `next_sequence`, which is all of its state: Stream(..., start=next_sequence)
+    continues where another one stopped.
+
+    Args:
+        folders: datasets: folders, URLs or what `build` returned.
+        sequence_length: tokens per sequence, L.
+        batch_size: sequences per batch, B, on each rank.
+        seed, start: which sequences, and the first of them.
+        held_out: held-out episodes instead of training ones.
+        rank, world: this process and the number of processes; each sees its share of every global batch.
+        threads: threads that assemble batches ahead; 0: none.
+        options: fields of `shards.stream.StreamConfig`: tasks=("NAME",), weights={"NAME": 2.0}, prompt_probability=0.0.
+
+    Raises:
+        TypeError: an option that does not exist.
+        ValueError: a dataset that cannot be read, or a value that makes no sense.
+    """
+
+    def __init__(
+        self,
+        folders: Folders,
+        sequence_length: int = 1024,
+        batch_size: int = 16,
+        seed: int = 0,
+        start: int = 0,
+        *,
+        held_out: bool = False,
+        rank: int = 0,
+        world: int = 1,
+        threads: int = 1,
+        **options: Any,
+    ):
+        known = sorted({field.name for field in dataclasses.fields(StreamConfig)} - {"sequence_length"})
+        if strange := sorted(set(options) - set(known)):
+            raise TypeError(f"Stream has no option '{strange[0]}'; options: {', '.join(known)}")
+        options |= {"tasks": tuple(options.get("tasks", ()))}
+        config = StreamConfig(sequence_length=sequence_length, **options)
+        self.sequences = SequenceStream(folder_list(folders), config, seed, held_out)
+        """Sequence i by number: `stream.sequences.batch(first, count)`."""
+        self.next_sequence = start
+        self.batch_size, self.rank, self.world, self.threads = batch_size, rank, world, threads
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, in the order of a batch's `tasks`."""
+        return list(self.sequences.tasks)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Which ids mean what."""
+        return self.sequences.vocabulary
+
+    def __iter__(self) -> Iterator[Batch]:
+        total = self.batch_size * self.world
+        loader = Loader(self.sequences, self.next_sequence, total, self.batch_size, self.rank, self.world, self.threads)
+        try:
+            for (batch,) in loader:
+                self.next_sequence += total
+                yield _copied(batch)
+        finally:
+            loader.close()
+
+
+def _copied(batch: Batch) -> Batch:
+    """A batch with arrays of its own; the loader's are reused."""
+    result = copy(batch)
+    for field in dataclasses.fields(batch):
+        if isinstance(value := getattr(batch, field.name), np.ndarray):
+            setattr(result, field.name, value.copy())
+    return result

@@ -1,0 +1,229 @@
+"""Own arrays to a log that `gato.build` reads: a Minari dataset, which carries the spaces of observations and actions.
+
+    episodes of arrays + spaces (the environment's, or given) -> FOLDER/NAME/data/{metadata.json, main_data.hdf5}
+
+Invariant: a log under its own name is complete, and its action bounds are the environment's or given, never assumed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import string
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+NAME = re.compile(r"(?:[\w-]+/)*[\w-]+")
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One episode of T timesteps: action and reward t follow observation t.
+
+    Attributes:
+        observations: array (T, ...), or (T + 1, ...) with the last one, which no action follows; or a (nested) dict of
+            such arrays; texts are lists of strings.
+        actions: (T, ...), in the environment's own units.
+        rewards: (T,).
+        terminated: the environment ended the episode.
+        truncated: its time limit did. Neither: the log was cut there.
+    """
+
+    observations: Any
+    actions: Any
+    rewards: Any
+    terminated: bool = False
+    truncated: bool = False
+
+
+def write_logs(
+    folder: str | os.PathLike[str],
+    episodes: Iterable[Episode | Mapping[str, Any]],
+    name: str,
+    environment: str | None = None,
+    *,
+    environment_kwargs: Mapping[str, Any] | None = None,
+    observation_space: gymnasium.Space | None = None,
+    action_space: gymnasium.Space | None = None,
+    max_episode_steps: int | None = None,
+    reference_returns: tuple[float, float] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write episodes as a log, which `gato.build(FOLDER, OUTPUT)` turns into a dataset with one task.
+
+    Args:
+        folder: where logs are kept; the log is FOLDER/NAME.
+        episodes: `Episode`s, or dicts with their attributes as keys.
+        name: name of the task, of letters, digits, '-' and '_'; '/' makes a folder.
+        environment: gymnasium id to play the task in later ('Hopper-v5', 'module:Id' for one's own); without it the
+            task can be trained on, and not played.
+        environment_kwargs: arguments of the environment.
+        observation_space, action_space: by default the environment's. Without both, observations of floats, of pictures
+            (uint8, (T, H, W, C)) and of texts need no space; integers and actions do.
+        max_episode_steps: time limit; by default the environment's, or the longest episode's.
+        reference_returns: returns that a normalised score maps to 0 and 100.
+        overwrite: replace a log of that name.
+
+    Returns:
+        The log's folder.
+
+    Raises:
+        ValueError: an episode or a space does not fit; the message names the episode, the field and the remedy.
+    """
+    if not NAME.fullmatch(name):
+        raise ValueError(f"name '{name}': use letters, digits, '-' and '_'")
+    final = Path(folder).absolute() / name
+    if final.exists() and not overwrite:
+        raise ValueError(f"{final}: already there; give another name, or overwrite=True")
+    listed = [one if isinstance(one, Episode) else _episode(number, one) for number, one in enumerate(episodes)]
+    if not listed:
+        raise ValueError("no episode given; give at least one")
+    kwargs = dict(environment_kwargs or {})
+    if environment is not None and (action_space is None or observation_space is None):
+        observed, acted, limit = _environment(environment, kwargs)
+        observation_space, action_space = observation_space or observed, action_space or acted
+        max_episode_steps = max_episode_steps or limit
+    if action_space is None:
+        remedy = "give environment, or action_space such as gymnasium.spaces.Box(low, high) or Discrete(n)"
+        raise ValueError(f"the range of actions is not known; {remedy}")
+    if observation_space is None:
+        observation_space = _inferred("observations", [episode.observations for episode in listed])
+    buffers = [_checked(n, episode, observation_space, action_space) for n, episode in enumerate(listed)]
+    temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "data").mkdir(parents=True)
+    try:
+        from minari.dataset.minari_storage import MinariStorage
+
+        storage = MinariStorage.new(
+            temporary / "data", observation_space, action_space, None, "hdf5", jpeg_encoding=False
+        )
+        about: dict[str, Any] = {"dataset_id": name, "minari_version": version("minari")}
+        if environment is not None:
+            about["env_spec"] = json.dumps(
+                {"id": environment, "max_episode_steps": max_episode_steps, "kwargs": kwargs, "additional_wrappers": []}
+            )
+        if reference_returns is not None:
+            about["ref_min_score"], about["ref_max_score"] = map(float, reference_returns)
+        storage.update_metadata(about)
+        storage.update_episodes(buffers)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def _episode(number: int, given: Mapping[str, Any]) -> Episode:
+    known = {field.name for field in fields(Episode)}
+    if strange := sorted(set(given) - known):
+        raise ValueError(f"episode {number}: unknown key '{strange[0]}'; keys: {', '.join(sorted(known))}")
+    if missing := sorted({"observations", "actions", "rewards"} - set(given)):
+        raise ValueError(f"episode {number}: no '{missing[0]}'")
+    return Episode(**given)
+
+
+def _environment(id: str, kwargs: dict[str, Any]) -> tuple[gymnasium.Space, gymnasium.Space, int | None]:
+    """Observation space, action space and time limit of an environment, whose package may be the user's own."""
+    import simulators
+
+    try:
+        with suppress(simulators.SimulatorError):  # gymnasium's own message says more of an id like module:Id
+            simulators.environment_spec(id)  # imports the package that registers the id
+        env = gymnasium.make(id, disable_env_checker=True, **kwargs)
+    except Exception as error:  # an environment's constructor may raise anything
+        remedy = "correct the id, or give observation_space and action_space"
+        raise ValueError(f"environment '{id}': {type(error).__name__}: {error}; {remedy}") from error
+    limit = env.spec.max_episode_steps if env.spec else None
+    env.close()
+    return env.observation_space, env.action_space, limit
+
+
+def _inferred(name: str, values: list[Any]) -> gymnasium.Space:
+    """The space of observations of all episodes, where it follows from their arrays."""
+    if isinstance(values[0], Mapping):
+        return spaces.Dict({key: _inferred(f"{name}/{key}", [one[key] for one in values]) for key in sorted(values[0])})
+    first = np.asarray(values[0])
+    if first.dtype.kind == "U":
+        return spaces.Text(max(len(text) for one in values for text in one) or 1, charset=string.printable)
+    if first.dtype.kind == "f":
+        return spaces.Box(-np.inf, np.inf, first.shape[1:], np.float32)
+    if first.dtype == np.uint8 and first.ndim == 4:
+        return spaces.Box(0, 255, first.shape[1:], np.uint8)
+    raise ValueError(
+        f"{name}: {first.dtype} {first.shape}: how many values these take is not known; give observation_space"
+    )
+
+
+def _checked(number: int, episode: Episode, observation_space: gymnasium.Space, action_space: gymnasium.Space) -> Any:
+    """The episode as Minari's buffer. ValueError names what does not fit."""
+    from minari.data_collector import EpisodeBuffer
+
+    where = f"episode {number}"
+    rewards = np.asarray(episode.rewards, np.float32)
+    T = len(rewards)
+    if rewards.ndim != 1 or T == 0:
+        raise ValueError(f"{where}: rewards are {rewards.shape}, expected (T,) with T of at least 1")
+    actions = _columns(f"{where}: actions", episode.actions, action_space, T)
+    if len(actions) != T:
+        raise ValueError(f"{where}: actions have {len(actions)} rows, rewards {T}; give one action per reward")
+    return EpisodeBuffer(
+        observations=_columns(f"{where}: observations", episode.observations, observation_space, T + 1),
+        actions=actions,
+        rewards=list(rewards),
+        terminations=[False] * (T - 1) + [bool(episode.terminated)],
+        truncations=[False] * (T - 1) + [bool(episode.truncated) or not episode.terminated],
+    )
+
+
+def _columns(name: str, values: Any, space: gymnasium.Space, rows: int) -> Any:
+    """Arrays of one episode, nested as the space is, of `rows` rows. One row may be missing at the end: the observation
+    that no action follows."""
+    if isinstance(space, spaces.Dict):
+        if not isinstance(values, Mapping) or set(values) != set(space.spaces):
+            given = sorted(values) if isinstance(values, Mapping) else type(values).__name__
+            raise ValueError(f"{name}: {given}, expected a dict with the keys {sorted(space.spaces)}")
+        return {key: _columns(f"{name}/{key}", values[key], part, rows) for key, part in space.spaces.items()}
+    if isinstance(space, spaces.Tuple):
+        if len(values) != len(space.spaces):
+            raise ValueError(f"{name}: {len(values)} parts, expected {len(space.spaces)}")
+        return tuple(_columns(f"{name}/{n}", one, part, rows) for n, (one, part) in enumerate(zip(values, space)))
+    if isinstance(space, spaces.Text):
+        texts = [str(text) for text in values]
+        return _padded(name, texts, rows, lambda: [*texts, texts[-1]])
+    array = np.asarray(values)
+    shape = tuple(space.shape or ())
+    assert space.dtype is not None
+    if array.ndim == 0 or (array.shape[1:] != shape and array.shape[1:] != (*shape, 1)):
+        raise ValueError(f"{name}: shape {array.shape}, expected (T, {', '.join(map(str, shape))})")
+    array = array.reshape(len(array), *shape)
+    if array.dtype.kind not in "fiub" or (array.dtype.kind == "f" and space.dtype.kind in "iu"):
+        raise ValueError(f"{name}: {array.dtype}, the space's are {space.dtype}; convert them")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"{name}: NaN or infinity in row {np.argwhere(~np.isfinite(array))[0][0]}; leave it out")
+    array = array.astype(space.dtype)
+    if not isinstance(space, spaces.Box) and not all(space.contains(row) for row in _natives(space, array)):
+        raise ValueError(f"{name}: a value outside {space}; give the space that holds all values")
+    return _padded(name, array, rows, lambda: np.concatenate([array, array[-1:]]))
+
+
+def _natives(space: gymnasium.Space, array: np.ndarray) -> Iterable[Any]:
+    return array if space.shape else (np.int64(value) for value in array)
+
+
+def _padded(name: str, values: Any, rows: int, repeat_last: Any) -> Any:
+    if len(values) == rows:
+        return values
+    if len(values) == rows - 1 and rows > 1 and "observations" in name:
+        return repeat_last()
+    raise ValueError(f"{name}: {len(values)} rows, expected one per reward")
