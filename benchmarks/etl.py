@@ -26,10 +26,10 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from etl.logs import Hdf5Log, ReplayLog
 from rich.console import Console
 
 from etl import build, sources
-from etl.logs import Hdf5Log, ReplayLog
 from schemas.dataset import Manifest
 from schemas.files import atomic_write
 

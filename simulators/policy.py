@@ -21,16 +21,6 @@ class PolicyError(ValueError):
     """A policy cannot be used; the message names the file or name, the field and the remedy."""
 
 
-class Rng(Protocol):
-    """What policies draw with: numpy's Generator, or an EpisodeRng for a batch of episodes with one each."""
-
-    def random(self, size: Any) -> np.ndarray: ...
-
-    def uniform(self, low: Any, high: Any, size: Any) -> np.ndarray: ...
-
-    def integers(self, low: Any, *, size: Any) -> np.ndarray: ...
-
-
 class EpisodeRng:
     """One generator per episode. The first dimension of a drawn array is a multiple of the episodes, each of which
     fills a block of its own."""
@@ -60,6 +50,10 @@ class EpisodeRng:
     def integers(self, low: Any, *, size: tuple[int, ...]) -> np.ndarray:
         """int64 in [0, low), which broadcasts to `size`."""
         return (np.asarray(low) * self.random(size)).astype(np.int64)
+
+
+Rng = EpisodeRng | np.random.Generator
+"""What policies draw with: an EpisodeRng for a batch of episodes, one generator where there is one episode."""
 
 
 class Policy(Protocol):

@@ -78,7 +78,7 @@ def rollout(
         drawing = rng.of(active) if isinstance(rng, EpisodeRng) else rng
         actions = policy.act(observations, reward, active.copy(), drawing)
         reward = np.zeros(len(environments), np.float32)
-        for row in np.flatnonzero(active):
+        for row in map(int, np.flatnonzero(active)):
             environment, observation, action = environments[row], latest[row], actions[row]
             seen = before(row, environment)
             try:
@@ -86,11 +86,11 @@ def rollout(
                 _require_finite(following, float(gained))
             except Exception as error:  # as at reset
                 latest[row], active[row] = _zeros(environment), False
-                yield Step(int(row), observation, action, error=error, before=seen)
+                yield Step(row, observation, action, error=error, before=seen)
                 continue
             latest[row], reward[row] = following, gained
             active[row] = not (terminated or truncated)
-            yield Step(int(row), observation, action, float(gained), terminated, truncated, following, before=seen)
+            yield Step(row, observation, action, float(gained), terminated, truncated, following, before=seen)
 
 
 def _require_finite(observation: dict[str, np.ndarray], reward: float = 0.0) -> None:

@@ -30,12 +30,16 @@ LEAVES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary,
 
 
 class SpaceError(ValueError):
-    """A space has no counterpart in a task; the message names the key, the space and a remedy."""
+    """A space has no counterpart in a task; the message names the key, the space and a remedy. `reason`: in a word."""
+
+    def __init__(self, detail: str, reason: str = "unsupported space"):
+        super().__init__(detail)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One array of a nested space: the field's key, the path to it (str: dict key, int: place in a tuple), its space."""
+    """One array of a nested space: the field's key, the path to it (dict keys, places in tuples), its own space."""
 
     key: str
     path: tuple[str | int, ...]
@@ -48,7 +52,9 @@ def leaves(space: spaces.Space) -> list[Leaf]:
     for leaf in found:
         if not isinstance(leaf.space, LEAVES):
             known = "Box, Discrete, MultiDiscrete, MultiBinary, Text, and Dict and Tuple of these"
-            raise SpaceError(f"'{leaf.key}' is a {type(leaf.space).__name__}; {known} can be read: wrap the environment")
+            raise SpaceError(
+                f"'{leaf.key}' is a {type(leaf.space).__name__}; {known} can be read: wrap the environment"
+            )
     if len({leaf.key for leaf in found}) < len(found):
         raise SpaceError("two observations have one key; rename the one that holds '/'")
     return found
@@ -107,8 +113,8 @@ def fields(space: spaces.Space) -> tuple[FieldSpec, ...]:
 def action(space: spaces.Space) -> ActionSpec:
     """The action space in a task's terms. SpaceError for one without bounds, or of several arrays."""
     if not isinstance(space, LEAVES) or isinstance(space, spaces.Text):
-        raise SpaceError(f"actions are a {type(space).__name__}; one Box, Discrete, MultiDiscrete or MultiBinary can be "
-                         "learned: wrap the environment")  # fmt: skip
+        known = "one Box, Discrete, MultiDiscrete or MultiBinary can be learned"
+        raise SpaceError(f"actions are a {type(space).__name__}; {known}: wrap the environment")
     size = math.prod(shape_of(space))
     if size == 0:
         raise SpaceError("an action has 0 values; record one of at least one")
@@ -117,17 +123,16 @@ def action(space: spaces.Space) -> ActionSpec:
     assert isinstance(space, spaces.Box)
     low, high = (tuple(map(float, np.ravel(bound))) for bound in (space.low, space.high))
     if not all(-math.inf < a < b < math.inf for a, b in zip(low, high)):
-        raise SpaceError(f"the action space spans [{min(low):g}, {max(high):g}] without bounds; wrap the environment in "
-                         "gymnasium's RescaleAction or bound it")  # fmt: skip
+        span = f"the action space spans [{min(low):g}, {max(high):g}]"
+        raise SpaceError(f"{span}; record it with gymnasium's RescaleAction or bounded", "unbounded action")
     return ActionSpec.continuous(low, high)
 
 
 def bounds(space: spaces.Space) -> tuple[np.ndarray, np.ndarray]:
     """Lowest value and number of values of each element of an integer space; they broadcast to its shape."""
-    if isinstance(space, spaces.Box):  # in float64 too: the span of an int64 is no int64
+    if isinstance(space, spaces.Box):
         low, high = space.low.astype(np.int64), space.high.astype(np.int64)
-        span = space.high.astype(np.float64) - space.low.astype(np.float64) + 1
-        return low, np.where(span > CHOICES, np.int64(2**62), high - low + 1)
+        return low, high - low + 1
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
         count = space.n if isinstance(space, spaces.Discrete) else space.nvec
         return np.asarray(space.start, np.int64), np.asarray(count, np.int64)
@@ -135,11 +140,11 @@ def bounds(space: spaces.Space) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _choices(key: str, space: spaces.Space, size: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(choices, start) of an integer space: a single number where all elements have the same, unless `size` is given."""
+    """(choices, start) of an integer space: one number for all elements where they agree, unless `size` is given."""
     low, count = bounds(space)
-    if count.max() > CHOICES:
-        raise SpaceError(f"'{key}' is {_brief(space)}: there are ids for {CHOICES} values of a number; leave it out or "
-                         "make it a Box of floats")  # fmt: skip
+    if _most(space) > CHOICES:
+        remedy = f"there are ids for {CHOICES}; make it a Box of floats, or leave it out"
+        raise SpaceError(f"'{key}' takes {_most(space):g} values, {remedy}", "too many choices")
     pair = []
     for values in (count, low):
         flat = np.ravel(np.broadcast_to(values, (size,) if size and not shape_of(space) else shape_of(space)))
@@ -149,7 +154,7 @@ def _choices(key: str, space: spaces.Space, size: int | None = None) -> tuple[tu
 
 
 def flatten(found: list[Leaf], observation: Any) -> dict[str, np.ndarray]:
-    """{key: array of one timestep} of an observation: float32, integers of 64 bits, uint8 pictures (H, W, C), strings."""
+    """{key: array of one timestep} of an observation: float32, int64, uint8 pictures (H, W, C), strings."""
     return {leaf.key: _array(leaf.space, _at(observation, leaf.path)) for leaf in found}
 
 
@@ -213,9 +218,11 @@ def id_of(env: gymnasium.Env) -> str:
     return env.spec.id if env.spec else type(env.unwrapped).__name__
 
 
-def _brief(space: spaces.Space) -> str:
-    text = str(space)
-    return text if len(text) < 80 else f"{text[:77]}..."
+def _most(space: spaces.Space) -> float:
+    """Most values that an element takes; in float64, since the span of an int64 is no int64."""
+    if isinstance(space, spaces.Box):
+        return float((space.high.astype(np.float64) - space.low.astype(np.float64) + 1).max())
+    return float(bounds(space)[1].max())
 
 
 def _nearest_size(pixels: int) -> int:

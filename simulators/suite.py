@@ -6,7 +6,7 @@ A suite is an instance of a subclass, in a file of its own: simulators/suites/NA
 package under the entry point group `gato.suites`, or in a module that `--import` names. All that differs between
 simulators is asked of the suite; nothing outside its file knows its name.
 
-Invariant: `owns`, `time_limit` and `reference` import no simulator.
+Invariant: `owns`, `time_limit`, `action_range` and `reference` import no simulator.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Suite:
     """Timesteps between two pictures of a film."""
     renders: ClassVar[bool] = False
     """Whether a picture needs the simulator to be made with `render`."""
-    policy_sees_screen: ClassVar[bool] = False
-    """Whether `picture` is the game's own screen, which policies may play from."""
+    sees_screen: ClassVar[bool] = False
+    """Whether `picture` is the game's own screen, and observations are made of it."""
 
     def owns(self, id: str) -> bool:
         """Whether the id is this suite's."""
@@ -65,6 +65,10 @@ class Suite:
         """max_episode_steps of an id, None where it is not known without the simulator."""
         return None
 
+    def action_range(self, id: str) -> tuple[float, float] | None:
+        """Bounds of every action value, None where they are not known without the simulator."""
+        return None
+
     def reference(self, id: str) -> ScoreReference | None:
         """The returns of random and expert play that a score is normalised by."""
         return None
@@ -72,6 +76,10 @@ class Suite:
     def score(self, episode_return: float, reference: ScoreReference | None) -> tuple[float, str] | None:
         """Score and its kind where returns are not normalised by a reference; None where they are."""
         return None
+
+    def clips_rewards(self, source: str) -> bool:
+        """Whether logs of that source hold rewards clipped to ±1."""
+        return False
 
     def register(self) -> None:
         """Import what provides the ids. SimulatorError names the package to install."""
@@ -91,7 +99,9 @@ class Suite:
         near = near or get_close_matches(f"ALE/{id}", gymnasium.registry, n=3, cutoff=0.4)
         own = f"an environment of your own is written MODULE:{id}, or MODULE is named by --import"
         examples = ", ".join(near) or "Hopper-v4"
-        raise UnknownEnvironment(f"unknown environment '{id}'; use a gymnasium id with its version, e.g. {examples}; {own}")
+        raise UnknownEnvironment(
+            f"unknown environment '{id}'; use a gymnasium id with its version, e.g. {examples}; {own}"
+        )
 
     def build(self, environment: EnvironmentSpec, render: bool) -> gymnasium.Env:
         """The raw environment; raises whatever its constructor raises."""
@@ -129,9 +139,7 @@ class Suite:
             if id.startswith(prefix):
                 expert = make(env)
                 if noise and getattr(expert, "reads_state", False):
-                    raise PolicyError(
-                        "the bot plans on its own actions and cannot follow others; leave --noise out"
-                    )
+                    raise PolicyError("the bot plans on its own actions and cannot follow others; leave --noise out")
                 return expert
         return None
 
@@ -140,4 +148,3 @@ class Suite:
         name, _, version = id.rpartition("-")
         name = name or version
         return name.lower().replace("/", "-").replace(":", "-"), version if name != version else "v0"
-

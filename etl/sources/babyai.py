@@ -3,9 +3,9 @@
 Minari dataset of minigrid: observations/{direction (T+1,), image (T+1, 7, 7, 3) uint8 symbols, mission strings}
     -> fields 'mission' (text), 'image' (56x56x3, padded to 64x64: 16 patches), 'direction' (0 to 3)
 
-`image` is drawn as minigrid draws it (simulators/suites/minigrid.py). Minari's `minigrid/BabyAI-LEVEL/optimal-v0` are such
-datasets, and so is what `python -m etl.record -e BabyAI-GoToLocal-v0` writes from minigrid's bot. All else is as in
-etl/sources/minari.py.
+`image` is drawn as minigrid draws it (simulators/suites/minigrid.py). Minari's `minigrid/BabyAI-LEVEL/optimal-v0`
+are such datasets, and so is what `python -m etl.record -e BabyAI-GoToLocal-v0` writes from minigrid's bot. All else is
+as in etl/sources/minari/.
 
 Invariant: a log's picture is the one that the simulator shows to an agent in the same state.
 """

@@ -27,9 +27,9 @@ from torch.nn import functional as F
 
 from etl.tokenizers.image import resize
 from eval.baselines import Training, device, flatten, load_folder, optimise, save_folder, whole
-from eval.episode_rng import Draws
 from schemas.episode import FieldSpec, TaskSpec
 from shards.views import Trajectory
+from simulators.policy import EpisodeRng
 
 FORMAT = "gato.baseline.dt"
 STACK = 4
@@ -281,7 +281,7 @@ class Policy:
         observations: dict[str, np.ndarray],
         previous_reward: np.ndarray,
         active: np.ndarray,
-        rng: Draws | np.random.Generator,
+        rng: EpisodeRng | np.random.Generator,
     ) -> np.ndarray:
         """{key: (B, ...)} -> actions (B, A) float32; or (B,) int64, drawn from the softmax as in the paper."""
         where = device()

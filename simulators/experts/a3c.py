@@ -53,7 +53,7 @@ class A3C:
 
     def check(self, observation_size: int, action_size: int, environment: str) -> None:
         """PolicyError unless `environment` is an Atari game with as many actions as the policy has."""
-        if not self.suite.policy_sees_screen:
+        if not self.suite.sees_screen:
             raise PolicyError(f"{self.name}: plays Atari games, not {environment}; give another --policy")
         needed = int(self.env.action_space.n)  # type: ignore[attr-defined]
         if self.actions != needed:

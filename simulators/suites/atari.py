@@ -42,7 +42,7 @@ class Atari(Suite):
     distributions = ("ale-py",)
     recorded_as = "atari"
     film_every = 4
-    policy_sees_screen = True
+    sees_screen = True
     experts = {
         "ALE/Pong-": lambda env: scripted.Pong(),
         "ALE/Breakout-": lambda env: scripted.Breakout(),
@@ -51,6 +51,9 @@ class Atari(Suite):
 
     def owns(self, id: str) -> bool:
         return id.startswith("ALE/")
+
+    def clips_rewards(self, source: str) -> bool:
+        return source == self.recorded_as
 
     def register(self) -> None:
         super().register()

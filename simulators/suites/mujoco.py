@@ -40,6 +40,10 @@ class MuJoCo(Suite):
     def time_limit(self, id: str) -> int | None:
         return environments().get(id, {}).get("max_episode_steps")
 
+    def action_range(self, id: str) -> tuple[float, float] | None:
+        low, high = environments().get(id, {}).get("actions", (-1.0, 1.0))
+        return (low, high) if id in environments() else None
+
     def reference(self, id: str) -> ScoreReference | None:
         return body_reference(id)
 
