@@ -333,7 +333,7 @@ def _scan_run(files: list[Path], options: Options) -> TaskScan:
         name,
         Atari.name,
         (_field(frame, options.frames),),
-        ActionSpec("discrete", 1, choices=game.actions),
+        ActionSpec.discrete(game.actions),
         environment(f"ALE/{game.name}-v5"),
         game.score,
         limit,

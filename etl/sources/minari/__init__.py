@@ -141,7 +141,7 @@ class Minari:
             return stored
         if spec.kind == "image":
             return stored.reshape(len(stored), *spec.shape)
-        return disk.float32(stored) if spec.kind == "continuous" else disk.from_zero(spec.key, space, stored)
+        return disk.float32(stored) if spec.kind == "continuous" else disk.integers(spec.key, space, stored)
 
     def action(self, space: spaces.Space) -> ActionSpec:
         """The action space. SpaceError where it has no bounds or holds more than one array."""
@@ -217,7 +217,7 @@ class Minari:
                         observation[leaf.key] = self.values(spec, leaf.space, stored)
                 stored = disk.rows_of(group, ("actions",), action, T, T, size)
                 discrete = task.action.kind == "discrete"
-                actions = disk.from_zero("action", action, stored) if discrete else disk.float32(stored)
+                actions = disk.integers("action", action, stored) if discrete else disk.float32(stored)
                 return RawEpisode(
                     observation=observation,
                     action=actions.reshape((T,) if discrete and size == 1 else (T, size)),

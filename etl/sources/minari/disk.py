@@ -104,11 +104,11 @@ def where(leaf: Leaf) -> tuple[str, ...]:
     return tuple(f"_index_{step}" if isinstance(step, int) else step for step in leaf.path)
 
 
-def from_zero(key: str, space: spaces.Space, stored: np.ndarray) -> np.ndarray:
-    """Integers (T, ...) less the space's lowest values. EpisodeError where one lies outside the space."""
+def integers(key: str, space: spaces.Space, stored: np.ndarray) -> np.ndarray:
+    """Integers (T, ...) int64. EpisodeError where one lies outside the space."""
     low, count = rules.bounds(space)
-    values = stored.astype(np.int64) - low
-    outside = (values < 0) | (values >= count)
+    values = stored.astype(np.int64)
+    outside = (values - low < 0) | (values - low >= count)
     if outside.any():
         raise EpisodeError("out of range", f"'{key}' leaves its space at timestep {np.argwhere(outside)[0][0]}")
     return values
