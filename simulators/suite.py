@@ -106,8 +106,8 @@ class Suite:
     def build(self, environment: EnvironmentSpec, render: bool) -> gymnasium.Env:
         """The raw environment; raises whatever its constructor raises."""
         self.require(environment.id)
-        kwargs = dict(environment.kwargs) | ({"render_mode": "rgb_array"} if render else {})
-        return gymnasium.make(environment.id, disable_env_checker=True, **kwargs)
+        mode = "rgb_array" if render else None
+        return gymnasium.make(environment.id, disable_env_checker=True, render_mode=mode, **environment.kwargs)
 
     def observe(self, raw: gymnasium.Env, environment: EnvironmentSpec) -> gymnasium.Env:
         """`raw` with observations {key: array of one timestep}. simulators.spaces.SpaceError where it has none."""

@@ -44,7 +44,8 @@ class AnyGymnasium(Suite):
     def build(self, environment: EnvironmentSpec, render: bool) -> gymnasium.Env:
         self.require(environment.id)
         name = environment.id.rpartition(":")[2]
-        return super().build(replace(environment, id=name), render and _draws_itself(name))
+        mode = {"render_mode": "rgb_array"} if render and _draws_itself(name) else {}  # it may know no render_mode
+        return gymnasium.make(name, disable_env_checker=True, **environment.kwargs | mode)
 
     def settings(self, environment: EnvironmentSpec) -> dict[str, Any]:
         self.require(environment.id)
