@@ -95,7 +95,12 @@ class MinariWriter:
 def _columns(space: spaces.Space, observations: list[Any]) -> Any:
     """Observations, one per timestep, as the columns of an EpisodeBuffer: nested as the space is."""
     if isinstance(space, spaces.Dict):
-        return {key: _columns(part, [one[key] for one in observations]) for key, part in space.spaces.items()}
+        # in the order of the observation, which decides the file's bytes
+        return {
+            key: _columns(space[key], [one[key] for one in observations])
+            for key in observations[0]
+            if key in space.keys()
+        }
     if isinstance(space, spaces.Tuple):
         return tuple(_columns(part, [one[n] for one in observations]) for n, part in enumerate(space.spaces))
     return observations if isinstance(space, spaces.Text) else np.stack(observations)
