@@ -99,7 +99,7 @@ def _columns(space: spaces.Space, observations: list[Any]) -> Any:
         return {
             key: _columns(space[key], [one[key] for one in observations])
             for key in observations[0]
-            if key in space.keys()
+            if key in space.spaces
         }
     if isinstance(space, spaces.Tuple):
         return tuple(_columns(part, [one[n] for one in observations]) for n, part in enumerate(space.spaces))
