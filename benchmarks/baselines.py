@@ -24,7 +24,7 @@ TASK = TaskSpec(
     "hopper",
     "d4rl",
     (FieldSpec("observation", "continuous", (OBSERVATIONS,)),),
-    ActionSpec("continuous", ACTIONS),
+    ActionSpec.continuous(-1.0, 1.0, ACTIONS),
     EnvironmentSpec("mujoco", "Hopper-v4"),
 )
 

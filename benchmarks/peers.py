@@ -180,7 +180,7 @@ def _spaces(gymnasium: ModuleType, spec: TaskSpec, values: np.ndarray) -> Any:
     else:
         environment.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, values.shape[1:], np.float32)
     if spec.action.kind == "discrete":
-        environment.action_space = gymnasium.spaces.Discrete(spec.action.choices)
+        environment.action_space = gymnasium.spaces.Discrete(spec.action.choices[0])
     else:
         environment.action_space = gymnasium.spaces.Box(-1, 1, (spec.action.size,), np.float32)
     environment.spec = gymnasium.envs.registration.EnvSpec(spec.environment.id)

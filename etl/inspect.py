@@ -27,17 +27,19 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from etl.inspection.canvas import patch_corners
 from etl.inspection.decoded import Dimension, InspectError, TaskView, Timestep, Token, share
 from etl.tokenizers.text import TextTokenizer
 from schemas.dataset import REJECTED_NAME
-from schemas.episode import FieldSpec
+from schemas.episode import ActionSpec, FieldSpec
 from schemas.files import atomic_write
-from schemas.layout import PATCH_SIZE, ROLE_NAMES
+from schemas.layout import PATCH_SIZE, ROLE_NAMES, picture_size
 from shards.reader import Dataset
 
 TEMPLATE = Path(__file__).parent / "inspection" / "inspect.html"
@@ -84,8 +86,7 @@ def facts(view: TaskView, rejected: list[dict]) -> Facts:
         ("returns", _quantiles(s.returns)),
         ("a timestep", f"{' + '.join(parts)}" + (f" = {layout.length} tokens" if layout.length > 1 else " token")),
         ("observation", "; ".join(fields)),
-        ("action space", "none" if action is None else f"{action.size} discrete, {action.choices} choices"
-         if action.kind == "discrete" else f"{action.size} continuous in [{action.low:g}, {action.high:g}]"),
+        ("action space", "none" if action is None else _space(action)),
         ("environment", f"{environment.id} ({environment.suite})" if environment else "none"),
         ("clipped", "; ".join(
             f"{share(count, total)} {what}" for what, count, total in (
@@ -142,7 +143,7 @@ def page(views: list[TaskView], steps: list[Timestep], words: list[Facts], rejec
     ]  # fmt: skip
     return templates.from_string(TEMPLATE.read_text("utf-8")).render(
         manifest=views[0].dataset.manifest, views=views, shown=shown, rejected=rejected, first=FIRST_LINES,
-        reasons=_reasons(rejected), panels=PANELS, patch=PATCH_SIZE,
+        reasons=_reasons(rejected), panels=PANELS, patch=PATCH_SIZE, corners=patch_corners,
     )  # fmt: skip
 
 
@@ -202,14 +203,12 @@ def _draw_picture(axes: Axes, view: TaskView, step: Timestep) -> None:
     if step.text:
         main.set_title(textwrap.shorten(step.text, 90), fontsize=11, parse_math=False)
     main.imshow(step.picture[..., 0] if channels == 1 else step.picture, cmap="gray", vmin=0, vmax=255)
-    main.set_xticks(np.arange(0, width + 1, PATCH_SIZE) - 0.5, [])
-    main.set_yticks(np.arange(0, height + 1, PATCH_SIZE) - 0.5, [])
-    main.grid(color=GRID, linewidth=0.8)
-    main.tick_params(length=0)
+    main.set_xticks([])
+    main.set_yticks([])
     label = {"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 1}
-    for n in range(view.layout.patches):
-        row, column = divmod(n, view.layout.patch_columns)
-        main.text(column * PATCH_SIZE + 0.6, row * PATCH_SIZE + 3, str(n), color=GRID, fontsize=9, bbox=label)
+    for n, (left, top) in enumerate(patch_corners(view.layout)):
+        main.add_patch(Rectangle((left - 0.5, top - 0.5), PATCH_SIZE, PATCH_SIZE, fill=False, color=GRID, lw=0.8))
+        main.text(left + 0.6, top + 3, str(n), color=GRID, fontsize=9, bbox=label)
     film = axes.inset_axes((0, 0, 1, 0.26))
     gap = np.full((height, 3, channels), 255, np.uint8)
     frames = [part for _, _, frame in step.strip for part in (frame, gap)]
@@ -318,7 +317,22 @@ def _reasons(rejected: list[dict]) -> str:
 
 
 def _fitted(field: FieldSpec) -> str:
-    return f" brought to {field.resized[0]}x{field.resized[1]} pixels ({field.fit})" if field.resized else ""
+    if field.kind != "image":
+        return ""
+    (height, width), stack = picture_size(field), f", the newest of {field.stack} frames" if field.stack > 1 else ""
+    fit = field.fit if field.resized else "pad"
+    return f" brought to {height}x{width} pixels ({fit}){stack}" if (height, width) != field.shape[:2] else stack
+
+
+def _space(action: ActionSpec) -> str:
+    """An action space in words: one range for all dimensions, or each dimension's."""
+    if action.kind == "discrete":
+        choices = sorted(set(action.choices))
+        starts = "" if not any(action.start) else f" from {', '.join(map(str, action.start))}"
+        listed = ", ".join(map(str, choices if len(choices) == 1 else action.choices))
+        return f"{action.size} discrete, {listed} choices{starts}"
+    ranges = [f"[{low:g}, {high:g}]" for low, high in zip(action.low, action.high)]
+    return f"{action.size} continuous in {ranges[0] if len(set(ranges)) == 1 else ', '.join(ranges)}"
 
 
 def _quantiles(returns: tuple[float, ...] | None) -> str:

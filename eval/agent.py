@@ -70,7 +70,7 @@ class AgentConfig:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Timesteps of a demonstration: tokens (T, stored) uint16, patches (T, P, 16, 16, C) or None."""
+    """Timesteps of a demonstration: tokens (T, stored) uint16, patches (T, *patch_shape) uint8 or None."""
 
     tokens: np.ndarray
     patches: np.ndarray | None
@@ -129,6 +129,7 @@ class GatoAgent:
         if self.decoding == "mean" and not continuous:
             raise ValueError(f"task '{task.name}': the mean of bins has no meaning for discrete actions")
         self.ids = self.tokenizer.action_ids
+        """Of each of an action's tokens."""
         weight = model.tokens.weight.detach()
         self.device, self.dtype = weight.device, weight.dtype
         self.rows_needed = ROWS if config.batch_invariant and self.device.type == "cpu" else 1
@@ -136,13 +137,14 @@ class GatoAgent:
         self.replay: Replay | None = None
         if self.launch == "auto":
             self.launch = "graph" if self.device.type == "cuda" and rolling else "plain"
-        self.head = weight[self.ids.start : self.ids.stop]
+        first = self.ids[0].start
+        self.head = weight[first : max(ids.stop for ids in self.ids)]
         self.slots = self.window * self.layout.length
         with torch.inference_mode():
             roles, positions = (torch.from_numpy(x) for x in (self.layout.roles, self.layout.local_positions))
             self.local = model.local(roles.to(self.device), positions.to(self.device))
             self.slot = torch.arange(self.slots, device=self.device)
-            self.centres = torch.from_numpy(bin_centres(self.ids.size)).to(self.device)
+            self.centres = torch.from_numpy(bin_centres(len(self.head))).to(self.device)
             self.patch_centres = torch.from_numpy(self.layout.patch_centres).to(self.device)
 
     @torch.inference_mode()
@@ -237,22 +239,24 @@ class GatoAgent:
             angles = None if rope is None else rope[:, part]
             filled = self._filled(x) if len(x) * x.shape[1] < self.rows_needed else x
             hidden = self.model.step(filled, self.cache, slots[part], mask[part], angles, blocks)[: len(x), -1]
-            logits = F.linear(self._filled(hidden), self.head)[: len(x)]
-            chosen.append(self.ids.start + self._choose(logits, points[:, column, None]))
+            ids = self.ids[column]
+            logits = F.linear(self._filled(hidden), self.head)[: len(x), : ids.size]
+            chosen.append(ids.start + self._choose(logits, points[:, column, None]))
             x = self._embed_actions(chosen[-1][:, None], column)
             begin, end = end, end + 1
         return torch.stack(chosen, dim=1)
 
     def _choose(self, logits: Tensor, points: Tensor) -> Tensor:
         """Restricted logits (n, ids) and points (n, 1) in [0, 1) to choices (n,) in [0, ids)."""
+        count = logits.shape[1]
         if self.decoding == "greedy":
             return logits.argmax(dim=1)
         odds = (logits.double() / self.config.temperature).softmax(dim=1)
         if self.decoding == "mean":
-            place = ((odds * self.centres).sum(dim=1) + 1) * (self.ids.size / 2)
+            place = ((odds * self.centres).sum(dim=1) + 1) * (count / 2)
         else:
             place = (odds.cumsum(dim=1) < points).sum(dim=1)
-        return place.long().clamp(max=self.ids.size - 1)
+        return place.long().clamp(max=count - 1)
 
     def _places(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Slots (T,) of the tokens with these numbers, ascending; what each attends to (T, slots), 0 or -inf: tokens
@@ -276,11 +280,11 @@ class GatoAgent:
         return torch.from_numpy(ids).to(self.device)
 
     def _embed(self, ids: Tensor, pixels: np.ndarray | None) -> Tensor:
-        """Columns [0, k) of m timesteps (m, k), patches (m, P, 16, 16, C) -> (m, k, W)."""
+        """Columns [0, k) of m timesteps (m, k), pixels (m, *patch_shape) -> (m, k, W)."""
         x = self.model.tokens(ids)
         if pixels is not None:
             first, count = self.layout.text, self.layout.patches
-            flat = torch.from_numpy(pixels).to(self.device).flatten(0, 1)
+            flat = torch.from_numpy(self.layout.level_patches(pixels)).to(self.device).flatten(0, 1)
             embedded = self.model.patches(flat, self.patch_centres.repeat(len(pixels), 1))
             x[:, first : first + count] = embedded.view(len(pixels), count, -1).to(x.dtype)
         return x + self.local[: ids.shape[1]]

@@ -18,16 +18,18 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from pydantic import TypeAdapter, ValidationError
 
-from schemas.episode import STRICT, TaskSpec
+from schemas import upgrade
+from schemas.task import STRICT, TaskSpec
 from schemas.vocabulary import Vocabulary
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST_NAME = "dataset.json"
 INDEX_NAME = "index.arrow"
 SHARDS_NAME = "shards.arrow"
@@ -171,17 +173,21 @@ class Manifest:
         """Of all files but the manifest."""
         return sum(file.bytes for file in self.files) + sum(task.bytes for task in self.tasks)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """sha256 over everything above but the name: equal for equal content."""
-        body = asdict(self) | {"name": ""}
-        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        """sha256 over everything above but the name: equal for equal content. One of an older schema keeps the
+        fingerprint that it was written with, so that runs and tables that name it still agree."""
+        return _fingerprint(asdict(self))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
 
 
 _MANIFEST: TypeAdapter[Manifest] = TypeAdapter(Manifest)
+
+
+def _fingerprint(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body | {"name": ""}, sort_keys=True).encode()).hexdigest()
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -206,15 +212,19 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
     if not isinstance(raw, dict) or raw.get("schema") != "gato.dataset":
         raise DatasetError(f"{path}: not a Gato dataset manifest; point at a folder that python -m etl.build wrote")
     version = raw.get("schema_version")
-    if version != SCHEMA_VERSION:
+    if not isinstance(version, int) or not upgrade.OLDEST_SCHEMA <= version <= SCHEMA_VERSION:
         newer = isinstance(version, int) and version > SCHEMA_VERSION
         remedy = "update this package" if newer else "rebuild the dataset with python -m etl.build"
-        raise DatasetError(f"{path}: schema version {version}, this package reads {SCHEMA_VERSION}; {remedy}")
+        known = f"{upgrade.OLDEST_SCHEMA} to {SCHEMA_VERSION}"
+        raise DatasetError(f"{path}: schema version {version}, this package reads {known}; {remedy}")
+    old = version < SCHEMA_VERSION
     try:
-        manifest = _MANIFEST.validate_python(raw)
+        manifest = _MANIFEST.validate_python(upgrade.manifest(raw, SCHEMA_VERSION) if old else raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise DatasetError(f"{path}: field '{where}': {first['msg']}; rebuild it with python -m etl.build") from None
     manifest.vocabulary.require(manifest.vocabulary_fingerprint, path)
+    if old:
+        vars(manifest)["fingerprint"] = _fingerprint(raw)
     return manifest

@@ -1,22 +1,32 @@
-"""Raw episodes and the tasks they belong to, before any token is made.
+"""Raw episodes, before any token is made.
 
-A source yields `RawEpisode`s of one `TaskSpec`. The task says what the arrays
-mean (fields, action space, environment, score references); the episode holds
-them. `RawEpisode.check` is the one gate between logs and tokens.
+log -> source -> RawEpisode of a TaskSpec -> check, the one gate between logs and tokens -> etl.tokenizers
 
-Invariant: an episode that passed `check` has T >= 1 timesteps, arrays of the
-task's shapes, and no value that is not finite.
+Invariant: an episode that passed `check` has T >= 1 timesteps, arrays of the task's shapes, and no value that is
+not finite or outside its space.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
 
 import numpy as np
-from pydantic import ConfigDict
 
-STRICT = ConfigDict(extra="forbid")
+from schemas.task import STRICT, ActionSpec, EnvironmentSpec, FieldSpec, ScoreReference, TaskSpec
+
+__all__ = [
+    "ACTION_REACH",
+    "STRICT",
+    "ActionSpec",
+    "Document",
+    "EnvironmentSpec",
+    "EpisodeError",
+    "FieldSpec",
+    "RawEpisode",
+    "ScoreReference",
+    "TaskSpec",
+]
+
 # Policies with unclipped noise overshoot their range; nothing but damage lies this many half-ranges out.
 ACTION_REACH = 10.0
 
@@ -28,71 +38,6 @@ class EpisodeError(ValueError):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
-
-
-@dataclass(frozen=True)
-class EnvironmentSpec:
-    """A simulator: suite ('mujoco', 'atari', 'robotics', ...), gymnasium id with version, make() arguments."""
-
-    __pydantic_config__ = STRICT
-    suite: str
-    id: str
-    kwargs: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class FieldSpec:
-    """One observation field. `shape` is that of one timestep in the log: (11,), (84, 84, 1).
-
-    kind 'continuous': any real, mu-law companded. 'discrete': integers in [0, choices).
-    'image': uint8 (H, W, C), brought to `resized` (H', W'), multiples of 16, as `fit` says: filtered to that
-    size, or padded with zeros at the bottom and the right. 'text': a string a timestep; `shape` is (N,), the
-    tokens that it is cut or padded to.
-    """
-
-    __pydantic_config__ = STRICT
-    key: str
-    kind: Literal["continuous", "discrete", "image", "text"]
-    shape: tuple[int, ...]
-    choices: int = 0
-    resized: tuple[int, int] | None = None
-    fit: Literal["resize", "pad"] = "resize"
-
-
-@dataclass(frozen=True)
-class ActionSpec:
-    """Action space: `size` values a timestep, each continuous in [low, high] or discrete in [0, choices)."""
-
-    __pydantic_config__ = STRICT
-    kind: Literal["continuous", "discrete"]
-    size: int
-    choices: int = 0
-    low: float = -1.0
-    high: float = 1.0
-
-
-@dataclass(frozen=True)
-class ScoreReference:
-    """Raw returns that a normalised score maps to 0 and 100: score = 100 (R - low) / (high - low)."""
-
-    __pydantic_config__ = STRICT
-    kind: Literal["d4rl", "human"]
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class TaskSpec:
-    """What one dataset's episodes mean. `name` is the dataset's id, e.g. 'hopper-medium-v2'."""
-
-    __pydantic_config__ = STRICT
-    name: str
-    source: str
-    observation: tuple[FieldSpec, ...]
-    action: ActionSpec | None
-    environment: EnvironmentSpec | None = None
-    score: ScoreReference | None = None
-    max_episode_steps: int = 1000
 
 
 @dataclass
@@ -137,25 +82,23 @@ class RawEpisode:
             kind = {"continuous": "f", "discrete": "iu", "image": "u", "text": "U"}[spec.kind]
             values = self.observation[spec.key]
             _check_values(spec.key, values, (T,) if spec.kind == "text" else (T, *spec.shape), kind)
-            if spec.kind == "discrete" and (values.min() < 0 or values.max() >= spec.choices):
-                raise EpisodeError("out of range", f"'{spec.key}' outside [0, {spec.choices})")
-        if task.action.kind == "continuous":
-            _check_values("action", self.action, (T, task.action.size), "f")
-            middle, half = (task.action.high + task.action.low) / 2, (task.action.high - task.action.low) / 2
-            furthest = float(np.abs(self.action - middle).max())
-            if furthest > ACTION_REACH * half:
+            if spec.kind == "discrete":
+                _check_choices(f"'{spec.key}'", values.reshape(T, -1), spec.start, spec.choices)
+        action = task.action
+        if action.kind == "continuous":
+            _check_values("action", self.action, (T, action.size), "f")
+            low, high = np.array(action.low), np.array(action.high)
+            distance = np.abs(self.action - (high + low) / 2)
+            if (distance > ACTION_REACH * (high - low) / 2).any():
+                d = int((distance / (high - low)).max(axis=0).argmax())
                 raise EpisodeError(
                     "out of range",
-                    f"an action lies {furthest:g} from the middle of [{task.action.low:g}, {task.action.high:g}]",
+                    f"an action lies {distance[:, d].max():g} from the middle of [{low[d]:g}, {high[d]:g}]"
+                    + (f" in dimension {d}" if action.size > 1 else ""),
                 )
             return
-        shape = (T,) if task.action.size == 1 else (T, task.action.size)
-        _check_values("action", self.action, shape, "iu")
-        low, high = int(self.action.min()), int(self.action.max())
-        if low < 0 or high >= task.action.choices:
-            raise EpisodeError(
-                "out of range", f"actions span [{low}, {high}], the environment has {task.action.choices}"
-            )
+        _check_values("action", self.action, (T,) if action.size == 1 else (T, action.size), "iu")
+        _check_choices("actions", self.action.reshape(T, -1), action.start, action.choices)
 
 
 @dataclass(frozen=True)
@@ -184,3 +127,16 @@ def _check_values(name: str, values: np.ndarray, shape: tuple[int, ...], kinds: 
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         row = int(np.argwhere(~np.isfinite(values))[0][0])
         raise EpisodeError("not finite", f"'{name}' holds NaN or infinity at timestep {row}")
+
+
+def _check_choices(name: str, values: np.ndarray, start: tuple[int, ...], choices: tuple[int, ...]) -> None:
+    """values (T, N) integers against N starts and numbers of choices, or one for all."""
+    lowest, highest = values.min(axis=0), values.max(axis=0)
+    least = np.broadcast_to(start, lowest.shape)
+    most = least + np.broadcast_to(choices, lowest.shape) - 1
+    wrong = (lowest < least) | (highest > most)
+    if wrong.any():
+        d = int(wrong.argmax())
+        where = f" in dimension {d}" if len(wrong) > 1 else ""
+        spans = f"[{lowest[d]}, {highest[d]}]{where}, allowed are [{least[d]}, {most[d]}]"
+        raise EpisodeError("out of range", f"{name} span {spans}")

@@ -1,10 +1,9 @@
 """Token id ranges: which integers mean text, observation, action and separator.
 
-A vocabulary is pure data. Its fingerprint is written into every manifest and
-checkpoint, so tokens made under one layout are never read under another.
+A vocabulary is pure data. Its fingerprint is written into every manifest and checkpoint, so tokens made under one
+layout are never read under another.
 
-Invariant: ranges of one vocabulary are half-open, lie in [0, size) and every id
-fits in uint16.
+Invariant: ranges of one vocabulary are half-open, lie in [0, size) and every id fits in uint16.
 """
 
 from __future__ import annotations
@@ -14,6 +13,11 @@ import json
 from dataclasses import dataclass
 
 import numpy as np
+
+# What files made before a vocabulary got its present name call it. Its fingerprint is still that of the former name, so
+# that all of them go together.
+FORMER_NAMES = {"seed": "disjoint"}
+_HASHED_NAMES = {now: former for former, now in FORMER_NAMES.items()}
 
 
 class VocabularyMismatch(ValueError):
@@ -49,10 +53,14 @@ class Vocabulary:
     mu: float = 100.0
     scale: float = 256.0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", FORMER_NAMES.get(self.name, self.name))
+
     @property
     def fingerprint(self) -> str:
         """sha256 of the canonical JSON form, 64 hex digits."""
-        return hashlib.sha256(json.dumps(self, default=vars, sort_keys=True).encode()).hexdigest()
+        body = json.loads(json.dumps(self, default=vars)) | {"name": _HASHED_NAMES.get(self.name, self.name)}
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
     @property
     def padded_size(self) -> int:
@@ -82,8 +90,8 @@ def bin_centres(bins: int) -> np.ndarray:
     return (np.arange(bins) + 0.5) * (2.0 / bins) - 1.0
 
 
-SEED = Vocabulary(
-    name="seed",
+DISJOINT = Vocabulary(
+    name="disjoint",
     text=IdRange(0, 32000),
     observation_continuous=IdRange(32000, 1024),
     observation_discrete=IdRange(32000, 1024),
@@ -92,6 +100,8 @@ SEED = Vocabulary(
     separator=34048,
     size=34049,
 )
+
+SEED = DISJOINT  # until every branch has the new name
 
 PAPER = Vocabulary(
     name="paper",
@@ -104,11 +114,12 @@ PAPER = Vocabulary(
     size=33025,
 )
 
-VOCABULARIES = {vocabulary.name: vocabulary for vocabulary in (SEED, PAPER)}
+VOCABULARIES = {vocabulary.name: vocabulary for vocabulary in (DISJOINT, PAPER)}
 
 
 def by_name(name: str) -> Vocabulary:
-    """The named vocabulary; ValueError lists the known names."""
+    """The vocabulary of a name, or of a former name; ValueError lists the known names."""
+    name = FORMER_NAMES.get(name, name)
     if name not in VOCABULARIES:
         raise ValueError(f"unknown vocabulary '{name}'; known: {', '.join(sorted(VOCABULARIES))}")
     return VOCABULARIES[name]

@@ -61,7 +61,7 @@ class Assembly:
             layout, M = self.tables.layouts[kind], int(self.tables.patches[kind])
             self._fill_tokens(batch, plan, layout, own, row, rows, buffers)
             if M:
-                self._fill_patches(batch, plan, layout, M, own, patches_at[row], patches_at[rows])
+                self._fill_patches(batch, plan, layout, M, own, row, rows, patches_at, buffers)
             starts_segment = spans.starts_segment[own]
             row, behind = row[starts_segment], spans.place[own][starts_segment] * layout.length
             batch.supervised[row, behind] = False
@@ -108,22 +108,28 @@ class Assembly:
         layout: TimestepLayout,
         M: int,
         own: np.ndarray,
+        row: np.ndarray,
+        rows: np.ndarray,
         patches_at: np.ndarray,
-        firsts: np.ndarray,
+        buffers: BufferPool,
     ) -> None:
-        """Copy the pixels of spans `own` (s,) of one layout, whose sequences' patches stand from `patches_at` (s,) on;
-        `firsts` (n,): the same of each sequence."""
-        P, size = layout.patches, PATCH_SIZE**2 * layout.channels
-        place = plan.spans.place[own] * P
-        shown = np.minimum(plan.spans.count[own] * P, M - place)  # the last timestep may be cut
-        target = patches_at + place
-        if batch.patches.shape[3] == layout.channels:
-            self._copy(plan, plan.spans.patches, own, target * size, shown * size, batch.patches.reshape(-1))
+        """Copy the pixels of spans `own` (s,), which are of `row` (s,) of a batch, to its rows (n,) of one layout.
+        `patches_at` (B,): the first patch of each sequence, of whose M the last timestep's may be cut off."""
+        P, size, spans = layout.patches, PATCH_SIZE**2 * layout.channels, plan.spans
+        if layout.patch_shape == (P, *batch.patches.shape[1:]):
+            place = spans.place[own] * P
+            shown = np.minimum(spans.count[own] * P, M - place)
+            target = (patches_at[row] + place) * size
+            self._copy(plan, spans.patches, own, target, shown * size, batch.patches.reshape(-1))
             return
-        grey = np.empty(int((target + shown).max()) * size, np.uint8)
-        self._copy(plan, plan.spans.patches, own, target * size, shown * size, grey)
-        for first in firsts.tolist():
-            batch.patches[first : first + M] = grey[first * size : (first + M) * size].reshape(M, *PATCH, -1)
+        W, size = -(-self.length // layout.length), layout.patch_bytes
+        stored = buffers.take("pictures", np.uint8, len(rows) * W * size)
+        target = (rows.searchsorted(row) * W + spans.place[own]) * size
+        self._copy(plan, spans.patches, own, target, spans.count[own] * size, stored)
+        for n, first in enumerate(patches_at[rows].tolist()):
+            grid = stored[n * W * size : (n + 1) * W * size].reshape(W, size)
+            level = layout.level_patches(grid, batch.patches.shape[3])
+            batch.patches[first : first + M] = level.reshape(W * P, *PATCH, -1)[:M]
 
     def _copy(
         self, plan: Plan, starts: np.ndarray, own: np.ndarray, target: np.ndarray, length: np.ndarray, out: np.ndarray

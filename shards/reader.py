@@ -35,7 +35,7 @@ from schemas.dataset import (
     parse_manifest,
 )
 from schemas.files import sha256_of
-from schemas.layout import PATCH_SIZE, layout_of
+from schemas.layout import layout_of
 from shards.cache import WHOLE, BadFile, Cache, CacheConfig, CacheFull
 from shards.folder import Folder
 from shards.maps import Maps, mapped_bytes
@@ -129,9 +129,9 @@ class Dataset:
         return self._array(row, "tokens", np.uint16, (self.layouts[self.column("task")[row]].stored,))
 
     def patches(self, row: int) -> np.ndarray:
-        """uint8 (T, P, 16, 16, C)."""
-        layout = self.layouts[self.column("task")[row]]
-        return self._array(row, "patches", np.uint8, (layout.patches, PATCH_SIZE, PATCH_SIZE, layout.channels))
+        """Pixels of a sample's patches, uint8 (T, *layout.patch_shape): (T, P, 16, 16, C), or bytes where pictures
+        differ in channels; `layout.split_patches` and `level_patches` read them."""
+        return self._array(row, "patches", np.uint8, self.layouts[self.column("task")[row]].patch_shape)
 
     def reward(self, row: int) -> np.ndarray:
         """float32 (T,)."""

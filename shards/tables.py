@@ -40,7 +40,7 @@ class Tables:
         self.supervised[:, 0] = False  # nothing stands before it
         self.patch_index = [np.flatnonzero(roles == PATCH).astype(np.int32) for roles in self.roles]
         self.patches = np.array([len(index) for index in self.patch_index])
-        self.channels = np.array([layout.channels if layout.patches else 1 for layout in self.layouts])
+        self.channels = np.array([max(1, layout.channels) for layout in self.layouts])
         self._drawn: dict[tuple[int, bool], np.ndarray] = {}
 
     def batch(self, task: np.ndarray, draws: np.ndarray, mean: bool, buffers: BufferPool) -> tuple[Batch, np.ndarray]:

@@ -25,7 +25,7 @@ from typing import Literal
 import numpy as np
 
 from schemas.dataset import DatasetError
-from schemas.layout import PATCH_SIZE, TimestepLayout
+from schemas.layout import TimestepLayout
 from shards.reader import Dataset
 from shards.sampler import fold_in, uniform_below
 
@@ -93,7 +93,7 @@ class TimelineTable:
         number = {dataset: n for n, dataset in enumerate(self.datasets)}
         facts = [(t.total, t.count, t.first, t.pieces, t.width, number[t.dataset]) for t in timelines]
         self.total, self.count, self.first, self.pieces, self.width, self.dataset_of_task = np.array(facts).T
-        sizes = [(2 * t.layout.stored, t.layout.patches * t.layout.channels * PATCH_SIZE**2) for t in timelines]
+        sizes = [(2 * t.layout.stored, t.layout.patch_bytes) for t in timelines]
         self.token_bytes, self.patch_bytes = np.array(sizes).T  # of a timestep
 
     def search(

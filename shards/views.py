@@ -10,22 +10,32 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from schemas.layout import PATCH_SIZE
-from schemas.vocabulary import IdRange
+from schemas.layout import PATCH_SIZE, Picture
 from shards.reader import Dataset
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One episode. observation (T, D) float32 for control tasks, frames (T, H, W, C) uint8 for image
-    tasks; action (T, A) float32 or (T,) int64; reward (T,) float32. complete: the log did not cut it."""
+    """One episode. observation (T, D) float32: all continuous fields; None where there are none; pictures: one
+    (T, H, W, 3 or 1) uint8 per picture of the layout; action (T, A) float32, or (T, A) or (T,) int64 as the environment
+    takes it; reward (T,) float32. complete: the log did not cut it."""
 
     observation: np.ndarray | None
-    frames: np.ndarray | None
+    pictures: tuple[np.ndarray, ...]
     action: np.ndarray
     reward: np.ndarray
     terminated: bool
     complete: bool
+
+    @property
+    def frames(self) -> np.ndarray | None:
+        """All pictures as one with the channels of all, (T, H, W, C); None where there are none. ValueError where they
+        differ in size."""
+        if len({picture.shape[:3] for picture in self.pictures}) > 1:
+            raise ValueError("the pictures of a timestep differ in size and cannot be joined to one")
+        if len(self.pictures) > 1:
+            return np.concatenate(self.pictures, axis=3)
+        return self.pictures[0] if self.pictures else None
 
     @property
     def returns_to_go(self) -> np.ndarray:
@@ -44,25 +54,30 @@ def _join(dataset: Dataset, task: int, rows: np.ndarray) -> Trajectory:
     layout, spec = dataset.layouts[task], dataset.manifest.tasks[task].spec
     vocabulary = dataset.manifest.vocabulary
     assert spec.action is not None
-    frames = None
+    pictures: tuple[np.ndarray, ...] = ()
     if layout.patches:
-        patches = np.concatenate([dataset.patches(int(row)) for row in rows])
-        grid = patches.reshape(-1, layout.patch_rows, layout.patch_columns, PATCH_SIZE, PATCH_SIZE, layout.channels)
-        height, width = layout.patch_rows * PATCH_SIZE, layout.patch_columns * PATCH_SIZE
-        frames = grid.transpose(0, 1, 3, 2, 4, 5).reshape(-1, height, width, layout.channels)
+        parts = zip(*(layout.split_patches(dataset.patches(int(row))) for row in rows))
+        pictures = tuple(map(_picture, layout.pictures, map(np.concatenate, parts)))
     observations = [o for row in rows if (o := dataset.observation(int(row))) is not None]
     if spec.action.kind == "continuous":
         action = np.concatenate([a for row in rows if (a := dataset.action(int(row))) is not None])
     else:
-        ids: IdRange = vocabulary.action_discrete
-        action = np.concatenate([dataset.tokens(int(row))[:, -layout.action :] for row in rows]).astype(np.int64)
-        action = action[:, 0] - ids.start if layout.action == 1 else action - ids.start
+        tokens = np.concatenate([dataset.tokens(int(row))[:, -layout.action :] for row in rows]).astype(np.int64)
+        action = tokens - vocabulary.action_discrete.start + np.array(spec.action.start)
+        action = action[:, 0] if layout.action == 1 else action
     terminated, truncated = (bool(dataset.column(name)[rows[-1]]) for name in ("terminated", "truncated"))
     return Trajectory(
         observation=np.concatenate(observations) if observations else None,
-        frames=frames,
+        pictures=pictures,
         action=action,
         reward=np.concatenate([dataset.reward(int(row)) for row in rows]),
         terminated=terminated,
         complete=terminated or truncated,
     )
+
+
+def _picture(picture: Picture, patches: np.ndarray) -> np.ndarray:
+    """(T, P, 16, 16, C) to (T, H, W, C)."""
+    grid = patches.reshape(-1, picture.rows, picture.columns, PATCH_SIZE, PATCH_SIZE, picture.channels)
+    height, width = picture.rows * PATCH_SIZE, picture.columns * PATCH_SIZE
+    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(-1, height, width, picture.channels)

@@ -32,6 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
+from schemas import upgrade
 from schemas.episode import STRICT, TaskSpec
 from schemas.files import atomic_write, sha256_of, sync_folder, temporary_name
 from schemas.vocabulary import Vocabulary
@@ -219,11 +220,16 @@ def export(folder: Path, weights: dict[str, torch.Tensor], info: ExportInfo) -> 
         file.write((json.dumps(body, indent=1) + "\n").encode())
 
 
+def parse_export(data: bytes) -> ExportInfo:
+    """The content of a model.json, of an older schema too. ValueError where it is none."""
+    return _EXPORT.validate_python(upgrade.tasks(json.loads(data)))
+
+
 def score_of(folder: Path) -> float:
     """Held-out loss that an export was made at; infinite where there is no such export."""
     try:
-        score = _EXPORT.validate_json((folder / "model.json").read_bytes()).training.get("held_out_loss")
-    except (OSError, ValidationError):
+        score = parse_export((folder / "model.json").read_bytes()).training.get("held_out_loss")
+    except (OSError, ValueError):
         return math.inf
     return math.inf if score is None else float(score)
 
@@ -235,8 +241,8 @@ def load_export(folder: Path, vocabulary: Vocabulary | None = None) -> tuple[Gat
     if not path.is_file():
         raise CheckpointError(f"{folder}: no model.json, so no export; train with deepspeed trainer/main.py")
     try:
-        info = _EXPORT.validate_json(path.read_text())
-    except (ValidationError, UnicodeDecodeError) as error:
+        info = parse_export(path.read_bytes())
+    except ValueError as error:  # of json and of pydantic
         detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise CheckpointError(f"{path}: not an export this package reads ({detail}); export again") from None
     if (info.format, info.version) != ("gato.model", EXPORT_VERSION):

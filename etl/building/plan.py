@@ -25,7 +25,7 @@ import tyro
 from etl import sources
 from etl.building.filters import Filter
 from etl.sources import EpisodeRef, TaskScan
-from schemas.layout import PATCH_SIZE, layout_of
+from schemas.layout import layout_of
 
 Item = dict[str, Any]
 SAMPLE_OVERHEAD = 4096  # tar and .npy headers, padding, meta.json
@@ -35,8 +35,8 @@ SAMPLE_OVERHEAD = 4096  # tar and .npy headers, padding, meta.json
 class BuildConfig:
     """Options that shape a dataset's bytes; kept in its manifest."""
 
-    vocabulary: str = "seed"
-    """Token ids: seed, or the paper's own layout."""
+    vocabulary: str = "disjoint"
+    """Token ids: disjoint, or the paper's own layout."""
     shard_megabytes: float = 64.0
     """About how large a shard may become; a task's shards are of about one size, and an episode is never split."""
     piece_timesteps: int = 1024
@@ -96,7 +96,7 @@ def _bytes_of_timestep(scan: TaskScan) -> float:
     layout = layout_of(task)
     values = sum(int(np.prod(f.shape)) for f in task.observation if f.kind == "continuous")
     values += task.action.size if task.action.kind == "continuous" else 0
-    return 2 * layout.stored + layout.patches * PATCH_SIZE**2 * layout.channels + 4 + 4 * values
+    return 2 * layout.stored + layout.patch_bytes + 4 + 4 * values
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from etl.tokenizers.text import TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer
 from schemas.dataset import INDEX_SCHEMA, TEXT_MODEL_NAME, DatasetError
 from schemas.episode import Document, RawEpisode, TaskSpec
+from schemas.layout import continuous_values
 from schemas.vocabulary import by_name
 from shards.folder import Folder
 from shards.writer import ShardWriter, sample_key, shard_name
@@ -126,10 +127,9 @@ class _Shard:
         }
         if encoded.patches is not None:
             members["patches"] = encoded.patches
-        raw = [episode.observation[f.key].reshape(T, -1) for f in self.tokenizer.fields if f.kind == "continuous"]
-        if raw:
-            joined = raw[0] if len(raw) == 1 else np.concatenate(raw, axis=1)
-            members["observation"] = joined.astype(np.float32, copy=False)
+        raw = continuous_values(task, episode.observation)
+        if raw is not None:
+            members["observation"] = raw.astype(np.float32, copy=False)
         if task.action and task.action.kind == "continuous":
             members["action"] = episode.action.reshape(T, -1).astype(np.float32, copy=False)
         about = {

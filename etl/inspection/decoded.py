@@ -18,7 +18,8 @@ from functools import cached_property
 
 import numpy as np
 
-from etl.tokenizers import continuous, image
+from etl.inspection.canvas import canvas
+from etl.tokenizers import continuous
 from etl.tokenizers.text import TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer
 from schemas.layout import PATCH, PATCH_SIZE, ROLE_NAMES, TEXT
@@ -44,8 +45,9 @@ class InspectError(ValueError):
 class Dimension:
     """One stored column that is no text: ids [start, start + len(counts)), and what the survey counts of them.
 
-    `raw`: its column in the member of raw values, if it has one. `wrong`: values that do not lie in the bin that their
-    token names; `worst`: largest error of values that are not clipped, in half-bins."""
+    `raw`: its column in the member of raw values, if it has one. `first`: the value of a discrete column's first id.
+    `wrong`: values that do not lie in the bin that their token names; `worst`: largest error of values that are not
+    clipped, in half-bins."""
 
     name: str
     role: str
@@ -56,6 +58,7 @@ class Dimension:
     raw: int | None = None
     low: float = -1.0
     high: float = 1.0
+    first: int = 0
     clipped: int = 0
     wrong: int = 0
     worst: float = 0.0
@@ -93,7 +96,7 @@ class Dimension:
         seen = np.flatnonzero(self.counts)
         low, high = (float(seen[0]), float(seen[-1])) if len(seen) else (0.0, 0.0)
         if self.kind == "discrete":
-            return low, high
+            return low + self.first, high + self.first
         edges = np.array([low, high + 1]) * (2.0 / len(self.counts)) - 1.0
         return tuple(float(v) for v in self.value(edges, vocabulary))  # type: ignore[return-value]
 
@@ -156,24 +159,24 @@ class TaskView:
 
     def _dimensions(self) -> list[Dimension]:
         found: list[Dimension] = []
-        raw = 0
-        for spec in self.tokenizer.fields:
+        for at in self.tokenizer.columns:
+            spec = at.spec
             if spec.kind in ("text", "image"):
                 continue
-            ids = self.vocabulary.range("observation", spec.kind)
-            size = ids.size if spec.kind == "continuous" else spec.choices or ids.size
-            for index in np.ndindex(*spec.shape):
+            ids, discrete = self.vocabulary.range("observation", spec.kind), spec.kind == "discrete"
+            sizes, starts = (np.broadcast_to(n, spec.size) for n in (spec.choices or ids.size, spec.start or 0))
+            for n, index in enumerate(np.ndindex(*spec.shape)):
                 name = spec.key if spec.shape in ((), (1,)) else f"{spec.key}[{', '.join(map(str, index))}]"
-                place = raw if spec.kind == "continuous" else None
-                column, raw = self.layout.text + len(found), raw + (spec.kind == "continuous")
-                found.append(Dimension(name, "observation", spec.kind, column, ids.start, np.zeros(size, int), place))
+                raw = None if discrete else at.raw.start + n
+                about = (spec.kind, at.tokens.start + n, ids.start, np.zeros(sizes[n], int), raw)
+                found.append(Dimension(name, "observation", *about, first=int(starts[n])))
         if action := self.task.action:
-            ids, first = self.tokenizer.action_ids, self.layout.text + len(found)
-            for n in range(action.size):
+            first, discrete = self.layout.text + len(found), action.kind == "discrete"
+            for n, ids in enumerate(self.tokenizer.action_ids):
                 name = "action" if action.size == 1 else f"action[{n}]"
-                place = n if action.kind == "continuous" else None
-                about = (action.kind, first + n, ids.start, np.zeros(ids.size, int), place, action.low, action.high)
-                found.append(Dimension(name, "action", *about))
+                about = (action.kind, first + n, ids.start, np.zeros(ids.size, int), None if discrete else n)
+                more = {"first": action.start[n]} if discrete else {"low": action.low[n], "high": action.high[n]}
+                found.append(Dimension(name, "action", *about, **more))
         return found
 
     @cached_property
@@ -280,7 +283,7 @@ class TaskView:
         data = self.dataset
         members = (data.tokens, data.reward, data.patches)
         tokens, rewards, patches = (self._read(rows, member, first, first + STRIP) for member in members)
-        frames = image.from_patches(patches, self.layout.patch_rows, self.layout.patch_columns)
+        frames = canvas(self.layout, patches)
         done = [f"action {self._action(own)}, reward {reward:.3g}" for own, reward in zip(tokens, rewards)]
         return list(zip(range(first, first + STRIP), done, frames))
 

@@ -10,6 +10,7 @@ beforehand.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -105,15 +106,29 @@ def decode_observation(tokens: np.ndarray, vocabulary: Vocabulary) -> np.ndarray
     return expand(bin_centres(vocabulary.bins)[bins], vocabulary)
 
 
-def encode_action(a: np.ndarray, low: float, high: float, vocabulary: Vocabulary) -> tuple[np.ndarray, int]:
-    """Tokens uint16 of a's shape, and how many values lay outside [low, high] and were clipped."""
+Bounds = float | Sequence[float]
+
+
+def scale_action(a: np.ndarray, low: Bounds, high: Bounds) -> np.ndarray:
+    """a (..., A) to where it lies between its dimension's bounds: [-1, 1] inside, float64."""
     y = np.array(a, np.float64)
-    if (low, high) != (-1.0, 1.0):
-        y = 2.0 * (y - low) / (high - low) - 1.0
+    least, most = (np.broadcast_to(np.asarray(bound, np.float64), y.shape[-1:]) for bound in (low, high))
+    scaled = (least != -1.0) | (most != 1.0)  # the others are there already, without a rounding
+    if scaled.any():
+        least, most = least[scaled], most[scaled]
+        y[..., scaled] = 2.0 * (y[..., scaled] - least) / (most - least) - 1.0
+    return y
+
+
+def encode_action(a: np.ndarray, low: Bounds, high: Bounds, vocabulary: Vocabulary) -> tuple[np.ndarray, int]:
+    """Tokens uint16 of a's shape (..., A), and how many values lay outside their dimension's [low, high] and were
+    clipped."""
+    y = scale_action(a, low, high)
     return _tokens(y, vocabulary.bins, vocabulary.action_continuous.start)
 
 
-def decode_action(tokens: np.ndarray, low: float, high: float, vocabulary: Vocabulary) -> np.ndarray:
-    """Bin centres in [low, high], float64."""
+def decode_action(tokens: np.ndarray, low: Bounds, high: Bounds, vocabulary: Vocabulary) -> np.ndarray:
+    """Tokens (..., A) to bin centres in each dimension's [low, high], float64."""
     bins = np.asarray(tokens, np.int64) - vocabulary.action_continuous.start
-    return low + (bin_centres(vocabulary.bins)[bins] + 1.0) * (high - low) / 2.0
+    least, most = np.asarray(low, np.float64), np.asarray(high, np.float64)
+    return least + (bin_centres(vocabulary.bins)[bins] + 1.0) * (most - least) / 2.0

@@ -1,6 +1,7 @@
 """Images -> 16x16 patches in raster order (paper §2.1), kept as uint8.
 
-frames (T, H, W, C) -> resize or pad -> (T, 16 rows, 16 columns, C) -> patches (T, P, 16, 16, C), BLOCK frames a turn
+frames (T, H, W, C) -> newest frame of a stack -> pictures of 3 or 1 channels -> resize or pad
+-> (T, 16 rows, 16 columns, C) -> patches (T, P, 16, 16, C), BLOCK frames at a time
 
 Resizing is bilinear: of two neighbours along each side where a side shrinks at most to its half, so that every pixel
 counts, with antialiasing where it shrinks more. Both are integer arithmetic. Scaling to [-1, 1] and the division by
@@ -17,19 +18,38 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from schemas.layout import PATCH_SIZE
+from schemas.layout import PATCH_SIZE, picture_size, pictures_of
+from schemas.task import FieldSpec
 
 BLOCK = 32  # frames that OpenCV resizes as one tall picture, and that stay in the processor's cache
 UNIT = 2048  # of the weights, which are integers
 
 
-def encode(frames: np.ndarray, size: tuple[int, int], fit: str) -> np.ndarray:
-    """(T, H, W, C) uint8 -> patches (T, P, 16, 16, C) uint8 of frames brought to `size`; `fit`: resize or pad."""
-    T, C = len(frames), frames.shape[3]
-    patches = np.empty((T, size[0] * size[1] // PATCH_SIZE**2, PATCH_SIZE, PATCH_SIZE, C), np.uint8)
+def encode(frames: np.ndarray, spec: FieldSpec) -> list[np.ndarray]:
+    """(T, H, W, C) uint8 of a field -> patches (T, P, 16, 16, 3 or 1) uint8 of each of its `pictures_of`."""
+    return [_encode(picture, spec) for picture in split_channels(frames, spec)]
+
+
+def split_channels(frames: np.ndarray, spec: FieldSpec) -> list[np.ndarray]:
+    """(T, H, W, C) uint8 of a field -> views (T, H, W, 3 or 1) of the newest frame's channels."""
+    first, parts = spec.shape[2] - spec.channels, []
+    for picture in pictures_of(spec):
+        parts.append(frames[..., first : first + picture.channels])
+        first += picture.channels
+    return parts
+
+
+def fitted(frames: np.ndarray, spec: FieldSpec) -> np.ndarray:
+    """(T, H, W, 3 or 1) uint8 of a field -> (T, *picture_size, 3 or 1), resized or padded."""
+    size = picture_size(spec)
+    return pad(frames, size) if spec.fit == "pad" or spec.resized is None else resize(frames, size)
+
+
+def _encode(frames: np.ndarray, spec: FieldSpec) -> np.ndarray:
+    (height, width), (T, _, _, C) = picture_size(spec), frames.shape
+    patches = np.empty((T, height * width // PATCH_SIZE**2, PATCH_SIZE, PATCH_SIZE, C), np.uint8)
     for start in range(0, T, BLOCK):
-        part = frames[start : start + BLOCK]
-        patches[start : start + BLOCK] = to_patches(pad(part, size) if fit == "pad" else resize(part, size))
+        patches[start : start + BLOCK] = to_patches(fitted(frames[start : start + BLOCK], spec))
     return patches
 
 

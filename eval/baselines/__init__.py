@@ -19,6 +19,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save
 
+from schemas import upgrade
 from schemas.episode import STRICT, TaskSpec
 from schemas.files import atomic_write, sha256_of
 from shards.views import Trajectory
@@ -53,19 +54,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def whole(trajectories: Sequence[Trajectory], task: TaskSpec) -> list[Trajectory]:
+def complete_episodes(trajectories: Sequence[Trajectory], task: TaskSpec) -> list[Trajectory]:
     """The episodes that the log did not cut, since only their returns are known; all, where it cut every one.
     ValueError where there are none."""
     if not trajectories:
         raise ValueError(f"task '{task.name}': no training episodes; build its shards with python -m etl.build")
     return [episode for episode in trajectories if episode.complete] or list(trajectories)
-
-
-def flatten(observations: dict[str, np.ndarray]) -> np.ndarray:
-    """{key: (B, ...)} -> (B, D), keys in lexicographic order, as the shards' `observation` member."""
-    return np.concatenate(
-        [observations[key].reshape(len(observations[key]), -1) for key in sorted(observations)], axis=1
-    )
 
 
 def optimise(
@@ -136,7 +130,8 @@ def load_folder(
         if (body["format"], body["version"]) != (form, VERSION):
             raise ValueError(f"{path}: format {body['format']} {body['version']}, expected {form} {VERSION}; {remedy}")
         parsed = TypeAdapter(config).validate_python(body["config"])
-        task, digest, extra = TypeAdapter(TaskSpec).validate_python(body["task"]), body["weights_sha256"], body["extra"]
+        task = TypeAdapter(TaskSpec).validate_python(upgrade.task(body["task"]))
+        digest, extra = body["weights_sha256"], body["extra"]
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not JSON ({error}); {remedy}") from None
     except (KeyError, TypeError) as error:

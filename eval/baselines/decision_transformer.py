@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from etl.tokenizers.image import resize
-from eval.baselines import Training, device, flatten, load_folder, optimise, save_folder, whole
-from schemas.episode import FieldSpec, TaskSpec
+from etl.tokenizers.image import fitted, split_channels
+from eval.baselines import Training, complete_episodes, device, load_folder, optimise, save_folder
+from schemas.episode import ActionSpec, TaskSpec
+from schemas.layout import continuous_values, ordered_fields, picture_size
 from shards.views import Trajectory
 from simulators.policy import EpisodeRng
 
@@ -61,7 +62,7 @@ class Config(Training):
         if body == "HalfCheetah" and "expert" in task.name:
             target = 12000
         config = cls(target_return=target)
-        if image_field(task) is None:
+        if image_shape(task) is None:
             return config
         # the cosine ends behind the last step: its code counts three tokens a timestep there and one elsewhere
         schedule = replace(config, steps=19_532, batch=128, lr=6e-4, warmup=3, decay=23_438, clip=1.0)
@@ -72,7 +73,7 @@ class Config(Training):
     def quick(cls, task: TaskSpec) -> Config:
         """A smaller model, trained for under a minute on one CPU core."""
         config = replace(cls.paper(task), target_return=None, warmup=50)
-        if image_field(task) is None:
+        if image_shape(task) is None:
             narrow = replace(config, context=5, width=64, clip=1.0, dropout=0.0)
             return replace(narrow, steps=1200, decay=1200, lr=2e-3)
         return replace(config, context=8, layers=2, heads=4, batch=32, steps=150, decay=150, lr=1e-3)
@@ -81,14 +82,23 @@ class Config(Training):
     def cpu(cls, task: TaskSpec) -> Config:
         """The quick model, trained for about four minutes on one CPU core."""
         config = cls.quick(task)
-        if image_field(task) is None:
+        if image_shape(task) is None:
             return replace(config, steps=10_000, decay=10_000, warmup=200)
         return replace(config, steps=1_000, decay=1_000)
 
 
-def image_field(task: TaskSpec) -> FieldSpec | None:
-    """The task's image, if it is an image task."""
-    return next((field for field in task.observation if field.kind == "image"), None)
+def image_shape(task: TaskSpec) -> tuple[int, int, int] | None:
+    """Height, width and channels of the task's pictures as one, if it is an image task. ValueError where they differ
+    in size."""
+    images = [spec for spec in ordered_fields(task) if spec.kind == "image"]
+    sizes = {picture_size(spec) for spec in images}
+    if len(sizes) > 1:
+        names = ", ".join(f"'{spec.key}' {' x '.join(map(str, picture_size(spec)))}" for spec in images)
+        raise ValueError(
+            f"task '{task.name}': Decision Transformer joins a timestep's pictures, and these differ in size "
+            f"({names}); leave 'dt' out of --models, or build them resized to one size"
+        )
+    return (*sizes.pop(), sum(spec.channels for spec in images)) if sizes else None
 
 
 class Block(nn.Module):
@@ -118,9 +128,9 @@ class DecisionTransformer(nn.Module):
         """`timesteps`: size of the timestep table, the longest training episode; later ones share its last row."""
         super().__init__()
         assert task.action is not None
-        W, image = config.width, image_field(task)
+        W, image = config.width, image_shape(task)
         self.config, self.image, self.discrete = config, image is not None, task.action.kind == "discrete"
-        outputs = task.action.choices if self.discrete else task.action.size
+        outputs = task.action.choices[0] if self.discrete else task.action.size
         self.blocks = nn.ModuleList(Block(config, F.gelu if image else F.relu) for _ in range(config.layers))
         self.norm_out = nn.LayerNorm(W)
         for module in self.blocks.modules():
@@ -131,13 +141,13 @@ class DecisionTransformer(nn.Module):
         self.action: nn.Module = nn.Embedding(outputs, W) if self.discrete else nn.Linear(outputs, W)
         self.head = nn.Linear(W, outputs, bias=image is None)
         if image is None:
-            self.state: nn.Module = nn.Linear(sum(int(np.prod(f.shape)) for f in task.observation), W)
+            self.state: nn.Module = nn.Linear(sum(spec.size for spec in task.observation), W)
             self.norm_in = nn.LayerNorm(W)
             return
-        height, width = image.resized or image.shape[:2]
-        convolutions = [nn.Conv2d(STACK * image.shape[2], 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU()]
+        height, width, channels = image
+        convolutions = [nn.Conv2d(STACK * channels, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU()]
         self.state = nn.Sequential(*convolutions, nn.Conv2d(64, 64, 3, 1), nn.ReLU(), nn.Flatten())
-        features = self.state(torch.zeros(1, STACK * image.shape[2], height, width)).shape[1]
+        features = self.state(torch.zeros(1, STACK * channels, height, width)).shape[1]
         self.state.extend([nn.Linear(features, W), nn.Tanh()])
         self.place = nn.Parameter(torch.zeros(3 * config.context, W))
         for table in (self.timestep, self.action, self.head):
@@ -174,11 +184,10 @@ class Windows:
     def __init__(self, episodes: Sequence[Trajectory], config: Config, scaling: Scaling):
         self.episodes, self.config = episodes, config
         self.to_go = [e.returns_to_go / config.return_scale for e in episodes]
-        if episodes[0].frames is None:
+        self.frames = [e.frames for e in episodes]
+        if self.frames[0] is None:
             self.states = [scaling.state(e.observation) for e in episodes if e.observation is not None]
-            self.actions = [scaling.action(e.action) for e in episodes]
-        else:
-            self.actions = [e.action for e in episodes]
+        self.actions = [scaling.action(e.action) for e in episodes]
         lengths = np.array([len(e.reward) for e in episodes])
         self.odds = lengths / lengths.sum()
 
@@ -192,7 +201,7 @@ class Windows:
         """One row of `batch`: K timesteps of episode n; what lies behind its end repeats the last and is not valid."""
         times = np.arange(start, start + self.config.context)
         index = np.minimum(times, len(self.to_go[n]) - 1)
-        frames = self.episodes[n].frames
+        frames = self.frames[n]
         states = self.states[n][index] if frames is None else stack_frames(frames, index)
         return self.to_go[n][index].astype(np.float32), states, self.actions[n][index], times, times == index
 
@@ -205,21 +214,27 @@ def stack_frames(frames: np.ndarray, index: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Scaling:
-    """Observations to mean 0 and deviation 1; actions from the task's range to [-1, 1] and back."""
+    """Observations to mean 0 and deviation 1; real actions from each dimension's range to [-1, 1] and back, a discrete
+    one to its ordinal and back."""
 
     mean: np.ndarray
     std: np.ndarray
-    low: float
-    high: float
+    space: ActionSpec
 
     def state(self, values: np.ndarray) -> np.ndarray:
         return ((values - self.mean) / self.std).astype(np.float32)
 
     def action(self, values: np.ndarray) -> np.ndarray:
-        return ((values - self.low) * (2 / (self.high - self.low)) - 1).astype(np.float32)
+        if self.space.kind == "discrete":
+            return values - self.space.start[0]
+        low, high = np.array(self.space.low), np.array(self.space.high)
+        return (values - low.astype(np.float32)) * (2 / (high - low)).astype(np.float32) - 1
 
     def undo_action(self, values: np.ndarray) -> np.ndarray:
-        return (self.low + (values + 1) * ((self.high - self.low) / 2)).astype(np.float32)
+        if self.space.kind == "discrete":
+            return values + self.space.start[0]
+        low, high = np.array(self.space.low), np.array(self.space.high)
+        return low.astype(np.float32) + (values + 1) * ((high - low) / 2).astype(np.float32)
 
 
 def train(
@@ -236,14 +251,19 @@ def train(
         raise ValueError(
             f"task '{task.name}': Decision Transformer plays vectors of real actions or one discrete action"
         )
-    episodes = whole(trajectories, task)
+    if image_shape(task) is None and any(spec.kind != "continuous" for spec in task.observation):
+        raise ValueError(
+            f"task '{task.name}': Decision Transformer plays pictures or vectors of real observations, not text or "
+            "discrete values; leave 'dt' out of --models"
+        )
+    episodes = complete_episodes(trajectories, task)
     observed = np.concatenate([e.observation for e in episodes if e.observation is not None] or [np.zeros((1, 0))])
     mean, std = observed.mean(axis=0, dtype=np.float64), observed.std(axis=0, dtype=np.float64) + 1e-6
     target = config.target_return
     if target is None:
         target = float(max(e.reward.sum(dtype=np.float64) for e in episodes))
     timesteps, where, rng = max(len(e.reward) for e in episodes), device(), np.random.default_rng(seed)
-    windows = Windows(episodes, config, Scaling(mean, std, task.action.low, task.action.high))
+    windows = Windows(episodes, config, Scaling(mean, std, task.action))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = DecisionTransformer(config, task, timesteps).to(where)
@@ -263,8 +283,8 @@ class Policy:
 
     def __init__(self, model: DecisionTransformer, task: TaskSpec, extra: dict[str, Any]):
         assert task.action is not None
-        self.model, self.config, self.image = model.eval().to(device()), model.config, image_field(task)
-        self.scaling = Scaling(np.array(extra["mean"]), np.array(extra["std"]), task.action.low, task.action.high)
+        self.model, self.config, self.task = model.eval().to(device()), model.config, task
+        self.scaling = Scaling(np.array(extra["mean"]), np.array(extra["std"]), task.action)
         self.target, self.actions = float(extra["target_return"]), task.action.size
         self.clipped = task.source == "atari"  # those logs hold rewards clipped to ±1, and so do returns-to-go
 
@@ -301,13 +321,16 @@ class Policy:
         choice = np.zeros(self.batch, np.int64)
         choice[active] = (odds[active, :-1] < rng.random((int(active.sum()), 1))).sum(axis=1)
         action.copy_(torch.from_numpy(choice))
-        return choice
+        return self.scaling.undo_action(choice)
 
     def _state(self, observations: dict[str, np.ndarray]) -> np.ndarray:
-        if self.image is None:
-            return self.scaling.state(flatten(observations))
-        frames = observations[self.image.key]
-        frames = resize(frames, self.image.resized or frames.shape[1:3])
+        if not self.model.image:
+            values = continuous_values(self.task, observations)
+            assert values is not None
+            return self.scaling.state(values)
+        images = [spec for spec in ordered_fields(self.task) if spec.kind == "image"]
+        pictures = [fitted(p, spec) for spec in images for p in split_channels(observations[spec.key], spec)]
+        frames = pictures[0] if len(pictures) == 1 else np.concatenate(pictures, axis=3)
         self.frames = [*(self.frames or [frames] * (STACK - 1)), frames][-STACK:]
         return np.concatenate(self.frames, axis=3).transpose(0, 3, 1, 2)
 

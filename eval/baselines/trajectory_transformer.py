@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eval.baselines import Training, device, flatten, load_folder, optimise, save_folder, whole
+from eval.baselines import Training, complete_episodes, device, load_folder, optimise, save_folder
 from schemas.episode import TaskSpec
+from schemas.layout import continuous_values
 from shards.views import Trajectory
 from simulators.policy import EpisodeRng
 
@@ -274,7 +275,7 @@ def train(
         )
     if not 2 <= config.context <= config.transitions:
         raise ValueError(f"context {config.context} is not in [2, transitions = {config.transitions}]")
-    episodes = whole(trajectories, task)
+    episodes = complete_episodes(trajectories, task)
     rows = [transition_rows(episode, config) for episode in episodes]
     discretiser = Discretiser.fit(np.concatenate(rows), config)
     windows, where, rng = Windows(rows, episodes, discretiser, config), device(), np.random.default_rng(seed)
@@ -345,7 +346,8 @@ class Policy:
     def __init__(self, model: TrajectoryTransformer, discretiser: Discretiser, task: TaskSpec, cached: bool = True):
         assert task.action is not None
         self.model, self.config, self.discretiser = model.eval().to(device()), model.config, discretiser
-        self.low, self.high, self.cached = task.action.low, task.action.high, cached
+        self.task, self.cached = task, cached
+        self.low, self.high = np.array(task.action.low), np.array(task.action.high)
         self.centres = torch.from_numpy(discretiser.centres).to(device())
 
     def reset(self, batch: int) -> None:
@@ -362,7 +364,7 @@ class Policy:
     ) -> np.ndarray:
         """{key: (E, ...)} -> actions (E, A) float32, those of inactive environments meaningless."""
         D, A = self.model.observations, self.model.actions
-        observed = self.discretiser.encode(flatten(observations))
+        observed = self.discretiser.encode(self._values(observations))
         if self.last is not None:
             reward = self.discretiser.encode(np.asarray(previous_reward, np.float64)[:, None], D + A)
             # any bin will do for the value, which is never attended to; the paper's code takes the highest
@@ -376,6 +378,11 @@ class Policy:
         chosen[active] = self.plan(torch.from_numpy(prefix[active]).to(device()), rng).cpu().numpy()
         self.last = np.concatenate([observed, chosen], axis=1)
         return self.discretiser.centres[np.arange(D, D + A), chosen].clip(self.low, self.high).astype(np.float32)
+
+    def _values(self, observations: dict[str, np.ndarray]) -> np.ndarray:
+        values = continuous_values(self.task, observations)
+        assert values is not None
+        return values
 
     @torch.inference_mode()
     def plan(self, prefix: Tensor, rng: EpisodeRng | np.random.Generator) -> Tensor:

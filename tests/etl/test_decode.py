@@ -233,10 +233,10 @@ CASES = {
 
 def frames_of(patches, layout):
     """Patches laid side by side one by one, in reading order."""
-    side = PATCH_SIZE
-    out = np.zeros((len(patches), layout.patch_rows * side, layout.patch_columns * side, layout.channels), np.uint8)
+    side, (picture,) = PATCH_SIZE, layout.pictures
+    out = np.zeros((len(patches), picture.rows * side, picture.columns * side, layout.channels), np.uint8)
     for n in range(layout.patches):
-        top, left = (place * side for place in divmod(n, layout.patch_columns))
+        top, left = (place * side for place in divmod(n, picture.columns))
         out[:, top : top + side, left : left + side] = patches[:, n]
     return out
 

@@ -58,7 +58,8 @@ def frame_of(dataset, episode, t):
     """Patches laid side by side one by one, in reading order."""
     layout = dataset.layouts[0]
     patches = np.concatenate([dataset.patches(row) for row in rows_of(dataset, episode)])[t]
-    bands = [patches[n * layout.patch_columns : (n + 1) * layout.patch_columns] for n in range(layout.patch_rows)]
+    (picture,) = layout.pictures
+    bands = [patches[n * picture.columns : (n + 1) * picture.columns] for n in range(picture.rows)]
     return np.concatenate([np.concatenate(list(band), axis=1) for band in bands], axis=0)
 
 

@@ -12,6 +12,7 @@ from etl.sources import Rejection, ScanOptions, SourceError
 from etl.sources.atari import SOURCE
 from etl.tokenizers import image
 from etl.tokenizers.timestep import TimestepTokenizer
+from schemas.episode import ActionSpec
 from schemas.vocabulary import by_name
 
 OPTIONS = ScanOptions()
@@ -82,7 +83,7 @@ def test_task(run):
         (84, 84, 1),
         (64, 80),
     )
-    assert (task.action.kind, task.action.size, task.action.choices) == ("discrete", 1, 6)
+    assert task.action == ActionSpec.discrete(6)
     assert (task.score.kind, task.score.low, task.score.high) == ("human", -20.7, 14.6)
     assert task.max_episode_steps == 27_000
 

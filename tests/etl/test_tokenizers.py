@@ -100,13 +100,13 @@ def test_fields_are_ordered_by_key_and_actions_decode():
     task = TaskSpec(
         "t",
         "d4rl",
-        (FieldSpec("b", "discrete", (), choices=9), FieldSpec("a", "continuous", (2,))),
-        ActionSpec("discrete", 1, choices=4),
+        (FieldSpec("b", "discrete", (), choices=(9,)), FieldSpec("a", "continuous", (2,))),
+        ActionSpec.discrete(4),
     )
     tokenizer = TimestepTokenizer(task, SEED)
     encoded = tokenizer.encode_observation({"b": np.array([7]), "a": np.array([[0.5, -2.0]])})
     assert encoded.tokens.tolist() == [[slow_observation(0.5), slow_observation(-2.0), 32007]]
-    assert tokenizer.action_ids == IdRange(33024, 4)
+    assert tokenizer.action_ids == [IdRange(33024, 4)]
     assert tokenizer.decode_action(np.array([[33026]])).tolist() == [2]
 
 
@@ -154,5 +154,7 @@ def test_large_frames_are_averaged():
 def test_patches_are_those_of_whole_frames(fit):
     frames = np.random.default_rng(0).integers(0, 256, (2 * image.BLOCK + 1, 84, 84, 1), np.uint8)
     size = (96, 96) if fit == "pad" else (64, 80)
+    spec = FieldSpec("frame", "image", (84, 84, 1), resized=size, fit=fit)
     whole = image.pad(frames, size) if fit == "pad" else image.resize(frames, size)
-    np.testing.assert_array_equal(image.encode(frames, size, fit), image.to_patches(whole))
+    (patches,) = image.encode(frames, spec)
+    np.testing.assert_array_equal(patches, image.to_patches(whole))

@@ -83,7 +83,7 @@ def plain_logits(agent, seen, actions):
         shown = slice(length) if agent.config.prompt == "start" else slice(-length, None)
         patches = agent.prompt.patches
         prompt = list(zip(agent.prompt.tokens[shown], [None] * length if patches is None else patches[shown]))
-    found = np.zeros((len(seen), layout.action, len(actions[0]), agent.ids.size))
+    found = np.zeros((len(seen), layout.action, len(actions[0]), len(agent.head)))
     for row in range(len(actions[0])):
         timesteps = list(prompt)
         for t, observation in enumerate(seen):
@@ -107,7 +107,7 @@ def plain_logits(agent, seen, actions):
                 batch.patch_index[n], batch.patches[n], batch.patch_positions[n] = place, patch, centre
             with torch.no_grad():
                 hidden = agent.model(batch.to("cpu"))[0, len(columns) - layout.action - 1 : -1]
-                found[t, :, row] = agent.model.logits(hidden)[:, agent.ids.start : agent.ids.stop]
+                found[t, :, row] = agent.model.logits(hidden)[:, agent.ids[0].start :][:, : len(agent.head)]
     return found
 
 

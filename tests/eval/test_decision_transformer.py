@@ -13,9 +13,9 @@ from schemas.episode import ActionSpec, EnvironmentSpec, FieldSpec, TaskSpec
 from shards.views import Trajectory
 
 VECTORS = (FieldSpec("observation", "continuous", (3,)),)
-CONTROL = TaskSpec("line-v0", "d4rl", VECTORS, ActionSpec("continuous", 2, low=-2.0, high=2.0))
+CONTROL = TaskSpec("line-v0", "d4rl", VECTORS, ActionSpec.continuous(-2.0, 2.0, 2))
 FRAMES = (FieldSpec("frame", "image", (84, 84, 1), resized=(64, 80)),)
-GAME = TaskSpec("Pong", "atari", FRAMES, ActionSpec("discrete", 1, choices=3), EnvironmentSpec("atari", "ALE/Pong-v5"))
+GAME = TaskSpec("Pong", "atari", FRAMES, ActionSpec.discrete(3), EnvironmentSpec("atari", "ALE/Pong-v5"))
 SMALL = dict(context=4, layers=2, heads=2, width=16, steps=3, batch=4, warmup=1, dropout=0.1)
 
 
@@ -264,7 +264,7 @@ def test_a_damaged_or_unfinished_folder_is_refused(tmp_path):
 
 
 def test_what_it_cannot_play_is_refused(tmp_path):
-    several = TaskSpec("several", "d4rl", VECTORS, ActionSpec("discrete", 2, choices=3))
+    several = TaskSpec("several", "d4rl", VECTORS, ActionSpec.discrete(3, size=2))
     with pytest.raises(ValueError, match="one discrete action"):
         dt.train([control_episode(np.random.default_rng(0), 5)], several, dt.Config(**SMALL), 0, tmp_path)
     with pytest.raises(ValueError, match="no training episodes"):

@@ -25,7 +25,7 @@ HOPPER = TaskSpec(
     "hopper-medium-v4",
     "d4rl",
     (FieldSpec("observation", "continuous", (11,)),),
-    ActionSpec("continuous", 3),
+    ActionSpec.continuous(-1.0, 1.0, 3),
     EnvironmentSpec("mujoco", "Hopper-v4"),
     ScoreReference("d4rl", -20.272305, 3234.3),
 )
@@ -33,7 +33,7 @@ PONG = TaskSpec(
     "Pong",
     "dqn_replay",
     (FieldSpec("image", "image", (84, 84, 1), resized=(80, 64)),),
-    ActionSpec("discrete", 1, choices=6),
+    ActionSpec.discrete(6),
     EnvironmentSpec("atari", "ALE/Pong-v5"),
     ScoreReference("human", -20.7, 14.6),
 )

@@ -11,7 +11,7 @@ from eval.baselines import trajectory_transformer as tt
 from schemas.episode import ActionSpec, EnvironmentSpec, FieldSpec, TaskSpec
 
 VECTORS = (FieldSpec("observation", "continuous", (3,)),)
-TASK = TaskSpec("line-v0", "d4rl", VECTORS, ActionSpec("continuous", 2))
+TASK = TaskSpec("line-v0", "d4rl", VECTORS, ActionSpec.continuous(-1.0, 1.0, 2))
 SMALL = tt.Config(
     layers=2, heads=2, width=16, bins=12, transitions=4, context=3, horizon=3, beams=3, steps=3, batch=4, warmup=1
 )
@@ -202,7 +202,9 @@ def test_draw_keeps_the_likeliest():
 
 def test_planning_finds_the_action_that_pays(tmp_path):
     rng = np.random.default_rng(0)
-    task = TaskSpec("bandit-v0", "d4rl", (FieldSpec("observation", "continuous", (1,)),), ActionSpec("continuous", 1))
+    task = TaskSpec(
+        "bandit-v0", "d4rl", (FieldSpec("observation", "continuous", (1,)),), ActionSpec.continuous(-1.0, 1.0, 1)
+    )
     data = []
     for _ in range(60):
         x, a = rng.normal(size=(20, 1)).astype(np.float32), rng.uniform(-1, 1, (20, 1)).astype(np.float32)
@@ -238,7 +240,7 @@ def test_training_is_a_function_of_its_seed(tmp_path):
 
 def test_what_it_cannot_play_is_refused(tmp_path):
     image = (FieldSpec("frame", "image", (84, 84, 1), resized=(64, 80)),)
-    game = TaskSpec("Pong", "atari", image, ActionSpec("discrete", 1, choices=3))
+    game = TaskSpec("Pong", "atari", image, ActionSpec.discrete(3))
     with pytest.raises(ValueError, match="task 'Pong': .*not images"):
         tt.train(episodes(), game, SMALL, 0, tmp_path)
     for context in (1, 5):

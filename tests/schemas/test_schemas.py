@@ -6,29 +6,29 @@ import pytest
 
 from schemas.dataset import DatasetError, load_manifest
 from schemas.episode import ActionSpec, EpisodeError, FieldSpec, RawEpisode, TaskSpec
-from schemas.layout import ACTION, OBSERVATION, PATCH, SEPARATOR, TEXT, TimestepLayout, layout_of
+from schemas.layout import ACTION, OBSERVATION, PATCH, SEPARATOR, TEXT, Picture, TimestepLayout, layout_of
 from schemas.vocabulary import PAPER, SEED, VocabularyMismatch
 
-HOPPER = TaskSpec("h", "d4rl", (FieldSpec("observation", "continuous", (2,)),), ActionSpec("continuous", 3))
+HOPPER = TaskSpec("h", "d4rl", (FieldSpec("observation", "continuous", (2,)),), ActionSpec.continuous(-1.0, 1.0, 3))
 
 
 def test_seed_vocabulary_is_the_documented_one():
     assert (SEED.size, SEED.padded_size, SEED.separator) == (34049, 34176, 34048)
     assert (SEED.observation_continuous.start, SEED.observation_continuous.stop) == (32000, 33024)
     assert (SEED.action_continuous.start, SEED.action_continuous.stop) == (33024, 34048)
-    with pytest.raises(VocabularyMismatch, match="rebuild it with --vocabulary seed"):
+    with pytest.raises(VocabularyMismatch, match="rebuild it with --vocabulary disjoint"):
         SEED.require(PAPER.fingerprint, "x")
 
 
 def test_patch_positions_match_the_papers_worked_example():
-    layout = TimestepLayout(0, 4, 5, 1, 0, 1)  # 64 rows x 80 columns of pixels
+    layout = TimestepLayout(0, (Picture(4, 5, 1),), 0, 1)  # 64 rows x 80 columns of pixels
     assert layout.patch_intervals[7].tolist() == [[32, 64], [51, 77]]
     assert layout.patch_centres[7].tolist() == [48, 64]
     assert layout.patch_intervals.max() == 128  # an exclusive end: the last row's largest bin is 127
 
 
 def test_layout_order_and_length():
-    layout = TimestepLayout(text=2, patch_rows=1, patch_columns=2, channels=3, observation=3, action=2)
+    layout = TimestepLayout(text=2, pictures=(Picture(1, 2, 3),), observation=3, action=2)
     assert layout.roles.tolist() == [TEXT] * 2 + [PATCH] * 2 + [OBSERVATION] * 3 + [SEPARATOR] + [ACTION] * 2
     assert layout.stored_columns.tolist() == [0, 1, 4, 5, 6, 8, 9]
     assert layout.length == 10 and layout.stored == 7

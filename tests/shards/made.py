@@ -54,7 +54,7 @@ class Task:
             fields.insert(0, FieldSpec("image", "image", (*size, self.channels), resized=size))
         if self.text:
             fields.append(FieldSpec("text", "text", (self.text,)))
-        action = ActionSpec("continuous", self.action) if self.action else None
+        action = ActionSpec.continuous(-1.0, 1.0, self.action) if self.action else None
         return TaskSpec(self.name, "made", tuple(fields), action)
 
 

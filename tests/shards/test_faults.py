@@ -46,11 +46,11 @@ def test_made_datasets_are_whole(made):
     assert verify(made, full=True).index.num_rows == sum(-(-n // 16) for n in BODY.lengths + FILMS.lengths)
 
 
-@pytest.mark.parametrize(("version", "remedy"), [(2, "rebuild"), (4, "update this package"), ("x", "rebuild")])
+@pytest.mark.parametrize(("version", "remedy"), [(2, "rebuild"), (5, "update this package"), ("x", "rebuild")])
 def test_other_schema_versions_are_refused(made, version, remedy):
     manifest = json.loads((made / MANIFEST_NAME).read_text())
     (made / MANIFEST_NAME).write_text(json.dumps(manifest | {"schema_version": version}))
-    with pytest.raises(DatasetError, match=f"dataset.json: schema version {version}, .* reads 3; {remedy}"):
+    with pytest.raises(DatasetError, match=f"dataset.json: schema version {version}, .* reads 3 to 4; {remedy}"):
         Dataset(made)
 
 

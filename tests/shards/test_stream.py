@@ -145,7 +145,7 @@ def test_spans_walk_the_circles(tasks, width, first):
     for lengths in tasks:
         timeline = object.__new__(Timeline)
         timeline.dataset, timeline.width, timeline.total = Columns(columns), width, sum(lengths)
-        timeline.layout = TimestepLayout(0, 0, 0, 0, 1, 0)
+        timeline.layout = TimestepLayout(0, (), 1, 0)
         timeline.pieces, timeline.count, timeline.first = len(lengths), -(-len(lengths) // 2), stop
         timeline.stop = stop = stop + len(lengths)
         timelines.append(timeline)

@@ -69,8 +69,8 @@ def test_atari_time_limit_and_noops_come_from_the_kwargs():
 def test_specs_of_each_suite():
     hopper, pong = simulators.make(simulators.environment_spec("Hopper-v5")), simulators.make(PONG)
     maze = simulators.make(simulators.environment_spec("PointMaze_UMaze-v3"))
-    assert simulators.action_spec(hopper) == ActionSpec("continuous", 3)
-    assert simulators.action_spec(pong) == ActionSpec("discrete", 1, choices=6)
+    assert simulators.action_spec(hopper) == ActionSpec.continuous(-1.0, 1.0, 3)
+    assert simulators.action_spec(pong) == ActionSpec.discrete(6)
     assert [(f.key, f.kind, f.shape, f.resized) for f in simulators.observation_fields(pong)] == [
         ("frame", "image", (84, 84, 1), (64, 80))
     ]
