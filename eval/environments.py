@@ -107,7 +107,7 @@ def _check_spaces(task: TaskSpec, environment: simulators.gymnasium.Env) -> None
     have, wanted = (
         {s.key: (s.kind, s.kind == "text" or s.shape) for s in specs} for specs in (fields, task.observation)
     )
-    kinds = [(spec.kind, spec.size, spec.choices) for spec in (action, task.action) if spec is not None]
+    kinds = [(spec.kind, spec.size, spec.choices, spec.start) for spec in (action, task.action) if spec is not None]
     if have != wanted or kinds[0] != kinds[1]:
         raise simulators.SimulatorError(
             f"task '{task.name}': logged with observations {wanted} and actions {kinds[1]}, but "
