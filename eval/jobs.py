@@ -38,7 +38,7 @@ from shards.stream import find_datasets
 from shards.views import trajectories
 from simulators import plugins
 from simulators.policy import Policy, RandomPolicy
-from simulators.registry import all_suites
+from simulators.registry import clips_rewards
 from trainer.checkpoint import CheckpointError, ExportInfo, load_export
 from trainer.model import Gato
 
@@ -78,8 +78,7 @@ class Job:
     @property
     def clipped(self) -> bool:
         """Whether the log holds rewards clipped to ±1."""
-        suite = all_suites().get(self.spec.environment.suite) if self.spec.environment else None
-        return suite is not None and suite.clips_rewards(self.spec.source)
+        return clips_rewards(self.spec.environment, self.spec.source)
 
     @property
     def fingerprint(self) -> str:

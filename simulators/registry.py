@@ -68,6 +68,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def clips_rewards(environment: EnvironmentSpec | None, source: str) -> bool:
+    """Whether logs of that environment in that source's format hold rewards clipped to ±1."""
+    suite = all_suites().get(environment.suite) if environment else None
+    return suite is not None and suite.clips_rewards(source)
+
+
 @cache
 def _built_in() -> dict[str, Suite]:
     names = sorted(module.name for module in pkgutil.iter_modules(suites.__path__) if not module.name.startswith("_"))

@@ -31,6 +31,7 @@ from schemas.episode import ActionSpec, TaskSpec
 from schemas.layout import continuous_values, ordered_fields, picture_size
 from shards.views import Trajectory
 from simulators.policy import EpisodeRng
+from simulators.registry import clips_rewards
 
 FORMAT = "gato.baseline.dt"
 STACK = 4
@@ -286,7 +287,7 @@ class Policy:
         self.model, self.config, self.task = model.eval().to(device()), model.config, task
         self.scaling = Scaling(np.array(extra["mean"]), np.array(extra["std"]), task.action)
         self.target, self.actions = float(extra["target_return"]), task.action.size
-        self.clipped = task.source == "atari"  # those logs hold rewards clipped to ±1, and so do returns-to-go
+        self.clipped = clips_rewards(task.environment, task.source)  # and so are returns-to-go
 
     def reset(self, batch: int) -> None:
         """A batch of environments starts."""

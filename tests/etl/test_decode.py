@@ -22,11 +22,11 @@ import pytest
 from gymnasium import spaces
 from rich.console import Console
 
+from etl import sources
 from etl.build import Options, beam_flags, build
 from etl.building.plan import BuildConfig
 from etl.record import Options as RecordOptions
 from etl.record import record
-from etl.sources import atari, babyai
 from etl.tokenizers import image
 from etl.tokenizers.text import TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer
@@ -181,7 +181,9 @@ def babyai(folder):
         pictures = np.pad(gridworld.draw(own["image"][:T]), ((0, 0), (0, 8), (0, 8), (0, 0)))
         return {"mission": np.array(own["mission"][:T]), "image": pictures, "direction": own["direction"][:T]}
 
-    return Log("babyai", folder, read_minari(place, pick), babyai.SOURCE.options(text_tokens=4), counted={"cut"})
+    return Log(
+        "babyai", folder, read_minari(place, pick), sources.load("babyai").options(text_tokens=4), counted={"cut"}
+    )
 
 
 def atari(folder, fit="80x64", channels=1):
@@ -205,7 +207,7 @@ def atari(folder, fit="80x64", channels=1):
         seen = seen if fit == "padded" else image.bilinear(frames, (64, 80))
         key = "$store$_action_ckpt.0.gz", number
         episodes[key] = Episode({"frame": seen}, part["action"], part["reward"])
-    return Log("atari", folder, episodes, atari.Options(frames=fit))
+    return Log("atari", folder, episodes, sources.load("atari").options(frames=fit))
 
 
 def documents(folder):
