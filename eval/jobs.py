@@ -14,6 +14,7 @@ from eval.options import Options
 from schemas.episode import TaskSpec
 from schemas.result import MODELS
 from shards.reader import Dataset
+from simulators.registry import clips_rewards
 from trainer.checkpoint import ExportInfo
 
 
@@ -52,6 +53,11 @@ class Job:
     def environment(self) -> str:
         """Id of what is played; empty where the log itself is shown."""
         return self.spec.environment.id if self.spec.environment and self.model != "behaviour" else ""
+
+    @property
+    def clipped(self) -> bool:
+        """The log holds rewards clipped to ±1."""
+        return clips_rewards(self.spec.environment, self.spec.source)
 
     @property
     def fingerprint(self) -> str:

@@ -25,7 +25,7 @@ import simulators
 from eval import scores
 from eval.agent import GatoAgent, agent_for, prompted
 from eval.baselines import decision_transformer, device, trajectory_transformer
-from eval.environments import Played, Policy, RandomPolicy, play
+from eval.environments import Played, play
 from eval.exports import find_export, newest_export
 from eval.jobs import Job, KnownTask, plan_jobs
 from eval.options import Options, check
@@ -38,6 +38,8 @@ from schemas.result import EpisodeResult, from_table
 from shards.reader import Dataset, Store
 from shards.stream import find_datasets
 from shards.views import trajectories
+from simulators import plugins
+from simulators.policy import Policy, RandomPolicy
 from trainer.checkpoint import CheckpointError, ExportInfo, load_export
 from trainer.model import Gato
 
@@ -67,6 +69,7 @@ class ComparisonRunner:
     def __init__(self, options: Options):
         self.options = options
         check(options)
+        plugins.load(options.imports)
         torch.set_num_threads(options.threads)
         store = Store()
         folders = list(options.datasets) or find_datasets(options.root)
@@ -89,7 +92,7 @@ class ComparisonRunner:
         vocabularies = [dataset.manifest.vocabulary for dataset in self.datasets]
         same = [one for one in vocabularies if one.fingerprint == info.vocabulary_fingerprint]
         (same or vocabularies or [info.vocabulary])[0].require(info.vocabulary_fingerprint, str(folder))
-        seed = int(info.training.get("seed", 0))
+        seed = info.training.seed
         if seed in self.gatos:
             raise CheckpointError(
                 f"{folder}: trained with seed {seed}, as {self.exports[seed]} was; give --gato exports of different "
@@ -122,8 +125,8 @@ class ComparisonRunner:
             if job.model == "behaviour" or {row.versions for row in kept} == {self.host["versions"]}:
                 return JobResult(tuple(kept), "kept from before")
         episodes = behaviour(job.dataset, job.task.number) if job.model == "behaviour" else self._play(job, progress)
-        # Atari logs hold clipped rewards, which the raw references of the score do not fit
-        spec = replace(job.spec, score=None) if job.model == "behaviour" and job.spec.source == "atari" else job.spec
+        # the references of a score are raw, and do not fit clipped rewards
+        spec = replace(job.spec, score=None) if job.model == "behaviour" and job.clipped else job.spec
         common = self._common(job) | {"model_sha256": weights, "protocol": protocol}
         rows = []
         for number, episode in enumerate(episodes):
@@ -172,7 +175,7 @@ class ComparisonRunner:
     def protocol(self, job: Job) -> str:
         """JSON of everything that decides a row, except weights and data."""
         if job.model == "behaviour":
-            clipped = ", clipped to ±1 a step" if job.spec.source == "atari" else ""
+            clipped = ", clipped to ±1 a step" if job.clipped else ""
             return json.dumps({"returns": "as logged" + clipped})
         settings: dict[str, Any] = {"episodes": self.options.episodes, "first_seed": self.options.first_seed}
         settings["step_limit"] = self.options.step_limit
@@ -217,7 +220,8 @@ class ComparisonRunner:
 
     def _policy(self, job: Job, progress: ProgressCallback) -> Policy:
         if job.model == "random":
-            return RandomPolicy(job.spec)
+            assert job.spec.action is not None
+            return RandomPolicy(job.spec.action)
         if job.model in BASELINES:
             return BASELINES[job.model].load(self.baseline(job, progress))
         model, info = self.gatos[job.seed]
@@ -229,7 +233,8 @@ class ComparisonRunner:
 
     def _play(self, job: Job, progress: ProgressCallback) -> list[Played]:
         seeds = [self.options.first_seed + n for n in range(self.options.episodes)]
-        every = 4 if job.spec.environment and job.spec.environment.suite == "atari" else 5
+        assert job.spec.environment is not None
+        every = simulators.suite_named(job.spec.environment.suite).film_every
         first = min(self.gatos) if job.model == "gato" else 0
         film = int(self.options.film_seconds * 10) if job.seed == first else 0
 
