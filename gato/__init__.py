@@ -9,13 +9,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gato.agents import Agent, Model, load
+    from gato.comparing import compare
     from gato.data import Dataset, Stream, build
     from gato.logs import Episode, write_logs
     from gato.training import TrainingError, train
 
-__all__ = ["Dataset", "Episode", "Stream", "TrainingError", "build", "train", "write_logs"]
+__all__ = [
+    "Agent",
+    "Dataset",
+    "Episode",
+    "Model",
+    "Stream",
+    "TrainingError",
+    "build",
+    "compare",
+    "load",
+    "train",
+    "write_logs",
+]
 
 _HOMES = {
+    **dict.fromkeys(("Agent", "Model", "load"), "gato.agents"),
+    "compare": "gato.comparing",
     **dict.fromkeys(("Dataset", "Stream", "build"), "gato.data"),
     **dict.fromkeys(("Episode", "write_logs"), "gato.logs"),
     **dict.fromkeys(("TrainingError", "train"), "gato.training"),

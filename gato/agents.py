@@ -1,0 +1,225 @@
+"""Exported models as agents in one's own loop.
+
+    load(name, folder or URL) -> Model -> agent(task) -> Agent: reset, then observation -> act -> action, ...
+
+Invariant: an agent acts as python -m eval.compare plays it with the same seed, and what it cannot use is a ValueError
+that says what to change, never a wrong action.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from eval.agent import AgentConfig, GatoAgent, agent_for, prompted
+from eval.baselines import device as default_device
+from eval.exports import find_export
+from eval.ship import shipped_prompt
+from gato.observations import Observations
+from schemas.task import TaskSpec
+from shards.reader import Dataset
+from simulators.policy import EpisodeRng
+from trainer.checkpoint import ExportInfo, load_export
+from trainer.model import Gato
+
+
+def load(place: str | os.PathLike[str], device: str | torch.device | None = None) -> Model:
+    """Load an exported model.
+
+    Args:
+        place: a shipped name ("tiny"), the folder of an export or of a training run, or an export's URL (any that
+            fsspec reads: s3://bucket/export, https://...). A folder whose name is a shipped one is written "./tiny".
+        device: where it computes; by default a GPU if there is one.
+
+    Returns:
+        The model. Its weights have the sha256 that model.json names.
+
+    Raises:
+        ValueError: no such model (the message lists the shipped names), or one that is damaged or of another format.
+        OSError: a file cannot be read.
+
+    Example:
+        >>> model = gato.load("tiny")
+        >>> model.tasks
+        ('halfcheetah-medium-v4', 'hopper-medium-v4')
+    """
+    folder = find_export(place if isinstance(place, str) else Path(place))
+    network, info = load_export(folder)
+    return Model(network.to(device or default_device()), info, folder)
+
+
+class Model:
+    """An exported model in evaluation mode. Made by `load`.
+
+    Attributes:
+        tasks: names of the tasks that it was trained on.
+        folder: the export on this machine.
+    """
+
+    def __init__(self, network: Gato, info: ExportInfo, folder: Path):
+        self.network, self.info, self.folder = network, info, folder
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(task.name for task in self.info.tasks)
+
+    def __repr__(self) -> str:
+        return f"Model({str(self.folder)!r}, tasks={list(self.tasks)})"
+
+    def agent(self, task: str | None = None, *, dataset: str | os.PathLike[str] | None = None, **options: Any) -> Agent:
+        """An agent for one task.
+
+        Args:
+            task: a task's name, or the environment's id; not needed where the model has a single task.
+            dataset: folder or URL of the task's dataset, from which prompts and the text tokenizer are taken. Only
+                needed for tasks with text, and for prompts that were not shipped with the weights.
+            options: of eval.agent.AgentConfig: decoding="sample", temperature=0.5, prompt="end", window="exact", ...
+
+        Raises:
+            ValueError: an unknown task or option, or a task that cannot be played without `dataset`.
+
+        Example:
+            >>> agent = gato.load("tiny").agent("Hopper-v4", decoding="greedy")
+        """
+        spec, config = self._task(task), _config(options)
+        seed = self.info.training.seed
+        if dataset is not None:
+            data = Dataset(os.fspath(dataset))
+            data.manifest.vocabulary.require(self.info.vocabulary_fingerprint, str(self.folder))
+            numbers = [n for n, one in enumerate(data.manifest.tasks) if one.spec.name == spec.name]
+            if not numbers:
+                known = ", ".join(one.spec.name for one in data.manifest.tasks)
+                raise ValueError(f"{dataset}: holds no task '{spec.name}', but {known}; give the dataset of the task")
+            return Agent(agent_for(self.network, self.info, data, numbers[0], config), spec, seed)
+        if any(field.kind == "text" for field in spec.observation):
+            raise ValueError(f"task '{spec.name}' reads text, whose tokenizer is in its dataset; give dataset=FOLDER")
+        config = prompted(config, self.info, spec)
+        prompt = shipped_prompt(self.folder, self.info, spec.name, config)
+        if prompt is None and config.prompt != "none":
+            raise ValueError(
+                f"task '{spec.name}' needs a prompt, and none was shipped with these weights; give dataset=FOLDER, or "
+                "prompt='none' to play without"
+            )
+        return Agent(GatoAgent(self.network, self.info, spec, config, prompt), spec, seed)
+
+    def _task(self, wanted: str | None) -> TaskSpec:
+        tasks = [task for task in self.info.tasks if task.action is not None]
+        known = ", ".join(task.name for task in tasks) or "none that acts"
+        if wanted is None:
+            if len(tasks) != 1:
+                raise ValueError(f"the model has {len(tasks)} tasks; name one: {known}")
+            return tasks[0]
+        found = [task for task in tasks if task.name == wanted]
+        found = found or [task for task in tasks if task.environment is not None and task.environment.id == wanted]
+        if not found:
+            raise ValueError(f"unknown task '{wanted}'; the model was trained on {known}")
+        if len(found) > 1:
+            names = ", ".join(task.name for task in found)
+            raise ValueError(f"several tasks are played in '{wanted}': {names}; name the task")
+        return found[0]
+
+
+class Agent:
+    """Acts in one environment, or in a batch of environments that start together. Made by `Model.agent`.
+
+    Attributes:
+        task: what it plays: fields of the observation, action space, environment.
+
+    Example:
+        >>> env = gymnasium.make("Hopper-v4")
+        >>> observation, _ = env.reset(seed=0)
+        >>> agent.reset(seed=0)
+        >>> ended = False
+        >>> while not ended:
+        ...     observation, reward, terminated, truncated, _ = env.step(agent.act(observation))
+        ...     ended = terminated or truncated
+    """
+
+    def __init__(self, player: GatoAgent, task: TaskSpec, policy_seed: int):
+        self.task = task
+        self._player, self._policy_seed = player, policy_seed
+        self._observations = Observations(task)
+        self._batch: int | None = None
+        self._rows = 0
+        self._active = np.zeros(0, bool)
+        self._rng = EpisodeRng([])
+
+    def reset(self, batch: int | None = None, seed: int | Sequence[int] = 0) -> None:
+        """Forget the past: new episodes begin. Call it whenever the environment is reset.
+
+        Args:
+            batch: number of environments, which start together; None for a single one without a batch dimension.
+            seed: of sampled actions: one per environment, or the first one's, the others counting up from it.
+
+        Raises:
+            ValueError: a batch below 1, or seeds that are not one per environment.
+        """
+        rows = 1 if batch is None else batch
+        if rows < 1:
+            raise ValueError(f"reset(batch={batch}): give the number of environments, 1 or more")
+        seeds = [seed + n for n in range(rows)] if isinstance(seed, int) else [int(one) for one in seed]
+        if len(seeds) != rows:
+            raise ValueError(f"reset: {len(seeds)} seeds for {rows} environments; give one each, or a single number")
+        self._player.reset(rows)
+        self._batch, self._rows = batch, rows
+        self._active = np.ones(rows, bool)
+        self._rng = EpisodeRng.seeded(self._policy_seed, seeds)
+
+    def act(self, observation: Any, reward: Any = None, active: Any = None) -> Any:
+        """The next action.
+
+        Args:
+            observation: as the environment returns it: an array, or a dict or nested dict of arrays, float for
+                continuous fields, integers for discrete ones, uint8 (H, W, C) for pictures. After reset(batch=B) each
+                array has a leading dimension B.
+            reward: of the step before, a number or (B,). Gato does not look at it; other agents may.
+            active: (B,) bool, the environments whose episode still runs, where some have ended before others. An
+                ended one stays out until the next reset; its action is zero.
+
+        Returns:
+            What env.step takes: int for Discrete, int64 (A,) for MultiDiscrete, float32 (A,) for Box, flat where the
+            Box has more dimensions. After reset(batch=B): (B,) or (B, A).
+
+        Raises:
+            ValueError: act before reset; a single observation after reset(batch=B), or the reverse; a key that is
+                missing or unknown; a wrong shape or dtype; a value that is not finite or not in its range.
+        """
+        if self._rows == 0:
+            raise ValueError("act before reset; call agent.reset(), or agent.reset(batch=B) for B environments, first")
+        arrays = self._observations.check(observation, self._batch)
+        rewards = self._per_row("reward", 0.0 if reward is None else reward, np.float32)
+        if active is not None:
+            self._narrow(self._per_row("active", active, bool))
+        if not self._active.any():
+            raise ValueError("every episode has ended; call agent.reset()")
+        actions = self._player.act(arrays, rewards, self._active.copy(), self._rng.of(self._active))
+        if self._batch is not None:
+            return actions
+        return int(actions[0]) if actions.ndim == 1 else actions[0]
+
+    def _narrow(self, active: np.ndarray) -> None:
+        if again := np.flatnonzero(active & ~self._active).tolist():
+            raise ValueError(f"active: episode {again[0]} had ended; all start together again with agent.reset()")
+        self._active = active
+
+    def _per_row(self, name: str, value: Any, dtype: Any) -> np.ndarray:
+        array = np.asarray(value, dtype)
+        if array.shape not in ((), (self._rows,)):
+            raise ValueError(f"{name} has shape {array.shape}; give a number, or an array of shape ({self._rows},)")
+        return np.broadcast_to(array, (self._rows,)).copy()
+
+
+def _config(options: dict[str, Any]) -> AgentConfig:
+    known = [field.name for field in fields(AgentConfig)]
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            raise ValueError(f"unknown option '{name}'; {f'perhaps {near[0]}' if near else f'known: {known}'}")
+    return AgentConfig(**options)
