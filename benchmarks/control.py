@@ -32,10 +32,10 @@ from benchmarks.stream import build
 from eval.agent import AgentConfig, GatoAgent, Prompt, demonstration
 from eval.charts import COLOURS, STYLE
 from eval.environments import play
-from eval.episode_rng import Draws
 from schemas.layout import SEPARATOR
 from shards.batch import Batch
 from shards.reader import Dataset
+from simulators.policy import EpisodeRng
 from trainer.checkpoint import ExportInfo, TrainingInfo, load_export
 from trainer.model import PRESETS, Gato
 
@@ -197,7 +197,7 @@ class Pair:
             agent.reset(batch)
 
     def act(
-        self, observations: dict[str, np.ndarray], previous_reward: np.ndarray, active: np.ndarray, rng: Draws
+        self, observations: dict[str, np.ndarray], previous_reward: np.ndarray, active: np.ndarray, rng: EpisodeRng
     ) -> np.ndarray:
         actions, _ = (agent.act(observations, previous_reward, active, rng) for agent in self.both)
         return actions

@@ -29,9 +29,11 @@ import numpy as np
 from rich.console import Console
 
 from etl import build, sources
-from etl.logs import Hdf5Log, ReplayLog
+from etl.sources.atari.writer import ReplayWriter
+from etl.sources.d4rl.writer import D4RLWriter
 from schemas.dataset import Manifest
 from schemas.files import atomic_write
+from simulators import environment
 
 SHARED = "GATO_SHARED_DATA"
 REPEATS = 3
@@ -148,7 +150,7 @@ def multiply(place: Path, into: Path, source: str, times: int) -> Path:
 def timesteps(place: Path, source: str) -> int:
     """Timesteps that the logs hold."""
     known = sources.load(source)
-    scans = known.scan(known.resolve(place, None, place), sources.ScanOptions())
+    scans = known.scan(known.resolve(place, None, place), known.options())
     return sum(ref.timesteps for scan in scans for ref in scan.episodes)
 
 
@@ -256,26 +258,26 @@ def bench_memory(folder: Path, source: str) -> None:
 
 
 def write_d4rl(place: Path, episodes: int) -> None:
-    log = Hdf5Log(place / "hopper-random-v4.hdf5", "Hopper-v4", "random")
+    log = D4RLWriter(place / "hopper-random-v4.hdf5", environment("Hopper-v4"), "random")
     rng = np.random.default_rng(0)
     for _ in range(episodes):
         observations = rng.normal(size=(EPISODE_TIMESTEPS, 11)).astype(np.float32)
         actions = rng.uniform(-1, 1, (EPISODE_TIMESTEPS, 3)).astype(np.float32)
         for t in range(EPISODE_TIMESTEPS):
             row = {"observations": observations[t], "actions": actions[t], "rewards": np.float32(t)}
-            log.append(row | {"terminals": np.bool_(False), "timeouts": np.bool_(t + 1 == EPISODE_TIMESTEPS)})
+            log.add(row | {"terminals": np.bool_(False), "timeouts": np.bool_(t + 1 == EPISODE_TIMESTEPS)})
     log.close()
 
 
 def write_atari(place: Path, episodes: int) -> None:
-    log = ReplayLog(place / "Pong" / "1" / "replay_logs")
+    log = ReplayWriter(place / "Pong" / "1" / "replay_logs")
     rng = np.random.default_rng(0)
     frame = rng.integers(1, 256, (84, 84), dtype=np.uint8)
     for _ in range(episodes):
         for t in range(EPISODE_TIMESTEPS):
             frame[rng.integers(84)] = rng.integers(1, 256)
             last = t + 1 == EPISODE_TIMESTEPS
-            log.append({"observation": frame, "action": t % 6, "reward": 0.0, "terminal": last})
+            log.add({"observation": frame, "action": t % 6, "reward": 0.0, "terminal": last})
     log.close()
 
 

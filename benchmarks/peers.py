@@ -110,7 +110,7 @@ def read_episodes(place: Path, source: str) -> Episodes:
     """All episodes of the logs, by task."""
     known = sources.load(source)
     read: Episodes = []
-    for scan in known.scan(known.resolve(place, None, place), sources.ScanOptions()):
+    for scan in known.scan(known.resolve(place, None, place), known.options()):
         assert scan.task is not None
         found = list(known.read(scan.task, scan.episodes))
         read.append((scan.task, [episode for episode in found if isinstance(episode, RawEpisode)]))

@@ -17,9 +17,9 @@ import sys
 
 logging.getLogger().setLevel(logging.ERROR)  # first of all: Beam warns while it is imported
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import tyro
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
@@ -39,6 +39,7 @@ from schemas.episode import Document
 from schemas.layout import layout_of
 from schemas.vocabulary import by_name
 from shards.folder import Folder, is_url
+from simulators import plugins
 
 DASK = "apache_beam.runners.dask.dask_runner.DaskRunner"
 IN_MEMORY = "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"
@@ -52,7 +53,7 @@ class Options:
     """
 
     source: str = "d4rl"
-    """Log format: d4rl (HDF5 files), minari, atari (DQN-Replay folders), babyai, text."""
+    """Log format: d4rl (HDF5 files), minari, atari (DQN-Replay folders), babyai, text, or one of your own."""
     input: Annotated[str | None, tyro.conf.arg(aliases=["-i"])] = None
     """A file or a folder of logs, or the fsspec URL of one (s3://bucket/logs). Without it, --dataset is downloaded."""
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
@@ -76,20 +77,28 @@ class Options:
     """Train a SentencePiece model on the input's own texts first; it is kept in the dataset as text.model."""
     tokenizer_pieces: int = 32_000
     """Pieces of the model that --train-tokenizer makes."""
-    scan: tyro.conf.OmitArgPrefixes[sources.ScanOptions] = field(default_factory=sources.ScanOptions)
+    imports: plugins.Imports = ()
+    """Module to import first, here and in every worker: it registers sources, suites or environments. May be given
+    several times."""
     config: tyro.conf.OmitArgPrefixes[BuildConfig] = field(default_factory=BuildConfig)
+    scan: tyro.conf.Suppress[Any] = None
+    """Options of the source, a `sources.load(source).options`; its defaults where None. Flat on the command line."""
 
 
 def build(options: Options, beam_arguments: list[str], console: Console) -> Manifest:
     """Make the dataset. DatasetError or SourceError name what is wrong."""
-    _check(options)
+    plugins.load(options.imports)
     source = sources.load(options.source)
+    scan_options = options.scan or source.options()
+    _check(options, scan_options)
     output = (options.output or f"data/shards/{options.source}").removeprefix("file://")
     folder = Folder(output if is_url(output) else Path(output).absolute())  # a worker may stand in another folder
     files, origins = _inputs(options, source, console)
-    scans = [filters.apply(source, scan, options.config.filter) for scan in source.scan(files, options.scan)]
+    scans = [filters.apply(source, scan, options.config.filter) for scan in source.scan(files, scan_options)]
     text = _text_model(options, source, scans)
     plan = make_plan(options.source, scans, options.config, text.fingerprint if text else None, origins)
+    for warning in (line for scan in scans for line in scan.warnings):
+        console.print(f"[yellow]warning[/] {warning}", highlight=False, soft_wrap=True)
     for rejection in (r for scan in scans for r in scan.rejected if r.position < 0):
         console.print(f"[yellow]rejected[/] {rejection.file}: {rejection.reason}: {rejection.detail}", highlight=False)
     if not plan:
@@ -103,14 +112,15 @@ def build(options: Options, beam_arguments: list[str], console: Console) -> Mani
             folder.write(TEXT_MODEL_NAME, text.bytes)
         look = pipeline.LOOK_SECONDS[folder.local is None]
         with summary.Progress(plan, lambda: pipeline.finished_numbers(folder), console, look) as progress:
-            pipeline.run(plan, folder, beam_arguments, progress.message)
+            pipeline.run(plan, folder, beam_arguments, progress.message, options.imports)
         return gather(plan, scans, folder, options.config, options.max_rejected_share, text)
 
 
-def _check(options: Options) -> None:
+def _check(options: Options, scan: Any) -> None:
     """ValueError names the first option whose value makes no sense."""
-    config, scan, filter = options.config, options.scan, options.config.filter
+    config, filter = options.config, options.config.filter
     by_name(config.vocabulary)
+    scan.check()
     for name, value, low, high in (
         ("workers", options.workers, 1, 2**16),
         ("max-rejected-share", options.max_rejected_share, 0, 1),
@@ -118,8 +128,6 @@ def _check(options: Options) -> None:
         ("shard-megabytes", config.shard_megabytes, 2**-20, 2**20),
         ("piece-timesteps", config.piece_timesteps, 1, 2**30),
         ("held-out-share", config.held_out_share, 0, 1),
-        ("max-episode-steps", scan.max_episode_steps, 1, 2**30),
-        ("text-tokens", scan.text_tokens, 1, 2**15),
         ("min-return", filter.min_return, -math.inf, math.inf),
         ("expert-share", filter.expert_share, 0, math.inf),
         ("first-episodes", filter.first_episodes, 1, 2**62),
@@ -206,6 +214,27 @@ def _why_nothing(scans: list[TaskScan]) -> str:
     return f"the filters left out all of its {filtered} episodes" if filtered else "it holds no episode"
 
 
+def parsed(arguments: list[str]) -> tuple[Options, list[str]]:
+    """The options of a command line, those of its source among them, and what is left for Beam. ValueError for an
+    option of another source."""
+    plugins.load_early(arguments)
+    flag = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flag.add_argument("--source", default=Options.source)
+    source = sources.load(flag.parse_known_args(arguments)[0].source)
+    kind: Any = tyro.conf.OmitArgPrefixes[source.options]  # type: ignore[misc,name-defined]
+    flat: Any = make_dataclass(
+        "Options", [("scan", kind, field(default_factory=source.options))], bases=(Options,), frozen=True
+    )
+    flat.__doc__ = Options.__doc__
+    options, rest = tyro.cli(flat, prog="python -m etl.build", args=arguments, return_unknown_args=True)
+    for name in (argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in rest):
+        owners = sources.owners(name)
+        if owners:
+            whose = f"--{name.replace('_', '-')} is an option of source {' and '.join(owners)}"
+            raise ValueError(f"{whose}; source {source.name} does not know it: leave it out")
+    return options, rest
+
+
 def beam_flags(arguments: list[str], workers: int) -> list[str]:
     """Beam's arguments with our defaults; ValueError for a flag that neither we nor Beam know."""
     arguments = _dask_flags(arguments)
@@ -241,8 +270,8 @@ def main() -> int:
     # A copy of stderr: while Beam's worker processes run, stderr itself goes to a log file.
     console = Console(file=os.fdopen(os.dup(2), "w"), width=None if sys.stderr.isatty() else 140)
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # what fails is raised too
-    options, rest = tyro.cli(Options, prog="python -m etl.build", return_unknown_args=True)
     try:
+        options, rest = parsed(sys.argv[1:])
         flags = beam_flags(rest, options.workers)
         if options.list:
             wide = Console(width=None if sys.stdout.isatty() else 300)  # names and addresses are copied from it

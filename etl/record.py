@@ -1,7 +1,7 @@
 """`python -m etl.record`: logs from the real simulators, in the formats users have.
 
-policy + simulator -> timesteps -> D4RL's HDF5 layout; for Atari the DQN-Replay layout; where an observation has
-several fields (PointMaze, BabyAI) Minari's, written by the minari package
+policy + simulator -> steps (simulators/rollout.py) -> the writer of a log format: D4RL's for a plain vector and
+continuous actions, the suite's own where it names one (Atari: DQN-Replay), Minari's for all else
 
 The logged action is the one that was played, noise included. Rows go to disk as they
 come, under a temporary name; the file gets its name when it is whole.
@@ -23,8 +23,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 import simulators
-from etl.logs import Columns, Hdf5Log, MinariLog, ReplayLog
+from etl import sources
+from schemas.episode import EnvironmentSpec
+from simulators import plugins
 from simulators.experts import PolicyError, policies
+from simulators.policy import NoisyPolicy
+from simulators.rollout import Step, rollout
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,13 @@ class Options:
     """Record a log of a policy's play in a real simulator."""
 
     environment: Annotated[str, tyro.conf.arg(aliases=["-e"])] = "Hopper-v4"
-    """gymnasium id with version, e.g. Hopper-v4 or ALE/Pong-v5."""
+    """gymnasium id with version, e.g. Hopper-v4 or ALE/Pong-v5; MODULE:Id for an environment of your own."""
     policy: str = "expert"
-    """expert (shipped), random, or a policy file: .safetensors, .npz, or a Stable-Baselines3 .zip that you trust."""
+    """expert (shipped), random, a policy file (.safetensors, .npz, or a Stable-Baselines3 .zip that you trust), or
+    MODULE:FUNCTION of your own: FUNCTION(env) returns an object with act(observation, rng), or a function observation
+    -> action."""
+    imports: plugins.Imports = ()
+    """Module to import first, which registers environments or suites; may be given several times."""
     steps: int = 20_000
     """Timesteps. A last episode may take a tenth more to end, and is cut there otherwise, as in real logs."""
     noise: float = 0.0
@@ -52,133 +60,91 @@ class Options:
     """Replace a log that is already there."""
 
 
-@dataclass
-class Step:
-    """One timestep as it was played, and what came of it. `raw`: extra arrays to log."""
-
-    observation: dict[str, np.ndarray]
-    action: np.ndarray
-    reward: float
-    terminated: bool
-    truncated: bool
-    following: dict[str, np.ndarray]
-    raw: dict[str, np.ndarray]
-
-
-def play(options: Options, env: Any, policy: policies.Policy) -> Iterator[Step]:
-    """Timesteps without end, episode after episode; a function of the options."""
+def play(options: Options, env: Any, policy: Any) -> Iterator[Step]:
+    """Timesteps without end, episode after episode; a function of the options. Raises what the simulator raises."""
+    suite = env.get_wrapper_attr("suite")
+    noisy = NoisyPolicy(policy, simulators.action_spec(env), options.noise)
     rng = np.random.default_rng(options.seed)
-    action_spec = simulators.action_spec(env)
     for episode in range(sys.maxsize):
-        observation, _ = env.reset(seed=options.seed * 1_000_003 + episode)
-        policy.reset()
-        ended = False
-        while not ended:
-            action = policy.act(observation, rng)
-            if action_spec.kind == "continuous":
-                noise = rng.normal(0.0, options.noise, action_spec.size) if options.noise else 0.0
-                action = np.clip(action + noise, action_spec.low, action_spec.high).astype(np.float32)
-            elif options.noise and rng.random() < options.noise:
-                action = policies.noise_action(action_spec, rng)
-            raw = _state(env)
-            following, reward, terminated, truncated, _ = env.step(action)
-            yield Step(observation, action, reward, terminated, truncated and not terminated, following, raw)
-            observation, ended = following, terminated or truncated
-
-
-def _state(env: Any) -> dict[str, np.ndarray]:
-    data = getattr(env.unwrapped, "data", None)
-    return {} if data is None else {"infos/qpos": data.qpos.copy(), "infos/qvel": data.qvel.copy()}
+        seed = options.seed * 1_000_003 + episode
+        for step in rollout(noisy, [env], [seed], rng, before=lambda row, env: suite.state(env)):
+            if isinstance(step.error, PolicyError):
+                raise step.error
+            if step.error is not None:
+                problem = f"{type(step.error).__name__}: {step.error}"
+                raise simulators.SimulatorError(f"{options.environment}: episode {episode}: {problem}") from step.error
+            yield step
 
 
 def record(options: Options, console: Console) -> Path:
     """Play and write the log; returns its path. SimulatorError or PolicyError say what does not fit."""
     if options.steps < 1 or options.noise < 0 or not options.temperature > 0:
         raise ValueError("--steps must be at least 1, --noise not negative and --temperature positive")
+    plugins.load(options.imports)
     spec = simulators.environment_spec(options.environment)
     env = simulators.make(spec)
-    fields = simulators.observation_fields(env)
-    size = sum(int(np.prod(field.shape)) for field in fields)
-
-    def player() -> policies.Policy:
-        action = simulators.action_spec(env)
-        return policies.load(options.policy, env, size, action, options.noise, options.temperature)
-
-    policy = player()
-    atari, plain = spec.suite == "atari", [field.key for field in fields] == ["observation"]
-    path = _path(options, "atari" if atari else "plain" if plain else "minari")
+    try:
+        policy = policies.load(options.policy, env, options.noise, options.temperature)
+        writer = _writer(env)
+    finally:
+        env.close()
+    suite = simulators.suite_named(spec.suite)
+    path = writer.path(options.output or Path(writer.folder), suite.log_name(spec.id), _level(options), options.run)
     if path.exists() and not options.overwrite:
         raise ValueError(
             f"{path}: already there; give another --output, --level or --run, or --overwrite to replace it"
         )
-    log: Columns
-    if atari or plain:
-        log = ReplayLog(path) if atari else Hdf5Log(path, options.environment, policy.algorithm)
-    else:
-        log = collected = MinariLog(path.parents[1], "/".join(path.parts[-2:]), policy.algorithm)
-        env.close()
-        env = simulators.make(spec, inner=collected.wrap)
-        policy = player()
-    returns, running, done = [], 0.0, 0
+    log = writer(path, spec, policy.algorithm)
     try:
-        with Progress(console=console) as progress:
-            bar = progress.add_task(options.environment, total=options.steps)
-            for step in play(options, env, policy):
-                done += 1
-                running += step.reward
-                ended = step.terminated or step.truncated
-                last = (done >= options.steps and ended) or done >= options.steps + options.steps // 10
-                log.append(_atari_row(step) if atari else _d4rl_row(step) if plain else _minari_row(step))
-                if ended:
-                    returns.append(running)
-                    running = 0.0
-                progress.update(bar, completed=done)
-                if last:
-                    break
+        env = simulators.make(spec, inner=log.wrap)
+        policy = policies.load(options.policy, env, options.noise, options.temperature)
+        summary = _write(options, env, policy, log, console)
         log.close()
     finally:
         env.close()
         log.discard()
-    mean = f"{np.mean(returns):.1f} ± {np.std(returns):.1f}" if returns else "-"
-    cut = "" if ended else ", the last one cut by the log's end"
-    console.print(
-        f"{path}: {done} timesteps, {len(returns)} whole episodes{cut}, return {mean} (unclipped)", highlight=False
-    )
+    console.print(f"{path}: {summary}", highlight=False)
     return path
 
 
-def _path(options: Options, layout: str) -> Path:
-    if layout == "atari":
-        game = options.environment.removeprefix("ALE/").rsplit("-", 1)[0]
-        return (options.output or Path("data/logs/dqn_replay")) / game / str(options.run) / "replay_logs"
-    body, version = options.environment.rsplit("-", 1)
-    level = options.level or (options.policy if options.policy in ("expert", "random") else Path(options.policy).stem)
-    if layout == "minari":
-        return (options.output or Path("data/logs/minari")) / body.lower() / f"{level}-{version}"
-    return (options.output or Path("data/logs/d4rl")) / f"{body.lower()}-{level}-{version}.hdf5"
+def _write(options: Options, env: Any, policy: Any, log: sources.LogWriter, console: Console) -> str:
+    """The steps of all episodes into the log; what was written, in words."""
+    returns, running, done, ended = [], 0.0, 0, False
+    with Progress(console=console) as progress:
+        bar = progress.add_task(options.environment, total=options.steps)
+        for step in play(options, env, policy):
+            done += 1
+            running += step.reward
+            ended = step.ended
+            last = (done >= options.steps and ended) or done >= options.steps + options.steps // 10
+            log.append(step)
+            if ended:
+                returns.append(running)
+                running = 0.0
+            progress.update(bar, completed=done)
+            if last:
+                break
+    mean = f"{np.mean(returns):.1f} ± {np.std(returns):.1f}" if returns else "-"
+    cut = "" if ended else ", the last one cut by the log's end"
+    return f"{done} timesteps, {len(returns)} whole episodes{cut}, return {mean} (unclipped)"
 
 
-def _d4rl_row(step: Step) -> dict[str, Any]:
-    return {
-        "observations": step.observation["observation"].reshape(-1),
-        "actions": step.action,
-        "rewards": np.float32(step.reward),
-        "terminals": step.terminated,
-        "timeouts": step.truncated,
-        "next_observations": step.following["observation"].reshape(-1),
-        **step.raw,
-    }
+def _writer(env: Any) -> type[sources.LogWriter]:
+    """The log format for what an environment gives and takes."""
+    spec: EnvironmentSpec = env.get_wrapper_attr("environment")
+    fields, action = simulators.observation_fields(env), simulators.action_spec(env)
+    plain = [(field.key, field.kind, len(field.shape)) for field in fields] == [("observation", "continuous", 1)]
+    vectors = plain and action.kind == "continuous" and len(env.action_space.shape) == 1
+    name = simulators.suite_named(spec.suite).recorded_as or ("d4rl" if vectors else "minari")
+    writer = sources.load(name).writer
+    if writer is None:
+        raise ValueError(f"{spec.id}: its suite is recorded as '{name}', and that source writes no logs")
+    return writer
 
 
-def _atari_row(step: Step) -> dict[str, Any]:
-    frame = step.observation["frame"][..., 0]
-    terminal = step.terminated or step.truncated
-    return {"observation": frame, "action": step.action, "reward": np.clip(step.reward, -1, 1), "terminal": terminal}
-
-
-def _minari_row(step: Step) -> dict[str, Any]:
-    ended = {"terminated": step.terminated, "truncated": step.truncated}
-    return {"action": step.action, "reward": np.float32(step.reward), **ended}
+def _level(options: Options) -> str:
+    named = options.policy if options.policy in ("expert", "random") else Path(options.policy).stem.replace(":", "-")
+    return options.level or named
 
 
 def main() -> int:
@@ -186,7 +152,7 @@ def main() -> int:
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
     try:
         record(options, console)
-    except (simulators.SimulatorError, PolicyError, ValueError, OSError) as error:
+    except (simulators.SimulatorError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

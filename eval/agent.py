@@ -28,10 +28,10 @@ from torch.nn import functional as F
 from etl.tokenizers.text import TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer
 from eval.cuda_graph import Replay, compiled
-from eval.episode_rng import Draws
 from schemas.episode import TaskSpec
 from schemas.vocabulary import bin_centres
 from shards.reader import Dataset
+from simulators.policy import EpisodeRng
 from trainer.checkpoint import ExportInfo
 from trainer.model import Gato
 from trainer.model.gato import Blocks
@@ -180,7 +180,7 @@ class GatoAgent:
         observations: dict[str, np.ndarray],
         previous_reward: np.ndarray,
         active: np.ndarray,
-        rng: Draws | np.random.Generator,
+        rng: EpisodeRng | np.random.Generator,
     ) -> np.ndarray:
         """observations {key: (B, ...)} -> actions (B, A) float32 or (B,) int64, zeros where not `active`. Rewards are
         not shown to Gato."""

@@ -28,6 +28,7 @@ from schemas.files import atomic_write
 from schemas.vocabulary import VocabularyMismatch
 from shards.reader import Dataset, Store
 from shards.stream import find_datasets
+from simulators import plugins
 from trainer.checkpoint import CheckpointError, load_export
 
 RETURNS = "returns.jsonl"
@@ -48,6 +49,8 @@ class Options:
     """Episodes of each task and export."""
     first_seed: int = 1000
     """Episode n is reset with first_seed + n, for every export alike."""
+    imports: plugins.Imports = ()
+    """Module to import first: it registers environments or suites. May be given several times."""
     agent: AgentConfig = field(default_factory=AgentConfig)
 
 
@@ -94,6 +97,7 @@ def main() -> int:
     """The command; its exit status."""
     options = tyro.cli(Options, prog="python -m eval.curve", description=__doc__.splitlines()[0])
     try:
+        plugins.load(options.imports)
         store = Store()
         folders = list(options.datasets) or find_datasets(options.root)
         datasets = [Dataset(folder, store=store) for folder in folders]

@@ -25,7 +25,7 @@ import simulators
 from eval import report, scores
 from eval.agent import GatoAgent, agent_for, prompted
 from eval.baselines import decision_transformer, device, trajectory_transformer
-from eval.environments import Played, Policy, RandomPolicy, play
+from eval.environments import Played, play
 from eval.options import Options, check
 from eval.provenance import host
 from eval.ship import shipped_prompt
@@ -36,6 +36,9 @@ from schemas.result import MODELS, RESULT_SCHEMA_VERSION
 from shards.reader import Dataset, Store
 from shards.stream import find_datasets
 from shards.views import trajectories
+from simulators import plugins
+from simulators.policy import Policy, RandomPolicy
+from simulators.registry import clips_rewards
 from trainer.checkpoint import CheckpointError, ExportInfo, load_export
 from trainer.model import Gato
 
@@ -73,6 +76,11 @@ class Job:
         return self.spec.environment.id if self.spec.environment and self.model != "behaviour" else ""
 
     @property
+    def clipped(self) -> bool:
+        """Whether the log holds rewards clipped to ±1."""
+        return clips_rewards(self.spec.environment, self.spec.source)
+
+    @property
     def fingerprint(self) -> str:
         """Of the dataset; empty without one."""
         return self.dataset.manifest.fingerprint if self.dataset else ""
@@ -84,6 +92,7 @@ class Parts:
     def __init__(self, options: Options):
         self.options = options
         check(options)
+        plugins.load(options.imports)
         torch.set_num_threads(options.threads)
         store = Store()
         folders = list(options.datasets) or find_datasets(options.root)
@@ -153,7 +162,7 @@ class Parts:
                 return kept, "kept from before"
         episodes = behaviour(job.data, job.task) if job.model == "behaviour" else self._play(job, tell)
         # Atari logs hold clipped rewards, which the raw references of the score do not fit.
-        spec = replace(job.spec, score=None) if job.model == "behaviour" and job.spec.source == "atari" else job.spec
+        spec = replace(job.spec, score=None) if job.model == "behaviour" and job.clipped else job.spec
         given = [scores.scored(one.total, spec) for one in episodes]
         rows = [
             {
@@ -180,9 +189,7 @@ class Parts:
     def protocol(self, job: Job) -> str:
         """JSON of everything but weights and data that decides a row."""
         if job.model == "behaviour":
-            return json.dumps(
-                {"returns": "as logged" + (", clipped to ±1 a step" if job.spec.source == "atari" else "")}
-            )
+            return json.dumps({"returns": "as logged" + (", clipped to ±1 a step" if job.clipped else "")})
         settings: dict[str, Any] = {"episodes": self.options.episodes, "first_seed": self.options.first_seed}
         settings["step_limit"] = self.options.step_limit
         assert job.spec.environment is not None
@@ -222,7 +229,8 @@ class Parts:
 
     def _policy(self, job: Job, tell: Told) -> Policy:
         if job.model == "random":
-            return RandomPolicy(job.spec)
+            assert job.spec.action is not None
+            return RandomPolicy(job.spec.action)
         if job.model in BASELINES:
             return BASELINES[job.model].load(self.baseline(job, tell))
         model, info = self.gatos[job.seed]
@@ -238,7 +246,8 @@ class Parts:
 
     def _play(self, job: Job, tell: Told) -> list[Played]:
         seeds = [self.options.first_seed + n for n in range(self.options.episodes)]
-        every = 4 if job.spec.environment and job.spec.environment.suite == "atari" else 5
+        assert job.spec.environment is not None
+        every = simulators.suite_named(job.spec.environment.suite).film_every
         first = min(self.gatos) if job.model == "gato" else 0
         film = int(self.options.film_seconds * 10) if job.seed == first else 0
 

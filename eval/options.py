@@ -10,6 +10,7 @@ import tyro
 
 from eval.agent import AgentConfig
 from schemas.ranges import require
+from simulators import plugins
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class Options:
     """Parts that are trained and played at once; 0: one for each CPU core, or a single one with a GPU."""
     threads: int = 1
     """Threads of a process. The last digits of a float depend on it, and so may an action."""
+    imports: plugins.Imports = ()
+    """Module to import first, here and in every worker process: it registers environments or suites. May be given
+    several times."""
     agent: AgentConfig = field(default_factory=AgentConfig)
 
 

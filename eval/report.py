@@ -28,6 +28,7 @@ from schemas.dataset import Manifest
 from schemas.episode import TaskSpec
 from schemas.files import atomic_write
 from schemas.result import RESULT_SCHEMA, RESULT_SCHEMA_VERSION
+from simulators.registry import suite_of_id
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PUBLISHED = Path(__file__).with_name("published.json")
@@ -233,7 +234,7 @@ def write_report(
 def _has_images(dataset: str, environment: str, tasks: Mapping[str, TaskSpec]) -> bool:
     if dataset in tasks:
         return any(field.kind == "image" for field in tasks[dataset].observation)
-    return environment.startswith("ALE/")
+    return bool(environment) and suite_of_id(environment).sees_screen
 
 
 def _caption(aggregates: Sequence[Aggregate], trained: set[str]) -> str:

@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from schemas.episode import ScoreReference, TaskSpec
 from schemas.result import MODELS
+from simulators.registry import all_suites
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -93,10 +94,12 @@ def normalised(value: float, reference: ScoreReference) -> float:
 
 
 def scored(value: float, task: TaskSpec) -> tuple[float, str]:
-    """Score and its kind of a raw return: 100 or 0 for solved or not on minigrid's levels, which reward nothing but
-    that; else normalised by the task's reference; (NaN, '') without one."""
-    if task.environment is not None and task.environment.suite == "minigrid":
-        return 100.0 * (value > 0), "success"
+    """Score and its kind of a raw return: the suite's own, where it has one (a level solved or not); else normalised by
+    the task's reference; (NaN, '') without one."""
+    suite = all_suites().get(task.environment.suite) if task.environment else None
+    own = suite.score(value, task.score) if suite else None
+    if own is not None:
+        return own
     return (normalised(value, task.score), task.score.kind) if task.score else (float("nan"), "")
 
 

@@ -31,6 +31,7 @@ from etl.sources import SourceError
 from schemas.dataset import MANIFEST_NAME, SHARDS_NAME, DatasetError, Manifest, parse_shards
 from shards.folder import Folder
 from shards.writer import shard_name
+from simulators import plugins
 
 ATTEMPTS = 3  # of a build whose own worker processes die
 BEAM_THREADS = ("run_worker", "wait_until_finish_read")
@@ -40,15 +41,23 @@ LOOK_SECONDS = (0.25, 2.0)  # between looks into a local folder, into a remote o
 class WriteShard(beam.DoFn):
     """Packed plan item -> number of the shard written; everything else stays in the folder."""
 
-    def __init__(self, place: str):
-        self.place = place
+    def __init__(self, place: str, imports: tuple[str, ...] = ()):
+        self.place, self.imports = place, imports
+
+    def setup(self) -> None:
+        """A worker knows the user's sources too."""
+        plugins.load(self.imports)
 
     def process(self, item: bytes) -> Iterator[int]:
         yield write_shard(unpacked(item), self.place)["number"]
 
 
 def run(
-    plan: list[Item], folder: Folder, beam_arguments: list[str], message: Callable[[str], None] = lambda line: None
+    plan: list[Item],
+    folder: Folder,
+    beam_arguments: list[str],
+    message: Callable[[str], None] = lambda line: None,
+    imports: tuple[str, ...] = (),
 ) -> None:
     """Write every shard of the plan with the chosen Beam runner; blocks until all are written. DatasetError where
     workers were lost and the build could not recover by itself."""
@@ -57,7 +66,7 @@ def run(
     loopback = folder.local is not None and _external_here(options.view_as(PortableOptions))
     if any("FnApiRunner" in argument for argument in beam_arguments) and not own_workers:
         try:
-            _write(plan, folder, options)  # in this process: there is no other one to lose
+            _write(plan, folder, options, imports)  # in this process: there is no other one to lose
         except RuntimeError as error:  # Beam wraps whatever a DoFn raises
             if "KeyboardInterrupt" in str(error):
                 raise KeyboardInterrupt from None
@@ -67,7 +76,7 @@ def run(
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with _stderr_into(log, own_workers):
-                _watched(plan, folder, options, own_workers or loopback)
+                _watched(plan, folder, options, own_workers or loopback, imports)
             return
         except WorkerLost as error:
             if not own_workers or attempt == ATTEMPTS:
@@ -98,23 +107,23 @@ def _cause(error: Exception) -> str:
     return next((line for line in lines if line.startswith("details = ")), lines[-1])[:300]
 
 
-def _write(plan: list[Item], folder: Folder, options: PipelineOptions) -> None:
+def _write(plan: list[Item], folder: Folder, options: PipelineOptions, imports: tuple[str, ...]) -> None:
     with beam.Pipeline(options=options) as pipeline:
         _ = (
             pipeline
             | "plan" >> beam.Create(list(map(packed, plan)), reshuffle=False)
             | "spread" >> beam.Reshuffle()
-            | "write" >> beam.ParDo(WriteShard(str(folder)))
+            | "write" >> beam.ParDo(WriteShard(str(folder), imports))
         )
 
 
-def _watched(plan: list[Item], folder: Folder, options: PipelineOptions, local: bool) -> None:
+def _watched(plan: list[Item], folder: Folder, options: PipelineOptions, local: bool, imports: tuple[str, ...]) -> None:
     """The pipeline in a thread, which may hang for ever once a worker is lost; WorkerLost then."""
     errors: list[BaseException] = []
 
     def work() -> None:
         try:
-            _write(plan, folder, options)
+            _write(plan, folder, options, imports)
         except BaseException as error:  # handed to the thread that waits
             errors.append(error)
 

@@ -1,29 +1,42 @@
-"""Sources: one file a log format, registered by being in this folder.
+"""Sources: one file or folder per log format.
 
-A source module defines `SOURCE`, an object of the `Source` protocol:
+registered by --import, entry points `gato.sources`, etl/sources/* -> Source by name
 
+A source is an object of the `Source` protocol; a module or folder here defines one as `SOURCE`:
+
+    SOURCE.options                                  dataclass of what the command line says about its logs
     files = SOURCE.resolve(input, dataset, cache)   paths on disk, downloading where there is no input
     scans = SOURCE.scan(files, options)             tasks and where each episode lies; reads lengths, not payloads
     SOURCE.known(cache)                             datasets that can be asked for by name, for --list
     SOURCE.parts(file)                              every file on disk that a ref's `file` stands for
     SOURCE.read(task, refs)                         the episodes themselves, or why one cannot be read
-    read(SOURCE, task, refs)                        the same, and each fits its task
+    SOURCE.writer                                   what etl.record writes such logs with, or None
+    read(SOURCE, task, refs)                        as SOURCE.read, and each fits its task
 
-Invariant: `scan` is a pure function of the files' contents and the options, in
-whatever order the files are named; `read` yields exactly one result a ref, in order.
+Invariant: `scan` is a pure function of the files' contents and the options, in whatever order the files are named;
+`read` yields exactly one result per ref, in order.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from schemas.episode import Document, EpisodeError, RawEpisode, TaskSpec
+import gymnasium
 
+import simulators
+from schemas.episode import Document, EnvironmentSpec, EpisodeError, RawEpisode, TaskSpec
+from schemas.ranges import require
+from simulators.rollout import Step
+
+ENTRY_POINTS = "gato.sources"
 STALE = "stale rows"  # reason of a rejection: rows that are no episode's
 
 
@@ -60,29 +73,37 @@ class Rejection:
 
 @dataclass(frozen=True)
 class TaskScan:
-    """One task, its usable episodes in log order, what `scan` already had to reject, and how many good episodes
-    a filter left out."""
+    """One task, its usable episodes in log order, what `scan` already had to reject, how many good episodes a filter
+    left out, and what the user should know of it, one line each."""
 
     task: TaskSpec | None
     episodes: tuple[EpisodeRef, ...] = ()
     rejected: tuple[Rejection, ...] = ()
     filtered: int = 0
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class ScanOptions:
-    """What the command line says about the logs."""
+class NoOptions:
+    """Options of a source that has none. Others are frozen dataclasses with docstrings, and this `check`."""
+
+    def check(self) -> None:
+        """ValueError names an option whose value makes no sense."""
+
+
+@dataclass(frozen=True)
+class LogOptions(NoOptions):
+    """What sources of simulators' logs have in common."""
 
     environment: str | None = None
-    """gymnasium id, for logs that name none; or gym/ID of the old gym or d4rl, also in the place of a D4RL log's."""
+    """gymnasium id of the simulator, MODULE:Id for one's own, gym/ID of the old gym or d4rl. It counts more than what
+    the logs name."""
     max_episode_steps: int | None = None
     """Time limit, for logs without timeouts."""
-    frames: Literal["80x64", "padded"] = "80x64"
-    """Atari frames: filtered to 80x64 (20 patches), or kept at 84x84 and padded with zeros to 96x96 (36 patches)."""
-    text_tokens: int = 16
-    """Tokens of a text inside a timestep; longer ones are cut, and counted."""
-    text_field: str = "text"
-    """Field of JSON lines and column of Parquet files that holds the text."""
+
+    def check(self) -> None:
+        if self.max_episode_steps is not None:
+            require("max-episode-steps", self.max_episode_steps, 1, 2**30)
 
 
 @dataclass(frozen=True)
@@ -95,31 +116,92 @@ class Known:
     cached: Path | None
 
 
+class LogWriter(Protocol):
+    """Writes one log, row by row, under a temporary name; `close` gives it its own, `discard` removes what has not
+    got it. A class of this protocol is a source's `writer`."""
+
+    folder: str
+    """Where such logs go where --output names no folder."""
+
+    @staticmethod
+    def path(folder: Path, name: tuple[str, str], level: str, run: int) -> Path:
+        """The log's own path. `name`: an environment's, as its suite's `log_name` gives it."""
+        ...
+
+    def __init__(self, path: Path, environment: EnvironmentSpec, algorithm: str): ...
+
+    def wrap(self, raw: gymnasium.Env) -> gymnasium.Env:
+        """The simulator below our preprocessing, where the log needs its raw observations."""
+        ...
+
+    def append(self, step: Step) -> None: ...
+
+    def close(self) -> None: ...
+
+    def discard(self) -> None: ...
+
+
 class Source(Protocol):
     name: str
     default_dataset: str
+    options: type[Any]
+    writer: type[LogWriter] | None
 
     def known(self, cache: Path) -> list[Known]: ...
 
     def resolve(self, input: Path | None, dataset: str | None, cache: Path) -> list[Path]: ...
 
-    def scan(self, files: list[Path], options: ScanOptions) -> list[TaskScan]: ...
+    def scan(self, files: list[Path], options: Any) -> list[TaskScan]: ...
 
     def parts(self, file: str) -> list[Path]: ...
 
     def read(self, task: TaskSpec, refs: Iterable[EpisodeRef]) -> Iterator[RawEpisode | Document | Rejection]: ...
 
 
+_registered: dict[str, Source] = {}
+
+
+def register(source: Source) -> None:
+    """Make a source known; replaces one of the same name. For a module that `--import` names."""
+    _registered[source.name] = source
+
+
 def names() -> list[str]:
-    """Names of all sources: the modules of this folder that define SOURCE."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    """Names of all sources."""
+    return sorted({*_built_in(), *_entry_points(), *_registered})
 
 
 def load(name: str) -> Source:
     """The named source. SourceError lists the known names."""
-    if name not in names():
-        raise SourceError(f"unknown source '{name}'; known: {', '.join(names())}")
-    return importlib.import_module(f"{__name__}.{name}").SOURCE
+    if name in _registered:
+        return _registered[name]
+    if name in _built_in():
+        return importlib.import_module(f"{__name__}.{name}").SOURCE
+    if name not in _entry_points():
+        remedy = "install the package that provides it, or name its module by --import"
+        raise SourceError(f"unknown source '{name}'; known: {', '.join(names())}; {remedy}")
+    point = _entry_points()[name]
+    try:
+        return point.load()
+    except Exception as error:  # another project's module may raise anything
+        detail = f"{type(error).__name__}: {error}"
+        raise SourceError(f"entry point {name} = {point.value} of {ENTRY_POINTS} cannot be loaded ({detail}); "
+                          "repair or uninstall its package") from error  # fmt: skip
+
+
+def owners(option: str) -> list[str]:
+    """Names of the sources that have this option, a field of their dataclass."""
+    return [name for name in names() if option in {field.name for field in dataclasses.fields(load(name).options)}]
+
+
+@cache
+def _built_in() -> frozenset[str]:
+    return frozenset(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+@cache
+def _entry_points() -> dict[str, metadata.EntryPoint]:
+    return {point.name: point for point in metadata.entry_points(group=ENTRY_POINTS)}
 
 
 def read(source: Source, task: TaskSpec, refs: Sequence[EpisodeRef]) -> Iterator[RawEpisode | Document | Rejection]:
@@ -141,3 +223,15 @@ def by_task(files: Iterable[Path], name_of: Callable[[Path], str]) -> dict[str, 
         if other is not path:
             raise SourceError(f"{other} and {path} are both dataset '{name_of(path)}'; rename one or leave it out")
     return dict(sorted(named.items()))
+
+
+def environment_warnings(environment: EnvironmentSpec | None) -> tuple[str, ...]:
+    """A line where a log names an environment that there is not."""
+    try:
+        if environment is not None and simulators.suite_of_id(environment.id).time_limit(environment.id) is None:
+            simulators.require(environment)
+    except simulators.UnknownEnvironment as error:
+        return (f"{error}. Until then the task can be trained on, and not played",)
+    except simulators.SimulatorError:
+        pass  # its package is not needed to build
+    return ()

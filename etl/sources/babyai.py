@@ -3,9 +3,9 @@
 Minari dataset of minigrid: observations/{direction (T+1,), image (T+1, 7, 7, 3) uint8 symbols, mission strings}
     -> fields 'mission' (text), 'image' (56x56x3, padded to 64x64: 16 patches), 'direction' (0 to 3)
 
-`image` is drawn as minigrid draws it (simulators/gridworld.py). Minari's `minigrid/BabyAI-LEVEL/optimal-v0` are such
-datasets, and so is what `python -m etl.record -e BabyAI-GoToLocal-v0` writes from minigrid's bot. All else is as in
-etl/sources/minari.py.
+`image` is drawn as minigrid draws it (simulators/suites/minigrid.py). Minari's `minigrid/BabyAI-LEVEL/optimal-v0`
+are such datasets, and so is what `python -m etl.record -e BabyAI-GoToLocal-v0` writes from minigrid's bot. All else is
+as in etl/sources/minari/.
 
 Invariant: a log's picture is the one that the simulator shows to an agent in the same state.
 """
@@ -19,13 +19,12 @@ import numpy as np
 from gymnasium import spaces
 
 from etl.sources import Known
-from etl.sources import _minari as disk
-from etl.sources.minari import Minari
+from etl.sources.minari import Minari, disk
 from schemas.episode import EpisodeError, FieldSpec
-from simulators import gridworld
+from simulators.suites.minigrid import TILE, draw
 
 VIEW = (7, 7, 3)
-PICTURE = (VIEW[1] * gridworld.TILE, VIEW[0] * gridworld.TILE, 3)
+PICTURE = (VIEW[1] * TILE, VIEW[0] * TILE, 3)
 RESIZED = (64, 64)
 
 
@@ -56,7 +55,7 @@ class BabyAI(Minari):
         if spec.kind != "image":
             return super().values(spec, space, stored)
         try:
-            return gridworld.draw(stored)
+            return draw(stored)
         except ValueError as error:
             raise EpisodeError("out of range", str(error)) from error
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from etl.sources import EpisodeRef, Known, Rejection, ScanOptions, SourceError, TaskScan
+from etl.sources import EpisodeRef, Known, NoOptions, Rejection, SourceError, TaskScan
 from schemas.episode import Document, FieldSpec, TaskSpec
 
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "plain", ".md": "plain"}
@@ -30,11 +31,21 @@ LONGEST = 2**24  # bytes a document: a longer line or paragraph is refused, so t
 BATCH = 64  # Parquet rows at a time
 
 
+@dataclass(frozen=True)
+class Options(NoOptions):
+    """What the command line says about texts."""
+
+    text_field: str = "text"
+    """Field of JSON lines and column of Parquet files that holds the text."""
+
+
 class Text:
     """Source of text documents."""
 
     name = "text"
     default_dataset = ""
+    options = Options
+    writer = None
 
     def known(self, cache: Path) -> list[Known]:
         """None: texts are the user's own."""
@@ -55,7 +66,7 @@ class Text:
             raise SourceError(f"{input}: no text file in it; known endings: {', '.join(SUFFIXES)}")
         return found
 
-    def scan(self, files: list[Path], options: ScanOptions) -> list[TaskScan]:
+    def scan(self, files: list[Path], options: Options) -> list[TaskScan]:
         """One TaskScan of all files, named after the folder or the only file that they lie in."""
         files = sorted(map(Path, files))
         name = f"text-{files[0].stem if len(files) == 1 else _common(files).name}"

@@ -27,10 +27,11 @@ from torch.nn import functional as F
 
 from etl.tokenizers.image import fitted, split_channels
 from eval.baselines import Training, complete_episodes, device, load_folder, optimise, save_folder
-from eval.episode_rng import Draws
 from schemas.episode import ActionSpec, TaskSpec
 from schemas.layout import continuous_values, ordered_fields, picture_size
 from shards.views import Trajectory
+from simulators.policy import EpisodeRng
+from simulators.registry import clips_rewards
 
 FORMAT = "gato.baseline.dt"
 STACK = 4
@@ -286,7 +287,7 @@ class Policy:
         self.model, self.config, self.task = model.eval().to(device()), model.config, task
         self.scaling = Scaling(np.array(extra["mean"]), np.array(extra["std"]), task.action)
         self.target, self.actions = float(extra["target_return"]), task.action.size
-        self.clipped = task.source == "atari"  # those logs hold rewards clipped to ±1, and so do returns-to-go
+        self.clipped = clips_rewards(task.environment, task.source)  # and so are returns-to-go
 
     def reset(self, batch: int) -> None:
         """A batch of environments starts."""
@@ -301,7 +302,7 @@ class Policy:
         observations: dict[str, np.ndarray],
         previous_reward: np.ndarray,
         active: np.ndarray,
-        rng: Draws | np.random.Generator,
+        rng: EpisodeRng | np.random.Generator,
     ) -> np.ndarray:
         """{key: (B, ...)} -> actions (B, A) float32; or (B,) int64, drawn from the softmax as in the paper."""
         where = device()

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eval.baselines import Training, complete_episodes, device, load_folder, optimise, save_folder
-from eval.episode_rng import Draws
 from schemas.episode import TaskSpec
 from schemas.layout import continuous_values
 from shards.views import Trajectory
+from simulators.policy import EpisodeRng
 
 FORMAT = "gato.baseline.tt"
 LOCOMOTION = ("Hopper", "HalfCheetah", "Walker2d", "Ant")
@@ -360,7 +360,7 @@ class Policy:
         observations: dict[str, np.ndarray],
         previous_reward: np.ndarray,
         active: np.ndarray,
-        rng: Draws | np.random.Generator,
+        rng: EpisodeRng | np.random.Generator,
     ) -> np.ndarray:
         """{key: (E, ...)} -> actions (E, A) float32, those of inactive environments meaningless."""
         D, A = self.model.observations, self.model.actions
@@ -385,7 +385,7 @@ class Policy:
         return values
 
     @torch.inference_mode()
-    def plan(self, prefix: Tensor, rng: Draws | np.random.Generator) -> Tensor:
+    def plan(self, prefix: Tensor, rng: EpisodeRng | np.random.Generator) -> Tensor:
         """Beam search from tokens (E, T) behind an observation: bins (E, A) of the best plan's first action."""
         config, model, E = self.config, self.model, len(prefix)
         rows = Rows(model, prefix, self.cached)
@@ -423,7 +423,7 @@ class Policy:
         return logits.double().softmax(dim=1)[:, :-1] @ self.centres[dimension]
 
 
-def draw(logits: Tensor, k: int | None, cdf: float | None, rng: Draws | np.random.Generator) -> Tensor:
+def draw(logits: Tensor, k: int | None, cdf: float | None, rng: EpisodeRng | np.random.Generator) -> Tensor:
     """Tokens (R,) from logits (R, N + 1), without the least likely ones that together hold `cdf` of the probability
     and without all but the `k` likeliest."""
     if k == 1:

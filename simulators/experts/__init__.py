@@ -9,9 +9,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from simulators.policy import PolicyError
 
-class PolicyError(ValueError):
-    """A policy cannot be used; the message names the file or name, the field and the remedy."""
+__all__ = ["SHIPPED", "PolicyError", "open_safetensors"]
+SHIPPED = Path(__file__).resolve().parent
+"""Folder of the experts' weights."""
 
 
 @contextmanager

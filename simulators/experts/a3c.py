@@ -26,8 +26,8 @@ FLAT = CHANNELS * 5 * 5
 
 
 class A3C:
-    """Plays the Atari simulator `env`, whose screen it reads; its logits are divided by `temperature`. PolicyError
-    names the file and what is wrong in it."""
+    """Plays the Atari simulator `env` (of simulators.make), whose screen it reads; its logits are divided by
+    `temperature`. PolicyError names the file and what is wrong in it."""
 
     algorithm = "a3c"
 
@@ -35,6 +35,7 @@ class A3C:
         with open_safetensors(path) as file:
             self.weights = {key: torch.from_numpy(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
         self.name, self.env, self.temperature = str(path), env, temperature
+        self.suite = env.get_wrapper_attr("suite")
         self.actions = len(self.weights.get("actor_linear.weight", ()))
         shapes: dict[str, tuple[int, ...]] = {f"conv{n}.bias": (CHANNELS,) for n in range(1, 5)}
         shapes |= {f"conv{n}.weight": (CHANNELS, 1 if n == 1 else CHANNELS, 3, 3) for n in range(1, 5)}
@@ -52,7 +53,7 @@ class A3C:
 
     def check(self, observation_size: int, action_size: int, environment: str) -> None:
         """PolicyError unless `environment` is an Atari game with as many actions as the policy has."""
-        if not environment.startswith("ALE/"):
+        if not self.suite.sees_screen:
             raise PolicyError(f"{self.name}: plays Atari games, not {environment}; give another --policy")
         needed = int(self.env.action_space.n)  # type: ignore[attr-defined]
         if self.actions != needed:
@@ -64,8 +65,8 @@ class A3C:
 
     @torch.inference_mode()
     def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
-        """The simulator's present screen -> action, int64 ()."""
-        grey = self.env.unwrapped.ale.getScreenRGB()[ROWS].mean(2)  # type: ignore[attr-defined]
+        """The simulator's current screen -> action, int64 ()."""
+        grey = self.suite.picture(self.env)[ROWS].mean(2)
         grey = ((grey - grey.min()) * 255.0 / max(np.ptp(grey), 1e-9) + 0.5).astype(np.uint8)
         small = Image.fromarray(grey).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
         x = torch.from_numpy(np.asarray(small, np.float32) / 255)[None, None]

@@ -1,91 +1,52 @@
-"""Which policy plays: the shipped expert of an environment, a file, or uniform random actions."""
+"""Which policy records: the shipped expert of an environment, a file, a function of the user's own, or random actions.
+
+    'expert' | 'random' | policy file | 'module:function' -> Policy of one environment
+
+Invariant: a policy that is returned fits the environment.
+"""
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import gymnasium
 import numpy as np
 
-from schemas.episode import ActionSpec
-from simulators.experts import PolicyError, open_safetensors, perceptron, scripted
+import simulators
+from simulators.experts import PolicyError, open_safetensors, perceptron
 from simulators.experts.sb3 import StableBaselines
-
-HERE = Path(__file__).resolve().parent
-# beginning of a gymnasium id -> maker of its expert, given the simulator
-EXPERTS: dict[str, Callable[[gymnasium.Env], Policy]] = {
-    "Hopper-": lambda env: perceptron.load(HERE / "hopper.safetensors"),
-    "ALE/Pong-": lambda env: scripted.Pong(),
-    "ALE/Breakout-": lambda env: scripted.Breakout(),
-    "ALE/Freeway-": lambda env: scripted.Freeway(),
-    "PointMaze_": lambda env: scripted.Waypoints(env.spec.kwargs["maze_map"] if env.spec else []),
-    "BabyAI-": lambda env: scripted.Bot(env),
-}
+from simulators.policy import OnePlayer, RandomPolicy
+from simulators.registry import all_suites
 
 
-class Policy(Protocol):
-    """Plays one environment. `algorithm` names it in the log."""
+def load(name: str, env: gymnasium.Env, noise: float = 0.0, temperature: float = 1.0) -> OnePlayer | RandomPolicy:
+    """The policy that `name` says, for the simulator `env` (of simulators.make), which it will play with that much
+    noise, and where it samples its actions at that temperature.
 
-    @property
-    def algorithm(self) -> str: ...
+    Args:
+        name: 'expert', 'random', a policy file, or 'module:function': function(env) returns an object with
+            `act(observation, rng)`, or a function observation -> action. Observations are {key: array}.
 
-    def reset(self) -> None: ...
-
-    def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray: ...
-
-
-class Random:
-    """Uniform over the action space."""
-
-    algorithm = "random"
-
-    def __init__(self, action: ActionSpec):
-        self.action = action
-
-    def reset(self) -> None:
-        """Nothing is kept between timesteps."""
-
-    def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
-        return noise_action(self.action, rng)
-
-
-def noise_action(action: ActionSpec, rng: np.random.Generator) -> np.ndarray:
-    """One uniformly random action."""
-    if action.kind == "continuous":
-        return rng.uniform(action.low, action.high).astype(np.float32)
-    drawn = rng.integers(action.choices) + np.array(action.start)
-    return drawn.reshape(() if action.size == 1 else action.size)
-
-
-def load(
-    name: str,
-    env: gymnasium.Env,
-    observation_size: int,
-    action: ActionSpec,
-    noise: float = 0.0,
-    temperature: float = 1.0,
-) -> Policy:
-    """`name` is 'expert', 'random' or a policy file; it will play `env` with that much noise, and where it samples its
-    actions at that temperature. PolicyError names what does not fit and the remedy."""
-    environment, path = env.spec.id if env.spec else "", Path(name)
+    Raises:
+        PolicyError: what does not fit, and the remedy.
+    """
+    path = Path(name)
     recurrent = path.suffix == ".safetensors" and path.is_file() and _has_convolutions(path)
     if temperature != 1.0 and not recurrent:
         raise PolicyError(f"{name}: has no temperature, which A3C alone samples with; leave --temperature out")
     if name == "random":
-        return Random(action)
+        return RandomPolicy(simulators.action_spec(env))
     if name == "expert":
-        for prefix, make in EXPERTS.items():
-            if environment.startswith(prefix):
-                expert = make(env)
-                if noise and isinstance(expert, scripted.Bot):
-                    raise PolicyError("the bot plans on its own actions and cannot follow others; leave --noise out")
-                return expert
-        known = ", ".join(f"{prefix}v*" for prefix in EXPERTS)
-        raise PolicyError(f"no expert of {environment} is shipped (there are {known}); give --policy a file, or random")
+        return OnePlayer(_expert(env, noise))
     if not path.is_file():
-        raise PolicyError(f"{name}: no such policy file; give one, or 'expert', or 'random'")
+        if ":" in name and not path.suffix:
+            return OnePlayer(_own(name, env))
+        raise PolicyError(f"{name}: no such policy file; give one, or MODULE:FUNCTION, or 'expert', or 'random'")
     if path.suffix == ".zip":
         policy: Any = StableBaselines(path)
     elif recurrent:
@@ -94,10 +55,63 @@ def load(
         policy = A3C(path, env, temperature)
     else:
         policy = perceptron.load(path)
-    policy.check(observation_size, action.size, environment)
-    return policy
+    size = sum(int(np.prod(field.shape)) for field in simulators.observation_fields(env))
+    policy.check(size, simulators.action_spec(env).size, _id(env))
+    return OnePlayer(policy)
+
+
+def _expert(env: gymnasium.Env, noise: float) -> Any:
+    suite, id = env.get_wrapper_attr("suite"), _id(env)
+    found = suite.expert(env, id, noise)
+    if found is None:
+        known = ", ".join(f"{prefix}v*" for suite in all_suites().values() for prefix in suite.experts)
+        remedy = "give --policy a file, MODULE:FUNCTION or random"
+        raise PolicyError(f"no expert of {id} is shipped (there are {known}); {remedy}")
+    return found
+
+
+class Own:
+    """A policy of the user's own: `act(observation, rng)`, or a function of the observation alone."""
+
+    def __init__(self, name: str, policy: Any):
+        self.algorithm = str(getattr(policy, "algorithm", name.replace(":", ".")))
+        self.name, self.policy = name, policy
+        self.with_rng: Callable[..., Any] | None = getattr(policy, "act", None)
+
+    def reset(self) -> None:
+        begin = getattr(self.policy, "reset", None)
+        if begin is not None:
+            begin()
+
+    def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
+        found = self.with_rng(observation, rng) if self.with_rng else self.policy(observation)
+        if found is None:
+            raise PolicyError(f"{self.name}: returned no action; return what the environment's step takes")
+        return np.asarray(found)
+
+
+def _own(name: str, env: gymnasium.Env) -> Own:
+    """The policy that function(env) of a module returns."""
+    module, _, function = name.partition(":")
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+    try:
+        policy = getattr(importlib.import_module(module), function)(env)
+    except Exception as error:  # a user's module may raise anything
+        detail = f"{type(error).__name__}: {error}"
+        raise PolicyError(f"--policy {name}: {detail}; it is MODULE:FUNCTION, and FUNCTION(env) returns the policy"
+                          ) from error  # fmt: skip
+    if not callable(getattr(policy, "act", policy)):
+        kind = type(policy).__name__
+        raise PolicyError(f"--policy {name}: returned a {kind}; return an object with act(observation, rng), or a "
+                          "function observation -> action")  # fmt: skip
+    return Own(name, policy)
 
 
 def _has_convolutions(path: Path) -> bool:
     with open_safetensors(path) as file:
         return "conv1.weight" in file.keys()  # noqa: SIM118
+
+
+def _id(env: gymnasium.Env) -> str:
+    return env.get_wrapper_attr("environment").id

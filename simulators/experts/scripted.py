@@ -205,10 +205,11 @@ class Waypoints:
 
 
 class Bot:
-    """BabyAI's own expert (minigrid's bot). It reads the simulator's state, not the observation, and plans anew
+    """BabyAI's own expert (minigrid's bot). It reads the simulator's state, not the observation, and plans again
     after each action of its own."""
 
     algorithm = "bot"
+    reads_state = True
     WAIT = 6  # minigrid's "done", which does nothing
 
     def __init__(self, env: gymnasium.Env):

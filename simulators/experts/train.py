@@ -25,6 +25,8 @@ from rich.console import Console
 import simulators
 from simulators.experts import PolicyError
 from simulators.experts.perceptron import VARIANCE_EPSILON, Perceptron, load, save_safetensors
+from simulators.policy import OnePlayer
+from simulators.rollout import rollout
 
 CLIP = 10.0
 
@@ -148,13 +150,10 @@ def play(policy: Perceptron, environment: str, seed: int, episodes: int) -> np.n
     rng = np.random.default_rng(seed)
     returns = np.zeros(episodes)
     for n in range(episodes):
-        observation, _ = world.reset(seed=seed + n)
-        policy.reset()
-        done = False
-        while not done:
-            observation, reward, terminated, truncated, _ = world.step(policy.act(observation, rng))
-            returns[n] += float(reward)
-            done = terminated or truncated
+        for step in rollout(OnePlayer(policy), [world], [seed + n], rng):
+            if step.error is not None:
+                raise step.error
+            returns[n] += step.reward
     world.close()
     return returns
 

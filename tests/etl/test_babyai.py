@@ -9,14 +9,14 @@ from minigrid.wrappers import RGBImgPartialObsWrapper
 
 import simulators
 from etl import sources
-from etl.sources import ScanOptions, babyai
+from etl.sources import babyai
 from etl.tokenizers import image
 from etl.tokenizers.text import TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer
 from schemas.layout import ACTION, TEXT
 from shards.reader import Dataset
 from shards.stream import Stream, StreamConfig
-from simulators import gridworld
+from simulators.suites import minigrid as gridworld
 from tests.conftest import run
 
 LEVEL = "BabyAI-GoToLocal-v0"
@@ -56,7 +56,7 @@ def test_a_cell_that_minigrid_does_not_know_is_refused():
 
 def episodes(log):
     files = babyai.SOURCE.resolve(log, None, log)
-    (scan,) = babyai.SOURCE.scan(files, ScanOptions())
+    (scan,) = babyai.SOURCE.scan(files, babyai.SOURCE.options())
     return scan.task, list(sources.read(babyai.SOURCE, scan.task, scan.episodes))
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import simulators
 from etl.sources import _catalogue
+from simulators.suites.mujoco import body_reference, environments
 
 
 def test_d4rl_ids_and_references():
@@ -14,16 +16,16 @@ def test_d4rl_ids_and_references():
     assert len(datasets) == 155
     assert sum(d.score is not None for d in datasets.values()) == 147
     hopper = datasets["hopper-medium-v2"]
-    assert hopper.environment == _catalogue.environment("Hopper-v4") and hopper.environment.suite == "mujoco"
+    assert hopper.environment == simulators.environment("Hopper-v4") and hopper.environment.suite == "mujoco"
     assert (hopper.score.low, hopper.score.high, hopper.max_episode_steps) == (-20.272305, 3234.3, 1000)
     assert datasets["antmaze-umaze-v2"].environment is None and datasets["antmaze-umaze-v2"].max_episode_steps == 700
     assert datasets["pen-human-v1"].environment.suite == "robotics"
 
 
 def test_a_body_has_one_reference_in_all_versions():
-    assert _catalogue.body_reference("Walker2d-v5").high == 4592.3
-    assert _catalogue.body_reference("Ant-v4").low == -325.6
-    assert _catalogue.body_reference("Humanoid-v4") is None
+    assert body_reference("Walker2d-v5").high == 4592.3
+    assert body_reference("Ant-v4").low == -325.6
+    assert body_reference("Humanoid-v4") is None
 
 
 def test_downloads_have_distinct_names():
@@ -60,7 +62,7 @@ def test_action_sets_are_the_emulators():
 def test_environments_are_gymnasiums():
     import gymnasium
 
-    known = _catalogue._table("environments")
+    known = environments()
     registered = {id: spec for id, spec in gymnasium.registry.items() if id in known}
     assert "Hopper-v4" in registered
     for id, spec in registered.items():

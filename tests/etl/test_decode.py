@@ -11,6 +11,7 @@ import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import h5py
 import minari
@@ -21,17 +22,17 @@ import pytest
 from gymnasium import spaces
 from rich.console import Console
 
+from etl import sources
 from etl.build import Options, beam_flags, build
 from etl.building.plan import BuildConfig
 from etl.record import Options as RecordOptions
 from etl.record import record
-from etl.sources import ScanOptions
 from etl.tokenizers import image
 from etl.tokenizers.text import TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer
 from schemas.layout import PATCH_SIZE
 from shards.reader import Dataset
-from simulators import gridworld
+from simulators.suites import minigrid as gridworld
 from tests.etl.test_sources_atari import write as write_atari
 from tests.etl.test_sources_d4rl import write as write_d4rl
 from tests.etl.test_sources_minari import write as write_minari
@@ -59,7 +60,7 @@ class Log:
     source: str
     place: Path
     episodes: dict[tuple, Episode]
-    scan: ScanOptions = field(default_factory=ScanOptions)
+    scan: Any = None
     start: dict[str, np.ndarray] = field(default_factory=dict)  # lowest values of discrete ones
     counted: set[str] = field(default_factory=set)  # what its values make the build count
 
@@ -180,7 +181,9 @@ def babyai(folder):
         pictures = np.pad(gridworld.draw(own["image"][:T]), ((0, 0), (0, 8), (0, 8), (0, 0)))
         return {"mission": np.array(own["mission"][:T]), "image": pictures, "direction": own["direction"][:T]}
 
-    return Log("babyai", folder, read_minari(place, pick), ScanOptions(text_tokens=4), counted={"cut"})
+    return Log(
+        "babyai", folder, read_minari(place, pick), sources.load("babyai").options(text_tokens=4), counted={"cut"}
+    )
 
 
 def atari(folder, fit="80x64", channels=1):
@@ -204,7 +207,7 @@ def atari(folder, fit="80x64", channels=1):
         seen = seen if fit == "padded" else image.bilinear(frames, (64, 80))
         key = "$store$_action_ckpt.0.gz", number
         episodes[key] = Episode({"frame": seen}, part["action"], part["reward"])
-    return Log("atari", folder, episodes, ScanOptions(frames=fit))
+    return Log("atari", folder, episodes, sources.load("atari").options(frames=fit))
 
 
 def documents(folder):

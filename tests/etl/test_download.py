@@ -16,7 +16,7 @@ import pytest
 
 from etl.fetch import download
 from etl.fetch.download import fetch
-from etl.sources import ScanOptions, SourceError
+from etl.sources import SourceError
 from etl.sources.atari import SOURCE as ATARI
 from etl.sources.d4rl import SOURCE as D4RL
 
@@ -224,7 +224,7 @@ def test_d4rl_download(server, tmp_path, monkeypatch):
     server.files["/datasets/offline_rl/gym_mujoco_v2/hopper_medium-v2.hdf5"] = (tmp_path / "log.hdf5").read_bytes()
     (path,) = D4RL.resolve(None, None, tmp_path / "cache")
     assert path == tmp_path / "cache" / "d4rl" / "hopper_medium-v2.hdf5"
-    (scan,) = D4RL.scan([path], ScanOptions())
+    (scan,) = D4RL.scan([path], D4RL.options())
     assert scan.task.name == "hopper-medium-v2" and [ref.timesteps for ref in scan.episodes] == [9]
 
 
@@ -246,5 +246,5 @@ def test_atari_download(server, tmp_path, monkeypatch, dataset, run, number):
     files = ATARI.resolve(None, dataset, tmp_path / "cache")
     assert [p.name for p in files] == [f"$store$_action_ckpt.{number}.gz"]
     assert len(server.requests) == len(arrays)
-    (scan,) = ATARI.scan(files, ScanOptions())
+    (scan,) = ATARI.scan(files, ATARI.options())
     assert scan.task.name == f"pong-run{run}" and [ref.timesteps for ref in scan.episodes] == [8]

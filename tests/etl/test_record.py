@@ -213,7 +213,7 @@ def test_a_recurrent_policy_plays_atari_and_remembers(tmp_path):
     first, again = (gzip.decompress((log / "$store$_action_ckpt.0.gz").read_bytes()) for log in logs)
     assert first == again
     env = simulators.make(simulators.environment_spec("ALE/Pong-v5"), seed=0)
-    policy, observation = policies.load(str(path), env, 84 * 84, simulators.action_spec(env)), env.reset(seed=0)[0]
+    policy, observation = policies.load(str(path), env).player, env.reset(seed=0)[0]
     policy.act(observation, np.random.default_rng(0))
     assert policy.memory.abs().sum() > 0
     policy.reset()

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from etl import sources
-from etl.sources import Rejection, ScanOptions, SourceError
-from etl.sources.atari import SOURCE
+from etl.sources import Rejection, SourceError
+from etl.sources.atari import SOURCE, Options
 from etl.tokenizers import image
 from etl.tokenizers.timestep import TimestepTokenizer
 from schemas.episode import ActionSpec
 from schemas.vocabulary import by_name
 
-OPTIONS = ScanOptions()
+OPTIONS = Options()
 
 
 def store(folder, name, array, number=0):
@@ -144,7 +144,7 @@ def test_the_invalid_range_gives_the_write_position_where_the_count_is_missing(r
 @pytest.mark.parametrize("frames, size", [("80x64", (64, 80)), ("padded", (96, 96))])
 def test_frames_are_brought_to_whole_patches(run, frames, size):
     (first, _, _), *_ = write(run)
-    (result,) = scan(run, ScanOptions(frames=frames))
+    (result,) = scan(run, Options(frames=frames))
     (field,) = result.task.observation
     assert (field.shape, field.resized) == ((84, 84, 1), size)
     patches = TimestepTokenizer(result.task, by_name("seed")).encode_observation({"frame": first[..., None]}).patches
@@ -167,7 +167,7 @@ def test_rgb_logs(run):
 
 def test_the_time_limit_truncates(run):
     write(run, (6, 4), last_ends=True)
-    first, second = read(run, ScanOptions(max_episode_steps=6))
+    first, second = read(run, Options(max_episode_steps=6))
     assert (first.terminated, first.truncated) == (False, True)
     assert (second.terminated, second.truncated) == (True, False)
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from etl import sources
-from etl.sources import Rejection, ScanOptions, SourceError
-from etl.sources.d4rl import SOURCE, episode_stops, task_name
+from etl.sources import Rejection, SourceError
+from etl.sources.d4rl import SOURCE, Options, episode_stops, task_name
 
-OPTIONS = ScanOptions()
+OPTIONS = Options()
 
 
 def write(path, rows=20, ends=(8, 15), limits=(), env_id="Hopper-v4", without=(), **changes):
@@ -68,7 +68,7 @@ def test_a_log_that_ends_with_an_episode_has_no_cut_one(tmp_path):
 
 def test_without_timeouts_the_time_limit_splits(tmp_path):
     path = write(tmp_path / "log.hdf5", ends=(8,), without=("timeouts",))
-    episodes = read(path, ScanOptions(max_episode_steps=5))
+    episodes = read(path, Options(max_episode_steps=5))
     assert [e.timesteps for e in episodes] == [5, 4, 5, 5, 1]
     assert [(e.terminated, e.truncated) for e in episodes] == [
         (False, True),
@@ -92,7 +92,7 @@ def test_without_timeouts_and_limit_the_file_is_rejected_with_the_remedy(tmp_pat
 
 def test_an_episode_of_exactly_the_limit_that_terminates_is_not_truncated(tmp_path):
     path = write(tmp_path / "log.hdf5", 10, (4,), without=("timeouts",))
-    first, second = read(path, ScanOptions(max_episode_steps=5))
+    first, second = read(path, Options(max_episode_steps=5))
     assert (first.terminated, first.truncated) == (True, False)
     assert (second.terminated, second.truncated) == (False, True)
 
@@ -131,11 +131,11 @@ def test_names_and_environments(tmp_path):
     assert task_name(Path("hopper_medium-v2.hdf5")) == "hopper-medium-v2"
     assert task_name(Path("hopper_mixed.hdf5")) == "hopper-medium-replay-v0"
     assert task_name(Path("hopper-medium-v4.hdf5")) == "hopper-medium-v4"
-    known = scan(write(tmp_path / "walker2d_medium-v2.hdf5", env_id=None), ScanOptions("Swimmer-v4")).task
+    known = scan(write(tmp_path / "walker2d_medium-v2.hdf5", env_id=None), Options("Swimmer-v4")).task
     assert (known.name, known.environment.id, known.score.high) == ("walker2d-medium-v2", "Walker2d-v4", 4592.3)
     logged = scan(write(tmp_path / "walker2d_expert-v2.hdf5", env_id="Walker2d-v5")).task
     assert logged.environment.id == "Walker2d-v5"
-    given = scan(write(tmp_path / "mine.hdf5", env_id=None), ScanOptions("HalfCheetah-v5")).task
+    given = scan(write(tmp_path / "mine.hdf5", env_id=None), Options("HalfCheetah-v5")).task
     assert (given.environment.id, given.score.low) == ("HalfCheetah-v5", -280.178953)
     unknown = scan(write(tmp_path / "own.hdf5", env_id=None)).task
     assert unknown.environment is None and unknown.score is None and unknown.max_episode_steps == 9

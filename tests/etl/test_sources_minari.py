@@ -19,14 +19,14 @@ from minari.storage import remotes
 from minari.storage.remotes.cloud_storage import CloudStorage
 
 from etl import sources
-from etl.sources import Rejection, ScanOptions, SourceError
-from etl.sources.minari import SOURCE, Minari, d4rl_environments, task_name
+from etl.sources import Rejection, SourceError
+from etl.sources.minari import SOURCE, Minari, Options, d4rl_environments, task_name
 from schemas.dataset import load_manifest
 from schemas.episode import ActionSpec, FieldSpec
 from tests.conftest import run
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari", "ignore::DeprecationWarning:gymnasium")
-OPTIONS = ScanOptions()
+OPTIONS = Options()
 ACTION = spaces.Box(-1, 1, (2,), np.float32)
 
 
@@ -189,7 +189,7 @@ def test_every_kind_of_space(tmp_path):
         }
     )
     path = write(observation, spaces.MultiDiscrete([4, 9], start=[2, 1]))
-    task = scan(path, ScanOptions(text_tokens=9)).task
+    task = scan(path, Options(text_tokens=9)).task
     assert [(f.key, f.kind, f.shape, f.choices, f.resized) for f in task.observation] == [
         ("a/a", "discrete", (), (5,), None),
         ("a/b", "continuous", (2, 3), (), None),
@@ -538,15 +538,15 @@ def test_an_environment_in_a_wrapper_that_changes_what_is_seen_does_not_count(tm
     timed = gymnasium.wrappers.TimeAwareObservation(gymnasium.make("CartPole-v1", max_episode_steps=40))
     path = data_of(minari.create_dataset_from_buffers("timed-v0", [play(timed, 0, 9)], env=timed))
     assert (scan(path).task.environment, scan(path).task.max_episode_steps) == (None, 40)
-    assert scan(path, ScanOptions("Acrobot-v1")).task.environment.id == "Acrobot-v1"
+    assert scan(path, Options("Acrobot-v1")).task.environment.id == "Acrobot-v1"
 
 
 def test_what_the_dataset_does_not_say_the_command_line_may(tmp_path):
     path = write(spaces.Discrete(3))
-    task = scan(path, ScanOptions("Hopper-v4", 77)).task
+    task = scan(path, Options("Hopper-v4", 77)).task
     assert (task.environment.id, task.score.high) == ("Hopper-v4", 3234.3)
     assert task.max_episode_steps == 1000
-    assert scan(path, ScanOptions(max_episode_steps=77)).task.max_episode_steps == 77
+    assert scan(path, Options(max_episode_steps=77)).task.max_episode_steps == 77
     assert scan(path).task.max_episode_steps == 8
 
 

@@ -9,10 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from eval.agent import AgentConfig, GatoAgent, demonstration, prompted
 from eval.environments import play
-from eval.episode_rng import Draws
 from schemas.layout import PATCH, SEPARATOR
 from shards.batch import Batch
 from shards.reader import Dataset
+from simulators.policy import EpisodeRng
 from trainer.checkpoint import ExportInfo, TrainingInfo
 from trainer.model import Gato, ModelConfig
 from trainer.model.transformer import rope_cos_sin, rotate
@@ -287,7 +287,7 @@ def test_a_prompt_is_the_end_or_the_start_of_the_best_episode(hopper):
 
 
 def test_each_row_draws_its_own_numbers():
-    three, one = Draws.seeded(5, [1, 2, 3]), Draws.seeded(5, [3])
+    three, one = EpisodeRng.seeded(5, [1, 2, 3]), EpisodeRng.seeded(5, [3])
     first = three.random((6, 2))
     assert np.array_equal(first[4:], one.random((2, 2))) and len(np.unique(first)) == 12
     assert np.array_equal(three.of(np.array([False, False, True])).random((1, 4)), one.random((1, 4)))

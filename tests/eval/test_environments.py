@@ -22,14 +22,15 @@ from rich.console import Console
 import simulators
 from etl.sources import _catalogue
 from eval.compare import compare as comparison
-from eval.environments import RandomPolicy, play
+from eval.environments import play
 from eval.options import Options
 from eval.scores import scored
 from schemas.episode import EnvironmentSpec
 from schemas.vocabulary import PAPER
 from shards.reader import Dataset
-from simulators import oldgym
 from simulators.experts import policies
+from simulators.policy import RandomPolicy
+from simulators.suites import gym as oldgym
 from simulators.uninterrupted import uninterrupted
 from tests.conftest import run
 from trainer.checkpoint import ExportInfo, TrainingInfo, export
@@ -96,7 +97,7 @@ def test_pointmaze_is_recorded_built_and_played(tmp_path):
     env = simulators.make(task.environment, seed=0)
     assert task.environment.kwargs["maze_map"] == env.unwrapped.maze.maze_map
     # the scripted expert in what the shards name earns what it earned in the log
-    policy, rng = policies.load("expert", env, 8, task.action), np.random.default_rng(0)
+    policy, rng = policies.load("expert", env).player, np.random.default_rng(0)
     observation, _ = env.reset(seed=0)
     total = 0.0
     for _ in range(300):
@@ -215,7 +216,7 @@ def test_the_real_old_gym_plays(id, hopper):
     size = simulators.observation_fields(env)[0].shape
     task = replace(hopper_task(hopper, f"gym/{id}", "gym"), action=action)
     task = replace(task, observation=(replace(task.observation[0], shape=size),))
-    first, again, other = (play(RandomPolicy(task), task, [seed]) for seed in (1, 1, 2))
+    first, again, other = (play(RandomPolicy(task.action), task, [seed]) for seed in (1, 1, 2))
     assert first[0].error == "" and first[0].ending in ("terminated", "truncated")
     assert (first[0].total, first[0].timesteps) == (again[0].total, again[0].timesteps)
     assert first[0].total != other[0].total or id == "CartPole-v1"
@@ -234,7 +235,7 @@ def test_a_fault_ends_its_own_episode(fault, hopper):
     seeds = [1000, 1001, 1002, 1003]
     task = hopper_task(hopper)
     faulty = replace(task, environment=EnvironmentSpec("mujoco", f"{fault.title().replace(' ', '')}Hopper-v0"))
-    played, sound = (play(RandomPolicy(task), one, seeds, step_limit=30) for one in (faulty, task))
+    played, sound = (play(RandomPolicy(task.action), one, seeds, step_limit=30) for one in (faulty, task))
     for one, other in zip(played, sound):
         if one.seed % 2:
             assert one.ending == "error" and FAULTS[fault] in one.error
@@ -261,7 +262,7 @@ def test_no_picture_is_no_error(hopper):
         action=simulators.action_spec(env),
         environment=spec,
     )
-    (one,) = play(RandomPolicy(task), task, [0], film=10)
+    (one,) = play(RandomPolicy(task.action), task, [0], film=10)
     assert one.ending == "terminated" and one.frames == []
 
 

@@ -89,7 +89,7 @@ def test_bodies(name):
     seeds = list(range(1000, 1000 + EPISODES))
     played = play(Batch(perceptron.load(path)), task, seeds)
     returns = np.array([one.total for one in played])
-    reference = _catalogue.body_reference(environment)
+    reference = simulators.reference(spec)
     spread = returns.std(ddof=1)
     score = f"{normalised(returns.mean(), reference):6.1f}" if reference else "-"
     print(f"\n{name:20} {environment:20} {returns.mean():8.0f} ± {spread:5.0f} ({score}) described {described}")

@@ -21,7 +21,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,7 +32,6 @@ from typing import Annotated
 import tyro
 
 from etl import sources
-from etl.sources import ScanOptions
 from tests.fuzz import formats, seeds
 from tests.fuzz.mutate import Tree, mutate, write
 from tests.fuzz.oracle import Finding, attempt, place
@@ -72,7 +71,10 @@ def work(results: Connection, name: str, trees: list[Tree], seed: int, cases: ra
         rng = Random(f"{name} {seed} {case}")
         tree, damage = mutate(trees, formats.MUTATORS, rng)
         environment, limit = rng.choice([None, None, "Hopper-v4", "None-v0"]), rng.choice([None, None, 1, 5, 10**12])
-        options = ScanOptions(environment, limit, rng.choice(["80x64", "padded"]), rng.choice([16, 16, 1]))
+        given = {"environment": environment, "max_episode_steps": limit}
+        given |= {"frames": rng.choice(["80x64", "padded"]), "text_tokens": rng.choice([16, 16, 1])}
+        kind = sources.load(name).options
+        options = kind(**{field.name: given[field.name] for field in fields(kind) if field.name in given})
         here = folder / str(case)
         write(tree, here / "input")
         about = {"source": name, "seed": seed, "case": case, "damage": damage, "options": asdict(options)}
@@ -98,7 +100,7 @@ def fuzz(name: str, options: Options, folder: Path) -> int:
     trees, outcomes, findings = seeds.trees(name), Counter[str](), Counter[Finding]()
     for number, tree in enumerate(trees):
         write(tree, folder / f"seed{number}")
-        if (came := attempt(sources.load(name), folder / f"seed{number}", ScanOptions())) != "fine":
+        if (came := attempt(sources.load(name), folder / f"seed{number}", sources.load(name).options())) != "fine":
             raise SystemExit(f"{name}: undamaged seed {number} is not read: {came}")
     began, case = time.monotonic(), options.first
 
@@ -164,7 +166,8 @@ def replay(folder: Path) -> int:
     _limit()
     with TemporaryDirectory() as name:  # what reads may not write, and a case may have left its mark
         shutil.copytree(folder / "input", f"{name}/input", symlinks=True, copy_function=_copy)
-        outcome = attempt(sources.load(about["source"]), Path(name, "input"), ScanOptions(**about["options"]))
+        source = sources.load(about["source"])
+        outcome = attempt(source, Path(name, "input"), source.options(**about["options"]))
     print(outcome if isinstance(outcome, str) else f"{outcome.kind} {outcome.error} {outcome.where}\n{outcome.detail}")
     return int(not isinstance(outcome, str))
 

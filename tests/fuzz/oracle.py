@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from etl.building.plan import BuildConfig, make_plan
-from etl.sources import Rejection, ScanOptions, Source, SourceError, TaskScan
+from etl.sources import Rejection, Source, SourceError, TaskScan
 from etl.tokenizers.text import DEFAULT_MODEL, TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer
 from schemas.episode import Document, EpisodeError
@@ -47,7 +47,7 @@ class _Passed(BaseException):
     """Memory passed the bound."""
 
 
-def attempt(source: Source, folder: Path, options: ScanOptions) -> str | Finding:
+def attempt(source: Source, folder: Path, options: Any) -> str | Finding:
     """The outcome of one case."""
     before = _memory("VmRSS")
     _reset_peak()
@@ -72,7 +72,7 @@ def place(file: str) -> str:
     return str(path.relative_to(ROOT)) if own else ""
 
 
-def _read(source: Source, folder: Path, options: ScanOptions) -> str:
+def _read(source: Source, folder: Path, options: Any) -> str:
     try:
         scans = source.scan(source.resolve(folder, None, folder), options)
     except SourceError:
@@ -125,7 +125,7 @@ def _reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def _blame(source: Source, folder: Path, options: ScanOptions) -> str:
+def _blame(source: Source, folder: Path, options: Any) -> str:
     """Reads again, one line of the project after the other: the line at which memory passes the bound."""
     limit, last = _memory("VmRSS") + MEMORY, ""
 

@@ -23,7 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet
 from gymnasium import spaces
 
-from etl.record import Hdf5Log, ReplayLog
+from etl.sources.atari.writer import ReplayWriter
+from etl.sources.d4rl.writer import D4RLWriter
+from simulators import environment
 from tests.fuzz.mutate import Tree
 
 
@@ -40,7 +42,7 @@ def trees(source: str) -> list[Tree]:
 
 def recorded_d4rl(folder: Path) -> None:
     rng = np.random.default_rng(0)
-    log = Hdf5Log(folder / "log.hdf5", "Hopper-v4", "fuzz")
+    log = D4RLWriter(folder / "log.hdf5", environment("Hopper-v4"), "fuzz")
     for row in range(24):
         values = {
             "observations": rng.normal(size=3),
@@ -48,7 +50,7 @@ def recorded_d4rl(folder: Path) -> None:
             "infos/qpos": rng.normal(size=2),
         }
         flags = {"rewards": np.float32(row), "terminals": row == 9, "timeouts": row == 16}
-        log.append({key: value.astype(np.float32) for key, value in values.items()} | flags)
+        log.add({key: value.astype(np.float32) for key, value in values.items()} | flags)
     log.close()
 
 
@@ -73,10 +75,10 @@ def maze_d4rl(folder: Path) -> None:
 
 
 def recorded_atari(folder: Path) -> None:
-    log = ReplayLog(folder / "Pong" / "1" / "replay_logs")
+    log = ReplayWriter(folder / "Pong" / "1" / "replay_logs")
     for row in range(8):
         frame = np.full((84, 84), row, np.uint8)
-        log.append({"observation": frame, "action": row % 6, "reward": row % 3 - 1, "terminal": row == 4})
+        log.add({"observation": frame, "action": row % 6, "reward": row % 3 - 1, "terminal": row == 4})
     log.close()
 
 

@@ -8,8 +8,10 @@ import torch
 
 import simulators
 from schemas.episode import ActionSpec, EnvironmentSpec
-from simulators.experts import PolicyError, perceptron, policies
+from simulators.experts import SHIPPED, PolicyError, perceptron, policies
 from simulators.experts.train import play
+from simulators.policy import random_actions
+from simulators.suites import atari, robotics
 
 PONG = EnvironmentSpec("atari", "ALE/Pong-v5")
 
@@ -20,7 +22,7 @@ def trajectory(spec, seed, steps=30):
     rng, seen = np.random.default_rng(seed), [observation]
     action = simulators.action_spec(env)
     for _ in range(steps):
-        seen.append(env.step(policies.noise_action(action, rng))[0])
+        seen.append(env.step(random_actions(action, rng, 1)[0])[0])
     env.close()
     return seen
 
@@ -63,7 +65,7 @@ def test_atari_time_limit_and_noops_come_from_the_kwargs():
     for seed in range(8):
         env.reset(seed=seed)
         starts.add(env.unwrapped.ale.getEpisodeFrameNumber())
-    assert len(starts) > 2 and max(starts) <= simulators.NOOP_MAX
+    assert len(starts) > 2 and max(starts) <= atari.NOOP_MAX
 
 
 def test_specs_of_each_suite():
@@ -99,8 +101,9 @@ def test_unknown_ids_are_named(wrong):
 
 
 def test_a_missing_package_and_wrong_arguments_are_named(monkeypatch):
-    monkeypatch.setitem(simulators.SUITES, "robotics", ("a_package_that_is_not_there", "pip install it"))
-    with pytest.raises(simulators.SimulatorError, match="a_package_that_is_not_there.*pip install it"):
+    monkeypatch.setattr(robotics.Robotics, "module", "a_package_that_is_not_there")
+    remedy = r"a_package_that_is_not_there.*pip install 'gato-open\[robotics\]'"
+    with pytest.raises(simulators.SimulatorError, match=remedy):
         simulators.make(EnvironmentSpec("robotics", "PointMaze_UMaze-v3"))
     with pytest.raises(simulators.SimulatorError, match="Hopper-v4.*no_such_argument"):
         simulators.make(EnvironmentSpec("mujoco", "Hopper-v4", {"no_such_argument": 1}))
@@ -150,7 +153,7 @@ def test_layers_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_the_shipped_hopper_stands_and_says_where_it_is_from():
-    policy = perceptron.load(policies.HERE / "hopper.safetensors")
+    policy = perceptron.load(SHIPPED / "hopper.safetensors")
     assert policy.metadata["algorithm"] == "ppo" and policy.metadata["licence"] == "MIT"
     assert float(policy.metadata["return_mean"]) > 3000
     assert play(policy, "Hopper-v4", seed=0, episodes=1)[0] > 2500
@@ -158,12 +161,14 @@ def test_the_shipped_hopper_stands_and_says_where_it_is_from():
 
 def score(environment, name, steps, seed=0):
     env = simulators.make(simulators.environment_spec(environment))
-    policy = policies.load(name, env, 0, simulators.action_spec(env))
+    policy = policies.load(name, env)
     rng = np.random.default_rng(seed)
     observation, _ = env.reset(seed=seed)
     total = 0.0
     for _ in range(steps):
-        observation, reward, terminated, truncated, _ = env.step(policy.act(observation, rng))
+        batch = {key: value[None] for key, value in observation.items()}
+        action = policy.act(batch, np.zeros(1), np.ones(1, bool), rng)[0]
+        observation, reward, terminated, truncated, _ = env.step(action)
         total += float(reward)
         if terminated or truncated:
             break

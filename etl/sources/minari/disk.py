@@ -17,42 +17,31 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 from gymnasium import spaces
-from minari.dataset.minari_storage import is_image_space
 from minari.serialization import deserialize_space
 from PIL import Image
 
 from etl.sources import _hdf5
 from schemas.episode import EpisodeError
-from schemas.layout import PATCH_SIZE
+from simulators import spaces as rules
+from simulators.spaces import Leaf, SpaceError, is_picture, shape_of
+from simulators.spaces import is_real as is_float
 
 METADATA, DATA = "metadata.json", "main_data.hdf5"
-CHOICES = 1024  # ids of a discrete value
 TIMESTEP_VALUES = 65_536
 IMAGE_VALUES = 2**24
 EPISODE_BYTES = 2**32  # of one array, unpacked
 METADATA_BYTES = 2**26
 TEXT_BYTES = 4096  # of one timestep
-SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Text)
 AGAIN = "download or record the dataset again"
 # What h5py, Pillow, json and numpy raise for bytes that make no sense.
 DAMAGE: tuple[type[Exception], ...] = (*_hdf5.DAMAGE, AssertionError, SyntaxError, Image.DecompressionBombError)
 _ID = re.compile(r"(?:[\w-]+/)*[\w-]+")
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One array of a nested space: the field's key, where it lies below `observations`, its own space."""
-
-    key: str
-    path: tuple[str, ...]
-    space: spaces.Space
 
 
 def is_id(name: str) -> bool:
@@ -102,79 +91,27 @@ def observation_leaves(about: dict[str, Any]) -> list[Leaf]:
     """The arrays of the observation space, in the order of their paths."""
     space = space_of(about, "observation_space")
     with damage("corrupt metadata"):
-        leaves = sorted(_leaves(space, (), ()), key=lambda leaf: leaf.key.split("/"))
+        leaves = rules.leaves(space)
         for leaf in leaves:
-            if not isinstance(leaf.space, SPACES):
-                raise EpisodeError("unsupported space", f"'{leaf.key}' is a {type(leaf.space).__name__}")
             size, most = math.prod(shape_of(leaf.space)), IMAGE_VALUES if is_picture(leaf.space) else TIMESTEP_VALUES
             if not 0 < size <= most:
                 raise EpisodeError("unsupported space", f"'{leaf.key}' has {size} values; 1 to {most} can be read")
-    if len({leaf.key for leaf in leaves}) < len(leaves):
-        raise EpisodeError("unsupported space", "two observations have one key; rename the one that holds '/'")
     return leaves
 
 
-def _leaves(space: spaces.Space, keys: tuple[str, ...], path: tuple[str, ...]) -> Iterator[Leaf]:
-    if isinstance(space, spaces.Dict):
-        for key, sub in space.spaces.items():
-            yield from _leaves(sub, (*keys, key), (*path, key))
-    elif isinstance(space, spaces.Tuple):
-        for index, sub in enumerate(space.spaces):
-            yield from _leaves(sub, (*keys, str(index)), (*path, f"_index_{index}"))
-    else:
-        yield Leaf("/".join(keys) or "observation", path, space)
-
-
-def shape_of(space: spaces.Space) -> tuple[int, ...]:
-    """Of one timestep; () for a string."""
-    return tuple(space.shape or ())
-
-
-def is_float(space: spaces.Space) -> bool:
-    return isinstance(space, spaces.Box) and space.dtype.kind == "f"
-
-
-def is_picture(space: spaces.Space) -> bool:
-    """uint8 (H, W, 1 or 3) of at least a patch, or what Minari takes for a grey picture: (H, W) from 32 x 32."""
-    if not isinstance(space, spaces.Box) or space.dtype != np.uint8:
-        return False
-    if len(space.shape) == 3:
-        return space.shape[2] in (1, 3) and min(space.shape[:2]) >= PATCH_SIZE
-    return is_image_space(space)
-
-
-def choices_of(key: str, space: spaces.Space) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Numbers of values of an integer space and its lowest values, one per element or one for all."""
-    if isinstance(space, spaces.Box):  # in float64: the span of an int64 is no int64
-        most = (space.high.astype(np.float64) - space.low.astype(np.float64) + 1).max()
-    else:
-        most = _bounds(space)[1].max()
-    if most > CHOICES:
-        raise EpisodeError("too many choices", f"'{key}' takes {most:g} values, there are ids for {CHOICES}")
-    low, count = (np.unique(bound) if (bound == bound.flat[0]).all() else bound.ravel() for bound in _bounds(space))
-    return tuple(count.tolist()), tuple(low.tolist())
+def where(leaf: Leaf) -> tuple[str, ...]:
+    """Path of a leaf's array below `observations`."""
+    return tuple(f"_index_{step}" if isinstance(step, int) else step for step in leaf.path)
 
 
 def integers(key: str, space: spaces.Space, stored: np.ndarray) -> np.ndarray:
     """Integers (T, ...) int64. EpisodeError where one lies outside the space."""
-    low, count = _bounds(space)
+    low, count = rules.bounds(space)
     values = stored.astype(np.int64)
     outside = (values - low < 0) | (values - low >= count)
     if outside.any():
         raise EpisodeError("out of range", f"'{key}' leaves its space at timestep {np.argwhere(outside)[0][0]}")
     return values
-
-
-def _bounds(space: spaces.Space) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest value and number of values of each element; they broadcast to the space's shape."""
-    if isinstance(space, spaces.Box):
-        low, high = space.low.astype(np.int64), space.high.astype(np.int64)
-        return low, high - low + 1
-    if isinstance(space, spaces.Discrete):
-        return np.asarray(space.start), np.asarray(space.n)
-    if isinstance(space, spaces.MultiDiscrete):
-        return np.asarray(space.start), np.asarray(space.nvec)
-    return np.asarray(0), np.asarray(2)
 
 
 def float32(values: np.ndarray) -> np.ndarray:
@@ -189,6 +126,8 @@ def damage(reason: str = "corrupt HDF5") -> Iterator[None]:
         yield
     except EpisodeError:
         raise
+    except SpaceError as error:
+        raise EpisodeError(error.reason, str(error)) from None
     except DAMAGE as error:
         raise EpisodeError(reason, f"{brief(error)}; {AGAIN}") from error
 

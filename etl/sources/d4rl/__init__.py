@@ -1,9 +1,9 @@
 """D4RL's HDF5 logs (arXiv 2004.07219): one file, one task.
 
-observations (N, D), actions (N, A), rewards (N,) or (N, 1), terminals (N,), timeouts (N,) if there are any
+observations (N, D), actions (N, A) or integers (N,), rewards (N,) or (N, 1), terminals (N,), timeouts (N,) if any
     -> episodes: rows up to and with one where terminals or timeouts is set
 
-Without `timeouts` (v0 files) a trajectory ends at a terminal or at the time limit. Rows behind the last end are an
+Without `timeouts` (v0 files) a trajectory ends at a terminal or at the time limit. Rows after the last end are an
 episode too, cut by the log. The mazes' `infos/goal` (N, G), which their observations leave out, is a field of its
 own, before `observation`; the kitchen's goal is a part of its observations; other `infos` and `metadata` are not
 read. `scan` reads flags, rewards and shapes; `read` slices one episode at a time. How the bytes are read, and what
@@ -15,6 +15,7 @@ Invariant: the episodes of a file are disjoint, in order, and cover all its rows
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -22,10 +23,26 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+import simulators
 from etl.fetch.download import fetch
-from etl.sources import EpisodeRef, Known, Rejection, ScanOptions, SourceError, TaskScan, _catalogue, _hdf5, by_task
+from etl.sources import (
+    EpisodeRef,
+    Known,
+    LogOptions,
+    Rejection,
+    SourceError,
+    TaskScan,
+    _catalogue,
+    _hdf5,
+    by_task,
+    environment_warnings,
+)
 from etl.sources._hdf5 import AGAIN, Rows, damage
+from etl.sources.d4rl.actions import action_space
+from etl.sources.d4rl.writer import D4RLWriter
 from schemas.episode import ActionSpec, EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, TaskSpec
+from simulators.registry import environment as environment_of_id
+from simulators.registry import suite_of_id
 
 SUFFIXES = (".hdf5", ".h5")
 REQUIRED = ("observations", "actions", "rewards", "terminals")
@@ -33,7 +50,26 @@ GOAL = "infos/goal"
 WIDEST = 2**16  # values a timestep: more is damage, and would not fit any context
 LONGEST = 2**16  # timesteps an episode: a log without any end is cut here, so that memory stays bounded
 ALL = slice(None)
+KNOWN = ((-1.0,), (1.0,))  # of the actions in D4RL's own datasets
 MOST_ROWS = 2**24  # D4RL's longest have 2M: flags and rewards are held whole
+
+
+@dataclass(frozen=True)
+class Options(LogOptions):
+    """What the command line says about D4RL logs."""
+
+    action_low: tuple[float, ...] = ()
+    """Lowest value of an action, one for all dimensions or one each; of the environment where not given."""
+    action_high: tuple[float, ...] = ()
+    """Highest value of an action."""
+
+    def check(self) -> None:
+        super().check()
+        if len(self.action_low) != len(self.action_high) or any(
+            a >= b for a, b in zip(self.action_low, self.action_high)
+        ):
+            given = f"--action-low {self.action_low} and --action-high {self.action_high}"
+            raise ValueError(f"{given}: give as many of both, each low below its high")
 
 
 class D4RL:
@@ -41,6 +77,8 @@ class D4RL:
 
     name = "d4rl"
     default_dataset = "hopper-medium-v2"
+    options = Options
+    writer = D4RLWriter
 
     def known(self, cache: Path) -> list[Known]:
         """D4RL's own datasets."""
@@ -65,7 +103,7 @@ class D4RL:
             raise SourceError(f"{input}: no dataset '{dataset}' in it{_catalogue.suggest(str(dataset), names)}")
         return files
 
-    def scan(self, files: list[Path], options: ScanOptions) -> list[TaskScan]:
+    def scan(self, files: list[Path], options: Options) -> list[TaskScan]:
         """One TaskScan a file, by task name. SourceError where two files have one name."""
         named = by_task(files, task_name)
         wrong = _hdf5.tried(named.values())
@@ -110,7 +148,7 @@ def task_name(path: Path) -> str:
 
 
 def episode_stops(terminals: np.ndarray, timeouts: np.ndarray | None, limit: int | None) -> list[int]:
-    """Row behind each episode's last one, ascending, the final one is N. terminals, timeouts: (N,) bool;
+    """Row after each episode's last one, ascending, the final one is N. terminals, timeouts: (N,) bool;
     `limit` is the time limit in timesteps, used where timeouts is None."""
     ends = terminals if timeouts is None else terminals | timeouts
     stops = [int(row) + 1 for row in np.flatnonzero(ends)]
@@ -141,6 +179,14 @@ class _Log:
         """Whether 'terminals' or 'timeouts' are set, bool; None where the file has no such key."""
         return self.arrays[key][rows].reshape(-1).astype(bool, copy=False) if key in self.arrays else None
 
+    def actions(self, ref: EpisodeRef, task: TaskSpec) -> np.ndarray:
+        """(T, A) float32; discrete ones (T,) int64, of several values (T, A)."""
+        values = self.arrays["actions"][ref.start : ref.stop]
+        assert task.action is not None
+        if task.action.kind == "continuous":
+            return _float32(values)
+        return values.astype(np.int64).reshape((-1,) if task.action.size == 1 else (-1, task.action.size))
+
     def totals(self, bounds: list[tuple[int, int]]) -> list[float]:
         """Raw return of each episode."""
         rewards = self.arrays["rewards"][:].reshape(-1)
@@ -163,8 +209,10 @@ class _Log:
                 continue
             shape, dtype, rows = dataset.shape, dataset.dtype, len(arrays["observations"]) if arrays else len(dataset)
             matrix = key in ("observations", "actions", GOAL)
-            if dtype.kind not in ("f" if matrix else "fiub"):
+            discrete = key == "actions" and dtype.kind in "iu"
+            if dtype.kind not in ("f" if matrix else "fiub") and not discrete:
                 raise EpisodeError("wrong dtype", f"'{key}' is {dtype}; record it as float32")
+            matrix = matrix and not (discrete and len(shape) == 1)
             if matrix and (len(shape) != 2 or not 0 < shape[1] <= WIDEST):
                 raise EpisodeError("wrong shape", f"'{key}' is {shape}, expected (N, size)")
             if not matrix and shape[1:] not in ((), (1,)):
@@ -183,7 +231,7 @@ def _is_goal(dataset: h5py.Dataset) -> bool:
     return dataset.dtype.kind == "f" and dataset.ndim == 2 and 0 < dataset.shape[1] < WIDEST
 
 
-def _scan_file(name: str, path: Path, options: ScanOptions) -> TaskScan:
+def _scan_file(name: str, path: Path, options: Options) -> TaskScan:
     known = _catalogue.d4rl_datasets().get(name)
     try:
         log = _Log(path)
@@ -191,46 +239,42 @@ def _scan_file(name: str, path: Path, options: ScanOptions) -> TaskScan:
             environment = _environment(log.environment(), known.environment if known else None, options)
             limit = options.max_episode_steps or (known.max_episode_steps if known else None)
             if limit is None and environment is not None:
-                limit = _catalogue.time_limit(environment.id)
+                limit = suite_of_id(environment.id).time_limit(environment.id)
             terminals, timeouts = log.flags("terminals"), log.flags("timeouts")
             assert terminals is not None  # a required key
             if limit is None and timeouts is None:
                 raise EpisodeError("no time limit", "no 'timeouts', and no known time limit; give --max-episode-steps")
             bounds = list(pairwise([0, *episode_stops(terminals, timeouts, limit)]))
             totals = log.totals(bounds)
+            action, warnings = _action(log, environment, options, known is not None)
     except EpisodeError as error:
         return TaskScan(None, (), (_rejection(name, EpisodeRef(str(path), -1, 0, 0), error),))
     fields = tuple(FieldSpec(key, "continuous", rows.shape[1:]) for key, rows in sorted(log.fields.items()))
-    score = known.score if known else _catalogue.body_reference(environment.id) if environment else None
-    task = TaskSpec(
-        name,
-        D4RL.name,
-        fields,
-        ActionSpec.continuous(-1.0, 1.0, log.arrays["actions"].shape[1]),
-        environment,
-        score,
-        limit or max(stop - start for start, stop in bounds),
-    )
+    score = known.score if known else simulators.reference(environment) if environment else None
+    longest = max(stop - start for start, stop in bounds)
+    task = TaskSpec(name, D4RL.name, fields, action, environment, score, limit or longest)
     refs = tuple(EpisodeRef(str(path), n, *bound, total) for n, (bound, total) in enumerate(zip(bounds, totals)))
-    return TaskScan(task, refs)
+    warnings += environment_warnings(environment)
+    return TaskScan(task, refs, warnings=tuple(f"{name}: {line}" for line in warnings))
 
 
-def _environment(own: str | None, known: EnvironmentSpec | None, options: ScanOptions) -> EnvironmentSpec | None:
-    """What the file says, else what the catalogue knows, else what the command line says; of the old gym's
-    environments, which nothing else names, the command line has the first word."""
-    if options.environment and _catalogue.is_old(options.environment):
-        return _catalogue.environment(options.environment)
-    if own is not None:
-        return _catalogue.environment(own)
-    if known is None and options.environment:
-        return _catalogue.environment(options.environment)
+def _action(
+    log: _Log, environment: EnvironmentSpec | None, options: Options, known: bool
+) -> tuple[ActionSpec, tuple[str, ...]]:
+    given = (options.action_low, options.action_high) if options.action_low else None
+    return action_space(log.arrays["actions"], log.file.attrs, environment, given or (KNOWN if known else None))
+
+
+def _environment(own: str | None, known: EnvironmentSpec | None, options: Options) -> EnvironmentSpec | None:
+    """What the command line says, else what the file says, else what the catalogue knows."""
+    if options.environment or own:
+        return environment_of_id(options.environment or own or "")
     return known
 
 
 def _read_episode(log: _Log, task: TaskSpec, ref: EpisodeRef) -> RawEpisode | Rejection:
     def rows(array: Rows) -> np.ndarray:
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused as such
-            return array[ref.start : ref.stop].astype(np.float32, copy=False)
+        return _float32(array[ref.start : ref.stop])
 
     last = slice(ref.stop - 1, ref.stop)
     try:
@@ -242,7 +286,7 @@ def _read_episode(log: _Log, task: TaskSpec, ref: EpisodeRef) -> RawEpisode | Re
                 truncated = bool(timeout)
             return RawEpisode(
                 observation={key: rows(array) for key, array in log.fields.items()},
-                action=rows(log.arrays["actions"]),
+                action=log.actions(ref, task),
                 reward=rows(log.arrays["rewards"]).reshape(-1),
                 terminated=terminated,
                 truncated=truncated,
@@ -252,6 +296,11 @@ def _read_episode(log: _Log, task: TaskSpec, ref: EpisodeRef) -> RawEpisode | Re
             )
     except EpisodeError as error:
         return _rejection(task.name, ref, error)
+
+
+def _float32(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused as such
+        return values.astype(np.float32, copy=False)
 
 
 def _rejection(task: str, ref: EpisodeRef, error: EpisodeError) -> Rejection:

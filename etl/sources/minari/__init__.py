@@ -6,7 +6,7 @@ ID/data/main_data.hdf5   episode_N/: observations (T+1, ...), actions (T, ...), 
 
 Dict and Tuple spaces are groups ('_index_0' for a tuple's first): their arrays become fields with keys such as
 'achieved_goal' or 'a/0', in the order of the path. `scan` reads metadata and rewards; `read` opens one episode's
-group at a time; how the bytes are read is in etl/sources/_minari.py. Minari's 'arrow' and 'parquet' are not read.
+group at a time; how the bytes are read is in etl/sources/minari/disk.py. Minari's 'arrow' and 'parquet' are not read.
 `minari.json` lists D4RL's datasets as Minari names them, with their environments.
 
 Invariant: a field is a function of its own space (`field`), its array of that and the stored rows (`values`).
@@ -22,26 +22,56 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import h5py
 import numpy as np
 from gymnasium import spaces
-from minari.dataset.minari_storage import is_image_space
 
-from etl.sources import EpisodeRef, Known, Rejection, ScanOptions, SourceError, TaskScan, _catalogue, _hdf5, by_task
-from etl.sources import _minari as disk
-from etl.sources._minari import AGAIN, DATA, METADATA, TIMESTEP_VALUES, Leaf, damage
+import simulators
+from etl.sources import (
+    EpisodeRef,
+    Known,
+    LogOptions,
+    LogWriter,
+    Rejection,
+    SourceError,
+    TaskScan,
+    _catalogue,
+    _hdf5,
+    by_task,
+    environment_warnings,
+)
+from etl.sources.minari import disk
+from etl.sources.minari.disk import AGAIN, DATA, METADATA, TIMESTEP_VALUES, Leaf, damage
+from etl.sources.minari.writer import MinariWriter
 from schemas.episode import ActionSpec, EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, ScoreReference, TaskSpec
-from schemas.layout import PATCH_SIZE, layout_of
+from schemas.layout import layout_of
+from schemas.ranges import require
+from simulators import spaces as rules
+from simulators.registry import environment as environment_of_id
+from simulators.registry import suite_of_id
 
 MISSING_LISTED = 10_000  # groups that the metadata counts and the file lacks: beyond, one line for all
 PASSIVE_WRAPPERS = {"OrderEnforcing", "PassiveEnvChecker", "RecordEpisodeStatistics", "RecordVideo", "TimeLimit"}
 _EPISODE = re.compile(r"episode_(0|[1-9]\d{0,8})")
+
+
+@dataclass(frozen=True)
+class Options(LogOptions):
+    """What the command line says about Minari datasets."""
+
+    text_tokens: int = 16
+    """Tokens of a text inside a timestep; longer ones are cut, and counted."""
+
+    def check(self) -> None:
+        super().check()
+        require("text-tokens", self.text_tokens, 1, 2**15)
 
 
 class Minari:
@@ -49,7 +79,8 @@ class Minari:
 
     name = "minari"
     default_dataset = "D4RL/pointmaze/umaze-v2"
-    TEXT_TOKENS = 16  # of a text field, before the options have their say
+    options = Options
+    writer: type[LogWriter] | None = MinariWriter
 
     def known(self, cache: Path) -> list[Known]:
         """D4RL's datasets, and whatever else was downloaded."""
@@ -74,7 +105,7 @@ class Minari:
             raise SourceError(f"{input}: no dataset '{dataset}' in it{_catalogue.suggest(str(dataset), known)}")
         return files
 
-    def scan(self, files: list[Path], options: ScanOptions) -> list[TaskScan]:
+    def scan(self, files: list[Path], options: Options) -> list[TaskScan]:
         """One TaskScan a dataset, by task name. SourceError where two datasets have one name."""
         named = by_task(files, task_name)
         wrong = _hdf5.tried(named.values())
@@ -100,18 +131,8 @@ class Minari:
                     yield self._read_episode(file, task, leaves, action, ref)
 
     def field(self, key: str, space: spaces.Space) -> FieldSpec | None:
-        """What one array of the observation becomes; None leaves it out. EpisodeError where nothing fits."""
-        shape = disk.shape_of(space)
-        if isinstance(space, spaces.Text):
-            return FieldSpec(key, "text", (self.TEXT_TOKENS,))
-        if disk.is_picture(space):
-            resized = (_nearest_size(shape[0]), _nearest_size(shape[1]))
-            return FieldSpec(key, "image", shape if len(shape) == 3 else (*shape, 1), resized=resized)
-        if is_image_space(space):
-            raise EpisodeError("unsupported space", f"image '{key}' is {shape}; record 1 or 3 channels, the last axis")
-        if disk.is_float(space):
-            return FieldSpec(key, "continuous", shape)
-        return FieldSpec(key, "discrete", shape, *disk.choices_of(key, space))
+        """What one array of the observation becomes; None leaves it out. SpaceError where nothing fits."""
+        return rules.field(key, space)
 
     def values(self, spec: FieldSpec, space: spaces.Space, stored: np.ndarray) -> np.ndarray:
         """The (T, ...) array of one episode as RawEpisode takes it; `stored` has the space's shape and its kind of
@@ -123,46 +144,37 @@ class Minari:
         return disk.float32(stored) if spec.kind == "continuous" else disk.integers(spec.key, space, stored)
 
     def action(self, space: spaces.Space) -> ActionSpec:
-        """The action space. EpisodeError where it has no bounds or holds more than one array."""
-        if not isinstance(space, disk.SPACES) or isinstance(space, spaces.Text):
-            raise EpisodeError("unsupported space", f"actions are {type(space).__name__}; record one Box or Discrete")
-        size = math.prod(disk.shape_of(space))
-        if not 0 < size <= TIMESTEP_VALUES:
-            raise EpisodeError("unsupported space", f"an action has {size} values; 1 to {TIMESTEP_VALUES} can be read")
-        if not isinstance(space, spaces.Box) or not disk.is_float(space):
-            return ActionSpec.discrete(*disk.choices_of("action", space), size)
-        low, high = space.low.astype(float).ravel().tolist(), space.high.astype(float).ravel().tolist()
-        for a, b in zip(low, high):
-            if not -math.inf < a < b < math.inf:
-                raise EpisodeError(
-                    "unbounded action",
-                    f"the action space spans [{a:g}, {b:g}]; record it with gymnasium's RescaleAction or bounded",
-                )
-        return ActionSpec.continuous(low, high)
+        """The action space. SpaceError where it has no bounds or holds more than one array."""
+        found = rules.action(space)
+        if found.size > TIMESTEP_VALUES:
+            raise EpisodeError("unsupported space", f"an action has {found.size} values; {TIMESTEP_VALUES} can be read")
+        return found
 
-    def environment(self, about: dict[str, Any], options: ScanOptions) -> tuple[EnvironmentSpec | None, int | None]:
-        """Where to evaluate, and its time limit: the metadata's eval_env_spec, else its env_spec, else the command
-        line's. The metadata's does not count where a wrapper changes what it takes or gives."""
+    def environment(self, about: dict[str, Any], options: Options) -> tuple[EnvironmentSpec | None, int | None]:
+        """Where to evaluate, and its time limit: the command line's, else the metadata's eval_env_spec, else its
+        env_spec. The metadata's does not count where a wrapper changes what it takes or gives."""
         spec = _parsed(about.get("eval_env_spec") or about.get("env_spec"))
-        given = _catalogue.environment(options.environment) if options.environment else None
+        given = environment_of_id(options.environment) if options.environment else None
         if not isinstance(spec, dict) or not isinstance(spec.get("id"), str):
-            return given, _catalogue.time_limit(given.id) if given else None
-        steps = spec.get("max_episode_steps")
-        limit = int(steps) if isinstance(steps, int | float) and steps >= 1 else _catalogue.time_limit(spec["id"])
+            return given, suite_of_id(given.id).time_limit(given.id) if given else None
+        id, steps = _id(spec), spec.get("max_episode_steps")
+        limit = int(steps) if isinstance(steps, int | float) and steps >= 1 else suite_of_id(id).time_limit(id)
         wrappers = spec.get("additional_wrappers") or []
-        if {w.get("name") if isinstance(w, dict) else str(w) for w in wrappers} - PASSIVE_WRAPPERS:
+        if given or {w.get("name") if isinstance(w, dict) else str(w) for w in wrappers} - PASSIVE_WRAPPERS:
             return given, limit
         kwargs = spec.get("kwargs")
         kwargs = dict(kwargs) if isinstance(kwargs, dict) else {}
         kwargs.pop("render_mode", None)  # how it was watched
-        return _catalogue.environment(spec["id"], kwargs), limit
+        return environment_of_id(id, kwargs), limit
 
-    def _scan_dataset(self, name: str, path: Path, wrong: EpisodeError | None, options: ScanOptions) -> TaskScan:
+    def _scan_dataset(self, name: str, path: Path, wrong: EpisodeError | None, options: Options) -> TaskScan:
         try:
             about = disk.metadata(path)
             if wrong is not None:
                 raise wrong
-            fields, action = self._fields(about, options), self.action(disk.space_of(about, "action_space"))
+            fields = self._fields(about, options)
+            with damage("corrupt metadata"):
+                action = self.action(disk.space_of(about, "action_space"))
             with damage(), _hdf5.opened(path) as file:
                 refs, rejected = _scan_episodes(file, name, path, about.get("total_episodes"))
             with damage("corrupt metadata"):
@@ -174,9 +186,10 @@ class Minari:
                 layout_of(task)
         except EpisodeError as error:
             return TaskScan(None, (), (_rejection(name, path, -1, 0, error),))
-        return TaskScan(task, tuple(refs), tuple(rejected))
+        warnings = tuple(f"{name}: {line}" for line in environment_warnings(environment))
+        return TaskScan(task, tuple(refs), tuple(rejected), warnings=warnings)
 
-    def _fields(self, about: dict[str, Any], options: ScanOptions) -> tuple[FieldSpec, ...]:
+    def _fields(self, about: dict[str, Any], options: Options) -> tuple[FieldSpec, ...]:
         with damage("corrupt metadata"):
             specs = [self.field(leaf.key, leaf.space) for leaf in disk.observation_leaves(about)]
         fields = tuple(
@@ -199,8 +212,8 @@ class Minari:
                 observation = {}
                 for leaf in leaves:
                     if spec := specs.get(leaf.key):
-                        where = ("observations", *leaf.path)
-                        stored = disk.rows_of(group, where, leaf.space, T, T + 1, math.prod(spec.shape))
+                        path = ("observations", *disk.where(leaf))
+                        stored = disk.rows_of(group, path, leaf.space, T, T + 1, math.prod(spec.shape))
                         observation[leaf.key] = self.values(spec, leaf.space, stored)
                 stored = disk.rows_of(group, ("actions",), action, T, T, size)
                 discrete = task.action.kind == "discrete"
@@ -230,7 +243,7 @@ def task_name(path: Path) -> str:
 @cache
 def d4rl_environments() -> dict[str, str]:
     """D4RL's datasets by Minari's ids, with the gymnasium id of the environment each was recorded in."""
-    return json.loads(Path(__file__).with_suffix(".json").read_text())
+    return json.loads(Path(__file__).with_name("minari.json").read_text())
 
 
 def _address(dataset: str) -> str:
@@ -323,8 +336,14 @@ def _scan_episodes(file: h5py.File, name: str, path: Path, counted: Any) -> tupl
     return refs, rejected
 
 
-def _nearest_size(pixels: int) -> int:
-    return (pixels + PATCH_SIZE // 2) // PATCH_SIZE * PATCH_SIZE
+def _id(spec: dict[str, Any]) -> str:
+    """The id in a metadata's environment; where gymnasium does not know it, with the module that its entry point
+    names, which may register it."""
+    id, entry = spec["id"], spec.get("entry_point")
+    known = ":" in id or id in gymnasium.registry or suite_of_id(id).time_limit(id) is not None
+    if known or suite_of_id(id) is not suite_of_id("") or not isinstance(entry, str) or ":" not in entry:
+        return id
+    return f"{entry.split(':')[0]}:{id}"
 
 
 def _parsed(text: Any) -> Any:
@@ -338,7 +357,7 @@ def _score(about: dict[str, Any], environment: EnvironmentSpec | None) -> ScoreR
     low, high = about.get("ref_min_score"), about.get("ref_max_score")
     if isinstance(low, int | float) and isinstance(high, int | float) and -math.inf < low < high < math.inf:
         return ScoreReference("d4rl", float(low), float(high))
-    return _catalogue.body_reference(environment.id) if environment else None
+    return simulators.reference(environment) if environment else None
 
 
 def _label(task: str, path: Path) -> str:

@@ -30,18 +30,23 @@ import re
 import threading
 import tokenize
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
+from typing import Literal
 from urllib.parse import quote
 
 import numpy as np
 
 from etl.fetch.download import fetch
-from etl.sources import STALE, EpisodeRef, Known, Rejection, ScanOptions, SourceError, TaskScan, _catalogue
+from etl.sources import STALE, EpisodeRef, Known, NoOptions, Rejection, SourceError, TaskScan, _catalogue
 from etl.sources._catalogue import Game
 from etl.sources._gzip import DAMAGE, Gunzip
-from schemas.episode import ActionSpec, EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, TaskSpec
+from etl.sources.atari.writer import ReplayWriter
+from schemas.episode import ActionSpec, EpisodeError, FieldSpec, RawEpisode, TaskSpec
 from schemas.layout import PATCH_SIZE
+from schemas.ranges import require
+from simulators.registry import environment
 
 BUCKET = "https://storage.googleapis.com/atari-replay-datasets/dqn"
 RUNS, CHECKPOINTS = 5, 50
@@ -57,11 +62,27 @@ _STORE = re.compile(r"\$store\$_(?:action|reward|terminal|observation)_ckpt\.(\d
 _AGAIN = "download it again"
 
 
+@dataclass(frozen=True)
+class Options(NoOptions):
+    """What the command line says about DQN-Replay logs."""
+
+    max_episode_steps: int | None = None
+    """Time limit in actions; 27,000 where not given."""
+    frames: Literal["80x64", "padded"] = "80x64"
+    """Atari frames: filtered to 80x64 (20 patches), or kept at 84x84 and padded with zeros to 96x96 (36 patches)."""
+
+    def check(self) -> None:
+        if self.max_episode_steps is not None:
+            require("max-episode-steps", self.max_episode_steps, 1, 2**30)
+
+
 class Atari:
     """Source of DQN-Replay logs, the published ones or others in their layout."""
 
     name = "atari"
     default_dataset = "Pong/1"
+    options = Options
+    writer = ReplayWriter
 
     def known(self, cache: Path) -> list[Known]:
         """The games of DQN-Replay, run 1 of each, checkpoint 0; GAME/2 to GAME/5 are there too."""
@@ -93,7 +114,7 @@ class Atari:
             raise SourceError(f"{input}: no dataset '{dataset}' in it, but {', '.join(sorted(map(_dataset, found)))}")
         return sorted(files, key=_order)
 
-    def scan(self, files: list[Path], options: ScanOptions) -> list[TaskScan]:
+    def scan(self, files: list[Path], options: Options) -> list[TaskScan]:
         """One TaskScan a game and run. SourceError where two folders hold the same game and run."""
         scans = []
         for dataset, group in groupby(sorted(map(_absolute, files), key=_order), key=_dataset):
@@ -271,7 +292,7 @@ class _Checkpoint:
             array.close()
 
 
-def _scan_run(files: list[Path], options: ScanOptions) -> TaskScan:
+def _scan_run(files: list[Path], options: Options) -> TaskScan:
     game_name, run = _dataset(files[0]).split("/")
     name = f"{game_name.lower()}-run{run}"
     game = _catalogue.game(game_name)
@@ -313,7 +334,7 @@ def _scan_run(files: list[Path], options: ScanOptions) -> TaskScan:
         Atari.name,
         (_field(frame, options.frames),),
         ActionSpec.discrete(game.actions),
-        EnvironmentSpec("atari", f"ALE/{game.name}-v5"),
+        environment(f"ALE/{game.name}-v5"),
         game.score,
         limit,
     )

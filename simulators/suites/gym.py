@@ -4,7 +4,6 @@
     -> OldGym: reset(seed) -> (observation, info), step -> (observation, reward, terminated, truncated, info)
 
 gym 0.26 has the five values already; 0.21 to 0.25 say with `TimeLimit.truncated` that a time limit ended an episode.
-d4rl, where it is installed, registers its ids (hopper-medium-v2) by being imported.
 
 Invariant: observations, rewards and ends are the old environment's own; nothing is imported until `make` is called.
 """
@@ -21,7 +20,40 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-PREFIX = "gym/"  # of such an environment's id, where others are gymnasium's
+from schemas.episode import EnvironmentSpec, ScoreReference
+from simulators.suite import Suite
+from simulators.suites.mujoco import body_reference
+
+PREFIX = "gym/"
+
+
+class OldGymSuite(Suite):
+    """Ids gym/ID. d4rl, where it is installed, registers its ids (gym/hopper-medium-v2) by being imported."""
+
+    name = "gym"
+    module = "gym"
+    install = "pip install 'gym<0.27', and d4rl for its ids"
+    distributions = ("gym", "d4rl", "mujoco-py")
+
+    def owns(self, id: str) -> bool:
+        return id.startswith(PREFIX)
+
+    def reference(self, id: str) -> ScoreReference | None:
+        return body_reference(id.removeprefix(PREFIX))
+
+    def require(self, id: str) -> None:
+        self.register()  # which ids there are shows when one is made
+
+    def build(self, environment: EnvironmentSpec, render: bool) -> gymnasium.Env:
+        self.register()
+        return make(environment.id.removeprefix(PREFIX), dict(environment.kwargs))
+
+    def settings(self, environment: EnvironmentSpec) -> dict[str, Any]:
+        self.register()
+        return dict(environment.kwargs)
+
+
+SUITE = OldGymSuite()
 
 
 def make(id: str, kwargs: dict[str, Any]) -> gymnasium.Env:

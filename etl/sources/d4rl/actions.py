@@ -1,0 +1,113 @@
+"""The range of actions in D4RL's layout, which its files do not state.
+
+option, else attributes of the file, else the environment, else [-1, 1] -> ActionSpec; a warning where values leave it
+
+Discrete actions are integers (N,) or (N, 1). Their number of choices is the environment's, or what the log shows.
+
+Invariant: actions are clipped to a range only where the range is known, or the user is warned of the share.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+import simulators
+from etl.sources._hdf5 import AGAIN, DAMAGE, Rows
+from schemas.episode import ActionSpec, EnvironmentSpec, EpisodeError
+from simulators.spaces import CHOICES
+
+PIECE = 2**16  # rows at a time
+Bounds = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def action_space(
+    actions: Rows, attributes: Mapping[str, Any], environment: EnvironmentSpec | None, given: Bounds | None
+) -> tuple[ActionSpec, tuple[str, ...]]:
+    """The action space of a log and warnings. `given`: low and high of the command line. EpisodeError where they do
+    not fit the log."""
+    size = actions.shape[1] if len(actions.shape) > 1 else 1
+    own = _environments(environment, size) if environment else None
+    if actions.dtype.kind in "iu":
+        return _discrete(actions, size, own), ()
+    bounds = given or _attributes(attributes, size)
+    if bounds:
+        if {len(bounds[0]), len(bounds[1])} - {1, size}:
+            raise EpisodeError("wrong shape", f"bounds {bounds} for actions of {size} values; give one or {size} each")
+        return ActionSpec.continuous(*bounds, size), ()
+    if own is not None and own.kind == "continuous" and own.size == size:
+        return own, ()
+    return ActionSpec.continuous(-1.0, 1.0, size), _beyond(actions)
+
+
+def _discrete(actions: Rows, size: int, own: ActionSpec | None) -> ActionSpec:
+    if own is not None and own.kind == "discrete" and own.size == size:
+        return own
+    pieces = [piece.reshape(len(piece), -1) for piece in _pieces(actions)]
+    if not pieces:
+        raise EpisodeError("corrupt HDF5", f"no row of 'actions' can be read; {AGAIN}")
+    low, high = np.min([piece.min(axis=0) for piece in pieces], axis=0), np.max([p.max(axis=0) for p in pieces], axis=0)
+    start = np.minimum(low.astype(np.int64), 0)
+    choices = high.astype(np.int64) - start + 1
+    if choices.max() > CHOICES:
+        remedy = f"there are ids for {CHOICES}; record real-valued actions as float32"
+        raise EpisodeError("too many choices", f"'actions' span [{low.min()}, {high.max()}]: {remedy}")
+    return ActionSpec.discrete(tuple(map(int, choices)), tuple(map(int, start)), size)
+
+
+def _attributes(attributes: Mapping[str, Any], size: int) -> Bounds | None:
+    """What etl.record notes; nothing where it makes no sense."""
+    try:
+        low, high = (np.ravel(attributes[key]).astype(float) for key in ("action_low", "action_high"))
+    except (KeyError, ValueError, TypeError, OSError):
+        return None
+    fits = low.shape == high.shape == (size,) and np.isfinite([low, high]).all() and (low < high).all()
+    return (tuple(low.tolist()), tuple(high.tolist())) if fits else None
+
+
+def _environments(environment: EnvironmentSpec, size: int) -> ActionSpec | None:
+    bounds = simulators.suite_named(environment.suite).action_range(environment.id)
+    if bounds:
+        return ActionSpec.continuous(*bounds, size)
+    return _of(environment.suite, environment.id, json.dumps(environment.kwargs))
+
+
+@cache
+def _of(suite: str, id: str, kwargs: str) -> ActionSpec | None:
+    """The environment's own action space; None where it cannot be made here."""
+    try:
+        env = simulators.make(EnvironmentSpec(suite, id, json.loads(kwargs)))
+    except simulators.SimulatorError:
+        return None
+    try:
+        return simulators.action_spec(env)
+    except simulators.SimulatorError:
+        return None
+    finally:
+        env.close()
+
+
+def _beyond(actions: Rows) -> tuple[str, ...]:
+    """A warning where many values lie outside [-1, 1]."""
+    outside, highest = 0, 0.0
+    for piece in _pieces(actions):
+        size = np.abs(piece[np.isfinite(piece)])
+        outside, highest = outside + int((size > 1.001).sum()), max(highest, float(size.max(initial=0.0)))
+    share = outside / (len(actions) * (actions.shape[1] if len(actions.shape) > 1 else 1))
+    if share < 0.001:
+        return ()
+    problem = f"{share:.1%} of its action values lie outside [-1, 1], up to ±{highest:g}, and are clipped"
+    return (f"{problem}: no environment says their range; give --action-low and --action-high, or --environment",)
+
+
+def _pieces(actions: Rows) -> Iterator[np.ndarray]:
+    """All rows but damaged ones, which become rejections when their episodes are read."""
+    for start in range(0, len(actions), PIECE):
+        try:
+            yield actions[start : start + PIECE]
+        except DAMAGE:
+            continue

@@ -1,0 +1,44 @@
+"""Modules of users, imported for what they register: environments, suites, sources.
+
+    --import MODULE (several times) -> importlib.import_module, in the command and in each of its worker processes
+
+Invariant: a module is imported once per process, and before anything is looked up in a registry.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Annotated
+
+import gymnasium
+import tyro
+
+FLAG = "--import"
+Imports = Annotated[tuple[str, ...], tyro.conf.arg(name="import"), tyro.conf.UseAppendAction]
+"""Type of the option: modules to import first. They register environments, suites or sources."""
+
+
+class PluginError(ValueError):
+    """A module cannot be imported; the message names it and the remedy."""
+
+
+def load(modules: Iterable[str]) -> None:
+    """Import each module; the current folder counts, as it does for `python -m`. PluginError names one that fails."""
+    for name in modules:
+        if (here := os.getcwd()) not in sys.path:
+            sys.path.append(here)
+        try:
+            gymnasium.register_envs(importlib.import_module(name))
+        except Exception as error:  # a user's module may raise anything
+            detail = f"{type(error).__name__}: {error}"
+            raise PluginError(f"--import {name}: {detail}; give a module's name, its folder being the current one "
+                              "or on PYTHONPATH") from error  # fmt: skip
+
+
+def load_early(arguments: Sequence[str]) -> None:
+    """Import what a command line names, before its options are known: a module may bring options of its own."""
+    given = [value for flag, value in zip(arguments, arguments[1:]) if flag == FLAG]
+    load(given + [a.removeprefix(f"{FLAG}=") for a in arguments if a.startswith(f"{FLAG}=")])
