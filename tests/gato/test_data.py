@@ -76,7 +76,7 @@ def test_spaces_come_from_the_environment(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rewards": np.ones(4)}, "actions: 5 rows|actions have 5 rows"),
+        ({"rewards": np.ones(4)}, "episode 0: actions: 5 rows, expected one per reward"),
         ({"observations": np.zeros((9, 2))}, "observations: 9 rows"),
         ({"observations": np.full((5, 2), np.nan)}, "NaN"),
         ({"actions": np.full(5, 7)}, "outside Discrete"),
