@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.commands import run
+
 # a shell starts what runs in its background with SIGINT ignored, which all processes started here would inherit
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def run(*arguments: str | Path, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
-    """A command of the project, as a user types it: python -m ARGUMENTS."""
-    command = [sys.executable, "-m", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, **kwargs)
-    if check and done.returncode:
-        raise AssertionError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
-    return done
 
 
 @pytest.fixture(scope="session")
