@@ -53,7 +53,7 @@ _cold_popen, _sleep = subprocess.Popen, time.sleep
 class _Warm(subprocess.Popen):
     """subprocess.Popen whose process is forked instead of executed."""
 
-    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest) -> None:  # noqa: ANN001
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest) -> None:
         _, _, shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *_, session, _ = rest
         assert preexec_fn is None and not pass_fds and not shell, "start this one cold"
         request = {
@@ -89,7 +89,7 @@ class Popen(_Warm):
         with theirs:
             socket.send_fds(_server(), [json.dumps(request).encode()], [theirs.fileno(), *streams])
         if not (answer := self._status.recv(64)):
-            raise ChildProcessError(f"the server of warm interpreters ended; see what `{sys.executable} -m tests.warm` says")
+            raise ChildProcessError("the server of warm interpreters ended; python -m tests.warm may show why")
         return int(answer)
 
     def _internal_poll(self, *unused: Any, **unused_too: Any) -> int | None:

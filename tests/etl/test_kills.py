@@ -10,6 +10,7 @@ import time
 import psutil
 import pytest
 
+from tests import warm
 from tests.conftest import run
 from tests.etl.test_build import d4rl_file, digests
 
@@ -34,7 +35,7 @@ def built(inputs, tmp_path_factory):
 
 def start(inputs, output, *flags):
     command = [sys.executable, "-m", "etl.build", "--input", str(inputs), "--output", str(output), *SHARDS, *flags]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return warm.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def kill_tree(pid):

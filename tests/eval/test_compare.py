@@ -11,6 +11,7 @@ import pytest
 from eval.report import load_rows, save_rows
 from schemas.files import sha256_of
 from shards.reader import Dataset
+from tests import warm
 from tests.conftest import run
 from trainer.checkpoint import ExportInfo, export
 from trainer.model import Gato, ModelConfig
@@ -70,7 +71,7 @@ def started(output, exports, data):
     """A comparison of two processes that has made a first part and is at others."""
     command = [sys.executable, "-m", *map(str, arguments(output, exports, data, "--processes", "2"))]
     long = ["--step-limit", "1000", "--episodes", "30"]
-    process = subprocess.Popen([*command, *long], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = warm.Popen([*command, *long], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not list(output.glob("parts/*.parquet")):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)

@@ -31,6 +31,7 @@ from shards.reader import Dataset
 from simulators import oldgym
 from simulators.experts import policies
 from simulators.uninterrupted import uninterrupted
+from tests import warm
 from tests.conftest import run
 from trainer.checkpoint import ExportInfo, export
 from trainer.model import Gato, ModelConfig
@@ -334,7 +335,7 @@ def test_ctrl_c_keeps_what_was_played(processes, hopper, pong, tmp_path):
     output = tmp_path / "out"
     command = [sys.executable, "-m", "eval.compare", "--models", "random", "--datasets", str(hopper), str(pong)]
     command += ["--output", str(output), "--film-seconds", "0", "--step-limit", "150", "--processes", processes]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = warm.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     until = time.monotonic() + 200
     while not (found := list(output.glob("parts/*.parquet"))) and time.monotonic() < until:
         time.sleep(0.02)
@@ -344,7 +345,7 @@ def test_ctrl_c_keeps_what_was_played(processes, hopper, pong, tmp_path):
     assert "interrupted: the same command again" in said and "Traceback" not in said
     assert len(found) == 1 and list(output.rglob("*.parquet")) == found
     before = found[0].read_bytes()
-    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    again = warm.run(command, timeout=300)
     assert again.returncode == 0 and again.stderr.count("kept from before") == 1
     assert found[0].read_bytes() == before
     rows = pq.read_table(output / "rows.parquet").to_pylist()

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 import sys
 from dataclasses import asdict, replace
 
@@ -14,7 +13,7 @@ from safetensors.numpy import load_file
 from schemas.dataset import DatasetError
 from schemas.vocabulary import SEED
 from shards.stream import Stream, StreamConfig
-from tests.trainer.launch import ROOT, errors, losses, train
+from tests.trainer.launch import errors, finish, losses, train
 from trainer.checkpoint import export, load_export
 from trainer.config import deciding
 from trainer.engine import branch_scales, learning_rate
@@ -82,7 +81,7 @@ def test_a_dry_run_is_of_the_exports_shape(exported, tmp_path):
     transformer = load_export(exported)[0].parameter_counts()["transformer"]
     assert transformer != Gato(RECIPES["finetune"].model, SEED).parameter_counts()["transformer"]
     for start, status, words in ((exported, 0, f"transformer {transformer:,}"), (tmp_path / "none", 1, "no export")):
-        done = subprocess.run([*command, str(start)], cwd=ROOT, capture_output=True, text=True, timeout=100)
+        done = finish([*command, str(start)])
         assert done.returncode == status and words in done.stdout + done.stderr
 
 

@@ -11,12 +11,14 @@ import time
 import pytest
 from safetensors.numpy import load_file
 
+from tests import warm
 from tests.trainer.launch import (
     ROOT,
     command,
     errors,
     family,
     figures,
+    finish,
     latest_step,
     launcher,
     losses,
@@ -43,10 +45,10 @@ def whole(hopper, pong, tmp_path_factory):
     return run
 
 
-def start(output, data, *extra, **options):
+def start(output, data, *extra, cold=False, **options):
     """A run in the background, its words in a pipe."""
     arguments = command(output, data, *extra, **options)
-    return subprocess.Popen(
+    return (subprocess if cold else warm).Popen(
         arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
@@ -83,7 +85,7 @@ def test_killed_at_random_moments(whole, hopper, pong, tmp_path, kills):
     reference = whole(stage)
     for number in range(kills):
         output = tmp_path / f"run{done}"
-        process = start(output, [hopper, pong], *extra, processes=2, steps=STEPS)
+        process = start(output, [hopper, pong], *extra, processes=2, steps=STEPS, cold=number % 4 == 1)
         await_step(process)
         in_a_save = number % 2
         kill(output, ["rank", "launcher", "command", "all"][number // 2 % 4], -1 if in_a_save else chance.random() * 2)
@@ -169,14 +171,14 @@ def test_gradients_that_are_not_finite_are_skipped_then_end_the_run(hopper, tmp_
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_skipped_step_changes_nothing(hopper, stage):
     script = [str(ROOT / "tests" / "trainer" / "skipped.py"), str(hopper), f"zero{stage}_cpu"]
-    done = subprocess.run([*launcher(2), *script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = finish([*launcher(2), *script], timeout=120)
     assert done.returncode == 0 and done.stdout.count("a skipped step changed nothing") == 2, done.stdout + done.stderr
 
 
 def test_one_run_a_folder(tmp_path):
     with only_run(tmp_path, 0.1):
         script = f"import pathlib, trainer.lifecycle as w\nwith w.only_run(pathlib.Path({str(tmp_path)!r}), 0.3): pass"
-        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+        done = finish([sys.executable, "-c", script])
         assert done.returncode and "another training writes there" in done.stderr
     with only_run(tmp_path, 0.1):
         pass

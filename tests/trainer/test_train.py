@@ -18,7 +18,7 @@ from trainer.checkpoint import CheckpointError, latest, load_export
 @pytest.fixture(scope="module")
 def finished(hopper, pong, tmp_path_factory):
     output = tmp_path_factory.mktemp("run")
-    train(output, [hopper, pong])
+    train(output, [hopper, pong], cold=True)
     return output
 
 
