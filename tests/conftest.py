@@ -1,8 +1,14 @@
-"""Logs recorded from the real simulators and datasets built from them, once a session."""
+"""Logs recorded from the real simulators and datasets built from them, once a session; which tests start processes.
+
+`make check` leaves out the tests marked `process`. A test that starts one without the mark is an error; children of the
+code itself (the process that tries an HDF5 file, git) do not count.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +17,29 @@ from tests.commands import run
 
 # a shell starts what runs in its background with SIGINT ignored, which all processes started here would inherit
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+started: list[str] = []
+
+
+def _listen(event: str, arguments: tuple) -> None:
+    if event == "subprocess.Popen":
+        words = [os.fsdecode(word) for word in arguments[1]]
+        if "etl.sources._hdf5" not in words and words[0] != "git":
+            started.append(" ".join(words)[:200])
+
+
+sys.addaudithook(_listen)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    started.clear()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    if started and not item.get_closest_marker("process"):
+        pytest.fail(f"mark it with pytest.mark.process: it started {started[0]}", pytrace=False)
 
 
 @pytest.fixture(scope="session")

@@ -56,6 +56,7 @@ class _Warm(subprocess.Popen):
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest) -> None:
         _, _, shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *_, session, _ = rest
         assert preexec_fn is None and not pass_fds and not shell, "start this one cold"
+        sys.audit("subprocess.Popen", args[0], args, cwd, env)
         request = {
             "arguments": [os.fsdecode(word) for word in args],
             "folder": os.fsdecode(cwd or os.getcwd()),
