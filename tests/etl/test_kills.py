@@ -48,6 +48,7 @@ def kill_tree(pid):
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.process
 def test_killed_at_random_moments(inputs, built, tmp_path, workers):
     """Five kills of the whole build, then one run to the end; ten for both settings."""
     reference, seconds = built
@@ -76,6 +77,7 @@ def worker_at_work(output, deadline):
     return None
 
 
+@pytest.mark.process
 def test_a_killed_worker_is_replaced(inputs, built, tmp_path):
     process = start(inputs, tmp_path / "d", "--workers", "2")
     victim = worker_at_work(tmp_path / "d", time.monotonic() + 60)
@@ -87,6 +89,7 @@ def test_a_killed_worker_is_replaced(inputs, built, tmp_path):
     assert not psutil.pid_exists(victim) or psutil.Process(victim).status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.process
 def test_two_builds_of_one_folder_do_not_mix(inputs, built, tmp_path):
     first = start(inputs, tmp_path / "d")
     assert worker_at_work(tmp_path / "d", time.monotonic() + 60) == first.pid

@@ -102,6 +102,7 @@ def in_memory(inputs, tmp_path_factory) -> Digests:
 @pytest.mark.parametrize(
     "workers", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
 )
+@pytest.mark.process
 def test_worker_processes_of_this_machine_write_the_same_bytes(inputs, in_memory, tmp_path, workers):
     flags = ("--direct_running_mode=multi_processing", f"--direct_num_workers={workers}")
     assert build(inputs, tmp_path / "d", *flags) == in_memory
@@ -128,10 +129,12 @@ def portable(tmp_path_factory) -> Iterator[tuple[str, ...]]:
     assert "Starting worker with command" in pool.read_text()
 
 
+@pytest.mark.process
 def test_external_workers_of_a_portable_job_service_write_the_same_bytes(inputs, in_memory, tmp_path, portable):
     assert build(inputs, tmp_path / "d", *portable) == in_memory
 
 
+@pytest.mark.process
 def test_external_workers_find_what_the_builder_names_relative_to_its_folder(
     inputs, in_memory, tmp_path, portable, monkeypatch
 ):
@@ -139,6 +142,7 @@ def test_external_workers_find_what_the_builder_names_relative_to_its_folder(
     assert build(Path(os.path.relpath(inputs)), Path("d"), *portable) == in_memory
 
 
+@pytest.mark.process
 def test_the_workers_of_a_dask_scheduler_share_the_shards_and_write_the_same_bytes(inputs, in_memory, tmp_path):
     distributed = pytest.importorskip("distributed")
     port, log = free_port(), tmp_path / "scheduler.log"
@@ -158,6 +162,7 @@ def test_the_workers_of_a_dask_scheduler_share_the_shards_and_write_the_same_byt
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_a_local_dask_cluster_writes_the_same_bytes(inputs, in_memory, tmp_path):
     pytest.importorskip("distributed")
     assert build(inputs, tmp_path / "d", DASK) == in_memory

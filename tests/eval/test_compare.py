@@ -43,6 +43,7 @@ def rows(output):
     return table.drop_columns(["seconds", "commit"]).to_pylist()
 
 
+@pytest.mark.process
 def test_the_table_does_not_depend_on_processes_and_kept_parts_are_kept(exports, hopper, pong, tmp_path):
     one = run(*arguments(tmp_path / "one", exports, [hopper, pong], "--processes", "1"))
     run(*arguments(tmp_path / "two", exports, [hopper, pong], "--processes", "2"))
@@ -79,6 +80,7 @@ def started(output, exports, data):
 
 
 @pytest.mark.parametrize("who", ["all", "a worker"])
+@pytest.mark.process
 def test_a_killed_comparison_leaves_nobody_and_goes_on(exports, pong, tmp_path, who):
     process, workers = started(tmp_path / "killed", exports, [pong])
     victim = process.pid if who == "all" else workers[0].pid
@@ -92,7 +94,8 @@ def test_a_killed_comparison_leaves_nobody_and_goes_on(exports, pong, tmp_path, 
 
 
 def test_two_exports_of_one_seed_are_refused(exports, hopper, tmp_path):
-    done = run(*arguments(tmp_path / "out", [exports[0], exports[0]], [hopper]), check=False)
+    twice = arguments(tmp_path / "out", [exports[0], exports[0]], [hopper], "--processes", "1")
+    done = run(*twice, check=False)
     assert done.returncode == 1 and "error:" in done.stderr and "seed 3" in done.stderr
 
 

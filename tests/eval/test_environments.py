@@ -315,7 +315,8 @@ def exported(folder, vocabulary):
 
 def test_a_checkpoint_of_another_vocabulary(hopper, logs, tmp_path):
     paper = exported(tmp_path / "export", PAPER)
-    done = run("eval.compare", "--gato", paper, "--datasets", hopper, "-o", tmp_path / "out", check=False)
+    command = ("eval.compare", "--gato", paper, "--datasets", hopper, "-o", tmp_path / "out", "--processes", "1")
+    done = run(*command, check=False)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "vocabulary" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
     # beside a dataset that it fits, the other's rows alone are marked
@@ -331,6 +332,7 @@ def test_a_checkpoint_of_another_vocabulary(hopper, logs, tmp_path):
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.process
 def test_ctrl_c_keeps_what_was_played(processes, hopper, pong, tmp_path):
     output = tmp_path / "out"
     command = [sys.executable, "-m", "eval.compare", "--models", "random", "--datasets", str(hopper), str(pong)]

@@ -256,6 +256,7 @@ def batches(url, folder, count, results, n):
     results.put((n, np.concatenate(found), store.cache.counts.misses))
 
 
+@pytest.mark.process
 def test_processes_share_a_cache(server, local, tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
@@ -272,6 +273,7 @@ def test_processes_share_a_cache(server, local, tmp_path):
     assert max(n for name, n in server.asked.items() if name != "dataset.json") == 1
 
 
+@pytest.mark.process
 def test_a_killed_download_leaves_no_trouble(server, local, tmp_path):
     server.faults["shard-000000.tar"] = ["stall"]
     code = (
@@ -333,6 +335,7 @@ def test_what_else_lies_in_the_cache_folder_is_left_alone(server, local, tmp_pat
     assert remote.store.cache.counts.evicted > 0 and all(path.stat().st_size == 100_000 for path in others)
 
 
+@pytest.mark.process
 def test_a_copy_that_was_damaged_here_is_fetched_again(server, local, tmp_path):
     stream(server, tmp_path).batch(0, 64)
     for path in (tmp_path / "cache").iterdir():

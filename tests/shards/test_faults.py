@@ -359,6 +359,7 @@ def test_an_index_or_manifest_is_never_skipped(made):
         Stream([made], CONFIG, 0, on_bad_shard="skip")
 
 
+@pytest.mark.process
 def test_too_many_open_files_are_no_bad_shards(made):
     """Where the rest of a program holds almost all descriptors, fewer maps stay open."""
     wanted = Stream([made], CONFIG, 0).batch(0, 64)

@@ -23,6 +23,7 @@ def measured(data, deepspeed, processes=2) -> dict:
 
 
 @pytest.mark.parametrize("name", ["zero0_cpu", "zero1_cpu", "zero2", "zero3_cpu"])
+@pytest.mark.process
 def test_memory_is_what_an_engine_holds(hopper, pong, name):
     found = measured([hopper, pong], name)
     config = replace(CONFIG, deepspeed=name)
@@ -48,6 +49,7 @@ def test_figures_of_the_papers_run():
     assert all(estimate(replace(RECIPES["1.18b"], model=PRESETS[p]), SEED, 1).counts["total"] for p in PRESETS)
 
 
+@pytest.mark.process
 def test_the_command_needs_no_process_group():
     arguments = [sys.executable, "trainer/main.py", "--dry-run", "--recipe", "364m", "--world", "4", "--tflops", "100"]
     done = finish(arguments, env=os.environ | {"COLUMNS": "160"})

@@ -41,6 +41,7 @@ def tune(output, data, start, *extra, **options):
     return train(output, data, *TUNE.split(), str(start), *extra, **options)
 
 
+@pytest.mark.process
 def test_it_starts_from_the_exports_weights_and_goes_on_bit_for_bit(exported, hopper, pong, tmp_path):
     data = [hopper, pong]
     tune(tmp_path / "whole", data, exported, steps=6)
@@ -58,6 +59,7 @@ def test_it_starts_from_the_exports_weights_and_goes_on_bit_for_bit(exported, ho
     assert info.training["start_from"] == load_export(exported)[1].weights_sha256
 
 
+@pytest.mark.process
 def test_what_does_not_fit_is_refused_in_one_line(exported, hopper, pong, tmp_path):
     model, info = load_export(exported)
     other = replace(info.vocabulary, mu=info.vocabulary.mu * 2)
@@ -76,6 +78,7 @@ def test_what_does_not_fit_is_refused_in_one_line(exported, hopper, pong, tmp_pa
         assert done.returncode and len(errors(done)) == 1 and words in errors(done)[0], done.stderr
 
 
+@pytest.mark.process
 def test_a_dry_run_is_of_the_exports_shape(exported, tmp_path):
     command = [sys.executable, "trainer/main.py", "--dry-run", "--recipe", "finetune", "--run.start-from"]
     transformer = load_export(exported)[0].parameter_counts()["transformer"]

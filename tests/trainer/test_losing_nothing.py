@@ -77,6 +77,7 @@ def kill(output, victim, moment):
 @pytest.mark.parametrize(
     "kills", [pytest.param(4, id="4"), pytest.param(20, id="20", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 )
+@pytest.mark.process
 def test_killed_at_random_moments(whole, hopper, pong, tmp_path, kills):
     """After each restart a run goes on, and at its end curve and weights are those of one that was not disturbed."""
     chance, done = random.Random(kills), 0
@@ -102,12 +103,14 @@ def test_killed_at_random_moments(whole, hopper, pong, tmp_path, kills):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.process
 def test_a_run_that_goes_on_equals_one_that_was_not_stopped(whole, hopper, pong, tmp_path, stage):
     for steps in (20, STEPS):
         train(tmp_path, [hopper, pong], "--deepspeed", f"zero{stage}_cpu", processes=2, steps=steps)
     assert losses(tmp_path) == losses(whole(stage))
 
 
+@pytest.mark.process
 def test_another_world_size_and_stage_goes_on(whole, hopper, pong, tmp_path):
     for stage, processes, steps in ((1, 2, 8), (0, 1, 16), (3, 2, 24), (2, 1, 32), (1, 2, STEPS)):
         done = train(tmp_path, [hopper, pong], "--deepspeed", f"zero{stage}_cpu", processes=processes, steps=steps)
@@ -117,6 +120,7 @@ def test_another_world_size_and_stage_goes_on(whole, hopper, pong, tmp_path):
 
 @pytest.mark.parametrize("target", ["command", "launcher", "rank", "all"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.process
 def test_signals_save_and_end(hopper, tmp_path, target, number):
     if target == "rank" and number == signal.SIGINT:
         number = signal.SIGTERM  # nothing sends a lone rank the other
@@ -131,6 +135,7 @@ def test_signals_save_and_end(hopper, tmp_path, target, number):
     assert step >= 3 and load_export(tmp_path / "export")[1].step == step
 
 
+@pytest.mark.process
 def test_a_full_disk_costs_no_checkpoint(hopper, pong, tmp_path):
     """The kernel refuses files beyond a size, as a full disk does."""
     train(tmp_path, [hopper, pong], steps=2)
@@ -150,6 +155,7 @@ def test_a_full_disk_costs_no_checkpoint(hopper, pong, tmp_path):
     assert losses(tmp_path) == losses(tmp_path / "other")
 
 
+@pytest.mark.process
 def test_a_rank_that_hangs_ends_the_run(hopper, tmp_path):
     process = start(tmp_path, [hopper], "--run.patience-minutes", "0.1", processes=2, steps=100_000)
     await_step(process, 3)
@@ -159,6 +165,7 @@ def test_a_rank_that_hangs_ends_the_run(hopper, tmp_path):
     assert nobody_left(tmp_path)
 
 
+@pytest.mark.process
 def test_gradients_that_are_not_finite_are_skipped_then_end_the_run(hopper, tmp_path):
     """A learning rate without sense: the first step throws the weights far away, and no later one is applied."""
     extra = ("--optimiser.start-lr", "1e30", "--optimiser.peak-lr", "1e30", "--run.skip-limit", "3")
@@ -169,12 +176,14 @@ def test_gradients_that_are_not_finite_are_skipped_then_end_the_run(hopper, tmp_
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.process
 def test_a_skipped_step_changes_nothing(hopper, stage):
     script = [str(ROOT / "tests" / "trainer" / "skipped.py"), str(hopper), f"zero{stage}_cpu"]
     done = finish([*launcher(2), *script], timeout=120)
     assert done.returncode == 0 and done.stdout.count("a skipped step changed nothing") == 2, done.stdout + done.stderr
 
 
+@pytest.mark.process
 def test_one_run_a_folder(tmp_path):
     with only_run(tmp_path, 0.1):
         script = f"import pathlib, trainer.lifecycle as w\nwith w.only_run(pathlib.Path({str(tmp_path)!r}), 0.3): pass"

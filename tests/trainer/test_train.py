@@ -14,6 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.trainer.launch import errors, figures, losses, train
 from trainer.checkpoint import CheckpointError, latest, load_export
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def finished(hopper, pong, tmp_path_factory):
