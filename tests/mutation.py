@@ -1,28 +1,34 @@
 """`python -m tests.mutation`: forty small mistakes, made one at a time; how many does the suite catch?
 
-    mistake -> a copy of the checkout with it -> the tests named for its file, quick ones first -> caught or survived
+    mistake -> a fork in a copy of the checkout that has it -> the tests of its file, quick ones first -> caught or not
 
 Invariant: a mistake whose text is no longer in its file is an error, so this list is of the code as it is.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import pytest
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 CAUGHT_AT_LEAST = 36
-SECONDS = 1200
+SECONDS = 1800
+LIBRARIES = (
+    "torch._dynamo", "deepspeed.runtime.zero.stage3", "apache_beam", "gymnasium_robotics", "matplotlib.pyplot",
+    "hypothesis", "pyarrow.parquet", "h5py", "webdataset", "cv2", "PIL.Image", "sentencepiece",
+)  # fmt: skip
 
 TESTS = {
     "etl/tokenizers": ("tests/etl/test_tokenizers.py", "tests/etl/test_decode.py", "tests/etl/test_corruption.py"),
@@ -104,40 +110,69 @@ def copy(folder: Path) -> None:
             shutil.copy(ROOT / name, folder / name)
 
 
-def attempt(number: int) -> str:
-    """Name of the first test that fails with a mistake; empty where none does."""
+def attempt(number: int, folder: Path) -> None:
+    """In a fork: make a mistake in a copy, and leave what its tests print in the copy's `output`. Exit status of the
+    first pytest that fails, or 0."""
+    signal.alarm(SECONDS)
     file, right, wrong = MISTAKES[number]
-    with tempfile.TemporaryDirectory(prefix="gato-mutation-") as name:
-        folder = Path(name)
-        copy(folder)
-        text = (folder / file).read_text()
-        if text.count(right) != 1:
-            raise SystemExit(f"{file}: '{right}' is there {text.count(right)} times; correct tests/mutation.py")
-        (folder / file).write_text(text.replace(right, wrong))
-        tests = next(tests for prefix, tests in TESTS.items() if file.startswith(prefix))
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([name, os.environ.get("PYTHONPATH", "")])}
-        for marks in ("not process and not slow", "process and not slow"):
-            command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", marks, *tests]
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS)
-            if done.returncode == 1:
-                failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-                return failed[0].split(" - ")[0] if failed else "a test"
-            if done.returncode not in (0, 5):  # 5: no test has these marks
-                raise SystemExit(f"{file}: pytest itself failed\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-        return ""
+    copy(folder)
+    text = (folder / file).read_text()
+    (folder / file).write_text(text.replace(right, wrong))
+    for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
+        del sys.modules[name]
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    output = os.open("output", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    tests = next(tests for prefix, tests in TESTS.items() if file.startswith(prefix))
+    status = 0
+    for marks in ("not process and not slow", "process and not slow"):
+        if status in (0, 5):  # 5: no test has these marks
+            arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", marks, *tests]
+            status = int(pytest.main(arguments))
+    sys.stdout.flush()
+    os._exit(0 if status == 5 else status)
+
+
+def report(number: int, folder: Path, status: int) -> bool:
+    """Print what came of a mistake; whether it was caught."""
+    file, right, wrong = MISTAKES[number]
+    output = (folder / "output").read_text()
+    failed = [line.split(" - ")[0] for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if status not in (0, 1):
+        raise SystemExit(f"{file}: pytest itself ended with {status}\n{output[-3000:]}")
+    print(f"{number + 1:2} {failed[0] if status else 'SURVIVED'}: {file}: {right!r} -> {wrong!r}", flush=True)
+    return bool(status)
 
 
 def main() -> int:
+    """Exit status 1 where too few are caught."""
     options = tyro.cli(Options, prog="python -m tests.mutation")
-    numbers = [n for n, (file, _, _) in enumerate(MISTAKES) if options.only in file]
-    caught, began = 0, time.monotonic()
-    with ThreadPoolExecutor(options.processes) as pool:
-        for number, test in zip(numbers, pool.map(attempt, numbers)):
-            file, right, wrong = MISTAKES[number]
-            caught += bool(test)
-            print(f"{number + 1:2} {test or 'SURVIVED'}: {file}: {right!r} -> {wrong!r}", flush=True)
-    print(f"{caught} of {len(numbers)} caught in {time.monotonic() - began:.0f} s")
-    return int(caught < CAUGHT_AT_LEAST * len(numbers) // len(MISTAKES))
+    for file, right, _ in MISTAKES:
+        if (count := (ROOT / file).read_text().count(right)) != 1:
+            raise SystemExit(f"{file}: '{right}' is there {count} times; correct tests/mutation.py")
+    for name in LIBRARIES:  # once for all forks; nothing of the project, which is what changes
+        importlib.import_module(name)
+    waiting = [n for n, (file, _, _) in enumerate(MISTAKES) if options.only in file]
+    total, caught, began = len(waiting), 0, time.monotonic()
+    running: dict[int, tuple[int, Path]] = {}
+    with tempfile.TemporaryDirectory(prefix="gato-mutation-") as place:
+        while waiting or running:
+            while waiting and len(running) < options.processes:
+                number = waiting.pop(0)
+                folder = Path(place) / str(number)
+                folder.mkdir()
+                if (pid := os.fork()) == 0:
+                    attempt(number, folder)
+                running[pid] = number, folder
+            pid, status = os.wait()
+            number, folder = running.pop(pid)
+            caught += report(number, folder, os.waitstatus_to_exitcode(status))
+            shutil.rmtree(folder)
+    print(f"{caught} of {total} caught in {time.monotonic() - began:.0f} s")
+    return int(caught < CAUGHT_AT_LEAST * total // len(MISTAKES))
 
 
 if __name__ == "__main__":
