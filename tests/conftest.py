@@ -11,9 +11,16 @@ import signal
 import sys
 from pathlib import Path
 
+# Threads that spin while they wait lose most of a core where several processes compute. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
+import torch
 
 from tests.commands import run
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(workers)))
 
 # a shell starts what runs in its background with SIGINT ignored, which all processes started here would inherit
 signal.signal(signal.SIGINT, signal.default_int_handler)
