@@ -1,9 +1,12 @@
-# make quickstart | make test | make bench | make setup | make slow
+# make quickstart | make check | make test | make bench | make setup | make slow
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup quickstart test slow bench lint
+# A module's tests stay together, and a process that has none left takes half of another's.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+.PHONY: setup quickstart check test slow bench lint
 
 setup: $(READY)
 
@@ -28,8 +31,13 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The tests that start no process: for every change.
+check: lint
+	$(PYTEST) -m "not process and not slow"
+
+# All that CI runs.
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 slow: setup
 	$(BIN)/python -m pytest -m slow

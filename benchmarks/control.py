@@ -55,7 +55,7 @@ class Naive:
         now[:, : layout.stored - layout.action] = agent.tokenizer.encode_observation(observation).tokens
         self.stored = np.concatenate([self.stored, now])[-agent.window :]
         for column in range(layout.action):
-            token = agent.ids.start + int(self.logits(column).argmax())
+            token = agent.ids[column].start + int(self.logits(column).argmax())
             self.stored[-1, layout.stored - layout.action + column] = token
         return agent.tokenizer.decode_action(self.stored[-1:, layout.stored - layout.action :])
 
@@ -214,7 +214,9 @@ def divergence(table: Table, folder: Path, dataset: Dataset, task: int, timestep
     leader, follower = pair
     (one,) = play(Pair(leader, follower), spec, [1000], step_limit=timesteps)  # type: ignore[arg-type]
     A, full = leader.layout.action, leader.window - int(leader.window * leader.config.prompt_share)
-    ids = leader.ids.size
+    ids = leader.ids[0].size
+    assert spec.action is not None
+    span = float(np.mean(np.subtract(spec.action.high, spec.action.low)))
     edges = [0, full, 2 * full, 4 * full, 8 * full, 16 * full, one.timesteps]
     for first, stop in zip(edges, edges[1:]):
         if first >= (stop := min(stop, one.timesteps)):
@@ -223,7 +225,7 @@ def divergence(table: Table, folder: Path, dataset: Dataset, task: int, timestep
         apart = torch.cat([a - b for (a, _), (b, _) in zip(exact, rolling)]).abs()
         size = torch.cat([a.std(dim=1) for a, _ in exact]).mean()
         places = torch.cat([a - b for (_, a), (_, b) in zip(exact, rolling)]).abs().double()
-        same, action = (places == 0).double().mean(), (spec.action.high - spec.action.low) / ids * places.mean()
+        same, action = (places == 0).double().mean(), span / ids * places.mean()
         cells = f"{first - full:+d} to {stop - full - 1:+d}", f"{apart.mean():.4f}", f"{apart.mean() / size:.4f}"
         table.add_row(f"{spec.name}, rotary {model.config.rotary}", *cells, f"{same:.3f}", f"{action:.4f}")
 

@@ -70,7 +70,8 @@ def build(
         source: log format: minari, d4rl, atari, babyai, text or a plug-in's; by default what the input looks like.
         beam_arguments: Beam's own flags, such as ['--runner=FlinkRunner'].
         progress: show a progress bar on stderr.
-        options: the command's other options, with underscores: held_out_share=0.1, expert_share=0.8, overwrite=True.
+        options: the command's other options, with underscores: held_out_share=0.1, expert_share=0.8, overwrite=True,
+            imports=['my_module'] for a plug-in.
 
     Raises:
         TypeError: an option that does not exist.
@@ -85,15 +86,18 @@ def build(
 
     from etl import sources
     from etl.building import filters
+    from simulators import plugins
 
     name = source or detect_source(input)
     places: dict[str, Any] = {"source": name, "input": input and os.fspath(input), "output": os.fspath(output)}
+    plugins.load(options.get("imports", ()))
+    scan_options = sources.load(name).options
     # the dataclasses that the command's options are fields of
     homes: dict[type, dict[str, Any]] = {
         command.Options: {},
         command.BuildConfig: {},
         filters.Filter: {},
-        sources.ScanOptions: {},
+        scan_options: {},
     }
     for option, value in options.items():
         own = [home for home in homes if option in {field.name for field in dataclasses.fields(home)}]
@@ -105,8 +109,9 @@ def build(
         value = Path(value) if option in ("cache", "text_model") else value
         homes[own[0]][option] = tuple(value) if isinstance(value, list) else value
     config = command.BuildConfig(filter=filters.Filter(**homes[filters.Filter]), **homes[command.BuildConfig])
-    scan = sources.ScanOptions(**homes[sources.ScanOptions])
-    chosen = command.Options(config=config, scan=scan, **places, **homes[command.Options])
+    chosen = command.Options(
+        config=config, scan=scan_options(**homes[scan_options]), **places, **homes[command.Options]
+    )
     flags = command.beam_flags(list(beam_arguments), chosen.workers)
     manifest = command.build(chosen, flags, Console(stderr=True, quiet=not progress))
     return Dataset(str(chosen.output), manifest)

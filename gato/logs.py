@@ -174,12 +174,9 @@ def _checked(number: int, episode: Episode, observation_space: gymnasium.Space, 
     T = len(rewards)
     if rewards.ndim != 1 or T == 0:
         raise ValueError(f"{where}: rewards are {rewards.shape}, expected (T,) with T of at least 1")
-    actions = _columns(f"{where}: actions", episode.actions, action_space, T)
-    if len(actions) != T:
-        raise ValueError(f"{where}: actions have {len(actions)} rows, rewards {T}; give one action per reward")
     return EpisodeBuffer(
         observations=_columns(f"{where}: observations", episode.observations, observation_space, T + 1),
-        actions=actions,
+        actions=_columns(f"{where}: actions", episode.actions, action_space, T),
         rewards=list(rewards),
         terminations=[False] * (T - 1) + [bool(episode.terminated)],
         truncations=[False] * (T - 1) + [bool(episode.truncated) or not episode.terminated],

@@ -23,11 +23,17 @@ import threading
 from pathlib import Path
 from typing import IO, Any
 
+import trainer
 from gato.data import Folders, folder_list
 from trainer.config import TrainConfig, check, from_dict, to_dict
 from trainer.recipes import RECIPES
 
-LAUNCH = "import sys; from trainer.launcher import launch; launch(sys.argv[1:], end_with_parent=True)"
+# The child must find the very package that this process uses, wherever it is installed.
+ROOT = str(Path(trainer.__file__).parent.parent)
+LAUNCH = (
+    f"import sys; sys.path.insert(0, {ROOT!r}); from trainer.launcher import launch; "
+    "launch(sys.argv[1:], end_with_parent=True)"
+)
 
 
 class TrainingError(RuntimeError):
@@ -70,7 +76,7 @@ def train(
         path = Path(temporary) / "config.json"
         path.write_text(json.dumps({"recipe": name} | to_dict(config)))
         flags = ["--num_gpus", str(processes), "--master_port", str(_free_port()), *launcher_arguments]
-        status, error = _run([sys.executable, "-c", LAUNCH, *flags, "--config", str(path)])
+        status, error = _run([sys.executable, "-P", "-c", LAUNCH, *flags, "--config", str(path)])
     export = config.run.output / "export"
     if status or not (export / "model.json").is_file():
         raise TrainingError(error or f"the training ended with status {status}; see its output")

@@ -1,25 +1,52 @@
-"""Logs recorded from the real simulators and datasets built from them, once a session."""
+"""Logs recorded from the real simulators and datasets built from them, once a session; which tests start processes.
+
+`make check` leaves out the tests marked `process`. A test that starts one without the mark is an error; children of the
+code itself (the process that tries an HDF5 file, git) do not count.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
+# Threads that spin while they wait lose most of a core where several processes compute. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
+import torch
+
+from tests.commands import run
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(workers)))
 
 # a shell starts what runs in its background with SIGINT ignored, which all processes started here would inherit
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+started: list[str] = []
 
-def run(*arguments: str | Path, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
-    """A command of the project, as a user types it: python -m ARGUMENTS."""
-    command = [sys.executable, "-m", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, **kwargs)
-    if check and done.returncode:
-        raise AssertionError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
-    return done
+
+def _listen(event: str, arguments: tuple) -> None:
+    if event == "subprocess.Popen":
+        words = [os.fsdecode(word) for word in arguments[1]]
+        if "etl.sources._hdf5" not in words and words[0] != "git":
+            started.append(" ".join(words)[:200])
+
+
+sys.addaudithook(_listen)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    started.clear()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    if started and not item.get_closest_marker("process"):
+        pytest.fail(f"mark it with pytest.mark.process: it started {started[0]}", pytrace=False)
 
 
 @pytest.fixture(scope="session")

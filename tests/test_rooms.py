@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# room -> what its modules may import of ours, beside the room itself; docs/design has the rooms' order
+# room -> what its modules may import of ours besides the room itself; lower rooms first
 ALLOWED = {
     "schemas": set(),
     "deepspeed_configs": set(),

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("schemas", "simulators", "shards", "etl", "trainer", "eval", "gato", "deepspeed_configs")
+pytestmark = pytest.mark.process
 SIMULATORS = ("ale_py", "minigrid", "mujoco", "gymnasium_robotics")
 SMALL = (
     "--model.blocks 1 --model.heads 2 --model.width 32 --model.feed-forward 64 --model.head-size 16 "

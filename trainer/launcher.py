@@ -59,7 +59,8 @@ def command_line(arguments: list[str]) -> list[str]:
     launcher, training = split_arguments(arguments)
     if {"-h", "--help", "--dry-run"} & set(training):
         return [sys.executable, str(MAIN), *training]
-    return [sys.executable, "-m", "deepspeed.launcher.runner", *launcher, str(MAIN), *training]
+    # -P: modules come from the environment, not from the current folder
+    return [sys.executable, "-P", "-m", "deepspeed.launcher.runner", *launcher, str(MAIN), *training]
 
 
 def launch(arguments: list[str], end_with_parent: bool = False) -> NoReturn:

@@ -6,7 +6,7 @@ Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) is not in the paper
 first convolution and everything else stay with AdamW, whose `exp_avg_sq` is kept for all, zero where Muon steps, so
 that checkpoints know one form.
 
-Invariant: a matrix is updated whole, so parameters must not be cut up (ZeRO 0).
+Invariant: a matrix is updated as one, so parameters must not be partitioned (ZeRO 0).
 """
 
 from __future__ import annotations

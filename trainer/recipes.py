@@ -2,7 +2,7 @@
 
     deepspeed trainer/main.py --recipe NAME [--optimiser.peak-lr 3e-4 ...]
 
-A figure is measured where docs/log.md or docs/results/ has it, and "not yet" otherwise.
+A number is measured if docs/log.md or docs/results/ has it; otherwise it is "not yet".
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ TINY = TrainConfig(
     run=RunConfig(output=Path("runs/tiny")),
 )
 
-# tiny-table: `tiny` for the results table: one set of weights for every dataset there is, by Muon (docs/ablations.md).
-# Medium and expert share an environment, so the agent is prompted: episodes' starts must be seen behind prompts
+# tiny-table: `tiny` for the results table: one set of weights for all datasets, by Muon (docs/ablations.md).
+# Medium and expert share an environment, so the agent is prompted: training must show starts of episodes after prompts
 # command   deepspeed --num_gpus 1 trainer/main.py --recipe tiny-table --seed 0 --run.output runs/tiny-table-0
 # hardware  1 CPU core, no GPU
 # hours     0.43
@@ -77,8 +77,8 @@ QUICKSTART = replace(
 )
 
 
-# finetune: another task from few demonstrations (paper, appendix E: Adam at 1e-5, batch 64, dropout 0.1, all recalled,
-# not looked up; steps, clipping and Adam's betas are ours)
+# finetune: another task from few demonstrations (paper, appendix E: Adam at 1e-5, batch 64, dropout 0.1, from memory;
+# not checked against the paper; steps, clipping and Adam's betas are ours)
 # command   deepspeed trainer/main.py --recipe finetune --run.start-from runs/79m/export --data.stream.tasks NAME
 #           --data.stream.demonstrations 100   (from `tiny`, on a CPU: add --deepspeed zero0_cpu
 #           --data.stream.sequence-length 256 --loss.soft-bins 24 --loss.softmax targets, as it was trained)

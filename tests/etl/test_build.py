@@ -70,6 +70,7 @@ def test_the_manifest_counts_what_is_there(built):
     assert manifest.tasks[0].tokens == 240 * (4 + 1 + 2)
 
 
+@pytest.mark.process
 def test_two_workers_write_the_same_bytes(inputs, built, tmp_path):
     run("etl.build", "--input", inputs, "--output", tmp_path / "d", *SMALL, "--workers", "2")
     assert digests(tmp_path / "d") == digests(built)
@@ -84,6 +85,7 @@ def test_the_order_of_files_does_not_matter(inputs, built, tmp_path):
     assert digests(tmp_path / "d") == digests(built)
 
 
+@pytest.mark.process
 def test_a_killed_build_goes_on_to_the_same_bytes(inputs, built, tmp_path):
     command = [sys.executable, "-m", "etl.build", "--input", str(inputs), "--output", str(tmp_path / "d"), *SMALL]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -179,6 +181,7 @@ def test_a_file_url_is_a_folder(inputs, built, tmp_path):
     assert digests(tmp_path / "d")[0] == digests(built)[0]
 
 
+@pytest.mark.process
 def test_one_interrupt_ends_a_build_with_one_line(tmp_path):
     d4rl_file(tmp_path / "a-medium-v4.hdf5", episodes=3000)
     place = tmp_path / "d"

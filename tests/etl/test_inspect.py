@@ -160,6 +160,7 @@ def test_pictures_are_drawn_for_values_and_frames(hopper, pong, tmp_path):
         assert picture.shape == (1050, 1600) and (picture < 128).mean() > 0.01
 
 
+@pytest.mark.process
 def test_the_page_has_a_default_name(hopper, tmp_path):
     done = run("etl.inspect", hopper, cwd=tmp_path, env={"PYTHONPATH": ":".join(sys.path)})
     assert done.stdout.splitlines()[-1] == "results/inspect-hopper.html"

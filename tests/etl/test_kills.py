@@ -10,6 +10,7 @@ import time
 import psutil
 import pytest
 
+from tests import warm
 from tests.conftest import run
 from tests.etl.test_build import d4rl_file, digests
 
@@ -34,7 +35,7 @@ def built(inputs, tmp_path_factory):
 
 def start(inputs, output, *flags):
     command = [sys.executable, "-m", "etl.build", "--input", str(inputs), "--output", str(output), *SHARDS, *flags]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return warm.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def kill_tree(pid):
@@ -47,6 +48,7 @@ def kill_tree(pid):
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.process
 def test_killed_at_random_moments(inputs, built, tmp_path, workers):
     """Five kills of the whole build, then one run to the end; ten for both settings."""
     reference, seconds = built
@@ -75,6 +77,7 @@ def worker_at_work(output, deadline):
     return None
 
 
+@pytest.mark.process
 def test_a_killed_worker_is_replaced(inputs, built, tmp_path):
     process = start(inputs, tmp_path / "d", "--workers", "2")
     victim = worker_at_work(tmp_path / "d", time.monotonic() + 60)
@@ -86,6 +89,7 @@ def test_a_killed_worker_is_replaced(inputs, built, tmp_path):
     assert not psutil.pid_exists(victim) or psutil.Process(victim).status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.process
 def test_two_builds_of_one_folder_do_not_mix(inputs, built, tmp_path):
     first = start(inputs, tmp_path / "d")
     assert worker_at_work(tmp_path / "d", time.monotonic() + 60) == first.pid

@@ -14,6 +14,8 @@ from shards.folder import Folder
 from tests.conftest import run
 from tests.etl.test_build import SMALL, d4rl_file, digests
 
+pytestmark = pytest.mark.process
+
 pytest.importorskip("s3fs")
 pytest.importorskip("moto")
 

@@ -24,6 +24,7 @@ import pytest
 import tyro
 
 from etl.build import Options, beam_flags
+from tests import warm
 from tests.etl.test_build import d4rl_file, digests
 
 SHARD_MEGABYTES = "0.04"
@@ -41,7 +42,8 @@ def process(log: Path, *arguments: str | int | Path, cwd: Path | None = None) ->
     scripts = str(Path(sys.executable).parent)  # Beam's worker pool starts its workers as plain `python`
     environment = os.environ | {"PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")])}
     with log.open("wb") as file:
-        started = subprocess.Popen(
+        # what a builder starts it starts itself; services of Beam and Dask are others' programs
+        started = (warm.Popen if arguments[0] == "etl.build" else subprocess.Popen)(
             [sys.executable, "-m", *map(str, arguments)],
             stdin=subprocess.DEVNULL,
             stdout=file,
@@ -100,6 +102,7 @@ def in_memory(inputs, tmp_path_factory) -> Digests:
 @pytest.mark.parametrize(
     "workers", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
 )
+@pytest.mark.process
 def test_worker_processes_of_this_machine_write_the_same_bytes(inputs, in_memory, tmp_path, workers):
     flags = ("--direct_running_mode=multi_processing", f"--direct_num_workers={workers}")
     assert build(inputs, tmp_path / "d", *flags) == in_memory
@@ -126,10 +129,12 @@ def portable(tmp_path_factory) -> Iterator[tuple[str, ...]]:
     assert "Starting worker with command" in pool.read_text()
 
 
+@pytest.mark.process
 def test_external_workers_of_a_portable_job_service_write_the_same_bytes(inputs, in_memory, tmp_path, portable):
     assert build(inputs, tmp_path / "d", *portable) == in_memory
 
 
+@pytest.mark.process
 def test_external_workers_find_what_the_builder_names_relative_to_its_folder(
     inputs, in_memory, tmp_path, portable, monkeypatch
 ):
@@ -137,6 +142,7 @@ def test_external_workers_find_what_the_builder_names_relative_to_its_folder(
     assert build(Path(os.path.relpath(inputs)), Path("d"), *portable) == in_memory
 
 
+@pytest.mark.process
 def test_the_workers_of_a_dask_scheduler_share_the_shards_and_write_the_same_bytes(inputs, in_memory, tmp_path):
     distributed = pytest.importorskip("distributed")
     port, log = free_port(), tmp_path / "scheduler.log"
@@ -156,6 +162,7 @@ def test_the_workers_of_a_dask_scheduler_share_the_shards_and_write_the_same_byt
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_a_local_dask_cluster_writes_the_same_bytes(inputs, in_memory, tmp_path):
     pytest.importorskip("distributed")
     assert build(inputs, tmp_path / "d", DASK) == in_memory

@@ -640,6 +640,7 @@ def test_an_interrupted_download_is_no_dataset(tmp_path, monkeypatch):
     assert len(read(SOURCE.resolve(None, "own-v0", tmp_path / "cache")[0])) == 3
 
 
+@pytest.mark.process
 def test_an_unreachable_remote_is_one_line_with_the_remedy(tmp_path):
     arguments = (
         "--source",

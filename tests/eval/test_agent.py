@@ -211,6 +211,7 @@ def test_a_replayed_agent_keeps_its_rows_when_episodes_end(hopper):
         setup(hopper, launch="graph", window="exact")
 
 
+@pytest.mark.process
 def test_a_compiled_timestep_chooses_what_the_plain_one_does(hopper):
     found = []
     for launch in ("plain", "compiled"):

@@ -13,6 +13,7 @@ from eval.rows import load_rows, save_rows
 from schemas.files import sha256_of
 from schemas.result import from_table
 from shards.reader import Dataset
+from tests import warm
 from tests.conftest import run
 from trainer.checkpoint import ExportInfo, TrainingInfo, export
 from trainer.model import Gato, ModelConfig
@@ -44,6 +45,7 @@ def rows(output):
     return table.drop_columns(["seconds", "commit"]).to_pylist()
 
 
+@pytest.mark.process
 def test_the_table_does_not_depend_on_processes_and_kept_parts_are_kept(exports, hopper, pong, tmp_path):
     one = run(*arguments(tmp_path / "one", exports, [hopper, pong], "--processes", "1"))
     run(*arguments(tmp_path / "two", exports, [hopper, pong], "--processes", "2"))
@@ -72,7 +74,7 @@ def started(output, exports, data):
     """A comparison of two processes that has made a first part and is at others."""
     command = [sys.executable, "-m", *map(str, arguments(output, exports, data, "--processes", "2"))]
     long = ["--step-limit", "1000", "--episodes", "30"]
-    process = subprocess.Popen([*command, *long], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = warm.Popen([*command, *long], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not list(output.glob("parts/*.parquet")):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
@@ -80,6 +82,7 @@ def started(output, exports, data):
 
 
 @pytest.mark.parametrize("who", ["all", "a worker"])
+@pytest.mark.process
 def test_a_killed_comparison_leaves_nobody_and_goes_on(exports, pong, tmp_path, who):
     process, workers = started(tmp_path / "killed", exports, [pong])
     victim = process.pid if who == "all" else workers[0].pid
@@ -93,7 +96,8 @@ def test_a_killed_comparison_leaves_nobody_and_goes_on(exports, pong, tmp_path, 
 
 
 def test_two_exports_of_one_seed_are_refused(exports, hopper, tmp_path):
-    done = run(*arguments(tmp_path / "out", [exports[0], exports[0]], [hopper]), check=False)
+    twice = arguments(tmp_path / "out", [exports[0], exports[0]], [hopper], "--processes", "1")
+    done = run(*twice, check=False)
     assert done.returncode == 1 and "error:" in done.stderr and "seed 3" in done.stderr
 
 

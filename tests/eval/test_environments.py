@@ -32,6 +32,7 @@ from simulators.experts import policies
 from simulators.policy import RandomPolicy
 from simulators.suites import gym as oldgym
 from simulators.uninterrupted import uninterrupted
+from tests import warm
 from tests.conftest import run
 from trainer.checkpoint import ExportInfo, TrainingInfo, export
 from trainer.model import Gato, ModelConfig
@@ -315,7 +316,8 @@ def exported(folder, vocabulary):
 
 def test_a_checkpoint_of_another_vocabulary(hopper, logs, tmp_path):
     paper = exported(tmp_path / "export", PAPER)
-    done = run("eval.compare", "--gato", paper, "--datasets", hopper, "-o", tmp_path / "out", check=False)
+    command = ("eval.compare", "--gato", paper, "--datasets", hopper, "-o", tmp_path / "out", "--processes", "1")
+    done = run(*command, check=False)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "vocabulary" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
     # beside a dataset that it fits, the other's rows alone are marked
@@ -331,11 +333,12 @@ def test_a_checkpoint_of_another_vocabulary(hopper, logs, tmp_path):
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.process
 def test_ctrl_c_keeps_what_was_played(processes, hopper, pong, tmp_path):
     output = tmp_path / "out"
     command = [sys.executable, "-m", "eval.compare", "--models", "random", "--datasets", str(hopper), str(pong)]
     command += ["--output", str(output), "--film-seconds", "0", "--step-limit", "150", "--processes", processes]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = warm.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     until = time.monotonic() + 200
     while not (found := list(output.glob("parts/*.parquet"))) and time.monotonic() < until:
         time.sleep(0.02)
@@ -345,7 +348,7 @@ def test_ctrl_c_keeps_what_was_played(processes, hopper, pong, tmp_path):
     assert "interrupted: the same command again" in said and "Traceback" not in said
     assert len(found) == 1 and list(output.rglob("*.parquet")) == found
     before = found[0].read_bytes()
-    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    again = warm.run(command, timeout=300)
     assert again.returncode == 0 and again.stderr.count("kept from before") == 1
     assert found[0].read_bytes() == before
     rows = pq.read_table(output / "rows.parquet").to_pylist()

@@ -76,7 +76,7 @@ def test_spaces_come_from_the_environment(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rewards": np.ones(4)}, "actions: 5 rows|actions have 5 rows"),
+        ({"rewards": np.ones(4)}, "episode 0: actions: 5 rows, expected one per reward"),
         ({"observations": np.zeros((9, 2))}, "observations: 9 rows"),
         ({"observations": np.full((5, 2), np.nan)}, "NaN"),
         ({"actions": np.full(5, 7)}, "outside Discrete"),
@@ -131,6 +131,7 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.mark.process
 def test_training_returns_an_export_and_resumes(dataset, tmp_path, capfd):
     export = gato.train("tiny", dataset, tmp_path / "run", steps=2, **SMALL)
     assert export == tmp_path / "run" / "export" and (export / "model.json").is_file()
@@ -150,6 +151,7 @@ def test_training_checks_settings_before_it_starts(dataset, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.process
 def test_importing_gato_loads_nothing_heavy():
     code = "import sys, gato; gato.__all__; print([m for m in ('torch', 'numpy', 'apache_beam') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ from shards.folder import Folder
 from shards.loader import Loader
 from shards.reader import BadShard, Dataset, Store
 from shards.stream import Stream, StreamConfig, find_datasets
+from tests import warm
 from tests.shards.made import Task, make
 
 pytest.importorskip("aiohttp")
@@ -256,6 +256,7 @@ def batches(url, folder, count, results, n):
     results.put((n, np.concatenate(found), store.cache.counts.misses))
 
 
+@pytest.mark.process
 def test_processes_share_a_cache(server, local, tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
@@ -272,13 +273,14 @@ def test_processes_share_a_cache(server, local, tmp_path):
     assert max(n for name, n in server.asked.items() if name != "dataset.json") == 1
 
 
+@pytest.mark.process
 def test_a_killed_download_leaves_no_trouble(server, local, tmp_path):
     server.faults["shard-000000.tar"] = ["stall"]
     code = (
         "import sys; from pathlib import Path; from shards.cache import CacheConfig; from shards.reader import *\n"
         "Dataset(sys.argv[1], store=Store(CacheConfig(folder=Path(sys.argv[2])))).mapped(0)"
     )
-    victim = subprocess.Popen([sys.executable, "-c", code, f"{server.url}/made", str(tmp_path / "cache")])
+    victim = warm.Popen([sys.executable, "-c", code, f"{server.url}/made", str(tmp_path / "cache")])
     cache = tmp_path / "cache"
     deadline = time.monotonic() + 60
     while not [p for p in cache.glob(".*.tmp") if p.stat().st_size > 1000] and time.monotonic() < deadline:
@@ -333,6 +335,7 @@ def test_what_else_lies_in_the_cache_folder_is_left_alone(server, local, tmp_pat
     assert remote.store.cache.counts.evicted > 0 and all(path.stat().st_size == 100_000 for path in others)
 
 
+@pytest.mark.process
 def test_a_copy_that_was_damaged_here_is_fetched_again(server, local, tmp_path):
     stream(server, tmp_path).batch(0, 64)
     for path in (tmp_path / "cache").iterdir():
@@ -351,9 +354,7 @@ def verify_remote(server, tmp_path):
     (tmp_path / "cache").rename(tmp_path / "home" / "gato" / "shards")
     (tmp_path / "cache").symlink_to(tmp_path / "home" / "gato" / "shards")
     command = [sys.executable, "-m", "shards.verify", "--full", f"{server.url}/made"]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "home")}
-    )
+    return warm.run(command, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "home")})
 
 
 def test_a_cache_folder_that_cannot_be_one_is_named(server, tmp_path):

@@ -3,7 +3,6 @@
 import io
 import json
 import pickle
-import subprocess
 import sys
 import tarfile
 from dataclasses import fields, replace
@@ -20,6 +19,7 @@ from shards.reader import BadShard, Dataset, Store
 from shards.stream import Stream, StreamConfig
 from shards.verify import verify
 from shards.writer import write_table
+from tests import warm
 from tests.shards.made import Task, make, reindexed, sign
 
 CONFIG = StreamConfig(sequence_length=40, mixture_block=8)
@@ -359,6 +359,7 @@ def test_an_index_or_manifest_is_never_skipped(made):
         Stream([made], CONFIG, 0, on_bad_shard="skip")
 
 
+@pytest.mark.process
 def test_too_many_open_files_are_no_bad_shards(made):
     """Where the rest of a program holds almost all descriptors, fewer maps stay open."""
     wanted = Stream([made], CONFIG, 0).batch(0, 64)
@@ -375,7 +376,7 @@ def test_too_many_open_files_are_no_bad_shards(made):
         "batch, redrawn = stream.fill(stream.plan(np.arange(64)), 0, 64)\n"
         "print(int(batch.tokens.sum()), redrawn, len(stream.datasets[0].bad))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(made)], capture_output=True, text=True)
+    done = warm.run([sys.executable, "-c", code, str(made)])
     assert done.stdout.split() == [str(wanted.tokens.sum()), "0", "0"], done.stderr
 
 

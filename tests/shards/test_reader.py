@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from schemas.dataset import DatasetError
 from shards.reader import Dataset
 from shards.verify import verify
 from shards.views import trajectories
+from tests.conftest import run
 
 
 @pytest.fixture
@@ -47,17 +46,14 @@ def test_damage_is_named(copy, what):
     damage(copy)
     with pytest.raises(DatasetError, match=message):
         Dataset(copy)
-    done = subprocess.run([sys.executable, "-m", "shards.verify", str(copy), "--full"], capture_output=True, text=True)
+    done = run("shards.verify", copy, "--full", check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 
 
 def test_verify_looks_at_every_folder_and_wants_one(copy, tmp_path):
-    def verified(*folders):
-        return subprocess.run([sys.executable, "-m", "shards.verify", *folders], capture_output=True, text=True)
-
-    assert verified().returncode == 2
-    done = verified(str(tmp_path / "none"), str(copy))
+    assert run("shards.verify", check=False).returncode == 2
+    done = run("shards.verify", tmp_path / "none", copy, check=False)
     assert done.returncode == 1 and "none" in done.stderr and "whole" in done.stdout
 
 

@@ -1,4 +1,7 @@
-"""The real command under the real launcher, at a size of seconds; what a run wrote, and which processes are left."""
+"""The real command under the real launcher, at a size of seconds; what a run wrote, and which processes are left.
+
+Processes are warm forks (tests/warm.py), except where a test asks for cold ones, as a user's shell starts them.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,12 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
 
+from tests import warm
 from trainer.checkpoint import latest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -37,13 +42,17 @@ def command(output, data, *extra, processes=1, steps=6) -> list[str]:
     return [*launcher(processes), "trainer/main.py", "--recipe", "tiny", *SMALL.split(), *folders, *run, *extra]
 
 
-def train(*arguments, check=True, prepare=None, **options) -> subprocess.CompletedProcess:
-    """Run `command` to its end. `prepare` is called in the child before it starts."""
-    done = subprocess.run(
-        command(*arguments, **options), cwd=ROOT, capture_output=True, text=True, timeout=300, preexec_fn=prepare
-    )
+def train(*arguments, check=True, prepare=None, cold=False, **options) -> subprocess.CompletedProcess:
+    """Run `command` to its end. `prepare` is called in the child before it starts, which makes it a cold one."""
+    done = finish(command(*arguments, **options), cold=cold or prepare is not None, preexec_fn=prepare)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def finish(command: list[str], cold: bool = False, timeout: float = 300, **options) -> subprocess.CompletedProcess:
+    """Run a command in the root of the checkout to its end."""
+    run = partial(subprocess.run, capture_output=True, text=True) if cold else warm.run
+    return run(command, cwd=ROOT, timeout=timeout, **options)
 
 
 def losses(output) -> list[float]:

@@ -67,6 +67,7 @@ def test_differences_name_setting_and_both_values():
     assert differences(ours, theirs) == ["optimiser.peak_lr 1.0, there 2.0", "start_from None, there b"]
 
 
+@pytest.mark.process
 def test_offload_saves_resumes_bit_for_bit_and_learns_the_same(hopper, pong, tmp_path):
     data, how = [hopper, pong], ("--deepspeed", "zero3_offload_cpu")
     train(tmp_path / "whole", data, *how, processes=2)

@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 
 from schemas.vocabulary import SEED
-from tests.trainer.launch import ROOT, launcher
+from tests.trainer.launch import finish, launcher
 from tests.trainer.memory import CONFIG, SEQUENCES
 from trainer.dry_run import activations, estimate, head_bytes
 from trainer.model import PRESETS
@@ -17,14 +16,14 @@ from trainer.recipes import RECIPES
 
 
 def measured(data, deepspeed, processes=2) -> dict:
-    arguments = [*launcher(processes), "tests/trainer/memory.py", ",".join(map(str, data)), deepspeed]
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = finish([*launcher(processes), "tests/trainer/memory.py", ",".join(map(str, data)), deepspeed])
     assert done.returncode == 0, done.stdout + done.stderr
     line = next(line for line in done.stdout.splitlines() if "measured {" in line)
     return json.loads(line[line.index("{") :])
 
 
 @pytest.mark.parametrize("name", ["zero0_cpu", "zero1_cpu", "zero2", "zero3_cpu"])
+@pytest.mark.process
 def test_memory_is_what_an_engine_holds(hopper, pong, name):
     found = measured([hopper, pong], name)
     config = replace(CONFIG, deepspeed=name)
@@ -50,10 +49,9 @@ def test_figures_of_the_papers_run():
     assert all(estimate(replace(RECIPES["1.18b"], model=PRESETS[p]), SEED, 1).counts["total"] for p in PRESETS)
 
 
+@pytest.mark.process
 def test_the_command_needs_no_process_group():
     arguments = [sys.executable, "trainer/main.py", "--dry-run", "--recipe", "364m", "--world", "4", "--tflops", "100"]
-    done = subprocess.run(
-        arguments, cwd=ROOT, capture_output=True, text=True, timeout=100, env=os.environ | {"COLUMNS": "160"}
-    )
+    done = finish(arguments, env=os.environ | {"COLUMNS": "160"})
     assert done.returncode == 0, done.stderr
     assert all(words in done.stdout for words in ("396,030,240", "3 + offload", "not measured", "of 100 TFLOP/s"))

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 import sys
 from dataclasses import asdict, replace
 
@@ -14,7 +13,7 @@ from safetensors.numpy import load_file
 from schemas.dataset import DatasetError
 from schemas.vocabulary import SEED
 from shards.stream import Stream, StreamConfig
-from tests.trainer.launch import ROOT, errors, losses, train
+from tests.trainer.launch import errors, finish, losses, train
 from trainer.checkpoint import export, load_export
 from trainer.config import resume_critical
 from trainer.engine import branch_scales, learning_rate
@@ -42,6 +41,7 @@ def tune(output, data, start, *extra, **options):
     return train(output, data, *TUNE.split(), str(start), *extra, **options)
 
 
+@pytest.mark.process
 def test_it_starts_from_the_exports_weights_and_goes_on_bit_for_bit(exported, hopper, pong, tmp_path):
     data = [hopper, pong]
     tune(tmp_path / "whole", data, exported, steps=6)
@@ -59,6 +59,7 @@ def test_it_starts_from_the_exports_weights_and_goes_on_bit_for_bit(exported, ho
     assert info.training["start_from"] == load_export(exported)[1].weights_sha256
 
 
+@pytest.mark.process
 def test_what_does_not_fit_is_refused_in_one_line(exported, hopper, pong, tmp_path):
     model, info = load_export(exported)
     other = replace(info.vocabulary, mu=info.vocabulary.mu * 2)
@@ -77,12 +78,13 @@ def test_what_does_not_fit_is_refused_in_one_line(exported, hopper, pong, tmp_pa
         assert done.returncode and len(errors(done)) == 1 and words in errors(done)[0], done.stderr
 
 
+@pytest.mark.process
 def test_a_dry_run_is_of_the_exports_shape(exported, tmp_path):
     command = [sys.executable, "trainer/main.py", "--dry-run", "--recipe", "finetune", "--run.start-from"]
     transformer = load_export(exported)[0].parameter_counts()["transformer"]
     assert transformer != Gato(RECIPES["finetune"].model, SEED).parameter_counts()["transformer"]
     for start, status, words in ((exported, 0, f"transformer {transformer:,}"), (tmp_path / "none", 1, "no export")):
-        done = subprocess.run([*command, str(start)], cwd=ROOT, capture_output=True, text=True, timeout=100)
+        done = finish([*command, str(start)])
         assert done.returncode == status and words in done.stdout + done.stderr
 
 

@@ -55,6 +55,7 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.process
 def test_losses_are_as_they_were(data, tmp_path, form):
     now, then = curve(tmp_path, data, form), json.loads(GOLDEN.read_text())[form]
     assert len(now) == STEPS and now[-1] < now[0] - 0.5

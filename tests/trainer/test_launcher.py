@@ -13,6 +13,7 @@ from trainer.main import parse
 from trainer.recipes import RECIPES
 
 
+@pytest.mark.process
 def test_every_flag_of_the_launcher_is_known():
     shown = subprocess.run([launcher()[0], "--help"], capture_output=True, text=True, check=True).stdout
     flags = set(re.findall(r"^  (-[\w-]+)|, (--?[\w-]+)", shown, re.MULTILINE))
@@ -40,6 +41,7 @@ def test_help_and_dry_run_need_no_launcher():
     ]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("arguments", [["--num_gpus"], ["--module", "--recipe", "tiny"], ["--autotuning", "run"]])
 def test_arguments_that_make_no_sense_are_named(arguments):
     done = subprocess.run([sys.executable, "-m", "trainer.launcher", *arguments], capture_output=True, text=True)

@@ -11,11 +11,13 @@ import time
 import pytest
 from safetensors.numpy import load_file
 
+from tests import warm
 from tests.trainer.launch import (
     ROOT,
     command,
     errors,
     family,
+    finish,
     latest_step,
     launcher,
     losses,
@@ -43,10 +45,10 @@ def whole(hopper, pong, tmp_path_factory):
     return run
 
 
-def start(output, data, *extra, **options):
+def start(output, data, *extra, cold=False, **options):
     """A run in the background, its output in a pipe."""
     arguments = command(output, data, *extra, **options)
-    return subprocess.Popen(
+    return (subprocess if cold else warm).Popen(
         arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
@@ -75,6 +77,7 @@ def kill(output, victim, moment):
 @pytest.mark.parametrize(
     "kills", [pytest.param(4, id="4"), pytest.param(20, id="20", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 )
+@pytest.mark.process
 def test_killed_at_random_moments(whole, hopper, pong, tmp_path, kills):
     """After each restart a run resumes, and at its end losses and weights equal those of an undisturbed run."""
     chance, done = random.Random(kills), 0
@@ -83,7 +86,7 @@ def test_killed_at_random_moments(whole, hopper, pong, tmp_path, kills):
     reference = whole(stage)
     for number in range(kills):
         output = tmp_path / f"run{done}"
-        process = start(output, [hopper, pong], *extra, processes=2, steps=STEPS)
+        process = start(output, [hopper, pong], *extra, processes=2, steps=STEPS, cold=number % 4 == 1)
         await_step(process)
         in_a_save = number % 2
         kill(output, ["rank", "launcher", "command", "all"][number // 2 % 4], -1 if in_a_save else chance.random() * 2)
@@ -100,12 +103,14 @@ def test_killed_at_random_moments(whole, hopper, pong, tmp_path, kills):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.process
 def test_a_resumed_run_equals_an_uninterrupted_one(whole, hopper, pong, tmp_path, stage):
     for steps in (20, STEPS):
         train(tmp_path, [hopper, pong], "--deepspeed", f"zero{stage}_cpu", processes=2, steps=steps)
     assert losses(tmp_path) == losses(whole(stage))
 
 
+@pytest.mark.process
 def test_a_run_resumes_at_another_world_size_and_stage(whole, hopper, pong, tmp_path):
     for stage, processes, steps in ((1, 2, 8), (0, 1, 16), (3, 2, 24), (2, 1, 32), (1, 2, STEPS)):
         done = train(tmp_path, [hopper, pong], "--deepspeed", f"zero{stage}_cpu", processes=processes, steps=steps)
@@ -115,6 +120,7 @@ def test_a_run_resumes_at_another_world_size_and_stage(whole, hopper, pong, tmp_
 
 @pytest.mark.parametrize("target", ["command", "launcher", "rank", "all"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.process
 def test_signals_save_and_end(hopper, tmp_path, target, number):
     if target == "rank" and number == signal.SIGINT:
         number = signal.SIGTERM  # nothing sends a lone rank the other
@@ -129,6 +135,7 @@ def test_signals_save_and_end(hopper, tmp_path, target, number):
     assert step >= 3 and load_export(tmp_path / "export")[1].step == step
 
 
+@pytest.mark.process
 def test_a_full_disk_costs_no_checkpoint(hopper, pong, tmp_path):
     """The kernel refuses files beyond a size, as a full disk does."""
     train(tmp_path, [hopper, pong], steps=2)
@@ -148,6 +155,7 @@ def test_a_full_disk_costs_no_checkpoint(hopper, pong, tmp_path):
     assert losses(tmp_path) == losses(tmp_path / "other")
 
 
+@pytest.mark.process
 def test_a_rank_that_hangs_ends_the_run(hopper, tmp_path):
     process = start(tmp_path, [hopper], "--run.patience-minutes", "0.1", processes=2, steps=100_000)
     await_step(process, 3)
@@ -157,6 +165,7 @@ def test_a_rank_that_hangs_ends_the_run(hopper, tmp_path):
     assert nobody_left(tmp_path)
 
 
+@pytest.mark.process
 def test_gradients_that_are_not_finite_are_skipped_then_end_the_run(hopper, tmp_path):
     """A learning rate without sense: the first step throws the weights far away, and no later one is applied."""
     extra = ("--optimiser.start-lr", "1e30", "--optimiser.peak-lr", "1e30", "--run.skip-limit", "3")
@@ -167,18 +176,20 @@ def test_gradients_that_are_not_finite_are_skipped_then_end_the_run(hopper, tmp_
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.process
 def test_a_skipped_step_changes_nothing(hopper, stage):
     script = [str(ROOT / "tests" / "trainer" / "skipped.py"), str(hopper), f"zero{stage}_cpu"]
-    done = subprocess.run([*launcher(2), *script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = finish([*launcher(2), *script], timeout=120)
     assert done.returncode == 0 and done.stdout.count("a skipped step changed nothing") == 2, done.stdout + done.stderr
 
 
+@pytest.mark.process
 def test_one_run_per_folder(tmp_path):
     with exclusive_run(tmp_path, 0.1):
         script = (
             f"import pathlib, trainer.lifecycle as w\nwith w.exclusive_run(pathlib.Path({str(tmp_path)!r}), 0.3): pass"
         )
-        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+        done = finish([sys.executable, "-c", script])
         assert done.returncode and "another training writes there" in done.stderr
     with exclusive_run(tmp_path, 0.1):
         pass

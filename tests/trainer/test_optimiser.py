@@ -83,6 +83,7 @@ def test_muon_takes_hidden_matrices_and_turns_kernels_into_them():
     assert values.min() > 0.6 and values.max() < 1.3
 
 
+@pytest.mark.process
 def test_muon_resumes_bit_for_bit_at_any_world_size_and_refuses_cut_up_matrices(hopper, tmp_path):
     train(tmp_path / "whole", [hopper], *MUON, processes=2)
     train(tmp_path / "parts", [hopper], *MUON, processes=2, steps=4)

@@ -14,11 +14,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.trainer.launch import errors, losses, metrics_at, train
 from trainer.checkpoint import CheckpointError, latest, load_export
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def finished(hopper, pong, tmp_path_factory):
     output = tmp_path_factory.mktemp("run")
-    train(output, [hopper, pong])
+    train(output, [hopper, pong], cold=True)
     return output
 
 

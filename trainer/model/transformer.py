@@ -2,8 +2,7 @@
 
 Shape suffixes: B sequences, T tokens in, S tokens attended to, H heads, D head size, W width.
 
-Attention has no position term, so a cache may hold its keys in any order: slots of
-evicted timesteps are simply written anew.
+Attention has no position term, so a cache may hold its keys in any order: slots of evicted timesteps are overwritten.
 """
 
 from __future__ import annotations
