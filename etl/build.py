@@ -31,7 +31,7 @@ from etl.building import pipeline
 from etl.fetch import remote
 from etl.building import summary
 from etl.building.gather import gather
-from etl.building.plan import BuildConfig, Item, described, make_plan
+from etl.building.plan import BuildConfig, ShardPlan, make_plan, manifest_config
 from etl.sources import Source, SourceError, TaskScan
 from etl.tokenizers import text as texts
 from schemas.dataset import MANIFEST_NAME, TEXT_MODEL_NAME, DatasetError, Manifest, parse_manifest
@@ -103,9 +103,9 @@ def build(options: Options, beam_arguments: list[str], console: Console) -> Mani
         console.print(f"[yellow]rejected[/] {rejection.file}: {rejection.reason}: {rejection.detail}", highlight=False)
     if not plan:
         raise DatasetError(f"nothing usable in the input: {_why_nothing(scans)}")
-    standing = _standing(options, folder, plan, console)
-    if standing is not None:
-        return standing
+    existing = _existing_dataset(options, folder, plan, console)
+    if existing is not None:
+        return existing
     with pipeline.exclusive(folder):
         pipeline.remove_dataset(folder)
         if text is not None:
@@ -175,35 +175,35 @@ def _text_model(options: Options, source: Source, scans: list[TaskScan]) -> text
     return texts.TextTokenizer(texts.train(documents(), options.tokenizer_pieces), vocabulary)
 
 
-def _standing(options: Options, folder: Folder, plan: list[Item], console: Console) -> Manifest | None:
-    """The dataset that stands in the folder, if it is whole and this plan would make it again. DatasetError where
-    it is another one, unless it may be overwritten."""
+def _existing_dataset(options: Options, folder: Folder, plan: list[ShardPlan], console: Console) -> Manifest | None:
+    """The dataset that is in the folder already, if it is complete and this plan would make it again. DatasetError
+    where it is another one, unless it may be overwritten."""
     data = folder.read(MANIFEST_NAME)
     if data is None:
         return None
     try:
-        standing = parse_manifest(data, folder.path(MANIFEST_NAME))
+        existing = parse_manifest(data, folder.path(MANIFEST_NAME))
     except ValueError:
         if options.overwrite:
             return None
         raise
-    if standing.config == described(plan, options.config) and not _newer(plan, folder):
-        damaged = pipeline.damaged_file(folder, standing)
+    if existing.config == manifest_config(plan, options.config) and not _newer(plan, folder):
+        damaged = pipeline.damaged_file(folder, existing)
         if damaged is None:
             console.print(f"{folder}: already built from these files with these options", highlight=False)
-            return standing
+            return existing
         console.print(f"{folder.path(damaged)}: missing or damaged; building the dataset again", highlight=False)
     elif not options.overwrite:
         raise DatasetError(f"{folder}: holds another dataset; give another --output, or --overwrite to replace it")
     return None
 
 
-def _newer(plan: list[Item], folder: Folder) -> bool:
+def _newer(plan: list[ShardPlan], folder: Folder) -> bool:
     """Whether an input file was changed after the dataset was finished."""
     if folder.local is None:
         return False
     made = (folder.local / MANIFEST_NAME).stat().st_mtime_ns
-    return any(stamp[2] > made for item in plan for stamp in item["stamps"] if stamp[0] not in item["origins"])
+    return any(time > made for shard in plan for path, _, time in shard.stamps if path not in shard.origins)
 
 
 def _why_nothing(scans: list[TaskScan]) -> str:

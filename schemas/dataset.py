@@ -92,6 +92,27 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class SampleMeta:
+    """A sample's meta.json: an episode, or a piece of it from timestep `start` on; see the index's columns."""
+
+    __pydantic_config__ = STRICT
+    task: str
+    episode: int
+    start: int
+    timesteps: int
+    episode_timesteps: int
+    episode_return: float
+    terminated: bool
+    truncated: bool
+    file: str = ""
+    position: int = 0
+    row: int = 0
+
+    def to_json(self) -> bytes:
+        return json.dumps(vars(self), sort_keys=True).encode()
+
+
+@dataclass(frozen=True)
 class FileDigest:
     __pydantic_config__ = STRICT
     name: str

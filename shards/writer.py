@@ -11,7 +11,6 @@ a name without a leading dot is a whole file.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tarfile
 from functools import lru_cache
@@ -20,7 +19,7 @@ from io import BytesIO
 import numpy as np
 import pyarrow as pa
 
-from schemas.dataset import MANIFEST_NAME, MEMBERS, FileDigest, Manifest, Shard
+from schemas.dataset import MANIFEST_NAME, MEMBERS, FileDigest, Manifest, SampleMeta, Shard
 from shards.folder import Folder, digest_of
 
 BLOCK = 512
@@ -48,7 +47,7 @@ class ShardWriter:
         self.offset = self.written = self.started = self.samples = self.timesteps = 0
         self.waiting: list[bytes | memoryview] = []
 
-    def add(self, key: str, timesteps: int, members: dict[str, np.ndarray], meta: dict) -> dict[str, int]:
+    def add(self, key: str, members: dict[str, np.ndarray], meta: SampleMeta) -> dict[str, int]:
         """Append one sample. Returns `{member}_offset` and `{member}_bytes` of every known member,
         where the offset is that of the array's data; -1 and 0 where the sample has no such member."""
         if "." in key or "/" in key:
@@ -63,9 +62,9 @@ class ShardWriter:
             payload = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
             start = self._member(f"{key}.{name}.npy", header, payload)
             where |= {f"{name}_offset": start + len(header), f"{name}_bytes": len(payload)}
-        self._member(f"{key}.meta.json", json.dumps(meta, sort_keys=True).encode(), memoryview(b""))
+        self._member(f"{key}.meta.json", meta.to_json(), memoryview(b""))
         self.samples += 1
-        self.timesteps += timesteps
+        self.timesteps += meta.timesteps
         return where
 
     def close(self) -> Shard:

@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 
 from etl.building.filters import DUPLICATE
-from etl.building.plan import BuildConfig, Item, described
-from etl.building.shard import BUILD_FOLDER, COUNTS, finished
-from etl.sources import STALE, TaskScan
+from etl.building.plan import BuildConfig, ShardPlan, manifest_config
+from etl.building.shard import BUILD_FOLDER, ShardRecord, finished
+from etl.sources import STALE, Rejection, TaskScan
 from etl.tokenizers.text import TextTokenizer
 from schemas.dataset import (
     INDEX_NAME,
@@ -42,7 +42,7 @@ from shards.writer import shard_name, write_file, write_manifest, write_table
 
 
 def gather(
-    plan: list[Item],
+    plan: list[ShardPlan],
     scans: list[TaskScan],
     folder: Folder,
     config: BuildConfig,
@@ -52,23 +52,23 @@ def gather(
     """Records of all shards -> index, rejections, manifest (last). DatasetError if a shard is missing,
     damaged, nothing at all could be used, or more than `max_rejected_share` of the episodes could not."""
     records = []
-    for item in plan:
-        record = finished(item, folder, hashed=False)
+    for shard in plan:
+        record = finished(shard, folder, hashed=False)
         if record is None:
-            name = folder.path(shard_name(item["number"]))
+            name = folder.path(shard_name(shard.number))
             raise DatasetError(f"{name}: not written; run the same command again")
         records.append(record)
-    early = [asdict(r) for scan in scans for r in scan.rejected]
-    rejected = early + [r for rec in records for r in rec["rejected"]]
-    records = [record for record in records if record["shard"]["samples"]]
+    early = [rejection for scan in scans for rejection in scan.rejected]
+    rejected = early + [rejection for record in records for rejection in record.rejected]
+    records = [record for record in records if record.shard.samples]
     specs = {scan.task.name: scan.task for scan in scans if scan.task}
     filtered = {scan.task.name: scan.filtered for scan in scans if scan.task}
-    used = sorted({record["task"] for record in records})
+    used = sorted({record.task for record in records})
     if not used:
         raise DatasetError(f"{folder}: no usable episode in the input; {_first(rejected)}")
-    planned = sum(len(item["refs"]) for item in plan) + _lost(early)
+    planned = sum(len(shard.refs) for shard in plan) + _lost(early)
     lost = _lost(rejected)
-    lines = "".join(json.dumps(r, sort_keys=True) + "\n" for r in rejected).encode()
+    lines = "".join(json.dumps(asdict(r), sort_keys=True) + "\n" for r in rejected).encode()
     rejected_digest: FileDigest = write_file(folder, REJECTED_NAME, lines, len(rejected))
     if lost > max_rejected_share * planned:
         raise DatasetError(
@@ -77,10 +77,10 @@ def gather(
         )
     columns: dict[str, list] = {name: [] for name in ("task", "shard")}
     for number, record in enumerate(records):
-        count = record["shard"]["samples"]
-        columns["task"] += [used.index(record["task"])] * count
+        count = record.shard.samples
+        columns["task"] += [used.index(record.task)] * count
         columns["shard"] += [number] * count
-        for column, values in record["rows"].items():
+        for column, values in record.rows.items():
             columns.setdefault(column, []).extend(values)
     firsts: list[list[int]] = [[] for _ in used]
     for row, (task, start) in enumerate(zip(columns["task"], columns["start"])):
@@ -88,7 +88,7 @@ def gather(
             firsts[task].append(row)
     columns["held_out"] = _held_out(columns, used, firsts, config.held_out_share)
     index = _ordered(columns)
-    shards = [record["shard"] for record in records]
+    shards = [asdict(record.shard) for record in records]
     vocabulary = by_name(config.vocabulary)
     manifest = Manifest(
         schema="gato.dataset",
@@ -104,7 +104,7 @@ def gather(
         shards=write_table(folder, SHARDS_NAME, pa.Table.from_pylist(shards, SHARD_SCHEMA)),
         index=write_table(folder, INDEX_NAME, index),
         rejected=rejected_digest,
-        config=described(plan, config),
+        config=manifest_config(plan, config),
     )
     known = {shard["name"] for shard in shards}
     for stray in folder.names("shard-*.tar"):
@@ -116,22 +116,22 @@ def gather(
     return manifest
 
 
-def _text_model(plan: list[Item], text: TextTokenizer | None) -> TextModel | None:
-    if text is None or not any(item["text_model"] for item in plan):
+def _text_model(plan: list[ShardPlan], text: TextTokenizer | None) -> TextModel | None:
+    if text is None or not any(shard.text_model for shard in plan):
         return None
     return TextModel(FileDigest(TEXT_MODEL_NAME, len(text.bytes), text.fingerprint, 1), text.pieces, text.padding)
 
 
-def _lost(rejected: list[dict]) -> int:
+def _lost(rejected: list[Rejection]) -> int:
     """How many of the rejections are damage, a whole file counted as one; copies and left-over rows are none."""
-    return sum(r["reason"] not in (DUPLICATE, STALE) for r in rejected)
+    return sum(r.reason not in (DUPLICATE, STALE) for r in rejected)
 
 
-def _first(rejected: list[dict]) -> str:
+def _first(rejected: list[Rejection]) -> str:
     if not rejected:
         return "the input holds no episode"
     first = rejected[0]
-    return f"first of {len(rejected)} rejections: {first['file']}: {first['reason']}: {first['detail']}"
+    return f"first of {len(rejected)} rejections: {first.file}: {first.reason}: {first.detail}"
 
 
 def _held_out(columns: dict[str, list], tasks: list[str], firsts: list[list[int]], share: float) -> list[bool]:
@@ -173,32 +173,34 @@ def _summary(
     number: int,
     first: list[int],
     columns: dict[str, list],
-    records: list[dict],
-    rejected: list[dict],
+    records: list[ShardRecord],
+    rejected: list[Rejection],
     filtered: int,
 ) -> TaskSummary:
-    whole = [row for row in first if columns["terminated"][row] or columns["truncated"][row]]
-    returns = np.array([columns["episode_return"][row] for row in whole if spec.action], np.float64)
+    complete = [row for row in first if columns["terminated"][row] or columns["truncated"][row]]
+    returns = np.array([columns["episode_return"][row] for row in complete if spec.action], np.float64)
     timesteps = sum(columns["episode_timesteps"][row] for row in first)
-    own = [record for record in records if record["task"] == spec.name]
+    own = [record for record in records if record.task == spec.name]
     held_out = [row for row in first if columns["held_out"][row]]
     rows = np.flatnonzero(np.array(columns["task"]) == number)
     return TaskSummary(
         spec=spec,
         episodes=len(first),
-        cut_episodes=len(first) - len(whole),
+        cut_episodes=len(first) - len(complete),
         held_out_episodes=len(held_out),
-        rejected_episodes=sum(r["task"] == spec.name for r in rejected),
+        rejected_episodes=sum(r.task == spec.name for r in rejected),
         filtered_episodes=filtered,
         timesteps=timesteps,
         held_out_timesteps=sum(columns["episode_timesteps"][row] for row in held_out),
         first_row=int(rows[0]),
         rows=len(rows),
         held_out_rows=int(np.array(columns["held_out"])[rows].sum()),
-        bytes=sum(record["shard"]["bytes"] for record in own),
+        bytes=sum(record.shard.bytes for record in own),
         tokens=timesteps * layout_of(spec).length,
         return_mean=float(returns.mean()) if len(returns) else None,
         return_std=float(returns.std()) if len(returns) else None,
         returns=tuple(float(q) for q in np.quantile(returns, [0, 0.25, 0.5, 0.75, 1])) if len(returns) else None,
-        **{name: sum(record[name] for record in own) for name in COUNTS},
+        out_of_range_actions=sum(record.out_of_range_actions for record in own),
+        clipped_observations=sum(record.clipped_observations for record in own),
+        cut_texts=sum(record.cut_texts for record in own),
     )

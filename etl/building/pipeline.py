@@ -2,7 +2,7 @@
 
 plan -> Create | Reshuffle | ParDo(write_shard) -> shards and their records in the folder
 
-Nothing but plan items passes between workers: each worker reads its own episodes, writes its shard under a
+Nothing but ShardPlans passes between workers: each worker reads its own episodes, writes its shard under a
 temporary name, renames it, and then leaves a record of it. The chain is linear and its elements are small, so that
 it runs on every runner, and order, retries and worker count cannot show in the bytes.
 
@@ -25,7 +25,7 @@ import psutil
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, PortableOptions
 
 from etl.building.heartbeat import Watch, WorkerLost
-from etl.building.plan import Item, packed, unpacked
+from etl.building.plan import ShardPlan
 from etl.building.shard import BUILD_FOLDER, write_shard
 from etl.sources import SourceError
 from schemas.dataset import MANIFEST_NAME, SHARDS_NAME, DatasetError, Manifest, parse_shards
@@ -39,7 +39,7 @@ LOOK_SECONDS = (0.25, 2.0)  # between looks into a local folder, into a remote o
 
 
 class WriteShard(beam.DoFn):
-    """Packed plan item -> number of the shard written; everything else stays in the folder."""
+    """A ShardPlan's bytes -> number of the shard written; everything else stays in the folder."""
 
     def __init__(self, place: str, imports: tuple[str, ...] = ()):
         self.place, self.imports = place, imports
@@ -48,12 +48,12 @@ class WriteShard(beam.DoFn):
         """A worker knows the user's sources too."""
         plugins.load(self.imports)
 
-    def process(self, item: bytes) -> Iterator[int]:
-        yield write_shard(unpacked(item), self.place)["number"]
+    def process(self, plan: bytes) -> Iterator[int]:
+        yield write_shard(ShardPlan.from_bytes(plan), self.place).number
 
 
 def run(
-    plan: list[Item],
+    plan: list[ShardPlan],
     folder: Folder,
     beam_arguments: list[str],
     message: Callable[[str], None] = lambda line: None,
@@ -107,17 +107,19 @@ def _cause(error: Exception) -> str:
     return next((line for line in lines if line.startswith("details = ")), lines[-1])[:300]
 
 
-def _write(plan: list[Item], folder: Folder, options: PipelineOptions, imports: tuple[str, ...]) -> None:
+def _write(plan: list[ShardPlan], folder: Folder, options: PipelineOptions, imports: tuple[str, ...]) -> None:
     with beam.Pipeline(options=options) as pipeline:
         _ = (
             pipeline
-            | "plan" >> beam.Create(list(map(packed, plan)), reshuffle=False)
+            | "plan" >> beam.Create([shard.to_bytes() for shard in plan], reshuffle=False)
             | "spread" >> beam.Reshuffle()
             | "write" >> beam.ParDo(WriteShard(str(folder), imports))
         )
 
 
-def _watched(plan: list[Item], folder: Folder, options: PipelineOptions, local: bool, imports: tuple[str, ...]) -> None:
+def _watched(
+    plan: list[ShardPlan], folder: Folder, options: PipelineOptions, local: bool, imports: tuple[str, ...]
+) -> None:
     """The pipeline in a thread, which may hang for ever once a worker is lost; WorkerLost then."""
     errors: list[BaseException] = []
 

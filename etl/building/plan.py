@@ -1,9 +1,9 @@
 """What will be written, decided before anything is: a list of shards, each with its episodes.
 
-scans -> tasks by name, episodes in log order -> cut into equal shards below the shard size -> items
+scans -> tasks by name, episodes in log order -> cut into equal shards below the shard size -> ShardPlans
 
-An item is all that a worker needs, and plain JSON: it crosses to other processes and machines, and its digest
-says whether a shard that already lies there was made by the same plan.
+A ShardPlan is all that a worker needs, and plain JSON: it crosses to other processes and machines, and its digest says
+whether a shard that is already there was made by the same plan.
 
 Invariant: the plan is a function of (scans, config), not of the runner, the clock or what is already written.
 """
@@ -14,21 +14,25 @@ import hashlib
 import json
 import math
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tyro
+from pydantic import TypeAdapter
 
 from etl import sources
 from etl.building.filters import Filter
 from etl.sources import EpisodeRef, TaskScan
+from schemas import upgrade
 from schemas.layout import layout_of
+from schemas.task import STRICT, TaskSpec
+from schemas.vocabulary import FORMER_NAMES
 
-Item = dict[str, Any]
-SAMPLE_OVERHEAD = 4096  # tar and .npy headers, padding, meta.json
+SAMPLE_OVERHEAD = 4096  # bytes of tar and .npy headers, padding, meta.json
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,65 @@ class BuildConfig:
     one of each task that has two."""
     filter: tyro.conf.OmitArgPrefixes[Filter] = field(default_factory=Filter)
 
+    def __post_init__(self) -> None:
+        # equal builds have equal configurations, whichever name was given
+        object.__setattr__(self, "vocabulary", FORMER_NAMES.get(self.vocabulary, self.vocabulary))
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One shard to write: `number` among all shards, of episodes of one task.
+
+    `text_model`: sha256 of the SentencePiece model, where the task holds text. `first_episode`: ordinal in the task of
+    the shard's first. `files`: source files. `refs`: one (ordinal of its file, position, first row, row after the last)
+    per episode. `stamps`: one (path, bytes, time of the last change in ns) per file that is read. `origins`: path ->
+    address of each file that was fetched from elsewhere.
+    """
+
+    __pydantic_config__ = STRICT
+    number: int
+    source: str
+    task: TaskSpec
+    config: BuildConfig
+    text_model: str | None
+    first_episode: int
+    files: tuple[str, ...]
+    refs: tuple[tuple[int, int, int, int], ...]
+    stamps: tuple[tuple[str, int, int], ...]
+    origins: dict[str, str]
+
+    @property
+    def episodes(self) -> list[EpisodeRef]:
+        """Where each episode is in the source files."""
+        return [EpisodeRef(self.files[file], *place) for file, *place in self.refs]
+
+    @property
+    def timesteps(self) -> int:
+        """Timesteps (of documents: bytes) that are to be written."""
+        return sum(stop - start for _, _, start, stop in self.refs)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the JSON form, 64 hex digits."""
+        return hashlib.sha256(json.dumps(self._body(), sort_keys=True).encode()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """The form that travels to a worker: a few bytes per episode, since a pipeline's size is limited and runners
+        copy it about."""
+        return zlib.compress(json.dumps(self._body()).encode())
+
+    @staticmethod
+    def from_bytes(data: bytes) -> ShardPlan:
+        """Inverse of `to_bytes`."""
+        return _PLAN.validate_json(zlib.decompress(data))
+
+    def _body(self) -> dict[str, Any]:
+        body = {one.name: getattr(self, one.name) for one in fields(self)}  # shallow: refs are many
+        return body | {"task": asdict(self.task), "config": asdict(self.config)}
+
+
+_PLAN: TypeAdapter[ShardPlan] = TypeAdapter(ShardPlan)
+
 
 def make_plan(
     source: str,
@@ -53,13 +116,13 @@ def make_plan(
     config: BuildConfig,
     text_model: str | None = None,
     origins: dict[str, str] | None = None,
-) -> list[Item]:
+) -> list[ShardPlan]:
     """Shards in order. `text_model`: sha256 of the SentencePiece model; `origins`: path -> address of each input
     file that was fetched from elsewhere, so that a worker on another machine can fetch it too."""
-    plan: list[Item] = []
+    plan: list[ShardPlan] = []
     for scan in sorted((s for s in scans if s.task and s.episodes), key=lambda s: s.task.name if s.task else ""):
         assert scan.task is not None
-        bytes_each = _bytes_of_timestep(scan)
+        bytes_each = _bytes_of_timestep(scan.task)
         sizes = np.array([ref.timesteps * bytes_each + SAMPLE_OVERHEAD for ref in scan.episodes])
         count = max(1, math.ceil(sizes.sum() / (config.shard_megabytes * 2**20)))
         # of about one size, so that workers with equally many have equally much to do; by where its middle lies
@@ -71,30 +134,28 @@ def make_plan(
             number_of_file = {file: n for n, file in enumerate(files)}
             parts = sorted({part for file in files for part in sources.load(source).parts(file)})
             plan.append(
-                {
-                    "number": len(plan),
-                    "source": source,
-                    "task": asdict(scan.task),
-                    "config": asdict(config),
-                    "text_model": text_model if layout_of(scan.task).text else None,
-                    "first_episode": first,
-                    "files": files,
-                    "refs": [[number_of_file[r.file], r.position, r.start, r.stop] for r in refs],
-                    "stamps": [[str(part), *_stamp(part)] for part in parts],
-                    "origins": {str(p): origins[str(p)] for p in parts if origins and str(p) in origins},
-                }
+                ShardPlan(
+                    number=len(plan),
+                    source=source,
+                    task=scan.task,
+                    config=config,
+                    text_model=text_model if layout_of(scan.task).text else None,
+                    first_episode=first,
+                    files=tuple(files),
+                    refs=tuple((number_of_file[r.file], r.position, r.start, r.stop) for r in refs),
+                    stamps=tuple((str(part), *_stamp(part)) for part in parts),
+                    origins={str(p): origins[str(p)] for p in parts if origins and str(p) in origins},
+                )
             )
             first += len(refs)
     return plan
 
 
-def _bytes_of_timestep(scan: TaskScan) -> float:
-    task = scan.task
-    assert task is not None
+def _bytes_of_timestep(task: TaskSpec) -> float:
     if task.action is None:
         return 0.5  # a document's place is counted in bytes, some four of which make a token of two
     layout = layout_of(task)
-    values = sum(int(np.prod(f.shape)) for f in task.observation if f.kind == "continuous")
+    values = sum(spec.size for spec in task.observation if spec.kind == "continuous")
     values += task.action.size if task.action.kind == "continuous" else 0
     return 2 * layout.stored + layout.patch_bytes + 4 + 4 * values
 
@@ -104,41 +165,15 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def digest(item: Item) -> str:
-    """sha256 of a plan item, 64 hex digits."""
-    return hashlib.sha256(json.dumps(item, sort_keys=True).encode()).hexdigest()
-
-
-def refs_of(item: Item) -> list[EpisodeRef]:
-    """The episodes of an item."""
-    return [EpisodeRef(item["files"][file], *place) for file, *place in item["refs"]]
-
-
-def timesteps_of(item: Item) -> int:
-    """Timesteps (of documents: bytes) that an item plans to write."""
-    return sum(stop - start for _, _, start, stop in item["refs"])
-
-
-def packed(item: Item) -> bytes:
-    """The item for its way to a worker: some bytes an episode, since a pipeline's size is limited and runners copy
-    it about."""
-    return zlib.compress(json.dumps(item).encode())
-
-
-def unpacked(data: bytes) -> Item:
-    """The item that `packed` packed."""
-    return json.loads(zlib.decompress(data))
-
-
-def inputs_of(plan: list[Item]) -> list[list]:
+def inputs_of(plan: list[ShardPlan]) -> list[list]:
     """[task, name, bytes] of every source file of a plan, sorted."""
-    found = {(item["task"]["name"], Path(s[0]).name, s[1]) for item in plan for s in item["stamps"]}
+    found = {(shard.task.name, Path(path).name, size) for shard in plan for path, size, _ in shard.stamps}
     return [list(entry) for entry in sorted(found)]
 
 
-def described(plan: list[Item], config: BuildConfig) -> dict[str, Any]:
+def manifest_config(plan: list[ShardPlan], config: BuildConfig) -> dict[str, Any]:
     """What a manifest keeps of the options: equal for equal builds, whatever the machine."""
-    tasks = sorted({json.dumps(item["task"], sort_keys=True) for item in plan})
-    about = {"source": plan[0]["source"], "text_model": sorted({item["text_model"] or "" for item in plan})}
-    about["tasks"] = hashlib.sha256("\n".join(tasks).encode()).hexdigest()
+    about = {"source": plan[0].source, "text_model": sorted({shard.text_model or "" for shard in plan})}
+    tasks = {shard.task.name: shard.task for shard in plan}
+    about["tasks"] = upgrade.digest_of_tasks(map(asdict, tasks.values()))
     return asdict(config) | about | {"inputs": inputs_of(plan)}

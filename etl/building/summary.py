@@ -13,7 +13,7 @@ from rich import progress
 from rich.console import Console
 from rich.table import Table
 
-from etl.building.plan import Item, timesteps_of
+from etl.building.plan import ShardPlan
 from etl.sources import Source
 from schemas.dataset import Manifest, TaskSummary
 
@@ -29,9 +29,11 @@ class _Rate(progress.ProgressColumn):
 class Progress:
     """A bar over planned timesteps, moved by finished shards; `message` prints a line above it."""
 
-    def __init__(self, plan: list[Item], finished: Callable[[], list[int]], console: Console, interval: float = 0.25):
+    def __init__(
+        self, plan: list[ShardPlan], finished: Callable[[], list[int]], console: Console, interval: float = 0.25
+    ):
         self.interval = interval  # seconds between looks; looking into an object store takes a request
-        self.sizes = {item["number"]: timesteps_of(item) for item in plan}
+        self.sizes = {shard.number: shard.timesteps for shard in plan}
         self.finished, self.console, self.stop = finished, console, threading.Event()
         columns = (
             progress.TextColumn("{task.description}"),

@@ -19,6 +19,7 @@ from schemas.dataset import (
     TEXT_MODEL_NAME,
     FileDigest,
     Manifest,
+    SampleMeta,
     TaskSummary,
     TextModel,
 )
@@ -91,16 +92,9 @@ def make(folder: Path, tasks: list[Task], piece: int = 1000, shards: int = 1, se
                         "episode_timesteps": T, "episode_return": float(T), "terminated": True, "truncated": False,
                         "held_out": episode in task.held_out, "file": "made", "position": episode, "row": 0,
                     }  # fmt: skip
-                    said = (
-                        "episode",
-                        "start",
-                        "timesteps",
-                        "episode_timesteps",
-                        "episode_return",
-                        "terminated",
-                        "truncated",
-                    )
-                    row |= writer.add(key, len(t), members, {"task": task.name} | {name: row[name] for name in said})
+                    names = ("episode", "start", "timesteps", "episode_timesteps", "episode_return")
+                    meta = SampleMeta(task.name, *(row[name] for name in names), terminated=True, truncated=False)
+                    row |= writer.add(key, members, meta)
                     for name, value in row.items():
                         columns.setdefault(name, []).append(value)
             written.append(asdict(writer.close()))

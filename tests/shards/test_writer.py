@@ -6,6 +6,7 @@ import tarfile
 import numpy as np
 import pytest
 
+from schemas.dataset import SampleMeta
 from shards.folder import Folder
 from shards.writer import ShardWriter, tar_header
 
@@ -24,7 +25,7 @@ def test_members_are_those_of_numpy(tmp_path):
     writer = ShardWriter(Folder(tmp_path), "shard-000000.tar")
     members = {"tokens": np.arange(12, dtype=np.uint16).reshape(3, 4), "reward": np.ones(3, np.float32)}
     members["patches"] = np.asfortranarray(np.random.default_rng(0).integers(0, 256, (3, 2, 16, 16, 1), np.uint8))
-    where = writer.add("a-0", 3, members, {"task": "a"})
+    where = writer.add("a-0", members, SampleMeta("a", 0, 0, 3, 3, 0.0, terminated=True, truncated=False))
     writer.close()
     with tarfile.open(tmp_path / "shard-000000.tar") as tar:
         for name, array in members.items():

@@ -145,10 +145,10 @@ class Minari:
 
     def action(self, space: spaces.Space) -> ActionSpec:
         """The action space. SpaceError where it has no bounds or holds more than one array."""
-        found = rules.action(space)
-        if found.size > TIMESTEP_VALUES:
-            raise EpisodeError("unsupported space", f"an action has {found.size} values; {TIMESTEP_VALUES} can be read")
-        return found
+        size = math.prod(rules.shape_of(space))
+        if size > TIMESTEP_VALUES:
+            raise EpisodeError("unsupported space", f"an action has {size} values; up to {TIMESTEP_VALUES} can be read")
+        return rules.action(space)
 
     def environment(self, about: dict[str, Any], options: Options) -> tuple[EnvironmentSpec | None, int | None]:
         """Where to evaluate, and its time limit: the command line's, else the metadata's eval_env_spec, else its
