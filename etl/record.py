@@ -143,8 +143,7 @@ def _writer(env: Any) -> type[sources.LogWriter]:
 
 
 def _level(options: Options) -> str:
-    named = options.policy if options.policy in ("expert", "random") else Path(options.policy).stem.replace(":", "-")
-    return options.level or named
+    return options.level or Path(options.policy).stem.rpartition(":")[2]
 
 
 def main() -> int:

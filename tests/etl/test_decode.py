@@ -61,7 +61,6 @@ class Log:
     place: Path
     episodes: dict[tuple, Episode]
     scan: Any = None
-    start: dict[str, np.ndarray] = field(default_factory=dict)  # lowest values of discrete ones
     counted: set[str] = field(default_factory=set)  # what its values make the build count
 
 
@@ -155,9 +154,8 @@ def minari_nested(folder):
 
     action = spaces.Box(-2.0, 0.5, (3,), np.float32)
     episodes = minari_log(folder, spaces.Dict(space), action, "observations/body/place", pick)
-    start = {"pair/0": np.array([1, 0]), "pair/1": np.array(5), "room": np.array(-2)}
     counted = {"clipped", "outside", "cut"}
-    return Log("minari", folder, episodes, start=start, counted=counted)
+    return Log("minari", folder, episodes, counted=counted)
 
 
 def minari_discrete(folder):
@@ -169,7 +167,7 @@ def minari_discrete(folder):
         return {str(n): values[:T] for n, values in enumerate(own)}
 
     episodes = minari_log(folder, space, action, "observations/_index_1", pick, jpeg_encoding=False)
-    return Log("minari", folder, episodes, start={"action": np.array([2, 1])}, counted={"clipped"})
+    return Log("minari", folder, episodes, counted={"clipped"})
 
 
 def babyai(folder):

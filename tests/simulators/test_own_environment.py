@@ -49,7 +49,7 @@ def test_from_record_to_table(tmp_path):
     run("etl.record", "-e", "reach:Reach-v0", "--policy", "reach:expert", "--steps", "300", "-o", tmp_path / "logs",
         env=PATH)  # fmt: skip
     (log,) = (tmp_path / "logs").iterdir()
-    assert log.name == "reach-reach-expert-v0.hdf5"
+    assert log.name == "reach-expert-v0.hdf5"
     with h5py.File(log) as file:
         assert file.attrs["env_id"] == "reach:Reach-v0" and file["metadata/algorithm"][()] == b"reach.expert"
         np.testing.assert_allclose(file.attrs["action_low"], [-2, -0.5])
@@ -62,7 +62,7 @@ def test_from_record_to_table(tmp_path):
     assert spec.environment == simulators.environment("reach:Reach-v0") and spec.environment.suite == "gymnasium"
     done = run("eval.compare", "--datasets", tmp_path / "shards", "--models", "random", "behaviour", "--episodes", "3",
                "-o", tmp_path / "out", env=PATH)  # fmt: skip
-    line = next(line for line in done.stdout.splitlines() if line.startswith("| reach-reach-expert-v0"))
+    line = next(line for line in done.stdout.splitlines() if line.startswith("| reach-expert-v0"))
     random, behaviour = (float(cell.split()[0]) for cell in line.split("|")[-3:-1])
     assert random < 2 * behaviour < 0
 
@@ -83,7 +83,7 @@ def test_a_plain_id_counts_with_the_modules_import(tmp_path):
 
 def test_nested_observations_of_every_kind(tmp_path):
     path = recorded(tmp_path, environment="reach:Cameras-v0", policy="reach:presser", steps=40)
-    assert path.parts[-2:] == ("reach-cameras", "presser-v0")
+    assert path.parts[-2:] == ("cameras", "presser-v0")
     first = next(minari.MinariDataset(path / "data").iterate_episodes())
     assert isinstance(first.observations["arm"], tuple)
     assert len(np.unique(first.observations["camera"]["left"].reshape(13, -1)[:, 0])) > 6  # one buffer, copied
