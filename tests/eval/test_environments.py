@@ -81,7 +81,7 @@ class Blind(gymnasium.Wrapper):
 
 
 gymnasium.register("Blind-v0", entry_point=Blind)
-gymnasium.register("UnbuiltHopper-v0", entry_point=lambda render_mode: Faulty())
+gymnasium.register("UnbuiltHopper-v0", entry_point=lambda: Faulty())
 
 
 def hopper_task(folder, environment="Hopper-v4", suite="mujoco"):

@@ -66,10 +66,17 @@ class Cameras(gymnasium.Env):
 
 
 class Switches(gymnasium.Env):
-    """A discrete observation, and several discrete actions of different sizes."""
+    """A discrete observation, and several discrete actions of different sizes. Draws itself."""
 
     observation_space = spaces.Discrete(5, start=-1)
     action_space = spaces.MultiDiscrete([2, 4])
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def render(self):
+        return np.full((10, 14, 3), self.seen, np.uint8)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)

@@ -121,6 +121,8 @@ def test_discrete_observations_and_several_discrete_actions(tmp_path):
     assert actions.shape[1] == 2 and actions.max(axis=0).tolist() == [1, 3]
     played = play(RandomPolicy(task.action), task, [1, 2, 3])
     assert [(one.ending, one.timesteps) for one in played] == [("terminated", 8)] * 3
+    (filmed,) = play(RandomPolicy(task.action), task, [1], film=9, film_every=2)
+    assert [int(frame[0, 0, 0]) for frame in filmed.frames] == [0, 2, 4, 6] and filmed.total == played[0].total
 
 
 def test_what_the_command_line_says_counts_more(tmp_path):
