@@ -73,6 +73,8 @@ FAULTS = {
 }
 for name in FAULTS:
     gymnasium.register(f"{name.title().replace(' ', '')}Hopper-v0", entry_point=Faulty, kwargs={"fault": name})
+
+
 class Blind(gymnasium.Wrapper):
     """Draws nothing, and knows no render_mode."""
 

@@ -118,3 +118,8 @@ class Presser:
 def presser(env):
     """The same as an object with `act`."""
     return Presser()
+
+
+def silent(env):
+    """A policy that forgets to return."""
+    return lambda observation: None

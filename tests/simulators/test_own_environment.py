@@ -154,9 +154,11 @@ def test_an_entry_point_names_the_module(tmp_path):
         ("reached:expert", "--policy reached:expert: ModuleNotFoundError"),
         ("builtins:id", "--policy builtins:id: returned a int; return an object with act"),
         ("builtins:repr", "returned a str"),
+        ("reach:silent", "reach:silent: returned the action None; return 2 finite numbers"),
+        ("reach:presser", "reach:presser: returned the action 2; return 2 finite numbers"),
     ],
 )
-def test_a_policy_that_is_none(policy, message, tmp_path):
+def test_a_policy_that_does_not_fit(policy, message, tmp_path):
     with pytest.raises(PolicyError, match=message):
         recorded(tmp_path, environment="reach:Reach-v0", policy=policy, steps=5)
     assert not list(tmp_path.iterdir())
