@@ -63,7 +63,7 @@ MISTAKES = (
     (SAMPLER, "np.argsort(counts - exact", "np.argsort(exact - counts"),
     (SAMPLER, "block * self.counts[task] + slot", "(block + 1) * self.counts[task] + slot"),
     (SAMPLER, "np.minimum(place // size, groups - 1)", "np.minimum(place // size, groups)"),
-    (SAMPLER, "windows - group * size, size)", "windows - group * size - 1, size)"),
+    (SAMPLER, "slot - self.first_slot[task]", "slot - self.first_slot[task] + 1"),
     (SAMPLER, "np.where(number < count, shuffled", "np.where(number < count - 1, shuffled"),
     (SAMPLER, "return blocks * self.counts + np", "return (blocks + 1) * self.counts + np"),
     (TIMELINE, "-(-sequence_length // self.layout.length)", "sequence_length // self.layout.length"),
@@ -131,7 +131,7 @@ def attempt(number: int, folder: Path) -> None:
     status = 0
     for marks in ("not process and not slow", "process and not slow"):
         if status in (0, 5):  # 5: no test has these marks
-            arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", marks, *tests]
+            arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=300", "-m", marks, *tests]
             status = int(pytest.main(arguments))
     sys.stdout.flush()
     os._exit(0 if status == 5 else status)
