@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 # A module's tests stay together, and a process that has none left takes half of another's.
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 .PHONY: setup quickstart check test slow bench lint
 

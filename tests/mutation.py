@@ -51,10 +51,11 @@ MISTAKES = (
      "np.log(vocabulary.scale * vocabulary.mu + 2.0)\n    return np.copysign"),
     (CONTINUOUS, "np.clip(y, 0.0, bins - 1, out=y)", "np.clip(y, 0.0, bins - 2, out=y)"),
     (CONTINUOUS, "(y < 0.0) | (y > bins)", "y > bins"),
-    (CONTINUOUS, "/ (high - low) - 1.0", "/ (high - low) - 0.999"),
-    (CONTINUOUS, "(high - low) / 2.0", "(high - low) / 2.001"),
+    (CONTINUOUS, "_tokens(y, vocabulary.bins, vocabulary.action_continuous.start)",
+     "_tokens(y, vocabulary.bins - 1, vocabulary.action_continuous.start)"),
+    (CONTINUOUS, "[bins] + 1.0)", "[bins] + 1.001)"),
     (CONTINUOUS, "0x10000 - above", "0xFFFF - above"),
-    ("etl/tokenizers/discrete.py", "values.max() >= ids.size", "values.max() > ids.size"),
+    ("etl/tokenizers/discrete.py", " + ids.start).astype", " + ids.start + 1).astype"),
     (IMAGE, "(sums + 2 >> 2)", "(sums + 1 >> 2)"),
     (IMAGE, "((0, 0), (0, down), (0, right), (0, 0))", "((0, 0), (down, 0), (right, 0), (0, 0))"),
     (TEXT, "len(p) > length", "len(p) >= length"),
@@ -62,7 +63,7 @@ MISTAKES = (
     (SAMPLER, "np.argsort(counts - exact", "np.argsort(exact - counts"),
     (SAMPLER, "block * self.counts[task] + slot", "(block + 1) * self.counts[task] + slot"),
     (SAMPLER, "np.minimum(place // size, groups - 1)", "np.minimum(place // size, groups)"),
-    (SAMPLER, "windows - group * size, size)", "windows - group * size - 1, size)"),
+    (SAMPLER, "slot - self.first_slot[task]", "slot - self.first_slot[task] + 1"),
     (SAMPLER, "np.where(number < count, shuffled", "np.where(number < count - 1, shuffled"),
     (SAMPLER, "return blocks * self.counts + np", "return (blocks + 1) * self.counts + np"),
     (TIMELINE, "-(-sequence_length // self.layout.length)", "sequence_length // self.layout.length"),
@@ -76,7 +77,7 @@ MISTAKES = (
     (LOSS, "neighbours < ids.stop", "neighbours <= ids.stop"),
     (LOSS, "[places + 1].long()", "[places].long()"),
     (LOSS, "ids.stop for ids in ranges) - start", "ids.stop for ids in ranges) - start - 1"),
-    (AGENT, "(self.ids.size / 2)", "(self.ids.size / 2 - 1)"),
+    (AGENT, "(odds * self.centres).sum(dim=1) + 1)", "(odds * self.centres).sum(dim=1) + 1.02)"),
     (AGENT, "logits.double() / self.config", "logits.double() * self.config"),
     (AGENT, "self.layout.length - self.window + 1)", "self.layout.length - self.window + 2)"),
     (AGENT, 'slice(length) if self.config.prompt == "start"', 'slice(length) if self.config.prompt == "end"'),
@@ -130,7 +131,7 @@ def attempt(number: int, folder: Path) -> None:
     status = 0
     for marks in ("not process and not slow", "process and not slow"):
         if status in (0, 5):  # 5: no test has these marks
-            arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", marks, *tests]
+            arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=300", "-m", marks, *tests]
             status = int(pytest.main(arguments))
     sys.stdout.flush()
     os._exit(0 if status == 5 else status)
