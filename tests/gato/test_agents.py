@@ -224,6 +224,7 @@ def test_a_url_is_fetched_once_and_checked(tmp_path, model):
         find_export("memory://exports/other", cache)
 
 
+@pytest.mark.process
 def test_importing_gato_imports_nothing_heavy():
     code = "import sys, gato; print(sorted({'torch', 'numpy', 'pyarrow', 'gymnasium', 'deepspeed'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
