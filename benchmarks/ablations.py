@@ -121,7 +121,7 @@ def measured(name: str, options: Options) -> dict[str, Any]:
             "", 0, config.model, stream.vocabulary, fingerprint, data.sequence_length, 0, (), {}, TrainingInfo()
         )
         player = GatoAgent(gato, info, spec, agent, prompt)
-        totals = [one.total for one in play(player, spec, [1000 + n for n in range(options.episodes)])]
+        totals = [one.episode_return for one in play(player, spec, [1000 + n for n in range(options.episodes)])]
         result[f"returns/{spec.name}"] = [float(np.mean(totals)), float(np.std(totals))]
     return result
 

@@ -2,12 +2,12 @@
 
 observation -> etl.tokenizers -> embedded tokens -> one step of the cache an action token -> action
 
-All environments of a batch play the same task, so their timesteps have K tokens each and
-token n of an episode lies in slot n mod W K of the cache: timestep t comes where timestep
-t - W lay. A timestep takes as many forward passes as an action has tokens, for the last one
+All environments of a batch play the same task, so their timesteps have K tokens each, and
+token n of an episode is in slot n mod W K of the cache: timestep t overwrites timestep t - W
+(W: timesteps in the window). A timestep takes as many forward passes as an action has tokens, for the last one
 is fed along with the next observation. The rolling mode keeps the cached keys of the
 remaining timesteps, which still remember what was dropped; the exact mode computes the
-window anew each timestep and is the reference. Episodes that end leave the batch, but for
+window again at each timestep and is the reference. Episodes that end leave the batch, but for
 one that is replayed (see eval/cuda_graph.py).
 
 Invariants: sampling is restricted to the ids that the action space allows; on one thread an
@@ -101,7 +101,7 @@ def best_demonstration(dataset: Dataset, task: int, prompt: Literal["auto", "end
 
 
 def demonstration(dataset: Dataset, task: int, config: AgentConfig) -> Prompt | None:
-    """What an agent of this configuration is prompted with, where it is."""
+    """The prompt of an agent of this configuration; None without one."""
     return None if config.prompt == "none" else best_demonstration(dataset, task, config.prompt)
 
 
@@ -149,7 +149,7 @@ class GatoAgent:
 
     @torch.inference_mode()
     def reset(self, batch: int) -> None:
-        """A batch of environments starts anew; the window holds the prompt alone."""
+        """A batch of environments starts; the window holds the prompt alone."""
         self.running, self.time = np.arange(batch), 0
         exact, K, A = self.config.window == "exact", self.layout.length, self.layout.action
         self.cache = Cache(self.model.config, 1, self.slots, self.device, self.dtype)
@@ -260,7 +260,7 @@ class GatoAgent:
 
     def _places(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Slots (T,) of the tokens with these numbers, ascending; what each attends to (T, slots), 0 or -inf: tokens
-        of the window that are not behind it; rotary angles."""
+        of the window up to itself; rotary angles."""
         last = numbers[-1]
         held = last - (last - self.slot) % self.slots  # the number of the token in each slot when all are written
         seen = (held <= numbers[:, None]) & (
@@ -290,12 +290,12 @@ class GatoAgent:
         return x + self.local[: ids.shape[1]]
 
     def _embed_actions(self, tokens: Tensor, first: int) -> Tensor:
-        """Action tokens (n, a), the `first` of its timestep and those behind, -> (n, a, W)."""
+        """Action tokens (n, a), from number `first` of the timestep's on, -> (n, a, W)."""
         column = self.layout.length - self.layout.action + first
         return self.model.tokens(tokens) + self.local[column : column + tokens.shape[1]]
 
     def _filled(self, x: Tensor) -> Tensor:
-        """At least as many rows as matrix products need, zeros behind x's own."""
+        """At least as many rows as matrix products need: x's own, then zeros."""
         short = self.rows_needed - len(x)
         return x if short <= 0 else F.pad(x, (0, 0) * (x.ndim - 1) + (0, short))
 

@@ -52,10 +52,10 @@ STYLE: Any = {
 }
 
 
-def number(value: float, beside: float = 0.0) -> str:
+def number(value: float, other: float = 0.0) -> str:
     """A return or score for people: no exponent, and as many decimals as the larger of `value` and
-    `beside` (its ±, or its mean) deserves."""
-    size = max(abs(value), abs(beside))
+    `other` (its ±, or its mean) deserves."""
+    size = max(abs(value), abs(other))
     return f"{value:z.{0 if size >= 100 else 1 if size >= 1 else 2}f}"
 
 
@@ -107,7 +107,7 @@ def describe(aggregates: Sequence[Aggregate]) -> str:
 
 
 def read_metrics(path: Path) -> Curves:
-    """A training run's metrics.jsonl, and returns.jsonl beside it if it was played.
+    """A training run's metrics.jsonl, and the returns.jsonl in its folder if it was played.
 
     'train/loss' is line 'training' of quantity 'loss'; 'held_out/TASK/loss' line TASK, and so are 'returns/TASK/...'.
     A step that was written twice (a resumed run) counts as last written. ResultError for a line that is not JSON,

@@ -3,8 +3,7 @@
 (x, numbers, points) -> copied to where the capture reads them -> its kernels again -> tokens
 
 A timestep of a large model is some thousand small kernels, which a GPU runs faster than a host starts them one by one.
-On a CPU there is nothing to capture: the timestep runs anew on the same held inputs, so all but the capture is the same
-code.
+On a CPU there is nothing to capture: the timestep runs again on the same inputs, and everything else is the same code.
 
 Invariant: a replay runs on the memory of its capture, so inputs keep their shapes and the agent keeps its cache.
 """
@@ -41,12 +40,12 @@ class Replay:
             self._capture()
 
     def _capture(self) -> None:
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 self.timestep(*self.inputs)
-        torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.output = self.timestep(*self.inputs)

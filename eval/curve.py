@@ -2,11 +2,11 @@
 
     RUN/exports/step-N and RUN/export -> one agent each -> episodes with the same seeds -> RUN/returns.jsonl
 
-Held-out loss does not tell whether a policy stands: only playing does. A training run that was started with
+A low held-out loss does not mean that a policy walks; only playing shows that. A training run that was started with
 `--run.export-every N` leaves the weights of its steps; each is played once, and the report of `eval.compare` draws the
-lines of returns.jsonl beside those of metrics.jsonl.
+lines of returns.jsonl next to those of metrics.jsonl.
 
-Invariant: a line is written when all tasks of its export have been played, so a killed command goes on where it was;
+Invariant: a line is written when all tasks of its export have been played, so a killed command resumes where it was;
 lines of other weights or another protocol are replaced.
 """
 
@@ -48,7 +48,7 @@ class Options:
     episodes: int = 5
     """Episodes of each task and export."""
     first_seed: int = 1000
-    """Episode n is reset with first_seed + n, for every export alike."""
+    """Episode n is reset with first_seed + n, the same for every export."""
     imports: plugins.Imports = ()
     """Module to import first: it registers environments or suites. May be given several times."""
     agent: AgentConfig = field(default_factory=AgentConfig)
@@ -75,7 +75,7 @@ def played(run: Path, protocol: dict) -> list[dict]:
 def returns(folder: Path, options: Options, datasets: list[Dataset]) -> dict[str, float]:
     """`returns/TASK/{return, return_deviation, share_of_behaviour}` of one export, for every task that it can play:
     means and standard deviations over episodes; the share is of the mean return that the task's log holds."""
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for dataset in datasets:
         model, info = load_export(folder, dataset.manifest.vocabulary)
         for number, task in enumerate(dataset.manifest.tasks):
@@ -85,12 +85,12 @@ def returns(folder: Path, options: Options, datasets: list[Dataset]) -> dict[str
                 continue
             agent = agent_for(model, info, dataset, number, options.agent)
             seeds = [options.first_seed + n for n in range(options.episodes)]
-            totals = [one.total for one in play(agent, spec, seeds)]
-            figures[f"returns/{spec.name}/return"] = float(np.mean(totals))
-            figures[f"returns/{spec.name}/return_deviation"] = float(np.std(totals))
+            episode_returns = [one.episode_return for one in play(agent, spec, seeds)]
+            metrics[f"returns/{spec.name}/return"] = float(np.mean(episode_returns))
+            metrics[f"returns/{spec.name}/return_deviation"] = float(np.std(episode_returns))
             if task.return_mean:
-                figures[f"returns/{spec.name}/share_of_behaviour"] = float(np.mean(totals)) / task.return_mean
-    return figures
+                metrics[f"returns/{spec.name}/share_of_behaviour"] = float(np.mean(episode_returns)) / task.return_mean
+    return metrics
 
 
 def main() -> int:
@@ -107,19 +107,19 @@ def main() -> int:
         for step, folder, weights in exports(options.run):
             if weights in {line["weights_sha256"] for line in lines}:
                 continue
-            figures = returns(folder, options, datasets)
-            if not figures:
+            metrics = returns(folder, options, datasets)
+            if not metrics:
                 raise DatasetError(f"{folder}: none of its tasks is in {', '.join(map(str, folders)) or options.root}")
-            lines.append({"step": step, "weights_sha256": weights, "protocol": protocol} | figures)
+            lines.append({"step": step, "weights_sha256": weights, "protocol": protocol} | metrics)
             with atomic_write(options.run / RETURNS) as file:
                 file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-            shown = ", ".join(f"{name.split('/', 1)[1]} {value:.4g}" for name, value in figures.items())
+            shown = ", ".join(f"{name.split('/', 1)[1]} {value:.4g}" for name, value in metrics.items())
             print(f"step {step}: {shown}", flush=True)
     except (DatasetError, CheckpointError, VocabularyMismatch, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on with the next export", file=sys.stderr)
+        print("interrupted: the same command resumes with the next export", file=sys.stderr)
         return 130
     return 0
 

@@ -25,7 +25,7 @@ class Played:
     """One episode: raw return, timesteps, how it ended, pictures where asked for."""
 
     seed: int
-    total: float = 0.0
+    episode_return: float = 0.0
     timesteps: int = 0
     ending: str = ""
     error: str = ""
@@ -38,7 +38,7 @@ class Played:
             where = "" if step.action is not None else " at reset"
             self.ending, self.error = "error", f"{type(step.error).__name__}{where}: {step.error}"
             return
-        self.total += step.reward
+        self.episode_return += step.reward
         self.timesteps += 1
         self.ending = "terminated" if step.terminated else "truncated" if step.truncated else ""
 

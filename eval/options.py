@@ -1,4 +1,4 @@
-"""What a comparison is asked for: the options of `python -m eval.compare`, and which values make sense."""
+"""Options of `python -m eval.compare`, and the check of their values."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Options:
     seeds: int = 1
     """Model seeds of each baseline; Gato has those it was trained with."""
     first_seed: int = 1000
-    """Episode n is reset with first_seed + n, for every model alike."""
+    """Episode n is reset with first_seed + n, the same for every model."""
     step_limit: int | None = None
     """End episodes after this many timesteps; part of the protocol that every row names."""
     film_seconds: float = 6.0
     """Length of each rollout picture; 0 for none."""
     processes: int = 0
-    """Parts that are trained and played at once; 0: one for each CPU core, or a single one with a GPU."""
+    """Parts that are trained and played at once; 0: one per CPU core, or a single one with a GPU."""
     threads: int = 1
     """Threads of a process. The last digits of a float depend on it, and so may an action."""
     imports: plugins.Imports = ()

@@ -2,8 +2,8 @@
 
     rows -> scores.aggregate -> comparison (cells and footnotes, once) -> markdown | console | html
 
-A cell is text and its footnotes are numbers into one list, so all three forms say the same.
-Published figures stand in a table of their own: they were measured on other simulators with
+A cell is text, its footnotes are numbers into one list, so all three forms say the same.
+Published scores are in a table of their own: they were measured on other simulators with
 other kinds of ±. Invariant: nothing here depends on the clock or the network; the HTML file
 holds its pictures as data URIs and loads nothing.
 """
@@ -48,8 +48,8 @@ class Comparison:
 
 
 def comparison(aggregates: Sequence[Aggregate], tasks: Mapping[str, TaskSpec] | None = None) -> Comparison:
-    """The main table: a row a (dataset, environment), the behaviour's returns beside each environment of
-    its dataset. `tasks` (by dataset name) tell a model that cannot play a task from one that was not run."""
+    """The main table: one row per (dataset, environment); each shows its dataset's behaviour. `tasks` (by dataset name)
+    tell a model that cannot play a task from one that was not run."""
     found = {(one.dataset, one.environment, one.model): one for one in aggregates}
     trained = {one.unit for one in aggregates if one.model in ("dt", "tt", "gato") and one.episodes}
     notes: list[str] = []
@@ -70,7 +70,7 @@ def comparison(aggregates: Sequence[Aggregate], tasks: Mapping[str, TaskSpec] | 
             )
         if one.limited:
             marks.append(_mark(notes, "Episodes were cut by --step-limit; the behaviour's were not."))
-        return (_figures(one) if one.episodes else "—") + "\u202f".join(marks)
+        return (_numbers(one) if one.episodes else "—") + "\u202f".join(marks)
 
     played: dict[str, set[str]] = {}
     for one in aggregates:
@@ -85,15 +85,15 @@ def comparison(aggregates: Sequence[Aggregate], tasks: Mapping[str, TaskSpec] | 
 
 def published(aggregates: Sequence[Aggregate]) -> Comparison | None:
     """Published D4RL-normalised scores for the datasets of the same body and level; None where there are
-    none. They are of the v2 datasets on the simulators of their time, which a footnote says."""
-    figures = json.loads(PUBLISHED.read_text())
-    columns, version = figures["columns"], figures["version"]
+    none. They are of the v2 datasets on the simulators of their time, as a footnote says."""
+    scores = json.loads(PUBLISHED.read_text())
+    columns, version = scores["columns"], scores["version"]
     notes: list[str] = []
     labels = [column["label"] + _mark(notes, f"{column['source']}; {column['plus_minus']}.") for column in columns]
     rows = []
     for dataset in sorted({one.dataset for one in aggregates}):
         level, _, ours = dataset.rpartition("-")
-        if level not in figures["scores"]:
+        if level not in scores["scores"]:
             continue
         if ours == version:
             note = "Same dataset; played on the simulator versions of the time, which score differently from ours."
@@ -102,17 +102,17 @@ def published(aggregates: Sequence[Aggregate]) -> Comparison | None:
                 f"Published on {version}; ours is another recording on another simulator version: for orientation, "
                 "not for comparison."
             )
-        cells = (figures["scores"][level][column["key"]] for column in columns)
+        cells = (scores["scores"][level][column["key"]] for column in columns)
         rows.append((dataset, f"{level}-{version}{_mark(notes, note)}", *cells))
     header = ("Dataset", f"Published on {version} as", *labels)
-    return Comparison(header, rows, notes, figures["unit"] + ".") if rows else None
+    return Comparison(header, rows, notes, scores["unit"] + ".") if rows else None
 
 
 def markdown(aggregates: Sequence[Aggregate], tasks: Mapping[str, TaskSpec] | None = None) -> str:
     """Both tables as GitHub Markdown; the first line is the main table's header."""
     parts = [_markdown_table(comparison(aggregates, tasks))]
-    if figures := published(aggregates):
-        parts += ["**Published figures, not ours**\n", _markdown_table(figures)]
+    if scores := published(aggregates):
+        parts += ["**Published figures, not ours**\n", _markdown_table(scores)]
     return "\n".join(parts)
 
 
@@ -215,7 +215,7 @@ def _caption(aggregates: Sequence[Aggregate], trained: set[str]) -> str:
     )
 
 
-def _figures(one: Aggregate) -> str:
+def _numbers(one: Aggregate) -> str:
     """'1220 ± 359 (38.1)': mean, deviation and score, each where it is known."""
     if math.isnan(one.return_std):
         raw = number(one.return_mean)

@@ -51,7 +51,7 @@ ProgressCallback = Callable[[str], None]
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a job gave: its rows, a line on what happened, and the reason where it failed."""
+    """A job's outcome: its rows, a line on what happened, and the reason if it failed."""
 
     rows: tuple[EpisodeResult, ...]
     summary: str
@@ -59,7 +59,7 @@ class JobResult:
 
 
 class ComparisonRunner:
-    """What all parts of a comparison share, and how each is run.
+    """Datasets, models and jobs of a comparison, and how a job is run.
 
     Raises:
         DatasetError, CheckpointError, VocabularyMismatch: a dataset or export is missing, damaged or does not fit.
@@ -130,13 +130,13 @@ class ComparisonRunner:
         common = self._common(job) | {"model_sha256": weights, "protocol": protocol}
         rows = []
         for number, episode in enumerate(episodes):
-            score, kind = scores.scored(episode.total, spec)
+            score, kind = scores.scored(episode.episode_return, spec)
             rows.append(
                 EpisodeResult(
                     **common,
                     episode=number,
                     episode_seed=episode.seed,
-                    episode_return=episode.total,
+                    episode_return=episode.episode_return,
                     score=score,
                     score_kind=kind,
                     timesteps=episode.timesteps,
@@ -270,7 +270,7 @@ def behaviour(dataset: Dataset, task: int) -> list[Played]:
     return [
         Played(
             seed=0,
-            total=float(dataset.column("episode_return")[row]),
+            episode_return=float(dataset.column("episode_return")[row]),
             timesteps=int(dataset.column("episode_timesteps")[row]),
             ending="terminated" if dataset.column("terminated")[row] else "truncated",
         )

@@ -8,7 +8,7 @@ needs; with one seed it is an episode, and the interval says nothing about retra
 Intervals are percentile bootstraps stratified over tasks, as in rliable (Agarwal et al.
 2021, arXiv 2108.13264): units are redrawn inside each task, then pooled.
 
-Invariant: equal rows give equal figures, to the last bit, in any order of the rows.
+Invariant: equal rows give equal numbers, to the last bit, in any order of the rows.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Aggregate:
     """One model on one task. Returns are raw; scores are normalised, NaN where the task has no reference.
 
     `episodes` were counted, `limited` of them cut by --step-limit, and `errors` left out. `unit` says what
-    `return_std` (n - 1) and the intervals are over: 'seeds' or 'episodes'. Figures are NaN without an episode, std and
+    `return_std` (n - 1) and the intervals are over: 'seeds' or 'episodes'. Means are NaN without an episode, std and
     intervals with one unit.
     The last two are None where no random policy was run, and for the random policy itself.
     """

@@ -2,8 +2,8 @@
 
     export + datasets -> the rows of the embedding table that its tasks can show + a prompt for each task -> FOLDER
 
-Most of a small model is the table's text, of which a control task never shows a row. What is left is the same function
-on these tasks: rows that are left out are zero when the export is loaded, and actions are chosen among their own ids.
+Most of a small model is the table of text tokens, which a control task never uses. Without those rows the model is the
+same function on its tasks: they are zero when the export is loaded, and actions are chosen among their own ids.
 
 Invariant: FOLDER is an export as any other; its model.json is written last and vouches for both files by hash.
 """
@@ -43,7 +43,7 @@ class Options:
 
 
 def prompts(info: ExportInfo, datasets: list[Dataset]) -> dict[str, np.ndarray]:
-    """What the agent would be prompted with: 'TASK/end/tokens' (T, stored) uint16, 'TASK/end/patches' uint8; the same
+    """Prompts of the agent: 'TASK/end/tokens' (T, stored) uint16, 'TASK/end/patches' uint8; the same
     of 'start'. T: the timesteps of a whole window."""
     names, found = {task.name for task in info.tasks}, {}
     for dataset in datasets:
@@ -62,7 +62,7 @@ def prompts(info: ExportInfo, datasets: list[Dataset]) -> dict[str, np.ndarray]:
 
 
 def shipped_prompt(folder: Path, info: ExportInfo, task: str, config: AgentConfig) -> Prompt | None:
-    """The prompt of a task that lies beside the weights; None where none is wanted or none was shipped."""
+    """A task's prompt from the folder of the weights; None where none is wanted or none was shipped."""
     if config.prompt == "none" or not info.prompts_sha256:
         return None
     path = folder / PROMPTS
@@ -75,7 +75,7 @@ def shipped_prompt(folder: Path, info: ExportInfo, task: str, config: AgentConfi
 def ship(options: Options) -> int:
     """Write the copy; its bytes in all."""
     if options.output.resolve() == options.source.resolve():
-        raise DatasetError(f"{options.output}: is the export itself, which stays; give another folder")
+        raise DatasetError(f"{options.output}: is the export itself, which is kept; give another folder")
     model, info = load_export(options.source)
     if any(field.kind == "text" for task in info.tasks for field in task.observation):
         raise DatasetError(f"{options.source}: its tasks have text, whose tokenizer is not part of an export")

@@ -7,7 +7,7 @@ Control: linear state embedding of normalised observations, one learned embeddin
 head, squared error. Atari: the paper's convolutions over four stacked frames, a table of places in
 the window and one embedding of the window's first timestep, cross-entropy; frames are the shards'.
 
-Invariant: padding stands behind a window, where no causal attention sees it, so neither it nor the
+Invariant: padding comes after a window, where no causal attention sees it, so neither it nor the
 batch it came in changes a prediction.
 
 Shapes: B batch, K timesteps, D observation, A action, W width.
@@ -65,7 +65,7 @@ class Config(Training):
         config = cls(target_return=target)
         if image_shape(task) is None:
             return config
-        # the cosine ends behind the last step: its code counts three tokens a timestep there and one elsewhere
+        # the cosine ends after the last step: its code counts three tokens a timestep there and one elsewhere
         schedule = replace(config, steps=19_532, batch=128, lr=6e-4, warmup=3, decay=23_438, clip=1.0)
         decay = replace(schedule, weight_decay=0.1, decay_all=False, beta_2=0.95)
         return replace(decay, context=30, layers=6, heads=8, return_scale=1.0)
@@ -199,7 +199,7 @@ class Windows:
         return [torch.from_numpy(np.stack(column)) for column in zip(*samples)]
 
     def window(self, n: int, start: int) -> tuple[np.ndarray, ...]:
-        """One row of `batch`: K timesteps of episode n; what lies behind its end repeats the last and is not valid."""
+        """One row of `batch`: K timesteps of episode n; after its end the last one is repeated and is not valid."""
         times = np.arange(start, start + self.config.context)
         index = np.minimum(times, len(self.to_go[n]) - 1)
         frames = self.frames[n]
@@ -208,7 +208,7 @@ class Windows:
 
 
 def stack_frames(frames: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """(T, H, W, C) uint8 at timesteps (K,) to (K, 4 C, H, W): each behind its three predecessors."""
+    """(T, H, W, C) uint8 at timesteps (K,) to (K, 4 C, H, W): each after its three predecessors."""
     stacked = frames[np.maximum(index[:, None] - np.arange(STACK - 1, -1, -1), 0)]
     return stacked.transpose(0, 1, 4, 2, 3).reshape(len(index), -1, *frames.shape[1:3])
 

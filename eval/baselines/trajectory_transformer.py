@@ -2,7 +2,7 @@
 
 episodes -> transitions of D + A + 2 tokens (observation, action, reward, value), each dimension in
 bins of its own -> GPT over short runs of transitions -> at play a beam search for predicted reward
-and value, anew at each timestep, whose best plan gives the action
+and value at each timestep, whose best plan gives the action
 
 Invariant: a prediction is the model's for the last `context` transitions, whether keys and values
 are cached or everything is computed again (`cached=False`, the slow reference).
@@ -199,7 +199,7 @@ class TrajectoryTransformer(nn.Module):
         return self.norm(x), cache
 
     def step(self, token: Tensor, place: int, cache: list[tuple[Tensor, Tensor]], filled: int) -> Tensor:
-        """Token (R,) behind `filled` cached ones -> logits (R, N + 1). The cache (R, heads, room, W / heads) gains
+        """Token (R,) after `filled` cached ones -> logits (R, N + 1). The cache (R, heads, room, W / heads) gains
         the token unless it is a value."""
         value = place % self.dimensions == self.dimensions - 1
         x = self.embed(token[:, None], torch.tensor([place], device=token.device))
@@ -228,8 +228,8 @@ def transition_rows(episode: Trajectory, config: Config) -> np.ndarray:
 class Windows:
     """Random runs of `transitions` timesteps of tokens, all timesteps but an episode's last equally often the first.
 
-    Behind the end of an episode that terminated stand tokens N, to be predicted; behind any other end they are
-    there but not to be predicted, since the task had gone on."""
+    An episode is followed by tokens N. They are to be predicted if it terminated, and not if it ended otherwise,
+    since the task would have gone on."""
 
     def __init__(self, rows: Sequence[np.ndarray], episodes: Sequence[Trajectory], discretiser: Discretiser, c: Config):
         self.config, padding = c, np.full((c.transitions - 1, rows[0].shape[1]), c.bins)
@@ -341,7 +341,7 @@ class Rows:
 
 
 class Policy:
-    """Plans anew at every timestep, for all active environments of a batch together."""
+    """Plans at every timestep, for all active environments of a batch together."""
 
     def __init__(self, model: TrajectoryTransformer, discretiser: Discretiser, task: TaskSpec, cached: bool = True):
         assert task.action is not None
@@ -386,7 +386,7 @@ class Policy:
 
     @torch.inference_mode()
     def plan(self, prefix: Tensor, rng: EpisodeRng | np.random.Generator) -> Tensor:
-        """Beam search from tokens (E, T) behind an observation: bins (E, A) of the best plan's first action."""
+        """Beam search from tokens (E, T) that end with an observation: bins (E, A) of the best plan's first action."""
         config, model, E = self.config, self.model, len(prefix)
         rows = Rows(model, prefix, self.cached)
         beams = torch.arange(E, device=prefix.device)[:, None]  # (E, beams): the row of each beam

@@ -164,7 +164,7 @@ def test_episodes_that_end_at_different_times_are_those_played_alone(hopper, dec
     for n in (0, 2, 5):
         alone = Witness(agent)
         (one,) = play(alone, task, seeds[n : n + 1], step_limit=60, policy_seed=11)
-        assert (one.total, one.timesteps) == (episodes[n].total, episodes[n].timesteps)
+        assert (one.episode_return, one.timesteps) == (episodes[n].episode_return, episodes[n].timesteps)
         assert np.array_equal(np.stack(alone.actions)[:, 0], np.stack(together.actions)[: one.timesteps, n])
     if decoding == "sample":
         again = Witness(agent)
@@ -205,7 +205,9 @@ def test_a_replayed_agent_keeps_its_rows_when_episodes_end(hopper):
     agent, _ = setup(hopper, decoding="sample", kind=GatoAgent, launch="graph")
     task, seeds = dataset.manifest.tasks[0].spec, [3, 4, 5, 6, 7, 8]
     mine, theirs = (play(one, task, seeds, step_limit=60, policy_seed=11) for one in (agent, plain))
-    assert [one.total for one in mine] == [one.total for one in theirs] and len({one.timesteps for one in mine}) > 1
+    assert [one.episode_return for one in mine] == [one.episode_return for one in theirs] and len(
+        {one.timesteps for one in mine}
+    ) > 1
     assert len(agent.running) == len(seeds) > len(plain.running)
     with pytest.raises(ValueError, match="use plain"):
         setup(hopper, launch="graph", window="exact")

@@ -229,8 +229,8 @@ def test_the_real_old_gym_plays(id, hopper):
     task = replace(task, observation=(replace(task.observation[0], shape=size),))
     first, again, other = (play(RandomPolicy(task.action), task, [seed]) for seed in (1, 1, 2))
     assert first[0].error == "" and first[0].ending in ("terminated", "truncated")
-    assert (first[0].total, first[0].timesteps) == (again[0].total, again[0].timesteps)
-    assert first[0].total != other[0].total or id == "CartPole-v1"
+    assert (first[0].episode_return, first[0].timesteps) == (again[0].episode_return, again[0].timesteps)
+    assert first[0].episode_return != other[0].episode_return or id == "CartPole-v1"
     assert simulators.versions()["gym"]
 
 
@@ -250,9 +250,13 @@ def test_a_fault_ends_its_own_episode(fault, hopper):
     for one, other in zip(played, sound):
         if one.seed % 2:
             assert one.ending == "error" and FAULTS[fault] in one.error
-            assert one.timesteps == (0 if "reset" in fault else 2) and np.isfinite(one.total)
+            assert one.timesteps == (0 if "reset" in fault else 2) and np.isfinite(one.episode_return)
         else:
-            assert (one.total, one.timesteps, one.ending) == (other.total, other.timesteps, other.ending)
+            assert (one.episode_return, one.timesteps, one.ending) == (
+                other.episode_return,
+                other.timesteps,
+                other.ending,
+            )
 
 
 def test_ctrl_c_waits_for_a_native_import():

@@ -88,7 +88,7 @@ def test_bodies(name):
     (path,) = (SHARED / "policies").glob(f"{name}.*")
     seeds = list(range(1000, 1000 + EPISODES))
     played = play(Batch(perceptron.load(path)), task, seeds)
-    returns = np.array([one.total for one in played])
+    returns = np.array([one.episode_return for one in played])
     reference = simulators.reference(spec)
     spread = returns.std(ddof=1)
     score = f"{normalised(returns.mean(), reference):6.1f}" if reference else "-"
