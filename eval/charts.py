@@ -70,7 +70,7 @@ def image_uri(path: Path) -> str:
 
 
 def returns_chart(aggregates: Sequence[Aggregate]) -> str:
-    """Mean raw returns of one task with 95 % intervals, one bar a model, as an SVG data URI. The dashed
+    """Mean raw returns of one task with 95 % intervals, one bar per model, as an SVG data URI. The dashed
     line is the upper end of the random policy's interval. Models without an episode have no bar."""
     shown = [one for one in aggregates if one.episodes]
     with matplotlib.rc_context(STYLE):
@@ -147,7 +147,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def curves_chart(curves: Curves) -> str:
-    """Learning curves, a panel a quantity, as an SVG data URI; '' where there is nothing to draw.
+    """Learning curves, one panel per quantity, as an SVG data URI; '' where there is nothing to draw.
     Of quantities seen only in training, the loss and the throughput are drawn, not every rate and norm."""
     first = [name for name in ("loss", "accuracy") if name in curves]
     held_out = sorted(name for name in curves if set(curves[name]) != {"training"} and name not in first)

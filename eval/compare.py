@@ -81,7 +81,7 @@ def failure_of(runner: ComparisonRunner, results: dict[int, JobResult]) -> str:
     played = [results[number] for number, job in enumerate(runner.jobs) if job.model != "behaviour"]
     if played and all(result.error for result in played):
         reasons = dict.fromkeys(result.error for result in played)
-        return f"nothing could be played, every part failed: {'; '.join(reasons)}"
+        return f"nothing could be played: {'; '.join(reasons)}"
     if not any(result.rows for result in results.values()):
         return "the logs hold no complete episode, and no other model was asked for; give other --models"
     return ""

@@ -149,7 +149,7 @@ def aggregate(table: pa.Table, resamples: int = RESAMPLES, seed: int = 0) -> lis
 
 
 def overall(table: pa.Table, resamples: int = RESAMPLES, seed: int = 0) -> list[Overall]:
-    """Interquartile mean over tasks, one a model and score kind, tasks as strata. Compare models only
+    """Interquartile mean over tasks, one per model and score kind, tasks as strata. Compare models only
     where `tasks` are the same. Seeds are the units if every task of the model has two or more."""
     by_model: dict[tuple[str, str], dict[str, list[EpisodeResult]]] = {}
     for (dataset, environment, model), rows in sorted(_groups(table).items()):
