@@ -66,8 +66,8 @@ def _low(bits: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def _table(vocabulary: Vocabulary) -> np.ndarray:
-    """(65536,) uint32, indexed by a float32's upper 16 bits. Floats that share them differ by less than a bin (1 part in
-    128 against 1 in 50): they have one token, or two whose edge, found by bisection, is at some `_low`. An entry is
+    """(65536,) uint32, indexed by a float32's upper 16 bits. Floats that share them differ by less than a bin (1 in 128
+    against 1 in 50): they have one token, or two whose edge, found by bisection, is at some `_low`. An entry is
     token << 16 plus the distance of the edge from 65536, so that adding a `_low` at or after the edge carries into the
     next token."""
     upper = np.arange(2**16, dtype=np.uint32) << 16
