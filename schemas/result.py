@@ -1,4 +1,4 @@
-"""Evaluation rows: one row per episode played; the table is made from nothing else.
+"""Evaluation rows: one row an episode played, the only thing the table is made from.
 
 Every figure in the table, the plots and the report is an aggregate of these rows,
 so a figure can be traced to episodes, seeds, weights, data and versions.
