@@ -26,7 +26,7 @@ import simulators
 from etl import sources
 from schemas.episode import EnvironmentSpec
 from simulators import plugins
-from simulators.experts import PolicyError, policies
+from simulators.experts import policies
 from simulators.policy import NoisyPolicy
 from simulators.rollout import Step, rollout
 
@@ -68,8 +68,6 @@ def play(options: Options, env: Any, policy: Any) -> Iterator[Step]:
     for episode in range(sys.maxsize):
         seed = options.seed * 1_000_003 + episode
         for step in rollout(noisy, [env], [seed], rng, before=lambda row, env: suite.state(env)):
-            if isinstance(step.error, PolicyError):
-                raise step.error
             if step.error is not None:
                 problem = f"{type(step.error).__name__}: {step.error}"
                 raise simulators.SimulatorError(f"{options.environment}: episode {episode}: {problem}") from step.error
@@ -143,8 +141,7 @@ def _writer(env: Any) -> type[sources.LogWriter]:
 
 
 def _level(options: Options) -> str:
-    named = options.policy if options.policy in ("expert", "random") else Path(options.policy).stem.replace(":", "-")
-    return options.level or named
+    return options.level or Path(options.policy).stem.rpartition(":")[2]
 
 
 def main() -> int:

@@ -94,7 +94,7 @@ class Assembly:
         values = stored.view(np.uint16).reshape(n, W, layout.stored)
         at: np.ndarray | slice = slice(None) if n == len(batch.tokens) else rows
         full, cut = L // K, L % K
-        grid = batch.tokens[:, : full * K].reshape(-1, full, K)
+        grid = batch.tokens[:, : full * K].reshape(len(batch.tokens), full, K)
         for first, column, width in layout.stored_blocks:
             grid[at, :, column : column + width] = values[:, :full, first : first + width]
             if cut > column:

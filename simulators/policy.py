@@ -139,7 +139,8 @@ class OnePlayer:
         active: np.ndarray,
         rng: Any,
     ) -> np.ndarray:
-        return np.asarray(self.player.act({key: value[0] for key, value in observations.items()}, rng))[None]
+        one = {key: np.array(value[0]) for key, value in observations.items()}
+        return np.asarray(self.player.act(one, rng))[None]
 
 
 class NoisyPolicy:

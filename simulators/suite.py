@@ -144,7 +144,7 @@ class Suite:
         return None
 
     def log_name(self, id: str) -> tuple[str, str]:
-        """(name, version) of an environment in the path of a log: 'Hopper-v4' -> ('hopper', 'v4')."""
-        name, _, version = id.rpartition("-")
-        name = name or version
-        return name.lower().replace("/", "-").replace(":", "-"), version if name != version else "v0"
+        """(name, version) of an environment in the path of a log: 'Hopper-v4' -> ('hopper', 'v4'), without a module."""
+        name, _, version = id.rpartition(":")[2].rpartition("-")
+        name, version = (name, version) if name else (version, "v0")
+        return name.lower().replace("/", "-"), version

@@ -73,7 +73,8 @@ def _expert(env: gymnasium.Env, noise: float) -> Any:
 class Own:
     """A policy of the user's own: `act(observation, rng)`, or a function of the observation alone."""
 
-    def __init__(self, name: str, policy: Any):
+    def __init__(self, name: str, policy: Any, size: int):
+        self.size = size
         self.algorithm = str(getattr(policy, "algorithm", name.replace(":", ".")))
         self.name, self.policy = name, policy
         self.with_rng: Callable[..., Any] | None = getattr(policy, "act", None)
@@ -85,9 +86,10 @@ class Own:
 
     def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
         found = self.with_rng(observation, rng) if self.with_rng else self.policy(observation)
-        if found is None:
-            raise PolicyError(f"{self.name}: returned no action; return what the environment's step takes")
-        return np.asarray(found)
+        action = np.asarray(np.nan if found is None else found)
+        if action.size != self.size or action.dtype.kind not in "fiub" or not np.isfinite(action).all():
+            raise PolicyError(f"{self.name}: returned the action {found!r}; return {self.size} finite numbers")
+        return action
 
 
 def _own(name: str, env: gymnasium.Env) -> Own:
@@ -105,7 +107,7 @@ def _own(name: str, env: gymnasium.Env) -> Own:
         kind = type(policy).__name__
         raise PolicyError(f"--policy {name}: returned a {kind}; return an object with act(observation, rng), or a "
                           "function observation -> action")  # fmt: skip
-    return Own(name, policy)
+    return Own(name, policy, simulators.action_spec(env).size)
 
 
 def _has_convolutions(path: Path) -> bool:

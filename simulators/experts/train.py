@@ -23,6 +23,7 @@ from gymnasium.wrappers import FlattenObservation
 from rich.console import Console
 
 import simulators
+from simulators import plugins
 from simulators.experts import PolicyError
 from simulators.experts.perceptron import VARIANCE_EPSILON, Perceptron, load, save_safetensors
 from simulators.policy import OnePlayer
@@ -36,7 +37,9 @@ class TrainOptions:
     """Train an expert by PPO and write it as a small safetensors file that etl.record plays."""
 
     environment: str = "Hopper-v4"
-    """gymnasium id of a body with continuous actions"""
+    """gymnasium id of a body with continuous actions, MODULE:Id for one of your own"""
+    imports: plugins.Imports = ()
+    """module to import first, which registers environments or suites"""
     timesteps: int = 1_000_000
     """environment steps of training; the best checkpoint on the way is kept"""
     output: Path = Path("data/experts/hopper.safetensors")
@@ -75,6 +78,7 @@ def train(options: TrainOptions, console: Console) -> dict[str, str]:
     except ImportError:
         raise PolicyError("training an expert needs stable-baselines3; pip install 'gato-open[sb3]'") from None
     torch.set_num_threads(1)
+    plugins.load(options.imports)
     spec = simulators.environment_spec(options.environment)
     body = DummyVecEnv([lambda: Monitor(FlattenObservation(simulators.make(spec)))] * options.copies)
     world = VecNormalize(body, gamma=options.discount, clip_obs=CLIP, epsilon=VARIANCE_EPSILON)
@@ -191,7 +195,7 @@ def main() -> None:
     options = tyro.cli(TrainOptions, prog="python -m simulators.experts.train")
     try:
         header = train(options, console)
-    except (PolicyError, simulators.SimulatorError) as error:
+    except (PolicyError, plugins.PluginError, simulators.SimulatorError) as error:
         console.print(f"[red]error:[/red] {error}", highlight=False)
         raise SystemExit(2) from None
     console.print(f"{options.output}: return {header['return_mean']} ± {header['return_std']} over 10 episodes")

@@ -21,8 +21,9 @@ import numpy as np
 from gymnasium import spaces
 
 from schemas.episode import EnvironmentSpec, ScoreReference
+from simulators import pictures
 from simulators.suite import Suite
-from simulators.suites.mujoco import body_reference
+from simulators.suites.mujoco import body_of, body_reference
 
 PREFIX = "gym/"
 
@@ -51,6 +52,10 @@ class OldGymSuite(Suite):
     def settings(self, environment: EnvironmentSpec) -> dict[str, Any]:
         self.register()
         return dict(environment.kwargs)
+
+    def picture(self, env: gymnasium.Env) -> np.ndarray:
+        body = body_of(env)
+        return super().picture(env) if body is None else pictures.draw(body.model, body.data)
 
 
 SUITE = OldGymSuite()

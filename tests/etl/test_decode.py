@@ -61,7 +61,6 @@ class Log:
     place: Path
     episodes: dict[tuple, Episode]
     scan: Any = None
-    start: dict[str, np.ndarray] = field(default_factory=dict)  # lowest values of discrete ones
     counted: set[str] = field(default_factory=set)  # what its values make the build count
 
 
@@ -155,9 +154,8 @@ def minari_nested(folder):
 
     action = spaces.Box(-2.0, 0.5, (3,), np.float32)
     episodes = minari_log(folder, spaces.Dict(space), action, "observations/body/place", pick)
-    start = {"pair/0": np.array([1, 0]), "pair/1": np.array(5), "room": np.array(-2)}
     counted = {"clipped", "outside", "cut"}
-    return Log("minari", folder, episodes, start=start, counted=counted)
+    return Log("minari", folder, episodes, counted=counted)
 
 
 def minari_discrete(folder):
@@ -169,7 +167,7 @@ def minari_discrete(folder):
         return {str(n): values[:T] for n, values in enumerate(own)}
 
     episodes = minari_log(folder, space, action, "observations/_index_1", pick, jpeg_encoding=False)
-    return Log("minari", folder, episodes, start={"action": np.array([2, 1])}, counted={"clipped"})
+    return Log("minari", folder, episodes, counted={"clipped"})
 
 
 def babyai(folder):
@@ -304,7 +302,7 @@ def compare(log, dataset, found):
             value, kind = back[name], kinds[name]
             assert value.shape == raw.shape, (key, name)
             if kind == "continuous" and name == "action":
-                low, high = task.action.low, task.action.high
+                low, high = np.array(task.action.low), np.array(task.action.high)
                 raw, value = (2 * (a.astype(np.float64) - low) / (high - low) - 1 for a in (raw, value))
                 same, beyond = agrees(raw, value, ROUNDED)  # decoded to float32
                 count["outside"] += beyond
@@ -316,7 +314,7 @@ def compare(log, dataset, found):
                 same = all(line and whole.startswith(line) for line, whole in zip(value[short], raw[short]))
                 count["cut"] += int(short.sum())
             else:
-                same = np.array_equal(value + log.start[name] if name in log.start else value, raw)
+                same = np.array_equal(value, raw)
             fields += 1
             if not same:
                 differ.append((*key, name))

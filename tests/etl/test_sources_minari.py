@@ -359,7 +359,7 @@ def test_text_that_is_not_utf8_costs_its_episode(tmp_path):
         (spaces.Discrete(1025), ACTION, "too many choices", "1025"),
         (spaces.Box(-(2**63), 2**63 - 1, (1,), np.int64), ACTION, "too many choices", "ids"),
         (spaces.Box(0, 1, (65_537,), np.float32), ACTION, "unsupported space", "65537"),
-        (spaces.Box(0, 255, (48, 48, 4), np.uint8), ACTION, "unsupported space", "channels"),
+        (spaces.Box(0, 255, (4, 48, 48), np.uint8), ACTION, "unsupported space", "channels"),
     ],
 )
 def test_spaces_without_tokens_are_rejected_with_the_remedy(tmp_path, observation, action, reason, word):

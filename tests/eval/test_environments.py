@@ -74,7 +74,17 @@ FAULTS = {
 }
 for name in FAULTS:
     gymnasium.register(f"{name.title().replace(' ', '')}Hopper-v0", entry_point=Faulty, kwargs={"fault": name})
-gymnasium.register("UnbuiltHopper-v0", entry_point=lambda render_mode: Faulty())
+
+
+class Blind(gymnasium.Wrapper):
+    """Draws nothing, and knows no render_mode."""
+
+    def __init__(self):
+        super().__init__(gymnasium.make("CartPole-v1"))
+
+
+gymnasium.register("Blind-v0", entry_point=Blind)
+gymnasium.register("UnbuiltHopper-v0", entry_point=lambda: Faulty())
 
 
 def hopper_task(folder, environment="Hopper-v4", suite="mujoco"):
@@ -255,7 +265,7 @@ def test_ctrl_c_waits_for_a_native_import():
 
 
 def test_no_picture_is_no_error(hopper):
-    spec = EnvironmentSpec("gymnasium", "CartPole-v1")
+    spec = EnvironmentSpec("gymnasium", "Blind-v0")
     env = simulators.make(spec)
     task = replace(
         hopper_task(hopper),

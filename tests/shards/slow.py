@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from schemas.layout import ACTION, PATCH, SEPARATOR, TEXT
+from schemas.layout import ACTION, PATCH, SEPARATOR, TEXT, TimestepLayout
 from shards.batch import Batch
 from shards.sampler import fold_in, random, random_bits, uniform_below
 from shards.stream import Stream
@@ -23,14 +23,14 @@ def slow_sequence(stream: Stream, i: int) -> dict[str, list]:
     first = phase + window * W
     body = [(*steps[(first + n) % len(steps)], (first + n) // len(steps)) for n in range(W)]
     asked, end, size, choice, start = (random_bits(stream.seed, "prompt", i, n) for n in range(5))
-    prompted = int(asked[0]) / 2**64 < config.prompt_probability and layout.action
+    prompted = int(asked[0]) / 2**64 < config.prompt_probability and layout.action and W > 1
     if prompted and int(start[0]) / 2**64 < config.prompt_start_share:
         first = min(n for n, step in enumerate(steps) if episode_of[step[0]] == episode_of[body[0][0]])
         body = [(*steps[(first + n) % len(steps)], (first + n) // len(steps)) for n in range(W)]
     prompt = []
     others = [e for e in dict.fromkeys(episode_of[rows].tolist()) if e != episode_of[body[0][0]]]
     if prompted and others:
-        length = 1 + int(uniform_below(size, max(1, int(W * config.prompt_max_share)))[0])
+        length = 1 + int(uniform_below(size, min(max(1, int(W * config.prompt_max_share)), W - 1))[0])
         chosen = others[int(uniform_below(choice, len(others))[0])]
         if config.working_set is not None:
             near = phase + int(stream.sampler.neighbour_windows(place, fold_in(choice, 1))[0]) * W
@@ -53,7 +53,7 @@ def slow_sequence(stream: Stream, i: int) -> dict[str, list]:
             segment += 1
         previous = here
         stored = iter(dataset.tokens(row)[t].tolist())
-        patches = iter(dataset.patches(row)[t] if layout.patches else [])
+        patches = iter(slow_patches(layout, dataset.patches(row)[t]) if layout.patches else [])
         for column, role in enumerate(layout.roles.tolist()):
             p = len(out["tokens"])
             if p == config.sequence_length:
@@ -76,6 +76,18 @@ def slow_sequence(stream: Stream, i: int) -> dict[str, list]:
             out["positions"].append(column)
             out["segments"].append(segment)
     return out
+
+
+def slow_patches(layout: TimestepLayout, stored: np.ndarray) -> list[np.ndarray]:
+    """One timestep's pixels as they are stored to its patches (16, 16, 1 or 3), one after the other."""
+    rest, found = stored.reshape(-1), []
+    for picture in layout.pictures:
+        for _ in range(picture.rows * picture.columns):
+            size = 16 * 16 * picture.channels
+            found.append(rest[:size].reshape(16, 16, picture.channels))
+            rest = rest[size:]
+    assert not len(rest)
+    return found
 
 
 def check_batch(stream: Stream, batch: Batch) -> None:

@@ -1,24 +1,23 @@
-"""DQN-Replay logs of Atari games (arXiv 1907.04543): GAME/RUN/replay_logs/, one task a game and run.
+"""DQN-Replay logs of Atari games (arXiv 1907.04543): GAME/RUN/replay_logs/, one task per game and run.
 
 $store$_{observation,action,reward,terminal}_ckpt.N.gz, gzipped .npy of N rows each, in lockstep
     -> episodes: rows up to and with one where terminal is set; what is left at the end is cut by the log
 
 Observations are grey (N, H, W), 84x84 in DQN-Replay, or RGB (N, H, W, 3). `scan` reads terminals, actions and
 rewards whole and the header of the observations; `read` streams the four files, one episode in memory at a time:
-damage to the observations shows only there. A process keeps the checkpoint that it reads open from one shard to
-the next, with points to resume from, so that no order of shards makes it decompress a file twice.
+damage to the observations shows only there.
 
 What the writer, Dopamine's replay buffer, leaves in the files:
 
 - Each episode starts with three padding rows, all zero in every array. `read` leaves them out: the episode's
-  `row` lies that much behind its ref's `start`, and it has that many timesteps fewer.
-- Rows at and behind the write position, `add_count` modulo N, were not written in this round: they are left over
+  `row` lies that much after its ref's `start`, and it has that many timesteps fewer.
+- Rows from the write position on, `add_count` modulo N, were not written in this round: they are left over
   from the checkpoint before (in DQN-Replay one row, the last). They are no episode's. `invalid_range`, the rows
   around that position whose stack of frames would reach across it, gives it where `add_count` is missing.
 - A terminal marks the time limit too: an episode of that many timesteps counts as truncated, and a longer stretch
   without a terminal is cut there.
 
-- A checkpoint behind the first may begin inside an episode, which then has no padding rows: it counts as cut.
+- A checkpoint after the first may begin inside an episode, which then has no padding rows: it counts as cut.
 
 Invariant: checkpoints are separate logs; an episode never runs from one into the next.
 """
@@ -27,8 +26,6 @@ from __future__ import annotations
 
 import os
 import re
-import threading
-import tokenize
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -41,7 +38,7 @@ import numpy as np
 from etl.fetch.download import fetch
 from etl.sources import STALE, EpisodeRef, Known, NoOptions, Rejection, SourceError, TaskScan, _catalogue
 from etl.sources._catalogue import Game
-from etl.sources._gzip import DAMAGE, Gunzip
+from etl.sources.atari.checkpoint import AGAIN, ARRAYS, STORE, Checkpoint, number_of, opened, parts
 from etl.sources.atari.writer import ReplayWriter
 from schemas.episode import ActionSpec, EpisodeError, FieldSpec, RawEpisode, TaskSpec
 from schemas.layout import PATCH_SIZE
@@ -50,16 +47,9 @@ from simulators.registry import environment
 
 BUCKET = "https://storage.googleapis.com/atari-replay-datasets/dqn"
 RUNS, CHECKPOINTS = 5, 50
-ARRAYS = ("action", "reward", "terminal", "observation")
 RESIZED = (64, 80)
-SIDES = range(16, 1025)  # pixels
-MOST_ROWS = 2**26  # a checkpoint has 1M
 PADDING = 3  # frames in a stack, less one
 TIME_LIMIT = 27_000  # actions, of four frames each: 30 minutes
-PIECE = 2**18
-LITERAL_ERRORS = (ValueError, SyntaxError, TypeError, RecursionError, OverflowError, tokenize.TokenError)
-_STORE = re.compile(r"\$store\$_(?:action|reward|terminal|observation)_ckpt\.(\d+)\.gz")
-_AGAIN = "download it again"
 
 
 @dataclass(frozen=True)
@@ -104,12 +94,10 @@ class Atari:
         if input is None:
             return [self._download(dataset or self.default_dataset, cache)]
         input = Path(os.path.abspath(input))
-        found = {
-            _action_file(p) for p in ([input] if input.is_file() else input.rglob("*")) if _STORE.fullmatch(p.name)
-        }
+        found = {_action_file(p) for p in ([input] if input.is_file() else input.rglob("*")) if STORE.fullmatch(p.name)}
         if not found:
             raise SourceError(f"{input}: no $store$_*_ckpt.N.gz in it; give --input a folder GAME/RUN/replay_logs")
-        files = [p for p in found if dataset is None or dataset in (_dataset(p), f"{_dataset(p)}/{_number(p)}")]
+        files = [p for p in found if dataset is None or dataset in (_dataset(p), f"{_dataset(p)}/{number_of(p)}")]
         if not files:
             raise SourceError(f"{input}: no dataset '{dataset}' in it, but {', '.join(sorted(map(_dataset, found)))}")
         return sorted(files, key=_order)
@@ -127,13 +115,13 @@ class Atari:
 
     def parts(self, file: str) -> list[Path]:
         """The four arrays of a checkpoint."""
-        return [_sibling(Path(file), f"$store$_{array}") for array in ARRAYS]
+        return parts(Path(file))
 
     def read(self, task: TaskSpec, refs: Iterable[EpisodeRef]) -> Iterator[RawEpisode | Rejection]:
         """Episodes in the order of refs: observation {'frame': (T, H, W, C) uint8}, action (T,) int32, reward
         (T,) float32 as logged (clipped to [-1, 1] in DQN-Replay)."""
         for file, group in groupby(refs, key=lambda ref: ref.file):
-            checkpoint = _opened(Path(file))
+            checkpoint = opened(Path(file))
             for ref in group:
                 yield _read_episode(checkpoint, task, ref)
 
@@ -145,151 +133,6 @@ class Atari:
 
 
 SOURCE = Atari()
-
-
-class _Rows:
-    """A gzipped .npy: shape and dtype first, then ranges of rows. EpisodeError says what is wrong."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        if path.exists() and not path.is_file():
-            raise EpisodeError("missing file", f"{path.name} is no file; {_AGAIN}")
-        try:
-            self.file = Gunzip(path)
-        except OSError as error:
-            raise EpisodeError("missing file", f"{path.name} cannot be opened ({error.strerror}); {_AGAIN}") from error
-        try:
-            self.shape, self.dtype = self._header()
-        except EpisodeError:
-            self.file.close()
-            raise
-        self.first = self.file.position
-        self.row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
-
-    def _header(self) -> tuple[tuple[int, ...], np.dtype]:
-        try:
-            version = np.lib.format.read_magic(self.file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, column_major, dtype = read(self.file)
-        except DAMAGE as error:
-            raise self._corrupt(error) from error
-        except (*LITERAL_ERRORS, MemoryError) as error:
-            # numpy evaluates the header as a Python literal
-            why = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-            raise EpisodeError("not npy", f"{self.path.name} holds no .npy array ({why}); {_AGAIN}") from error
-        if dtype.hasobject or (column_major and len(shape) > 1) or any(n < 0 for n in shape):
-            raise EpisodeError("not npy", f"{self.path.name} holds {dtype} in an order or form that is not read")
-        return shape, dtype
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) as (stop - start, ...)."""
-        out = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        try:
-            self.file.seek(self.first + start * self.row_bytes)
-            view = out.data.cast("B") if out.size else memoryview(b"")
-            while view:
-                count = self.file.readinto(view[:PIECE])
-                if not count:
-                    raise EOFError(f"ends before row {stop} of {self.shape[0]}")
-                view = view[count:]
-            if stop == self.shape[0] and self.file.read(1):  # at the end, this is what checks the checksum
-                raise OSError("bytes behind the last row")
-        except DAMAGE as error:
-            raise self._corrupt(error) from error
-        return out
-
-    def scalar(self) -> np.ndarray:
-        """The value of an array without dimensions."""
-        self.shape = (1,)
-        return self.rows(0, 1)
-
-    def _corrupt(self, error: Exception) -> EpisodeError:
-        return EpisodeError("corrupt gzip", f"{self.path.name}: {error}; {_AGAIN}")
-
-    def close(self) -> None:
-        self.file.close()
-
-
-_local = threading.local()
-
-
-def _opened(action_file: Path) -> _Checkpoint:
-    """The checkpoint, kept open by this thread as long as it reads no other one and its files stay as they are."""
-    paths = SOURCE.parts(str(action_file))
-    stamp = [(p.stat().st_ino, p.stat().st_size, p.stat().st_mtime_ns) for p in paths if p.is_file()]
-    held = getattr(_local, "held", None)
-    if held is None or held[:2] != (action_file, stamp):
-        if held is not None:
-            held[2].close()
-        _local.held = held = (action_file, stamp, _Checkpoint(action_file))
-    return held[2]
-
-
-class _Checkpoint:
-    """The arrays of one checkpoint, opened at first use."""
-
-    def __init__(self, action_file: Path):
-        self.action_file = action_file
-        self.opened: dict[str, _Rows] = {}
-
-    def __getitem__(self, array: str) -> _Rows:
-        if array not in self.opened:
-            self.opened[array] = _Rows(_sibling(self.action_file, f"$store$_{array}"))
-        return self.opened[array]
-
-    def check(self) -> int:
-        """Rows of each array. EpisodeError where arrays do not fit together."""
-        rows = self["action"].shape[:1]
-        kinds = {"action": "iu", "reward": "f", "terminal": "iub", "observation": "u"}
-        for array in ARRAYS:
-            name, shape, dtype = self[array].path.name, self[array].shape, self[array].dtype
-            if dtype.kind not in kinds[array] or (array == "observation" and dtype != np.uint8):
-                raise EpisodeError("wrong dtype", f"{name} is {dtype}")
-            if array == "observation":
-                grey = len(shape) == 3 or shape[3:] == (1,)
-                if not ((grey or shape[3:] == (3,)) and shape[1] in SIDES and shape[2] in SIDES):
-                    raise EpisodeError("wrong shape", f"{name} is {shape}, expected (N, 84, 84), or RGB (N, H, W, 3)")
-            elif len(shape) != 1:
-                raise EpisodeError("wrong shape", f"{name} is {shape}, expected (N,)")
-            if shape[:1] != rows:
-                raise EpisodeError("wrong length", f"{name} has {shape[0]} rows, actions {rows[0]}; {_AGAIN}")
-        if rows[0] > MOST_ROWS:
-            raise EpisodeError("wrong length", f"{rows[0]} rows, more than {MOST_ROWS}; {_AGAIN}")
-        return rows[0]
-
-    @property
-    def frame(self) -> tuple[int, int, int]:
-        """(H, W, C)."""
-        height, width, *channels = self["observation"].shape[1:]
-        return height, width, channels[0] if channels else 1
-
-    def written(self, rows: int) -> int:
-        """Rows in front of the write position: all where the log says nothing of it."""
-        count = self._small("add_count")
-        if count is not None and count.size == 1:
-            value = int(count.reshape(-1)[0])
-            return value if 0 <= value < rows else value % rows or rows
-        invalid = self._small("invalid_range")
-        if invalid is not None and invalid.size > 1 and (np.diff(invalid.reshape(-1)) % rows == 1).all():
-            return (int(invalid.reshape(-1)[0]) + 1) % rows or rows  # the range starts one row before the position
-        return rows
-
-    def _small(self, stem: str) -> np.ndarray | None:
-        """One of the few integers beside the arrays, None where the log has none."""
-        path = _sibling(self.action_file, stem)
-        if not path.is_file():
-            return None
-        array = _Rows(path)
-        try:
-            if array.dtype.kind not in "iu" or len(array.shape) > 1 or sum(array.shape) > 64:
-                raise EpisodeError("wrong shape", f"{path.name} is {array.dtype} {array.shape}, expected few integers")
-            return array.rows(0, array.shape[0]) if array.shape else array.scalar()
-        finally:
-            array.close()
-
-    def close(self) -> None:
-        for array in self.opened.values():
-            array.close()
 
 
 def _scan_run(files: list[Path], options: Options) -> TaskScan:
@@ -305,7 +148,7 @@ def _scan_run(files: list[Path], options: Options) -> TaskScan:
     frame: tuple[int, int, int] | None = None
     limit = options.max_episode_steps or TIME_LIMIT
     for path in files:
-        checkpoint = _Checkpoint(path)
+        checkpoint = Checkpoint(path)
         try:
             rows = checkpoint.check()
             if checkpoint.frame != (frame or checkpoint.frame):
@@ -314,7 +157,7 @@ def _scan_run(files: list[Path], options: Options) -> TaskScan:
             rewards, terminals = checkpoint["reward"].rows(0, rows), checkpoint["terminal"].rows(0, rows)
             written = checkpoint.written(rows) if rows else 0
             if written == 0:
-                raise EpisodeError("empty", f"no row was written; {_AGAIN}")
+                raise EpisodeError("empty", f"no row was written; {AGAIN}")
         except EpisodeError as error:
             rejected.append(Rejection(name, _relative(path), -1, 0, error.reason, error.detail))
             continue
@@ -322,7 +165,7 @@ def _scan_run(files: list[Path], options: Options) -> TaskScan:
             checkpoint.close()
         frame = checkpoint.frame
         if rows - written > 1:
-            detail = f"rows {written} to {rows - 1} lie behind the write position: left over from the checkpoint before"
+            detail = f"rows {written} to {rows - 1} lie after the write position: left over from the checkpoint before"
             rejected.append(Rejection(name, _relative(path), -1, written, STALE, detail))
         for n, (start, stop) in enumerate(_bounds(terminals[:written], limit + PADDING)):
             total = float(rewards[start:stop].astype(np.float64).sum())
@@ -357,7 +200,7 @@ def _bounds(terminals: np.ndarray, limit: int) -> list[tuple[int, int]]:
     return list(pairwise([0, *stops]))
 
 
-def _read_episode(checkpoint: _Checkpoint, task: TaskSpec, ref: EpisodeRef) -> RawEpisode | Rejection:
+def _read_episode(checkpoint: Checkpoint, task: TaskSpec, ref: EpisodeRef) -> RawEpisode | Rejection:
     try:
         action, reward, terminal, frames = (checkpoint[array].rows(ref.start, ref.stop) for array in ARRAYS)
         padding = 0
@@ -365,7 +208,7 @@ def _read_episode(checkpoint: _Checkpoint, task: TaskSpec, ref: EpisodeRef) -> R
             padding += 1
         ended = bool(terminal[-1])
         limit_reached = ref.timesteps - padding >= task.max_episode_steps  # with a terminal at it, or cut there
-        if ref.position == 0 and padding == 0 and _number(Path(ref.file)) > 0:
+        if ref.position == 0 and padding == 0 and number_of(Path(ref.file)) > 0:
             ended = limit_reached = False  # its beginning is in the checkpoint before
         return RawEpisode(
             observation={"frame": frames[padding:].reshape(-1, *checkpoint.frame)},
@@ -405,18 +248,7 @@ def _absolute(path: Path) -> Path:
 
 
 def _action_file(store: Path) -> Path:
-    return store.with_name(f"$store$_action_ckpt.{_number(store)}.gz")
-
-
-def _sibling(action_file: Path, stem: str) -> Path:
-    return action_file.with_name(f"{stem}_ckpt.{_number(action_file)}.gz")
-
-
-def _number(store: Path) -> int:
-    match = _STORE.fullmatch(store.name)
-    if match is None:
-        raise SourceError(f"{store}: not a $store$_*_ckpt.N.gz of DQN-Replay; give one, or a folder of them")
-    return int(match[1])
+    return store.with_name(f"$store$_action_ckpt.{number_of(store)}.gz")
 
 
 def _run_folder(store: Path) -> Path:
@@ -437,4 +269,4 @@ def _relative(store: Path) -> str:
 
 def _order(store: Path) -> tuple[str, str, int, str]:
     game, run = _dataset(store).split("/")
-    return game, run, _number(store), str(store)
+    return game, run, number_of(store), str(store)

@@ -250,7 +250,9 @@ def _scan_file(name: str, path: Path, options: Options) -> TaskScan:
     except EpisodeError as error:
         return TaskScan(None, (), (_rejection(name, EpisodeRef(str(path), -1, 0, 0), error),))
     fields = tuple(FieldSpec(key, "continuous", rows.shape[1:]) for key, rows in sorted(log.fields.items()))
-    score = known.score if known else simulators.reference(environment) if environment else None
+    score = simulators.reference(environment) if environment else None
+    if known and environment == known.environment:
+        score = known.score
     longest = max(stop - start for start, stop in bounds)
     task = TaskSpec(name, D4RL.name, fields, action, environment, score, limit or longest)
     refs = tuple(EpisodeRef(str(path), n, *bound, total) for n, (bound, total) in enumerate(zip(bounds, totals)))

@@ -1,4 +1,4 @@
-"""Minari datasets (minari.farama.org), where D4RL lives today: one dataset, one task.
+"""Minari datasets (minari.farama.org), where D4RL lives today: one dataset is one task.
 
 ID/data/metadata.json    spaces, environment, reference returns
 ID/data/main_data.hdf5   episode_N/: observations (T+1, ...), actions (T, ...), rewards, terminations, truncations (T,)
@@ -7,7 +7,6 @@ ID/data/main_data.hdf5   episode_N/: observations (T+1, ...), actions (T, ...), 
 Dict and Tuple spaces are groups ('_index_0' for a tuple's first): their arrays become fields with keys such as
 'achieved_goal' or 'a/0', in the order of the path. `scan` reads metadata and rewards; `read` opens one episode's
 group at a time; how the bytes are read is in etl/sources/minari/disk.py. Minari's 'arrow' and 'parquet' are not read.
-`minari.json` lists D4RL's datasets as Minari names them, with their environments.
 
 Invariant: a field is a function of its own space (`field`), its array of that and the stored rows (`values`).
 """
@@ -18,12 +17,8 @@ import json
 import math
 import os
 import re
-import shutil
-import sys
 from collections.abc import Iterable, Iterator
-from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -49,6 +44,7 @@ from etl.sources import (
 )
 from etl.sources.minari import disk
 from etl.sources.minari.disk import AGAIN, DATA, METADATA, TIMESTEP_VALUES, Leaf, damage
+from etl.sources.minari.download import DEFAULT, address, d4rl_environments, download
 from etl.sources.minari.writer import MinariWriter
 from schemas.episode import ActionSpec, EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, ScoreReference, TaskSpec
 from schemas.layout import layout_of
@@ -78,7 +74,7 @@ class Minari:
     """Source of Minari datasets. Subclasses override `field` and `values`."""
 
     name = "minari"
-    default_dataset = "D4RL/pointmaze/umaze-v2"
+    default_dataset = DEFAULT
     options = Options
     writer: type[LogWriter] | None = MinariWriter
 
@@ -87,13 +83,13 @@ class Minari:
         root = cache / "minari"
         cached = {disk.dataset_id(path): path for path in _datasets_below(root)} if root.is_dir() else {}
         table = dict.fromkeys(sorted(cached), "-") | d4rl_environments()
-        return [Known(name, environment, _address(name), cached.get(name)) for name, environment in table.items()]
+        return [Known(name, environment, address(name), cached.get(name)) for name, environment in table.items()]
 
     def resolve(self, input: Path | None, dataset: str | None, cache: Path) -> list[Path]:
         """The main_data.hdf5 of each dataset at or below the input, sorted; `dataset` (an id such as
         D4RL/hopper/medium-v0) picks one. Without an input, `dataset` is downloaded. SourceError where there is none."""
         if input is None:
-            return [_download(dataset or self.default_dataset, cache / "minari")]
+            return [download(dataset or self.default_dataset, cache / "minari")]
         found = _datasets_below(Path(os.path.abspath(input)))
         if not found:
             raise SourceError(
@@ -145,10 +141,10 @@ class Minari:
 
     def action(self, space: spaces.Space) -> ActionSpec:
         """The action space. SpaceError where it has no bounds or holds more than one array."""
-        found = rules.action(space)
-        if found.size > TIMESTEP_VALUES:
-            raise EpisodeError("unsupported space", f"an action has {found.size} values; {TIMESTEP_VALUES} can be read")
-        return found
+        size = math.prod(rules.shape_of(space))
+        if size > TIMESTEP_VALUES:
+            raise EpisodeError("unsupported space", f"an action has {size} values; up to {TIMESTEP_VALUES} can be read")
+        return rules.action(space)
 
     def environment(self, about: dict[str, Any], options: Options) -> tuple[EnvironmentSpec | None, int | None]:
         """Where to evaluate, and its time limit: the command line's, else the metadata's eval_env_spec, else its
@@ -240,17 +236,6 @@ def task_name(path: Path) -> str:
     return disk.dataset_id(path).replace("/", "-")
 
 
-@cache
-def d4rl_environments() -> dict[str, str]:
-    """D4RL's datasets by Minari's ids, with the gymnasium id of the environment each was recorded in."""
-    return json.loads(Path(__file__).with_name("minari.json").read_text())
-
-
-def _address(dataset: str) -> str:
-    repository, _, folder = dataset.partition("/")
-    return f"https://huggingface.co/datasets/farama-minari/{repository}/tree/main/{folder}"
-
-
 def _datasets_below(root: Path) -> list[Path]:
     """main_data.hdf5 of every folder 'data' that holds it or a metadata.json, hidden folders and links to folders
     left out. `root` may be such a folder, whatever its name, or the file itself."""
@@ -262,44 +247,6 @@ def _datasets_below(root: Path) -> list[Path]:
         if (Path(folder).name == "data" or Path(folder) == root) and {METADATA, DATA} & set(files):
             found.append(Path(folder) / DATA)
     return sorted(found)
-
-
-def _download(dataset: str, cache: Path) -> Path:
-    """main_data.hdf5 of the dataset in the cache: downloaded beside it, moved there when all of it arrived."""
-    if not disk.is_id(dataset):
-        raise SourceError(f"'{dataset}' is no Minari id; give --dataset one such as {Minari.default_dataset}")
-    target, partial = cache / dataset, cache / ".partial" / dataset.replace("/", "-")
-    path = target / "data" / DATA
-    if path.with_name(METADATA).is_file():
-        return path
-    if target.exists():
-        raise SourceError(f"{target}: not a whole Minari dataset; delete it to download it again")
-    import minari
-
-    before = os.environ.get("MINARI_DATASETS_PATH")
-    os.environ["MINARI_DATASETS_PATH"] = str(partial)
-    try:
-        with redirect_stdout(sys.stderr):
-            minari.download_dataset(dataset, force_download=(partial / dataset).exists())
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(partial / dataset, target)
-    except Exception as error:  # the clients of the remote stores share no base class
-        raise SourceError(
-            f"cannot download Minari dataset '{dataset}' ({disk.brief(error)}); run `minari download {dataset}` where "
-            f"there is a network, and give --input that folder{_hint(dataset)}"
-        ) from error
-    finally:
-        if before is None:
-            del os.environ["MINARI_DATASETS_PATH"]
-        else:
-            os.environ["MINARI_DATASETS_PATH"] = before
-    shutil.rmtree(partial, ignore_errors=True)
-    return path
-
-
-def _hint(dataset: str) -> str:
-    known = d4rl_environments()
-    return "" if dataset in known else _catalogue.suggest(dataset, known)
 
 
 def _scan_episodes(file: h5py.File, name: str, path: Path, counted: Any) -> tuple[list[EpisodeRef], list[Rejection]]:
