@@ -1,9 +1,9 @@
-# make quickstart | make test | make bench | make setup | make slow
+# make quickstart | make test | make bench | make setup | make slow | make docs
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup quickstart test slow bench lint
+.PHONY: setup quickstart test slow bench lint docs
 
 setup: $(READY)
 
@@ -36,3 +36,10 @@ slow: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+# The pages, README and docstrings as a site in build/site; its tools have a small environment of their own.
+docs:
+	test -x .venv-docs/bin/mkdocs || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check $$(.venv-docs/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	.venv-docs/bin/mkdocs build --strict --quiet
+	@echo "Open build/site/index.html"

@@ -2,8 +2,9 @@
 
 *.md -> links, blocks, commands, names -> the files, parsers and functions that they are about
 
-A Python block is run in a folder of its own, after the blocks above it on the same page. `<!-- not run: why -->` above
-a block: it is compiled alone; `<!-- slow -->`: it is run by `make slow`, and what follows on the page with it.
+The Python blocks of a page are run in order, in a folder of their own. A comment above a block changes that:
+`<!-- not run: why -->` compiles it only, `<!-- file: NAME -->` writes it to a file, and `<!-- slow -->` leaves it,
+commands included, and what follows on the page to `make slow`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
-from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -101,44 +102,50 @@ def test_every_page_is_reached_from_the_readme():
     assert {name(page) for page in (ROOT / "docs").rglob("*.md")} - {name(page) for page in seen} == set()
 
 
-def python_blocks(page: Path) -> Iterator[tuple[str, str]]:
-    for match in FENCE.finditer(page.read_text()):
-        if match["language"] == "python":
-            yield match["mark"] or "", match["body"]
+def blocks(page: Path) -> list[tuple[str, str, str]]:
+    """(mark, language, body) of a page's blocks that are Python, or marked."""
+    found = [(match["mark"] or "", match["language"], match["body"]) for match in FENCE.finditer(page.read_text())]
+    return [(mark, language, body) for mark, language, body in found if mark or language == "python"]
 
 
 def run_blocks(page: Path, slow: bool) -> None:
     scope: dict[str, object] = {"__name__": page.stem}
-    for number, (mark, body) in enumerate(python_blocks(page), start=1):
-        code = compile(body, f"{name(page)}, Python block {number}", "exec")
+    for number, (mark, language, body) in enumerate(blocks(page), start=1):
         if mark == "slow" and not slow:
             return
         if mark.startswith("file: "):
             Path(mark.removeprefix("file: ")).write_text(body)
-        if not mark.startswith("not run"):
-            exec(code, scope)
+        elif language == "python":
+            code = compile(body, f"{name(page)}, block {number}", "exec")
+            if not mark.startswith("not run"):
+                exec(code, scope)
+        elif mark == "slow":
+            path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+            subprocess.run(["bash", "-euc", body], check=True, timeout=550, env=os.environ | {"PATH": path})
 
 
-WITH_PYTHON = [page for page in PAGES if any(python_blocks(page))]
+WITH_BLOCKS = [page for page in PAGES if blocks(page)]
+SLOW = [page for page in WITH_BLOCKS if any(mark == "slow" for mark, *_ in blocks(page))]
 
 
 @pytest.fixture
-def place(tmp_path, hopper):
-    """A folder as a user's: data/shards/d4rl is there."""
+def place(tmp_path, hopper, monkeypatch):
+    """A folder as a user's: data/shards/d4rl is there, and Python finds what lies in it."""
     (tmp_path / "data/shards").mkdir(parents=True)
     (tmp_path / "data/shards/d4rl").symlink_to(hopper)
-    with chdir(tmp_path):
-        yield tmp_path
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
-def test_python_blocks_run(page, place):
+@pytest.mark.parametrize("page", WITH_BLOCKS, ids=name)
+def test_blocks_run(page, place):
     run_blocks(page, slow=False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [p for p in WITH_PYTHON if any(m == "slow" for m, _ in python_blocks(p))], ids=name)
-def test_slow_python_blocks_run(page, place):
+@pytest.mark.parametrize("page", SLOW, ids=name)
+def test_slow_blocks_run(page, place):
     run_blocks(page, slow=True)
 
 
