@@ -1,9 +1,9 @@
-# make quickstart | make test | make bench | make setup | make slow | make docs
+# make quickstart | make test | make bench | make setup | make slow
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup quickstart test slow bench lint docs
+.PHONY: setup quickstart test slow bench lint
 
 setup: $(READY)
 
@@ -38,6 +38,7 @@ bench: setup
 	$(BIN)/python -m benchmarks
 
 # The pages, README and docstrings as a site in build/site; its tools have a small environment of their own.
+.PHONY: docs
 docs:
 	test -x .venv-docs/bin/mkdocs || $(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/pip install --quiet --disable-pip-version-check $$(.venv-docs/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")

@@ -144,6 +144,7 @@ def test_blocks_run(page, place):
 
 
 @pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.parametrize("page", SLOW, ids=name)
 def test_slow_blocks_run(page, place):
     run_blocks(page, slow=True)
