@@ -131,6 +131,7 @@ def place(tmp_path, hopper, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=name)
 def test_blocks_run(page, place):
     run_blocks(page, slow=False)
