@@ -44,3 +44,11 @@ slow: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+# The pages, README and docstrings as a site in build/site; its tools have a small environment of their own.
+.PHONY: docs
+docs:
+	test -x .venv-docs/bin/mkdocs || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check $$(.venv-docs/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	.venv-docs/bin/mkdocs build --strict --quiet
+	@echo "Open build/site/index.html"
