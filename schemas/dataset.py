@@ -1,16 +1,16 @@
 """A dataset on disk: the manifest (`dataset.json`) and the index (`index.arrow`).
 
     folder/shard-000000.tar ...   plain WebDataset, one sample = one episode (or a piece of a long one)
-    folder/index.arrow            one row a sample: where its members lie, what episode it is; a task's rows stand
-                                  together, training before held out, each in the order of episodes
-    folder/shards.arrow           one row a shard: size, sha256, counts
-    folder/rejected.jsonl         one line an episode or file that could not be used
-    folder/text.model             the SentencePiece model, where a task holds text
+    folder/index.arrow            one row per sample: where its members are, which episode it is; the rows of a task
+                                  follow each other, training before held out, in the order of episodes
+    folder/shards.arrow           one row per shard: size, sha256, counts
+    folder/rejected.jsonl         one line per episode or file that could not be used
+    folder/text.model             the SentencePiece model, if a task holds text
     folder/dataset.json           written last; without it there is no dataset
 
-Invariant: the manifest names size and sha256 of every other file (of the shards by way of shards.arrow), so a folder
-is whole exactly when its manifest says so. Nothing in it depends on the clock, the machine or the runner. The manifest
-and a mapped index are enough to find any timestep: nothing is scanned on opening.
+Invariant: the manifest names size and sha256 of every other file (of the shards through shards.arrow), so a folder is
+complete exactly when its manifest says so. Nothing in it depends on the clock, the machine or the runner. The manifest
+and a mapped index are enough to find any timestep: opening a dataset scans nothing.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field("position", pa.int64()),  # ordinal of the episode in that file
         pa.field("row", pa.int64()),  # first row of the episode in that file
     ]
-    # byte offset of each member's array data (behind its .npy header) in the shard, and its bytes; -1, 0: absent
+    # byte offset of each member's array data (after its .npy header) in the shard, and its bytes; -1, 0: absent
     + [pa.field(f"{member}_{what}", pa.int64()) for member in MEMBERS for what in ("offset", "bytes")]
 )
 
@@ -124,7 +124,7 @@ class FileDigest:
 @dataclass(frozen=True)
 class TextModel:
     """The SentencePiece model that made the text tokens. `padding`: the id that fills a timestep's text up to its
-    length, which no loss falls on."""
+    length and carries no loss."""
 
     __pydantic_config__ = STRICT
     file: FileDigest
@@ -134,7 +134,7 @@ class TextModel:
 
 @dataclass(frozen=True)
 class TaskSummary:
-    """A task and what the dataset holds of it. Returns are raw, over whole (not cut) episodes;
+    """A task and what the dataset holds of it. Returns are raw, over complete (not cut) episodes;
     `returns` is (min, 25 %, median, 75 %, max). `filtered_episodes`: good ones that the build's filters left out.
     Rows [first_row, first_row + rows) of the index are the task's, the last `held_out_rows` of them held out."""
 

@@ -27,7 +27,7 @@ __all__ = [
     "TaskSpec",
 ]
 
-# Policies with unclipped noise overshoot their range; nothing but damage lies this many half-ranges out.
+# Policies with unclipped noise overshoot their range; only damaged ones are this many half-ranges away.
 ACTION_REACH = 10.0
 
 

@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old one or the whole new one, never a part.
+"""Writing files so that a reader sees the old file or the complete new one, never a part.
 
 temporary name in the same folder -> write -> flush -> fsync -> rename -> fsync of the folder.
 """

@@ -1,14 +1,14 @@
-"""Plans -> batches: spans of mapped shards, copied to where a sequence's tokens and pixels stand.
+"""Plans -> batches: spans of mapped shards, copied to the places of a sequence's tokens and pixels.
 
-    Plan: spans as places of bytes -> one copy of bytes a span -> (W, K) grids, flattened, cut at L -> rows of a Batch
+    Plan: spans as places of bytes -> one copy per span -> (W, K) grids, flattened, cut at L -> rows of a Batch
 
-What needs random numbers and searches was done for many sequences at once, when they were planned; what is left for a
-batch are copies, and look-ups in tables of the layouts.
+Planning does all sampling and searching, for many sequences at once. Building a batch only copies bytes and looks up
+tables of the layouts.
 
 Invariant: loss falls only on text and action tokens that have a predecessor in their segment, and not on a text's
 padding.
 
-Shapes: n sequences, s spans, W timesteps, K tokens a timestep, L tokens, P patches a timestep, M patches a sequence.
+Shapes: n sequences, s spans, W timesteps, K tokens per timestep, L tokens, P patches per timestep, M per sequence.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PATCH = (PATCH_SIZE, PATCH_SIZE)
 
 @dataclass(frozen=True)
 class Plan:
-    """Sequences i (n,), their tasks, how often each was drawn anew, the first timestep of its patch positions' draws,
+    """Sequences i (n,), their tasks, how often each was drawn again, the first timestep of its patch positions' draws,
     how many of its first timesteps carry no loss, and its spans."""
 
     i: np.ndarray
@@ -63,9 +63,9 @@ class Assembly:
             if M:
                 self._fill_patches(batch, plan, layout, M, own, row, rows, patches_at, buffers)
             starts_segment = spans.starts_segment[own]
-            row, behind = row[starts_segment], spans.place[own][starts_segment] * layout.length
-            batch.supervised[row, behind] = False
-            for number, token in zip(row.tolist(), behind.tolist()):
+            row, first_token = row[starts_segment], spans.place[own][starts_segment] * layout.length
+            batch.supervised[row, first_token] = False
+            for number, token in zip(row.tolist(), first_token.tolist()):
                 batch.segments[number, token:] += 1
             if layout.text and layout.action:
                 padding = self.timelines[int(task[rows[0]])].padding
@@ -88,7 +88,7 @@ class Assembly:
         """Copy the tokens of spans `own` (s,), which are of `row` (s,) of a batch, to its rows (n,) of one layout."""
         n, L, K, size = len(rows), self.length, layout.length, 2 * layout.stored
         W = -(-L // K)
-        stored = buffers.take("stored", np.uint8, n * W * size)
+        stored = buffers.get("stored", np.uint8, n * W * size)
         target = (rows.searchsorted(row) * W + plan.spans.place[own]) * size
         self._copy(plan, plan.spans.tokens, own, target, plan.spans.count[own] * size, stored)
         values = stored.view(np.uint16).reshape(n, W, layout.stored)
@@ -123,7 +123,7 @@ class Assembly:
             self._copy(plan, spans.patches, own, target, shown * size, batch.patches.reshape(-1))
             return
         W, size = -(-self.length // layout.length), layout.patch_bytes
-        stored = buffers.take("pictures", np.uint8, len(rows) * W * size)
+        stored = buffers.get("pictures", np.uint8, len(rows) * W * size)
         target = (rows.searchsorted(row) * W + spans.place[own]) * size
         self._copy(plan, spans.patches, own, target, spans.count[own] * size, stored)
         for n, first in enumerate(patches_at[rows].tolist()):
@@ -147,5 +147,5 @@ class Assembly:
             piece = data[source : source + size]
             if len(piece) < size:
                 name = dataset.place.path(dataset.shard(number).name)
-                raise BadShard(f"{name}: the index points behind its end; rebuild it", dataset, number)
+                raise BadShard(f"{name}: the index points beyond its end; rebuild it", dataset, number)
             out[first : first + size] = piece

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Batch:
     """Fields are numpy arrays, or tensors after `to`.
 
-    tokens (B, L) int32, 0 where a patch or padding stands; roles (B, L) uint8 of schemas.layout;
+    tokens (B, L) int32, 0 at patches and padding; roles (B, L) uint8 of schemas.layout;
     positions (B, L) int16, index within the timestep; segments (B, L) int16, ascending, attention stays within one;
     supervised (B, L) bool, True where the token AT that place is a target of the loss;
     patches (M, 16, 16, C) uint8, grey ones repeated where others have colours; patch_index (M,) int32, place of
@@ -54,15 +54,15 @@ class Batch:
     def seal(self, buffers: BufferPool | None = None) -> Batch:
         """Work out `predict_index`, `cu_seqlens` and `packed` once all other arrays are filled."""
         B, L = self.tokens.shape
-        take, places = (buffers or BufferPool()).take, np.flatnonzero(self.supervised)
-        self.predict_index = take("predict_index", np.int32, len(places))
+        get, places = (buffers or BufferPool()).get, np.flatnonzero(self.supervised)
+        self.predict_index = get("predict_index", np.int32, len(places))
         np.subtract(places, 1, out=self.predict_index, casting="same_kind")
         rows = np.flatnonzero(self.segments[:, -1] != self.segments[:, 0])
         inside = self.segments[rows]
         row, place = np.nonzero(inside[:, 1:] != inside[:, :-1])
         cu_seqlens = np.sort(np.concatenate([np.arange(0, B * L, L), rows[row] * L + place + 1]))
         # powers of two, so that a compiled model meets few shapes
-        self.cu_seqlens = take("cu_seqlens", np.int32, 1 << max(2 * B, len(cu_seqlens) + 1).bit_length())
+        self.cu_seqlens = get("cu_seqlens", np.int32, 1 << max(2 * B, len(cu_seqlens) + 1).bit_length())
         self.cu_seqlens[: len(cu_seqlens)], self.cu_seqlens[len(cu_seqlens) :] = cu_seqlens, B * L
         self.packed = len(cu_seqlens) > B
         return self
@@ -82,33 +82,33 @@ class Batch:
     def empty(tasks: np.ndarray, length: int, patches: int, channels: int, buffers: BufferPool | None = None) -> Batch:
         """Numpy arrays to be filled, for sequences of `tasks` (B,) with so many patches; in `buffers`, if given."""
         B = len(tasks)
-        take = (buffers or BufferPool()).take
+        get = (buffers or BufferPool()).get
         batch = Batch(
-            tokens=take("tokens", np.int32, B, length),
-            roles=take("roles", np.uint8, B, length),
-            positions=take("positions", np.int16, B, length),
-            segments=take("segments", np.int16, B, length),
-            supervised=take("supervised", bool, B, length),
-            patches=take("patches", np.uint8, patches, PATCH_SIZE, PATCH_SIZE, channels),
-            patch_index=take("patch_index", np.int32, patches),
-            patch_positions=take("patch_positions", np.uint8, patches, 2),
-            tasks=take("tasks", np.int64, B),
-            sequence=take("sequence", np.int64, B),
+            tokens=get("tokens", np.int32, B, length),
+            roles=get("roles", np.uint8, B, length),
+            positions=get("positions", np.int16, B, length),
+            segments=get("segments", np.int16, B, length),
+            supervised=get("supervised", bool, B, length),
+            patches=get("patches", np.uint8, patches, PATCH_SIZE, PATCH_SIZE, channels),
+            patch_index=get("patch_index", np.int32, patches),
+            patch_positions=get("patch_positions", np.uint8, patches, 2),
+            tasks=get("tasks", np.int64, B),
+            sequence=get("sequence", np.int64, B),
         )
         batch.tasks[:] = tasks
         return batch
 
 
 class BufferPool:
-    """Room for a batch's arrays that is used again for the next one: fresh pages cost more than what is written to
-    them. `pinned`: page-locked, so that copies to a GPU run beside its work; needs one."""
+    """Memory for a batch's arrays, reused for the next batch: fresh pages cost more than what is written to them.
+    `pinned`: page-locked, so that copies to a GPU run beside its work; needs a GPU."""
 
     def __init__(self, pinned: bool = False):
         self.pinned = pinned
         self._rooms: dict[str, np.ndarray] = {}
         self._last: dict[str, np.ndarray] = {}
 
-    def take(self, name: str, dtype: type, *shape: int) -> np.ndarray:
+    def get(self, name: str, dtype: type, *shape: int) -> np.ndarray:
         """An array of any content. It and the last one of this name are the same memory."""
         last = self._last.get(name)
         if last is not None and last.shape == shape and last.dtype == dtype:

@@ -1,9 +1,9 @@
-"""Local copies of remote files: fetched once a machine, verified on arrival, never more than a set size in all.
+"""Local copies of remote files: fetched once per machine, verified on arrival, never more than a set size together.
 
     file of a manifest (name, bytes, sha256) -> CACHE/SHA256, there already, or: room -> download -> sha256 -> rename
 
-Processes of one machine share the folder. A lock lets one of them fetch a file while the others wait for it. Who maps a
-file holds a shared lock on it, and what is locked is not evicted; of the rest the least recently used goes first.
+Processes of one machine share the folder. A lock lets one of them fetch a file while the others wait for it. A process
+that maps a file holds a shared lock on it. Locked files are not evicted; of the others, the least recently used first.
 
 Invariant: a file named by a hash has that content, and the files of the folder, unfinished ones included, never take
 more than the limit.
@@ -32,7 +32,7 @@ from shards.folder import Folder
 
 T = TypeVar("T")
 STRIPES = 256
-WHOLE = re.compile(r"[0-9a-f]{64}")
+SHA256_HEX = re.compile(r"[0-9a-f]{64}")
 PART = re.compile(r"\.[0-9a-f]{64}\.(\d+)\.[0-9a-f]{8}\.tmp")
 POLL_SECONDS = 0.02
 FIRST_PAUSE = 0.25
@@ -50,9 +50,9 @@ class CacheConfig:
     gigabytes: float = 50.0
     """All copies together never take more."""
     attempts: int = 6
-    """Tries of a download, pauses between them growing from a quarter of a second twofold."""
+    """Tries per download; the pause between them starts at a quarter of a second and doubles."""
     stall_seconds: float = 30.0
-    """A download without a new byte for so long is given up and tried again."""
+    """A download that brings no new byte for this long is given up and tried again."""
 
 
 class BadFile(DatasetError):
@@ -60,7 +60,7 @@ class BadFile(DatasetError):
 
 
 class CacheFull(DatasetError):
-    """There is no room, since what is there is in use."""
+    """There is no room, and every file in the cache is in use."""
 
 
 @dataclass
@@ -153,7 +153,7 @@ class Cache:
             os.replace(temporary, path)
 
     def _watched(self, call: Callable[[], T], progress: Callable[[], object]) -> T:
-        """The result of `call`, which runs in a thread that is left behind if `progress` stands still for too long."""
+        """The result of `call`, which runs in a thread that is abandoned if `progress` does not change for too long."""
         results: list[T] = []
         errors: list[BaseException] = []
 
@@ -184,10 +184,10 @@ class Cache:
         with self._locked(".room"):
             free = self.limit
             candidates = []
-            for entry in os.scandir(self.folder):  # whatever else lies there is not ours
+            for entry in os.scandir(self.folder):  # other files are not ours
                 if part := PART.fullmatch(entry.name):
                     free -= 0 if self._removed(Path(entry.path)) else int(part[1])
-                elif WHOLE.fullmatch(entry.name):
+                elif SHA256_HEX.fullmatch(entry.name):
                     status = entry.stat()
                     free -= status.st_size
                     candidates.append((status.st_mtime_ns, status.st_size, Path(entry.path)))
@@ -251,5 +251,5 @@ class Cache:
 
 
 def _line(error: Exception) -> str:
-    """A first line that says something."""
+    """The first line of a message, or the error's name."""
     return (str(error).splitlines() or [""])[0][:300] or type(error).__name__

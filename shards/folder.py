@@ -2,7 +2,7 @@
 
 bytes or a local file -> temporary name -> rename (local), or one upload (remote) -> a name others may read
 
-Invariant: a name in the folder is a whole file. A local one is renamed into place after an fsync, a remote one
+Invariant: a name in the folder is a complete file. A local one is renamed into place after an fsync, a remote one
 appears when its upload ends, as object stores do it.
 """
 
@@ -22,7 +22,7 @@ from schemas.files import atomic_write, sha256_of, sync_folder, temporary_name
 
 
 def is_url(place: str | Path) -> bool:
-    """Whether a place is an fsspec URL (s3://bucket/...), not a path."""
+    """True for an fsspec URL (s3://bucket/...), False for a path."""
     return "://" in str(place)
 
 
@@ -71,7 +71,7 @@ class Folder:
             sync_folder(self.local)
 
     def write(self, name: str, data: bytes, durable: bool = True) -> None:
-        """A whole small file, in one step. One that is not `durable` may be lost in a crash of the machine."""
+        """Write a small file in one step. One that is not `durable` may be lost in a crash of the machine."""
         if self.local is not None:
             with atomic_write(self.local / name, durable) as file:
                 file.write(data)
@@ -88,8 +88,8 @@ class Folder:
             return None
 
     def holds(self, name: str, size: int, sha256: str | None = None) -> bool:
-        """Whether a file is there, of that size and, where given, hash. Remote files are not read back: their store
-        checked what arrived, so there the size alone is compared."""
+        """True if a file of that size and, where given, hash is there. Remote files are not read back: their store
+        checked what arrived, so only the size is compared."""
         if self.local is not None:
             path = self.local / name
             same = path.is_file() and path.stat().st_size == size

@@ -30,9 +30,9 @@ AHEAD = 4  # steps whose remote shards are fetched before they are needed
 
 
 class Loader(Iterator[list[Batch]]):
-    """Endless steps from sequence `start` on: this rank's micro-batches of each global batch. A step's arrays are
-    written again once the next step is asked for. After an error the same step is tried again. `threads` 0: all is
-    done inside `next`. ValueError for a global batch that ranks and micro-batches do not divide. `pinned`: see
+    """Endless steps from sequence `start` on: this rank's micro-batches of each global batch. Buffers are reused: a
+    batch is valid until the next call. After an error the same step is tried again. `threads` 0: all work is done
+    inside `next`. ValueError for a global batch that ranks and micro-batches do not divide. `pinned`: see
     `BufferPool`."""
 
     def __init__(
@@ -75,8 +75,8 @@ class Loader(Iterator[list[Batch]]):
         self._plans: dict[int, Plan] = {}
         self._planning = threading.Lock()
         self._waited, self._since, self._tokens, self._padding = 0.0, time.monotonic(), 0, 0
-        told = [t for t in stream.timelines if t.layout.text and t.layout.action]
-        self._paddings = sorted({timeline.padding for timeline in told if timeline.padding >= 0})
+        with_text = [t for t in stream.timelines if t.layout.text and t.layout.action]
+        self._paddings = sorted({timeline.padding for timeline in with_text if timeline.padding >= 0})
         self._remote = any(dataset.place.local is None for dataset in stream.datasets)
         self._closed = threading.Event()
         if self._remote:
@@ -130,7 +130,7 @@ class Loader(Iterator[list[Batch]]):
         return self._asked - 1
 
     def _part(self, number: int, buffers: BufferPool) -> tuple[Batch, int]:
-        """Micro-batch `number` of this rank, and how many of its sequences were drawn anew."""
+        """Micro-batch `number` of this rank, and how many of its sequences were drawn again."""
         plan, first = self._planned(number)
         begin = (number - first) * self.micro_batch
         return self.stream.fill(plan, begin, begin + self.micro_batch, buffers)

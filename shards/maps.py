@@ -1,4 +1,4 @@
-"""Open maps of files, at most so many at a time: the least recently used is let go.
+"""Open maps of files, a limited number at a time: the least recently used is closed.
 
 An array made of a map keeps it alive, so letting one go never takes memory from under a reader. A map holds a file
 descriptor, hence the limit, and with it a shared lock, which keeps a cached file from being evicted.

@@ -36,7 +36,7 @@ from schemas.dataset import (
 )
 from schemas.files import sha256_of
 from schemas.layout import layout_of
-from shards.cache import WHOLE, BadFile, Cache, CacheConfig, CacheFull
+from shards.cache import SHA256_HEX, BadFile, Cache, CacheConfig, CacheFull
 from shards.folder import Folder
 from shards.maps import Maps, mapped_bytes
 
@@ -162,7 +162,7 @@ class Dataset:
         except (TypeError, ValueError):
             name = self.shard(number).name
             raise BadShard(
-                f"{self.place.path(name)}: sample {row} points behind its end; rebuild it", self, number
+                f"{self.place.path(name)}: sample {row} points beyond its end; rebuild it", self, number
             ) from None
 
     def mapped(self, number: int) -> np.ndarray:
@@ -175,7 +175,7 @@ class Dataset:
             raise BadShard(self.bad[number], self, number)
         shard = self.shard(number)
         try:
-            found = self.store.maps.open(key, self._whole(shard, hashed=False))
+            found = self.store.maps.open(key, self.verified_path(shard, hashed=False))
         except (BadFile, FileNotFoundError) as error:
             raise BadShard(str(error), self, number) from error
         except OSError as error:
@@ -191,11 +191,11 @@ class Dataset:
     def prefetch(self, number: int) -> None:
         """Bring a remote shard into the cache, unless it is mapped or bad. CacheFull where there is no room now."""
         if self.store.maps.get((self.place.place, number)) is None and number not in self.bad:
-            with suppress(BadFile):  # who needs it will say so
+            with suppress(BadFile):  # whoever needs it will report it
                 self.store.cache.fetch(self.place, self.shard(number))
 
     def local(self, file: Shard | FileDigest) -> Path:
-        """Where a file lies on this machine; a remote one is fetched into the cache. BadFile, or DatasetError where
+        """The path of a file on this machine; a remote one is fetched into the cache. BadFile, or DatasetError where
         the cache stays full."""
         if self.place.local is not None:
             return self.place.local / self._inside(file).name
@@ -212,13 +212,13 @@ class Dataset:
     def _inside(self, file: Any) -> Any:
         if "/" in file.name or file.name in ("", ".", ".."):
             raise DatasetError(f"{self.place}: file name '{file.name}' leaves the folder; refused")
-        if not WHOLE.fullmatch(file.sha256):
+        if not SHA256_HEX.fullmatch(file.sha256):
             raise DatasetError(f"{self.place.path(file.name)}: sha256 '{file.sha256}' is none; refused")
         return file
 
     def _table(self, file: FileDigest, schema: pa.Schema) -> pa.Table:
         """A mapped table. Its hash is always checked, since whatever is read is found through it."""
-        path = self._whole(file, hashed=True)
+        path = self.verified_path(file, hashed=True)
         try:
             table = pa.ipc.open_file(pa.py_buffer(mapped_bytes(path))).read_all()
             table.validate()
@@ -235,18 +235,18 @@ class Dataset:
         """Sizes, and hashes where asked, of the tables and of the shards; a remote one's as each file arrives."""
         if self.place.local is not None:
             for file in self.manifest.files:
-                self._whole(file, hashed)
+                self.verified_path(file, hashed)
         for number in range(self.manifest.shards.rows if shards else 0):
             try:
-                self._whole(self.shard(number), hashed)
+                self.verified_path(self.shard(number), hashed)
             except BadFile as error:
                 if not self.skip:
                     raise
                 self.bad[number] = str(error)
 
-    def _whole(self, file: Shard | FileDigest, hashed: bool) -> Path | str:
-        """Where a file lies on this machine, of the right size and, if asked, hash. BadFile where it is not; a copy in
-        the cache is then fetched anew."""
+    def verified_path(self, file: Shard | FileDigest, hashed: bool) -> Path | str:
+        """The path of a file on this machine, of the right size and, if asked, hash. BadFile where it is not; a copy in
+        the cache is then fetched again."""
         if self.place.local is None:
             path = self.local(file)
             if hashed and sha256_of(path) != file.sha256:

@@ -1,4 +1,4 @@
-"""Which window is training sequence i? A pure function, with no state but i.
+"""Which window is training sequence i: a pure function of seed and i.
 
     i -> block and slot (mixture weights, exact in every block) -> task and ordinal within the task
       -> epoch and place -> keyed permutation -> window number
@@ -108,7 +108,7 @@ class SampledWindows:
 
 
 class Sampler:
-    """windows: windows an epoch of each task; weights: mixture weights (any positive scale);
+    """windows: windows per epoch of each task; weights: mixture weights (any positive scale);
     block: sequences in which the weights hold exactly, up to rounding to 1 / block; None: 256, or the least power of
     two that gives every task one; runs, together: of each task, how many windows are kept together as a run and how
     many runs are mixed at a time, see `_window`; None: all windows are mixed."""
@@ -124,7 +124,7 @@ class Sampler:
     ):
         share = np.asarray(weights, np.float64)
         if len(share) != len(windows) or not len(share):
-            raise ValueError("one weight a task, and at least one task")
+            raise ValueError("one weight per task, and at least one task")
         if not any(weights) or not all(0 <= weight < math.inf for weight in weights):
             raise ValueError(f"mixture weights must be finite, not negative, not all zero: {weights}")
         share /= share.max()
@@ -174,9 +174,9 @@ class Sampler:
         return group * size, np.where(group == groups - 1, windows - group * size, size)
 
     def _window(self, task: np.ndarray, epoch: np.ndarray, place: np.ndarray) -> np.ndarray:
-        """The window at each place of an epoch. Runs of neighbouring windows, which lie in the same shard or two, are
-        shuffled; a group of them after the other is used up, its windows mixed. Windows behind the last whole run
-        belong to the last group: each epoch begins its windows at another phase, so these are others each time."""
+        """The window at each place of an epoch. Runs of neighbouring windows, which are in the same shard or two, are
+        shuffled. Groups of runs are used one after the other, the windows of a group mixed. Windows after the last
+        complete run belong to the last group: every epoch has another phase, so they are others each time."""
         key, windows = random_bits(self.seed, "epoch", epoch, task), self.windows[task]
         if self.runs is None or self.together is None:
             return permuted(place, windows, key)

@@ -5,7 +5,7 @@
 The state of a run is the next i, an integer; `shards.loader` walks through i in order and ahead of the trainer.
 
 Invariant: sequence i depends on the datasets' content, the configuration, the seed and i, and on which shards are
-damaged where these are skipped: a sequence that touches one is drawn anew until it touches none.
+damaged where these are skipped: a sequence that touches one is drawn again until it touches none.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class StreamConfig:
     tasks: tuple[str, ...] = ()
     """Only these tasks; all where none is named."""
     demonstrations: int = 0
-    """Only the first so many training episodes of each task; 0: all."""
+    """Only this many training episodes of each task, the first ones; 0: all."""
     weights: dict[str, float] = field(default_factory=dict)
     mixture_block: int | None = None
     """Sequences in which the weights hold exactly; by default 256, or as many more as every task needs to have one."""
@@ -108,7 +108,7 @@ class Stream:
         if strange := sorted(set(config.tasks) - set(known)):
             raise DatasetError(f"--data.stream.tasks: unknown task '{strange[0]}'; tasks: {', '.join(known)}")
         wanted = [timeline for timeline in timelines if timeline.total and timeline.name in (config.tasks or known)]
-        # by name, so that where the datasets lie does not matter
+        # by name, so that the datasets' folders do not matter
         self.timelines = sorted(wanted, key=lambda timeline: timeline.name)
         if not self.timelines:
             raise DatasetError(
@@ -163,7 +163,7 @@ class Stream:
         """sha256 of all that decides sequence i; a resumed run must match it."""
         chosen = {"tasks": sorted(self.config.tasks), "demonstrations": self.config.demonstrations}
         chosen["prompt_start_share"] = self.config.prompt_start_share
-        # left out where they choose nothing, as they were before they existed: checkpoints of then go on
+        # defaults are left out: older checkpoints, made before these options existed, still resume
         config = {name: value for name, value in (asdict(self.config) | chosen).items() if value or name not in chosen}
         body = [sorted(d.manifest.fingerprint for d in self.datasets), config, self.seed, self.held_out]
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
@@ -182,7 +182,7 @@ class Stream:
         return self.fill(self._evaluation_plan(task, np.asarray(windows)), 0, len(windows))[0]
 
     def plan(self, i: np.ndarray, redraw: np.ndarray | None = None) -> Plan:
-        """Where training sequences i (n,) come from. `redraw` (n,): how often each was drawn anew."""
+        """Where training sequences i (n,) come from. `redraw` (n,): how often each was drawn again."""
         places, table = self.sampler.places(i), self.table
         task, redraw = places.task, np.zeros(len(i), np.int64) if redraw is None else redraw
         total, width = table.total[task], table.width[task]
@@ -190,8 +190,8 @@ class Stream:
         begin = (phase + places.window * width) % total
         length, from_end, to_start, choice = self._prompts(i, self._longest[task])
         if redraw.any():
-            anew = uniform_below(random_bits(self.seed, "redraw", i, redraw), total)
-            begin, choice = np.where(redraw > 0, anew, begin), np.where(redraw > 0, fold_in(choice, redraw), choice)
+            drawn = uniform_below(random_bits(self.seed, "redraw", i, redraw), total)
+            begin, choice = np.where(redraw > 0, drawn, begin), np.where(redraw > 0, fold_in(choice, redraw), choice)
         if to_start.any():
             begin[to_start] = table.starts(task[to_start], begin[to_start])
         near = (
@@ -207,13 +207,13 @@ class Stream:
     def _evaluation_plan(self, task: int, windows: np.ndarray, redraw: np.ndarray | None = None) -> Plan:
         timeline, none = self.timelines[task], np.zeros(len(windows), np.int64)
         redraw = none if redraw is None else redraw
-        anew = uniform_below(random_bits(self.seed, "redraw", windows, redraw), timeline.total)
-        begin = np.where(redraw > 0, anew, (windows % timeline.windows) * timeline.width)
+        drawn = uniform_below(random_bits(self.seed, "redraw", windows, redraw), timeline.total)
+        begin = np.where(redraw > 0, drawn, (windows % timeline.windows) * timeline.width)
         spans = self.table.spans(none + task, begin, (begin, begin))
         return Plan(windows, none + task, redraw, none, none, spans, evaluation=True)
 
     def fill(self, plan: Plan, begin: int, end: int, buffers: BufferPool | None = None) -> tuple[Batch, int]:
-        """Sequences [begin, end) of a plan, in `buffers` where it is given, and how many of them were drawn anew."""
+        """Sequences [begin, end) of a plan, in `buffers` where it is given, and how many of them were drawn again."""
         buffers = buffers or BufferPool()
         while True:
             try:
@@ -225,7 +225,7 @@ class Stream:
                 begin, end = 0, end - begin
 
     def _redrawn(self, plan: Plan, begin: int, end: int, error: BadShard) -> Plan:
-        """Another plan of sequences [begin, end), those that touch a bad shard drawn anew."""
+        """Another plan of sequences [begin, end), those that touch a bad shard drawn again."""
         if error.shard not in error.dataset.bad:
             print(f"skipping a bad shard: {error}", file=sys.stderr, flush=True)
             error.dataset.bad[error.shard] = str(error)
@@ -251,7 +251,7 @@ class Stream:
 
     def _prompts(self, i: np.ndarray, longest: np.ndarray) -> tuple[np.ndarray, ...]:
         """Length in timesteps (0: none) up to `longest`, whether from an episode's end, whether an episode's start
-        follows, and the word that chooses, of sequences i."""
+        follows, and the random bits that choose the episode, of sequences i."""
         asked, end, size, choice, start = random_bits(self.seed, "prompt", i, np.arange(5)[:, None])
         wanted = (_unit(asked) < self.config.prompt_probability) & (longest > 0)
         to_start = wanted & (_unit(start) < self.config.prompt_start_share)
@@ -283,7 +283,7 @@ def _check_config(config: StreamConfig, seed: int) -> None:
 
 
 def _unit(word: np.ndarray) -> np.ndarray:
-    """Words to uniform float64 in [0, 1)."""
+    """uint64 words to uniform float64 in [0, 1)."""
     return (word >> np.uint64(11)) * 2.0**-53
 
 

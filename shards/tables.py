@@ -1,7 +1,7 @@
-"""What a batch holds that follows from its tasks' layouts alone: roles, positions, separators, loss mask, places of
+"""The part of a batch that follows from its tasks' layouts alone: roles, positions, separators, loss mask, places of
 patches.
 
-tasks (B,) -> rows of tables, one a layout -> a Batch but for stored tokens, pixels and segments
+tasks (B,) -> rows of tables, one per layout -> a Batch without stored tokens, pixels and segments
 
 Invariant: sequences of one layout differ only in what `Assembly` copies and in their patches' drawn positions.
 """
@@ -17,7 +17,7 @@ from shards.batch import Batch, BufferPool
 from shards.sampler import random
 from shards.timeline import Timeline, group_indices
 
-DRAWS = 1024  # timesteps of a layout for which patch positions are drawn; a sequence takes W in a row of them
+DRAWS = 1024  # timesteps of a layout for which patch positions are drawn; a sequence takes W consecutive ones
 
 
 class Tables:
@@ -37,7 +37,7 @@ class Tables:
         separator = timelines[0].dataset.manifest.vocabulary.separator
         self.tokens = (self.roles == SEPARATOR) * np.int32(separator)
         self.supervised = (self.roles == TEXT) | (self.roles == ACTION)
-        self.supervised[:, 0] = False  # nothing stands before it
+        self.supervised[:, 0] = False  # nothing comes before it
         self.patch_index = [np.flatnonzero(roles == PATCH).astype(np.int32) for roles in self.roles]
         self.patches = np.array([len(index) for index in self.patch_index])
         self.channels = np.array([max(1, layout.channels) for layout in self.layouts])
@@ -61,7 +61,7 @@ class Tables:
     def _place(
         self, batch: Batch, kind: int, rows: np.ndarray, patches_at: np.ndarray, draws: np.ndarray, mean: bool
     ) -> None:
-        """Where the patches of rows of one layout stand among the tokens, and in their pictures."""
+        """Fill in where the patches of rows of one layout are among the tokens, and in their pictures."""
         index, tokens = self.patch_index[kind], (rows * self.length).astype(np.int32)[:, None]
         M, table, first = len(index), self._bins(kind, mean), draws * self.layouts[kind].patches * 2
         if len(rows) * M == len(batch.patches):  # all are of one layout, end to end

@@ -1,18 +1,18 @@
 """Tasks' timesteps on circles: which timesteps fill a sequence, planned for many sequences of many tasks at once.
 
-A task's timesteps lie on a circle, episode after episode. An epoch cuts the circle at a random phase into windows of
+A task's timesteps form a circle, episode after episode. An epoch cuts the circle at a random phase into windows of
 W = ceil(L / K) timesteps; a window is a regular (W, K) grid, cut at L tokens.
 Where an episode ends inside the window the next one follows with its own segment number. A prompt, where one is drawn,
-takes the first timesteps of the grid and shares the segment of the episode behind it (paper §2.2).
+takes the first timesteps of the grid and shares the segment of the episode that follows (paper §2.2).
 
     runs (timesteps [a, b) of a circle) -> spans (runs cut at rows of the index), as places of bytes in shards
 
 Each task's rows are searched once for all its sequences; what is left is done for all tasks together.
 
-Invariant: the windows of an epoch hold every timestep at least once, fewer than W of them twice (a prompt takes the
-place of a window's last timesteps, and where an episode's start is to follow it, the start that of its first).
+Invariant: the windows of an epoch hold every timestep at least once, fewer than W of them twice (a prompt
+replaces a window's last timesteps, and where an episode's start is to follow it, that start replaces its first).
 
-Shapes: n sequences, s spans, T tasks, W timesteps, K tokens a timestep, L tokens.
+Shapes: n sequences, s spans, T tasks, W timesteps, K tokens per timestep, L tokens.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class Timeline:
         self.padding = text.padding if text else -1
 
     def column(self, name: str) -> np.ndarray:
-        """An index column of its rows (pieces,), mapped. `split_stop`: circle position behind each row;
+        """An index column of its rows (pieces,), mapped. `split_stop`: circle position after each row;
         `split_episode`: ordinal of its episode."""
         return self.dataset.column(name)[self.first : self.stop]
 
     @property
     def shards(self) -> int:
-        """How many shards its rows lie in, about."""
+        """Number of shards that its rows are in, about."""
         numbers = self.column("shard")
         return int(abs(numbers[-1] - numbers[0])) + 1
 
@@ -68,7 +68,7 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Spans:
-    """What n sequences are copied from. All arrays int64 but `starts_segment`.
+    """Where n sequences are copied from. All arrays int64 but `starts_segment`.
 
     first (n + 1,): each sequence's first span. Of each span (s,), ordered by sequence and place: its sequence; its
     shard; the first byte of its tokens and of its patches there; timesteps; the first one in the sequence's grid;
@@ -94,7 +94,7 @@ class TimelineTable:
         facts = [(t.total, t.count, t.first, t.pieces, t.width, number[t.dataset]) for t in timelines]
         self.total, self.count, self.first, self.pieces, self.width, self.dataset_of_task = np.array(facts).T
         sizes = [(2 * t.layout.stored, t.layout.patch_bytes) for t in timelines]
-        self.token_bytes, self.patch_bytes = np.array(sizes).T  # of a timestep
+        self.token_bytes, self.patch_bytes = np.array(sizes).T  # per timestep
 
     def search(
         self, name: str, groups: Groups, values: np.ndarray, side: Literal["left", "right"] = "right"
@@ -139,8 +139,8 @@ class TimelineTable:
             other = self._episode(task, groups, near[drawn])
             other += other == own
             other[other == count] = 0
-        behind = self.search("split_episode", groups, other)
-        start, stop = self._start(task, groups, other), self.take(("split_stop",), task, behind - 1)[0]
+        after = self.search("split_episode", groups, other)
+        start, stop = self._start(task, groups, other), self.take(("split_stop",), task, after - 1)[0]
         taken = np.minimum(length[drawn], stop - start)
         anywhere = start + uniform_below(fold_in(word, 0), stop - start - taken + 1)
         a[drawn] = np.where(from_end[drawn], stop - taken, anywhere)
@@ -162,7 +162,7 @@ class TimelineTable:
         return self.take(("split_episode",), task, row)[0]
 
     def spans(self, task: np.ndarray, first: np.ndarray, prompt: tuple[np.ndarray, np.ndarray]) -> Spans:
-        """What fills the grids of windows that begin at circle positions `first` (n,), behind their prompts [a, b)."""
+        """Spans that fill the grids of windows from circle positions `first` (n,) on, after their prompts [a, b)."""
         n, taken = len(first), prompt[1] - prompt[0]
         a, b, place = np.zeros((3, 2 * n), np.int64)  # runs: each grid's prompt, then its body
         a[::2], a[1::2] = prompt[0], first
@@ -209,7 +209,7 @@ class TimelineTable:
 
 
 def group_indices(task: np.ndarray) -> Groups:
-    """(task, where it stands, ascending) for every task in an array (n,)."""
+    """(task, its indices, ascending) for every task in an array (n,)."""
     order = np.argsort(task, kind="stable")
     ordered = task[order]
     edges = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1

@@ -1,11 +1,11 @@
 """Verifying a dataset: `python -m shards.verify FOLDER [--full]`.
 
 fast: manifest, tables, sizes, and every row of the index: in its place, inside its shard, of its layout's size
-full: every sha256 too, and every byte of every tar that is no payload: a shard must be exactly what the writer makes of
+full: every sha256 too, and every byte of every tar outside the arrays: a shard must be exactly what the writer makes of
       the index's rows; tokens must be ids, episodes' returns the sums of their rewards
 
-A tar is walked by what it should hold. Nothing is extracted, parsed at its word or unpickled, so whatever else is in it
-(a path, a link, a device, a pickle, a size behind the end, an array of objects) is refused.
+The index says what a tar should hold, and the tar is compared with that. Nothing is extracted, trusted or unpickled, so
+anything else in it (a path, a link, a device, a pickle, a size beyond the end, an array of objects) is refused.
 
 Exit status 0 only if everything holds.
 """
@@ -37,7 +37,7 @@ META_LIMIT = 2**20
 
 @dataclass(frozen=True)
 class Options:
-    """Check that a dataset is whole."""
+    """Check that a dataset is complete and undamaged."""
 
     folders: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="FOLDER [FOLDER ...]")]]
     """Dataset folders or URLs, each with a dataset.json."""
@@ -92,7 +92,7 @@ def _check_rows(dataset: Dataset) -> None:
             width = math.prod(shape) * np.dtype(dtype).itemsize
             refuse(own & (offset < 0), f"lacks '{member}'")
             refuse(own & (length != width * timesteps), f"has not as many bytes of '{member}' as its timesteps")
-            refuse(own & (offset > sizes[numbers] - length), f"points behind its shard's end ({member})")
+            refuse(own & (offset > sizes[numbers] - length), f"points beyond its shard's end ({member})")
         for held_out in (False, True):
             a, b = dataset.span(n, held_out)
             stops, episodes = column("split_stop")[a:b], column("split_episode")[a:b]
@@ -119,11 +119,11 @@ def _check_shard(dataset: Dataset, number: int) -> None:
     for row in rows[np.argsort(dataset.column("tokens_offset")[rows])].tolist():
         at = _check_sample(dataset, number, data, at, row)
     if len(data) - at != 2 * BLOCK or data[at:].any():
-        raise DatasetError(_says(dataset, number, at, "the tar's end is missing, or something stands before it"))
+        raise DatasetError(_says(dataset, number, at, "the tar's end is missing, or something comes before it"))
 
 
 def _check_sample(dataset: Dataset, number: int, data: np.ndarray, at: int, row: int) -> int:
-    """Check one sample's members from byte `at` on; returns the byte behind them."""
+    """Check one sample's members from byte `at` on; returns the byte after them."""
     column, task = dataset.column, dataset.manifest.tasks[dataset.column("task")[row]].spec
     T = int(column("timesteps")[row])
     key = sample_key(task.name, int(column("episode")[row]), int(column("start")[row]))
@@ -144,14 +144,16 @@ def _check_sample(dataset: Dataset, number: int, data: np.ndarray, at: int, row:
         ids = dataset.manifest.vocabulary.size
         raise DatasetError(_says(dataset, number, at, f"sample '{key}' holds a token outside the {ids} ids"))
     if task.action and column("episode_timesteps")[row] == T:
-        total, told = float(dataset.reward(row).astype(np.float64).sum()), float(column("episode_return")[row])
-        if not math.isclose(total, told, rel_tol=1e-6, abs_tol=1e-6):
-            raise DatasetError(_says(dataset, number, at, f"rewards of '{key}' sum to {total}, the index says {told}"))
+        total, listed = float(dataset.reward(row).astype(np.float64).sum()), float(column("episode_return")[row])
+        if not math.isclose(total, listed, rel_tol=1e-6, abs_tol=1e-6):
+            raise DatasetError(
+                _says(dataset, number, at, f"rewards of '{key}' sum to {total}, the index says {listed}")
+            )
     return _padded(dataset, number, data, at + BLOCK + length)
 
 
 def _agrees(dataset: Dataset, row: int, task: str, said: bytes) -> bool:
-    """Whether a sample's meta.json says what the index says."""
+    """True if a sample's meta.json says what the index says."""
     try:
         meta = json.loads(said)
     except ValueError:
@@ -161,10 +163,10 @@ def _agrees(dataset: Dataset, row: int, task: str, said: bytes) -> bool:
 
 
 def _padded(dataset: Dataset, number: int, data: np.ndarray, at: int) -> int:
-    """The next block's first byte, behind zeros."""
+    """The first byte of the next block, after zeros."""
     following = -(-at // BLOCK) * BLOCK
     if data[at:following].any():
-        raise DatasetError(_says(dataset, number, at, "something stands between two members"))
+        raise DatasetError(_says(dataset, number, at, "something is between two members"))
     return following
 
 

@@ -5,7 +5,7 @@ sample is one episode, its members `KEY.tokens.npy`, `KEY.patches.npy`, ...,
 `KEY.meta.json`. While writing, each member's byte offset is noted for the index.
 
 Invariant: a shard's bytes depend on its samples alone (fixed tar metadata), and
-a name without a leading dot is a whole file.
+a name without a leading dot is a complete file.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class ShardWriter:
         return Shard(self.name, self.offset, self.digest.hexdigest(), self.samples, self.timesteps)
 
     def abort(self) -> None:
-        """Leave nothing behind."""
+        """Remove the temporary file."""
         self.file.close()
         self.temporary.unlink(missing_ok=True)
 
@@ -91,7 +91,7 @@ class ShardWriter:
         return start
 
     def _write(self, data: bytes | memoryview) -> None:
-        """Small parts are put together; large ones go piece by piece, hashed while the cache still holds them."""
+        """Join small parts; write large ones piece by piece, hashed while the processor's cache still holds them."""
         self.offset += len(data)
         self.waiting.append(data)
         if self.offset - self.written >= PIECE:
@@ -112,7 +112,7 @@ class ShardWriter:
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """What tarfile gives for a file of mode 644 without owner or time, in the ustar format."""
+    """The tar header of a file of mode 644 without owner or time, in the ustar format, as tarfile makes it."""
     encoded = name.encode()
     if len(encoded) > 100 or size >= 8**11:
         info = tarfile.TarInfo(name)
@@ -130,7 +130,7 @@ _NO_FILE_SUM = sum(_NO_FILE[:124]) + sum(_NO_FILE[135:148]) + 8 * ord(" ") + sum
 
 @lru_cache(maxsize=4096)
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """What an .npy file of that array begins with."""
+    """The first bytes of an .npy file of such an array."""
     header = BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
     return header.getvalue()
@@ -145,11 +145,11 @@ def write_table(folder: Folder, name: str, table: pa.Table) -> FileDigest:
 
 
 def write_file(folder: Folder, name: str, data: bytes, rows: int) -> FileDigest:
-    """Write a whole small file in one step and describe it for the manifest."""
+    """Write a small file in one step; returns its entry for the manifest."""
     folder.write(name, data)
     return FileDigest(name, len(data), digest_of(data), rows)
 
 
 def write_manifest(folder: Folder, manifest: Manifest) -> None:
-    """The last act of a build."""
+    """Write dataset.json, the last step of a build."""
     folder.write(MANIFEST_NAME, manifest.to_json().encode())

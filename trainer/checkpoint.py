@@ -38,7 +38,7 @@ from schemas.vocabulary import Vocabulary
 from trainer.model import Gato, ModelConfig
 
 CHECKPOINT_VERSION = 2
-EXPORT_VERSION = 1
+EXPORT_VERSION = 2  # 1: tasks as in datasets of schema 3
 
 
 class CheckpointError(ValueError):
@@ -287,8 +287,8 @@ def load_export(folder: Path, vocabulary: Vocabulary | None = None) -> tuple[Gat
     except ValueError as error:  # of json and of pydantic
         detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise CheckpointError(f"{path}: not an export this package reads ({detail}); export again") from None
-    if (info.format, info.version) != ("gato.model", EXPORT_VERSION):
-        raise CheckpointError(f"{path}: format {info.format} {info.version}, expected gato.model {EXPORT_VERSION}")
+    if info.format != "gato.model" or not 1 <= info.version <= EXPORT_VERSION:
+        raise CheckpointError(f"{path}: format {info.format} {info.version}, expected gato.model 1 to {EXPORT_VERSION}")
     (vocabulary or info.vocabulary).require(info.vocabulary_fingerprint, str(path))
     weights = path.with_name("weights.safetensors")
     if not weights.is_file() or sha256_of(weights) != info.weights_sha256:

@@ -1,4 +1,4 @@
-"""Which good episodes a dataset keeps: by return, by number, by size; and exact copies, which it refuses.
+"""Which good episodes a dataset keeps, by return, number and size; exact copies are rejected.
 
     scan -> copies out -> returns -> first episodes -> cap on timesteps -> scan with fewer episodes
 
@@ -16,13 +16,15 @@ import numpy as np
 
 from etl.sources import EpisodeRef, Rejection, Source, SourceError, TaskScan
 from schemas.episode import RawEpisode
+from schemas.layout import ordered_fields
+from schemas.task import TaskSpec
 
 DUPLICATE = "duplicate"
 
 
 @dataclass(frozen=True)
 class Filter:
-    """What to keep of each task; everything where nothing is given."""
+    """Which episodes to keep of each task; all of them by default."""
 
     min_return: float | None = None
     """Keep episodes with at least this raw return."""
@@ -30,7 +32,7 @@ class Filter:
     """Keep episodes with at least this share of the expert's return (the paper's §3 takes 0.8): the highest mean
     return of a window of min(1000, N / 10) successive episodes of the task's N."""
     first_episodes: int | None = None
-    """Keep only the first so many episodes of each task that pass the returns' filters."""
+    """Keep only this many episodes of each task, the first that pass the filters by return."""
     max_timesteps: int | None = None
     """Keep episodes of each task up to this many timesteps in all."""
     keep_duplicates: bool = False
@@ -54,7 +56,7 @@ def apply(source: Source, scan: TaskScan, filter: Filter) -> TaskScan:
         lowest = -np.inf if filter.min_return is None else filter.min_return
         if filter.expert_share is not None:
             lowest = max(lowest, threshold(returns, filter.expert_share))
-        # an episode whose return is not a number is damaged: reading it will say so
+        # an episode whose return is NaN is damaged: reading it reports that
         kept = [ref for ref, value in zip(kept, returns) if not value < lowest]
     if filter.first_episodes is not None:
         kept = kept[: filter.first_episodes]
@@ -94,7 +96,7 @@ def without_copies(source: Source, scan: TaskScan) -> TaskScan:
     rejected = list(scan.rejected)
     for ref, episode in zip(suspects, source.read(scan.task, suspects), strict=True):
         if isinstance(episode, RawEpisode):
-            original = first.setdefault(_digest(episode), ref)
+            original = first.setdefault(_digest(episode, scan.task), ref)
             if original is not ref:
                 copies.add(ref)
                 why = f"a copy of episode {original.position} of {Path(original.file).name}; --keep-duplicates keeps it"
@@ -102,8 +104,9 @@ def without_copies(source: Source, scan: TaskScan) -> TaskScan:
     return replace(scan, episodes=tuple(ref for ref in scan.episodes if ref not in copies), rejected=tuple(rejected))
 
 
-def _digest(episode: RawEpisode) -> bytes:
+def _digest(episode: RawEpisode, task: TaskSpec) -> bytes:
     digest = hashlib.sha256()
-    for array in (*(episode.observation[key] for key in sorted(episode.observation)), episode.action, episode.reward):
+    observed = [episode.observation[spec.key] for spec in ordered_fields(task)]
+    for array in (*observed, episode.action, episode.reward):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.digest()

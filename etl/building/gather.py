@@ -2,8 +2,8 @@
 
 .build/shard-*.json -> rejected.jsonl -> index.arrow -> dataset.json -> .build/ goes
 
-Invariant: every episode of the plan is a row of the index or a line of rejected.jsonl, and no folder has a manifest
-before every file that it names is whole.
+Invariant: every episode of the plan is a row of the index or a line of rejected.jsonl, and the manifest is written
+after every file that it names is complete.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _held_out(columns: dict[str, list], tasks: list[str], firsts: list[list[int]
 
 
 def _ordered(columns: dict[str, list]) -> pa.Table:
-    """The index: rows by task, split, episode and start, with what a reader would else have to add up."""
+    """The index: rows by task, split, episode and start, with the running sums that a reader needs."""
     task, held_out, episode, start = (np.array(columns[n]) for n in ("task", "held_out", "episode", "start"))
     order = np.lexsort((start, episode, held_out, task))
     task, held_out, episode = task[order], held_out[order], episode[order]

@@ -1,7 +1,7 @@
-"""Signs of life: so that a worker that was killed ends a build instead of hanging it.
+"""Heartbeats, so that a worker that was killed ends a build instead of hanging it.
 
-worker: a heartbeat file a shard, touched every second while the shard is being written
-driver: no sign of anybody for most of a minute, or of its own workers a single one that stopped, is a lost worker
+worker: one heartbeat file per shard, touched every second while the shard is being written
+driver: a worker is lost when no heartbeat at all is seen for most of a minute, or when one on this machine stops
 
 Beam's local runners wait for ever for a worker that was killed. Runners of clusters notice one by themselves, and
 where the driver sees no heartbeat at all (the workers are on other machines), it waits without a limit.

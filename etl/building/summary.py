@@ -1,6 +1,6 @@
-"""What a build tells its user: progress while it runs, a table of what came out, the names it knows.
+"""The output of a build: progress while it runs, a table of the dataset, the names of known datasets.
 
-Invariant: progress is read from the finished shards alone, so that it is true on every runner.
+Invariant: progress is read from the finished shards alone, so it is right on every runner.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from schemas.dataset import Manifest, TaskSummary
 
 
 class _Rate(progress.ProgressColumn):
-    """Timesteps a second since the start, over what this run has written."""
+    """Timesteps per second since the start, of what this run has written."""
 
     def render(self, task: progress.Task) -> str:
         done = task.completed - task.fields["kept"]
@@ -75,7 +75,7 @@ class Progress:
 
 
 def show(manifest: Manifest, console: Console) -> None:
-    """Print what the dataset holds, a line a task."""
+    """Print what the dataset holds, one line per task."""
     columns = ("episodes", "cut", "held out", "filtered", "rejected", "timesteps", "tokens", "MiB")
     table = Table("task", *columns, "return: mean ± std (min, 25 %, median, 75 %, max)")
     for task in manifest.tasks:

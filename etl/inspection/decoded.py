@@ -3,7 +3,7 @@
 shards.reader.Dataset -> TaskView -> survey: every n-th timestep of all episodes -> counts of each Dimension, verdict
                                   -> timestep: one timestep -> Tokens, text, frames
 
-The survey takes at most 200,000 timesteps a task. Where the shards keep the raw float32 beside the tokens, every
+The survey takes at most 200,000 timesteps per task. Where the shards keep the raw float32 beside the tokens, every
 sampled value is compared with its bin, in the companded space where bins are uniform.
 
 Invariant: all values were read from the shards and decoded as the agent decodes them. A token that is no id of its
@@ -26,7 +26,7 @@ from schemas.layout import PATCH, PATCH_SIZE, ROLE_NAMES, TEXT
 from schemas.vocabulary import Vocabulary, bin_centres
 from shards.reader import Dataset
 
-SAMPLE = 200_000  # timesteps a task that the survey looks at
+SAMPLE = 200_000  # timesteps per task that the survey looks at
 BLOCK = 1 << 14  # of them at a time
 SLACK = 1e-3  # half-bins: a log may be float64, what is kept beside the tokens is float32
 STRIP = 8  # consecutive frames
@@ -46,7 +46,7 @@ class Dimension:
     """One stored column that is no text: ids [start, start + len(counts)), and what the survey counts of them.
 
     `raw`: its column in the member of raw values, if it has one. `first`: the value of a discrete column's first id.
-    `wrong`: values that do not lie in the bin that their token names; `worst`: largest error of values that are not
+    `wrong`: values outside the bin that their token names; `worst`: largest error of values that are not
     clipped, in half-bins."""
 
     name: str
@@ -64,7 +64,7 @@ class Dimension:
     worst: float = 0.0
 
     def position(self, value: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-        """Values to where they lie among the bins: [-1, 1], or beyond it where they are clipped."""
+        """Values scaled to the bins' range [-1, 1]; beyond it where they are clipped."""
         if self.role == "observation":
             return continuous.compand(value, vocabulary)
         return 2.0 * (np.asarray(value, np.float64) - self.low) / (self.high - self.low) - 1.0
@@ -181,10 +181,10 @@ class TaskView:
 
     @cached_property
     def returns(self) -> np.ndarray:
-        """Raw returns of whole episodes."""
+        """Raw returns of complete episodes."""
         column, rows = self.dataset.column, self.rows
-        whole = (column("start")[rows] == 0) & (column("terminated")[rows] | column("truncated")[rows])
-        return column("episode_return")[rows[whole]] if self.task.action else np.empty(0)
+        complete = (column("start")[rows] == 0) & (column("terminated")[rows] | column("truncated")[rows])
+        return column("episode_return")[rows[complete]] if self.task.action else np.empty(0)
 
     def survey(self) -> None:
         """Count bins, and compare raw values, over every n-th timestep of all episodes."""
@@ -220,7 +220,7 @@ class TaskView:
 
     @property
     def verdict(self) -> tuple[bool, str]:
-        """Whether the sampled tokens say what they should, in one sentence."""
+        """True if the sampled tokens say what they should, and the finding in one sentence."""
         held = [d for d in self.dimensions if d.raw is not None]
         values, clipped = sum(d.total for d in held), sum(d.clipped for d in held)
         wrong = sum(d.wrong for d in held)

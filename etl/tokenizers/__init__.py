@@ -1,1 +1,1 @@
-"""One file a modality; `timestep` puts them together. Pipeline and agent both tokenize through here."""
+"""One file per modality; `timestep` combines them. Pipeline and agent both tokenize through here."""

@@ -66,9 +66,10 @@ def _low(bits: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def _table(vocabulary: Vocabulary) -> np.ndarray:
-    """(65536,) uint32 by a float32's upper 16 bits. Such floats differ by less than a bin (1 part in 128 against 1
-    in 50): they are of one token, or of two whose edge, found by bisection, is at some `_low`. token << 16 plus the
-    distance of the edge from 65536 is what carries into the next token when a `_low` at or behind it is added."""
+    """(65536,) uint32, indexed by a float32's upper 16 bits. Floats that share them differ by less than a bin (1 in 128
+    against 1 in 50): they have one token, or two whose edge, found by bisection, is at some `_low`. An entry is
+    token << 16 plus the distance of the edge from 65536, so that adding a `_low` at or after the edge carries into the
+    next token."""
     upper = np.arange(2**16, dtype=np.uint32) << 16
     upper[(upper & 0x7F800000) == 0x7F800000] = 0  # infinity and NaN, which are not looked up
 
@@ -81,8 +82,8 @@ def _table(vocabulary: Vocabulary) -> np.ndarray:
     assert (last - first).max() <= 1  # of this companding and number of bins
     while (above - below > 1).any():
         middle = (below + above) // 2
-        behind = token(middle) > first
-        below, above = np.where(behind, below, middle), np.where(behind, middle, above)
+        beyond = token(middle) > first
+        below, above = np.where(beyond, below, middle), np.where(beyond, middle, above)
     return ((first << 16) + np.where(last > first, 0x10000 - above, 0)).astype(np.uint32)
 
 
@@ -110,7 +111,7 @@ Bounds = float | Sequence[float]
 
 
 def scale_action(a: np.ndarray, low: Bounds, high: Bounds) -> np.ndarray:
-    """a (..., A) to where it lies between its dimension's bounds: [-1, 1] inside, float64."""
+    """Actions (..., A) scaled so that each dimension's bounds become -1 and 1, float64."""
     y = np.array(a, np.float64)
     least, most = (np.broadcast_to(np.asarray(bound, np.float64), y.shape[-1:]) for bound in (low, high))
     scaled = (least != -1.0) | (most != 1.0)  # the others are there already, without a rounding

@@ -1,6 +1,6 @@
 """Text <-> SentencePiece tokens in the text range (paper §2.1: 32,000 pieces).
 
-A model of 32,000 pieces with byte fallback ships beside this file; `train` makes another one.
+A model of 32,000 pieces with byte fallback ships next to this file; `train` makes another one.
 
 Invariant: a text that is not cut decodes to itself, up to SentencePiece's normalisation of blanks.
 """
@@ -20,8 +20,8 @@ DEFAULT_MODEL = Path(__file__).resolve().parent / "mistral-32000.model"
 
 
 class TextTokenizer:
-    """A SentencePiece model: a file, or its bytes. ValueError if it is none, or has more pieces than the
-    vocabulary's text range."""
+    """A SentencePiece model: a file, or its bytes. ValueError if it is not one, or has more pieces than
+    the vocabulary's text range."""
 
     def __init__(self, model: Path | bytes, vocabulary: Vocabulary):
         where = "the text model" if isinstance(model, bytes) else str(model)
@@ -65,7 +65,7 @@ class TextTokenizer:
         return (np.array(padded, np.int64) + self.ids.start).astype(np.uint16)[inverse], int(cut[inverse].sum())
 
     def encode_document(self, text: str) -> np.ndarray:
-        """Tokens uint16 (N,) of a whole document, with the model's end-of-text piece behind it, if it has one."""
+        """Tokens uint16 (N,) of a document, followed by the model's end-of-text piece, if it has one."""
         end = [self.processor.eos_id()] if self.processor.eos_id() >= 0 else []
         return (np.array(self.processor.encode(text) + end, np.int64) + self.ids.start).astype(np.uint16)
 

@@ -24,7 +24,7 @@ from schemas.episode import STRICT, TaskSpec
 from schemas.files import atomic_write, sha256_of
 from shards.views import Trajectory
 
-VERSION = 1
+VERSION = 2  # 1: tasks as in datasets of schema 3
 CURVE_POINTS = 200
 
 C = TypeVar("C")
@@ -127,8 +127,9 @@ def load_folder(
         raise ValueError(f"{folder}: no config.json, so no finished baseline; {remedy}")
     try:
         body = json.loads(path.read_text())
-        if (body["format"], body["version"]) != (form, VERSION):
-            raise ValueError(f"{path}: format {body['format']} {body['version']}, expected {form} {VERSION}; {remedy}")
+        if body["format"] != form or body["version"] not in range(1, VERSION + 1):
+            found = f"{body['format']} {body['version']}"
+            raise ValueError(f"{path}: format {found}, expected {form} 1 to {VERSION}; {remedy}")
         parsed = TypeAdapter(config).validate_python(body["config"])
         task = TypeAdapter(TaskSpec).validate_python(upgrade.task(body["task"]))
         digest, extra = body["weights_sha256"], body["extra"]

@@ -6,13 +6,17 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from rich.console import Console
 
+from etl.inspect import Options, inspect
+from etl.inspection.decoded import TaskView
 from etl.tokenizers import continuous
 from etl.tokenizers.timestep import TimestepTokenizer
 from schemas.episode import EpisodeError
 from schemas.layout import continuous_values, layout_of, ordered_fields
 from schemas.task import ActionSpec, FieldSpec, TaskSpec
 from schemas.vocabulary import DISJOINT
+from shards.reader import Dataset
 from shards.stream import Stream, StreamConfig
 from shards.verify import verify
 from shards.views import trajectories
@@ -160,6 +164,40 @@ def test_cameras_of_other_sizes_and_channels_share_a_timestep(tmp_path, monkeypa
         own = layout.patch_intervals[first:stop]
         assert own.min() == 0 and own[:, 0].max() == own[:, 1].max() == 128
         assert len(np.unique(own[:, 0, 0])) == picture.rows and len(np.unique(own[:, 1, 0])) == picture.columns
+
+
+def test_every_picture_and_bound_is_inspected(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    dials = TaskSpec(
+        "dials", "memory", (FieldSpec("x", "discrete", (2,), (2, 4), (0, 9)),), ActionSpec.discrete((3, 7))
+    )
+    for task in (ROBOT, dials):
+        dataset = build(tmp_path / task.name, task, [episode_of(task, 9, rng, n) for n in range(3)], monkeypatch)
+        for ending in ("html", "png"):
+            output = tmp_path / f"{task.name}.{ending}"
+            assert inspect(Options(str(tmp_path / task.name), output=output), Console(quiet=True)) == output
+        view = TaskView(dataset, 0, None)
+        view.survey()
+        assert view.verdict[0], view.verdict
+    page = (tmp_path / "robot.html").read_text()
+    assert page.count("<text ") == page.count("<rect ") == 36  # a number and a frame per patch
+    assert "2 continuous in [-2, 2], [0, 0.5]" in page
+    assert "stacked: image 20x20x4 brought to 32x32 pixels (pad), the newest of 4 frames" in page
+    view = TaskView(Dataset(tmp_path / "robot"), 0, None)
+    (picture,) = [view.timestep(0, 4).picture]
+    assert picture.shape == (48, 32 + 4 + 32 + 4 + 64 + 4 + 32 + 4 + 64, 3)
+    wrist = Dataset(tmp_path / "robot").layouts[0].split_patches(Dataset(tmp_path / "robot").patches(0))[4][4]
+    assert (picture[:16, -64:-48] == wrist[0]).all() and (picture[16:32, -16:] == wrist[7]).all()
+    page = (tmp_path / "dials.html").read_text()
+    assert "2 discrete, 3, 7 choices" in page and "x[1]" in page
+    spans = [d.span(DISJOINT) for d in view_of(tmp_path / "dials").dimensions]
+    assert [span[0] for span in spans] == [0, 9, 0, 0] and [span[1] for span in spans] == [1, 12, 2, 6]
+
+
+def view_of(folder):
+    view = TaskView(Dataset(folder), 0, None)
+    view.survey()
+    return view
 
 
 def test_filtered_depth_is_resized_beside_its_colours(tmp_path, monkeypatch):

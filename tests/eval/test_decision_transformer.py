@@ -1,12 +1,14 @@
 """Decision Transformer: causality, padding, windows, determinism, export, and that it learns what returns mean."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from etl.tokenizers.image import resize
 from eval.baselines import decision_transformer as dt
 from eval.baselines import optimise
 from schemas.episode import ActionSpec, EnvironmentSpec, FieldSpec, TaskSpec
@@ -24,12 +26,12 @@ Episode = partial(Trajectory, terminated=True, complete=True)
 
 def control_episode(rng, T, reward=1.0):
     observation = rng.normal(3.0, 5.0, (T, 3)).astype(np.float32)
-    return Episode(observation, None, rng.uniform(-2, 2, (T, 2)).astype(np.float32), np.full(T, reward, np.float32))
+    return Episode(observation, (), rng.uniform(-2, 2, (T, 2)).astype(np.float32), np.full(T, reward, np.float32))
 
 
 def game_episode(rng, T):
     frames = rng.integers(0, 256, (T, 64, 80, 1), np.uint8)
-    return Episode(None, frames, rng.integers(0, 3, T), rng.choice([-1, 0, 1], T).astype(np.float32))
+    return Episode(None, (frames,), rng.integers(0, 3, T), rng.choice([-1, 0, 1], T).astype(np.float32))
 
 
 def trained(task, out, seed=0, **config):
@@ -82,7 +84,7 @@ def test_a_prediction_sees_its_return_and_state_but_no_later_ones_nor_its_action
 def test_windows_hold_the_episode_and_mark_its_end(task):
     rng = np.random.default_rng(0)
     episode = control_episode(rng, 6) if task is CONTROL else game_episode(rng, 6)
-    scaling = dt.Scaling(np.array([1.0, 2.0, 3.0]), np.array([2.0, 2.0, 4.0]), -2.0, 2.0)
+    scaling = dt.Scaling(np.array([1.0, 2.0, 3.0]), np.array([2.0, 2.0, 4.0]), task.action)
     windows = dt.Windows([episode], dt.Config(context=4, return_scale=2.0), scaling)
     to_go, states, actions, times, valid = windows.window(0, 3)
     assert valid.tolist() == [True, True, True, False] and times.tolist() == [3, 4, 5, 6]
@@ -100,7 +102,7 @@ def test_windows_hold_the_episode_and_mark_its_end(task):
 def test_episodes_are_drawn_by_length_and_timesteps_uniformly():
     rng = np.random.default_rng(0)
     episodes = [control_episode(rng, T) for T in (10, 30)]
-    scaling = dt.Scaling(np.zeros(3), np.ones(3), -2.0, 2.0)
+    scaling = dt.Scaling(np.zeros(3), np.ones(3), CONTROL.action)
     windows = dt.Windows(episodes, dt.Config(context=1, batch=8000), scaling)
     to_go = windows.batch(rng)[0].numpy()[:, 0] * 1000
     counts = np.bincount(to_go.round().astype(int), minlength=31)[1:]
@@ -120,7 +122,7 @@ def test_play_equals_the_training_forward_over_the_last_window(task, tmp_path):
     if task is CONTROL:
         frames, values = None, np.stack([o["observation"] for o in seen])
     else:
-        frames, values = np.stack([dt.resize(o["frame"], (64, 80)) for o in seen]), None
+        frames, values = np.stack([resize(o["frame"], (64, 80)) for o in seen]), None
     gained = np.clip(rewards, -1, 1) if task is GAME else rewards
     T, first = len(seen), len(seen) - 4
     to_go = (policy.target - gained.cumsum(axis=0)) / policy.config.return_scale
@@ -230,7 +232,7 @@ def test_conditioning_on_a_return_picks_the_behaviour_that_earned_it(tmp_path):
     for n in range(40):
         good, noise = n % 2 == 0, rng.normal(size=(10, 3)).astype(np.float32)
         action = np.full((10, 2), 1.5 if good else -1.5, np.float32)
-        episodes.append(Episode(noise, None, action, np.full(10, float(good), np.float32)))
+        episodes.append(Episode(noise, (), action, np.full(10, float(good), np.float32)))
     means = []
     for target in (10.0, 0.0):
         sizes = dict(context=3, layers=1, width=32, dropout=0.0, return_scale=10.0, clip=1.0)
@@ -269,6 +271,36 @@ def test_what_it_cannot_play_is_refused(tmp_path):
         dt.train([control_episode(np.random.default_rng(0), 5)], several, dt.Config(**SMALL), 0, tmp_path)
     with pytest.raises(ValueError, match="no training episodes"):
         dt.train([], CONTROL, dt.Config(**SMALL), 0, tmp_path)
+    two = replace(GAME, observation=(*FRAMES, FieldSpec("wrist", "image", (30, 50, 1))))
+    with pytest.raises(ValueError, match="differ in size .'frame' 64 x 80, 'wrist' 32 x 64.; leave 'dt' out"):
+        dt.train([game_episode(np.random.default_rng(0), 5)], two, dt.Config(**SMALL), 0, tmp_path)
+    mixed = replace(CONTROL, observation=(*VECTORS, FieldSpec("mode", "discrete", (), (3,))))
+    with pytest.raises(ValueError, match="not text or discrete values"):
+        dt.train([control_episode(np.random.default_rng(0), 5)], mixed, dt.Config(**SMALL), 0, tmp_path)
+
+
+def test_pictures_of_one_size_are_joined_as_channels(tmp_path):
+    rng = np.random.default_rng(0)
+    fields = (FieldSpec("rgbd", "image", (60, 70, 4), resized=(64, 80)), FieldSpec("grey", "image", (64, 80, 1)))
+    task = replace(GAME, observation=fields, action=ActionSpec.discrete(3, start=5))
+    pictures = tuple(rng.integers(0, 256, (9, 64, 80, channels), np.uint8) for channels in (1, 3, 1))  # by key
+    episode = Episode(None, pictures, rng.integers(5, 8, 9), np.ones(9, np.float32))
+    assert np.array_equal(episode.frames, np.concatenate(pictures, axis=3))
+    policy = dt.load(dt.train([episode], task, dt.Config(**SMALL), 0, tmp_path))
+    policy.reset(4)
+    seen = {spec.key: rng.integers(0, 256, (4, *spec.shape), np.uint8) for spec in fields}
+    assert policy._state(seen).shape == (4, 4 * 5, 64, 80)
+    assert (policy._state(seen)[:, -5] == seen["grey"][..., 0]).all()
+    actions = policy.act(seen, np.zeros(4), np.ones(4, bool), rng)
+    assert actions.shape == (4,) and set(actions.tolist()) <= {5, 6, 7}
+
+
+def test_each_dimension_has_its_own_bounds(tmp_path):
+    rng, space = np.random.default_rng(0), ActionSpec.continuous((-2, 0), (2, 0.5))
+    scaling = dt.Scaling(np.zeros(3), np.ones(3), space)
+    actions = rng.uniform(space.low, space.high, (50, 2)).astype(np.float32)
+    np.testing.assert_allclose(scaling.action(actions), actions * [0.5, 4] - [0, 1], atol=1e-6)
+    np.testing.assert_allclose(scaling.undo_action(scaling.action(actions)), actions, atol=1e-6)
 
 
 def test_published_settings():
