@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 
-from etl.sources import Known
+from etl.sources import Known, SourceError, TaskScan
 from etl.sources.minari import Minari, disk
 from schemas.episode import EpisodeError, FieldSpec
-from simulators.suites.minigrid import TILE, draw
+from simulators.suite import SimulatorError
+from simulators.suites.minigrid import SUITE, TILE, draw
 
 VIEW = (7, 7, 3)
 PICTURE = (VIEW[1] * TILE, VIEW[0] * TILE, 3)
@@ -37,6 +39,14 @@ class BabyAI(Minari):
     def known(self, cache: Path) -> list[Known]:
         """What was downloaded; Minari lists a group 'minigrid/BabyAI-LEVEL' for each level."""
         return [one for one in super().known(cache) if re.search(r"(?i)babyai|minigrid", one.id)]
+
+    def scan(self, files: list[Path], options: Any) -> list[TaskScan]:
+        """As Minari's. SourceError where minigrid, which draws the pictures, is missing."""
+        try:
+            SUITE.register()
+        except SimulatorError as error:
+            raise SourceError(str(error)) from None
+        return super().scan(files, options)
 
     def field(self, key: str, space: spaces.Space) -> FieldSpec | None:
         """As Minari's, but for the symbolic view."""

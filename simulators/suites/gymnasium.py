@@ -86,4 +86,5 @@ def _draws_itself(id: str) -> bool:
         maker = gymnasium.envs.registration.load_env_creator(entry) if isinstance(entry, str) else entry
     except Exception:  # its own import fails: said when it is made
         return False
-    return "rgb_array" in (getattr(maker, "metadata", None) or {}).get("render_modes", ())
+    metadata = getattr(maker, "metadata", None)  # of a wrapper's class it is a property
+    return isinstance(metadata, dict) and "rgb_array" in metadata.get("render_modes", ())

@@ -9,7 +9,7 @@ from minigrid.wrappers import RGBImgPartialObsWrapper
 
 import simulators
 from etl import sources
-from etl.sources import babyai
+from etl.sources import SourceError, babyai
 from etl.tokenizers import image
 from etl.tokenizers.text import TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer
@@ -118,3 +118,9 @@ def test_a_relative_output_is_where_it_says(tmp_path):
 def test_the_bot_takes_no_noise(tmp_path):
     done = run("etl.record", "-e", LEVEL, "--noise", "0.1", "--steps", "20", "-o", tmp_path, check=False)
     assert done.returncode == 1 and "leave --noise out" in done.stderr
+
+
+def test_without_minigrid_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(type(gridworld.SUITE), "module", "a_package_that_is_not_there")
+    with pytest.raises(SourceError, match=r"pip install 'gato-open\[minigrid\]'"):
+        babyai.SOURCE.scan([], babyai.SOURCE.options())
