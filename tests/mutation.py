@@ -39,6 +39,7 @@ TESTS = {
     "eval/scores": ("tests/eval/test_scores.py", "tests/eval/test_report.py"),
     "trainer/checkpoint": (
         "tests/trainer/test_losing_nothing.py::test_the_last_and_the_best_checkpoints_are_kept",
+        "tests/trainer/test_checkpoint.py",
         "tests/trainer/test_train.py", "tests/eval/test_compare.py",
     ),
 }  # fmt: skip

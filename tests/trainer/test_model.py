@@ -289,7 +289,10 @@ def test_nothing_in_a_training_step_waits_for_a_tensors_value(batch):
             bool((shapes["segments"] == 0).all())
 
 
-@pytest.mark.parametrize(("compile", "activation_checkpointing"), [(True, False), (False, True), (True, True)])
+COMPILED = [pytest.param(True, checkpointing, marks=pytest.mark.process) for checkpointing in (False, True)]
+
+
+@pytest.mark.parametrize(("compile", "activation_checkpointing"), [*COMPILED, (False, True)])
 def test_prepared_blocks_equal_plain_ones_with_their_gradients(batch, compile, activation_checkpointing):
     config = replace(SMALL, rotary="token", action_position="own", stochastic_depth=0.3)
     branch_scale = branch_scales(batch.sequence.numpy(), config, 0)
