@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ import pytest
 from rich.console import Console
 
 from etl.build import Options, beam_flags, build
+from etl.building.plan import BuildConfig
 from schemas import upgrade
 from schemas.dataset import MANIFEST_NAME, SCHEMA_VERSION, load_manifest
 from schemas.task import ActionSpec
-from schemas.vocabulary import DISJOINT
+from schemas.vocabulary import DISJOINT, by_name
 from shards.folder import Folder
 from shards.stream import Stream, StreamConfig
 from shards.verify import verify
@@ -110,6 +112,13 @@ def test_tokens_of_old_and_new_datasets_go_together(schema3, tmp_path):
     stream = Stream(folders, StreamConfig(sequence_length=64), seed=0)
     assert stream.vocabulary == DISJOINT
     check_batch(stream, stream.batch(0, 8))
+
+
+def test_the_disjoint_vocabulary_keeps_its_former_name_and_fingerprint():
+    assert by_name("seed") is by_name("disjoint") is DISJOINT
+    assert DISJOINT.fingerprint == "28e7cae1ff0fdfad67412defdb1d3ec7f21ad22813aaf610e15e480016f695c2"
+    assert replace(DISJOINT, name="seed") == DISJOINT
+    assert BuildConfig(vocabulary="seed") == BuildConfig(), "the same dataset, whichever name is given"
 
 
 def test_scalars_become_one_number_per_dimension():
