@@ -10,6 +10,9 @@ remaining timesteps, which still remember what was dropped; the exact mode compu
 window anew each timestep and is the reference. Episodes that end leave the batch, but for
 one that is replayed (see eval/replay.py).
 
+A model that reads timesteps (`sequence` "timesteps") has a window of a few elements, all computed anew in each
+timestep by one forward pass: the prompt's, which stay, and the last ones, as in training.
+
 Invariants: sampling is restricted to the ids that the action space allows; on one thread an
 episode's actions are the same to the bit whatever else is in the batch (see `batch_invariant`).
 """
@@ -30,6 +33,7 @@ from etl.tokenizers.timestep import TimestepTokenizer
 from eval.draws import Draws
 from eval.replay import Replay, compiled
 from schemas.episode import TaskSpec
+from schemas.layout import SEPARATOR
 from schemas.vocabulary import bin_centres
 from shards.reader import Dataset
 from trainer.checkpoint import ExportInfo
@@ -138,17 +142,26 @@ class GatoAgent:
             self.launch = "graph" if self.device.type == "cuda" and rolling else "plain"
         self.head = weight[self.ids.start : self.ids.stop]
         self.slots = self.window * self.layout.length
+        if model.by_timesteps and self.launch != "plain":
+            if config.launch != "auto":
+                raise ValueError(f"--agent.launch {config.launch}: a model that reads timesteps is played plain")
+            self.launch = "plain"
         with torch.inference_mode():
             roles, positions = (torch.from_numpy(x) for x in (self.layout.roles, self.layout.local_positions))
             self.local = model.local(roles.to(self.device), positions.to(self.device))
             self.slot = torch.arange(self.slots, device=self.device)
             self.centres = torch.from_numpy(bin_centres(self.ids.size)).to(self.device)
             self.patch_centres = torch.from_numpy(self.layout.patch_centres).to(self.device)
+            self.roles, self.positions = roles.to(self.device), positions.to(self.device)
+            self.wanted = model.queries(self.positions[self.layout.length - self.layout.action :])
 
     @torch.inference_mode()
     def reset(self, batch: int) -> None:
         """A batch of environments starts anew; the window holds the prompt alone."""
         self.running, self.time = np.arange(batch), 0
+        if self.model.by_timesteps:
+            self._reset_timesteps(batch)
+            return
         exact, K, A = self.config.window == "exact", self.layout.length, self.layout.action
         self.cache = Cache(self.model.config, 1, self.slots, self.device, self.dtype)
         # embedded tokens of the window, by slot
@@ -188,25 +201,67 @@ class GatoAgent:
             self._keep(left)
         n, K, A = len(self.running), self.layout.length, self.layout.action
         encoded = self.tokenizer.encode_observation({key: value[self.running] for key, value in observations.items()})
+        if self.model.by_timesteps:
+            points = self._points(active, n, A, rng)
+            self.last = self._timestep_at_once(self._ids(encoded.tokens), encoded.patches, points)
+            return self._actions(active)
         oldest = max(0, self.time - self.window + 1) * K
         first = oldest if self.config.window == "exact" else max(0, self.time * K - 1)
         numbers = torch.arange(first, (self.time + 1) * K - 1, device=self.device)
-        points, live = np.zeros((n, A)), active[self.running]
-        if self.decoding == "sample":
-            points[live] = rng.random((int(live.sum()), A))
+        points = self._points(active, n, A, rng)
         x = self._embed(self._ids(encoded.tokens), encoded.patches)
         if self.time:
             x = torch.cat(
                 [self._embed_actions(self.last, 0)[:, -A if self.config.window == "exact" else -1 :], x], dim=1
             )
-        inputs = x, numbers, torch.from_numpy(points).to(self.device)
+        inputs = x, numbers, points
         # an episode's very first timestep has no action before it, and so another shape than all others
         self.last = self._replayed(*inputs) if self.launch != "plain" and self.time else self.timestep(*inputs)
         self.time += 1
+        return self._actions(active)
+
+    def _points(self, active: np.ndarray, n: int, A: int, rng: Draws | np.random.Generator) -> Tensor:
+        """(n, A) in [0, 1) for the running rows, zeros where no sample is drawn."""
+        points, live = np.zeros((n, A)), active[self.running]
+        if self.decoding == "sample":
+            points[live] = rng.random((int(live.sum()), A))
+        return torch.from_numpy(points).to(self.device)
+
+    def _actions(self, active: np.ndarray) -> np.ndarray:
+        """The last tokens as actions of all rows (B, ...), zeros where not `active`."""
+        live = active[self.running]
         chosen = self.tokenizer.decode_action(self.last.cpu().numpy())
         actions = np.zeros((len(active), *chosen.shape[1:]), chosen.dtype)
         actions[self.running[live]] = chosen[live]
         return actions
+
+    def _reset_timesteps(self, batch: int) -> None:
+        """The window holds the prompt's elements, which stay."""
+        self.kept = torch.zeros(1, 0, self.model.config.width, device=self.device, dtype=self.dtype)
+        length = 0 if self.prompt is None else min(int(self.window * self.config.prompt_share), len(self.prompt.tokens))
+        if self.prompt is not None and length:
+            part = slice(length) if self.config.prompt == "start" else slice(-length, None)
+            pixels = None if self.prompt.patches is None else np.array(self.prompt.patches[part])
+            self.kept = self._elements(self._ids(self.prompt.tokens[part]), pixels)[None]
+        self.shown = self.kept[:, :0].expand(batch, -1, -1)
+
+    def _elements(self, ids: Tensor, pixels: np.ndarray | None) -> Tensor:
+        """Columns [0, k) of m timesteps (m, k), patches (m, P, 16, 16, C) -> their elements (m, W)."""
+        k = ids.shape[1]
+        x = self._looked_up(ids, pixels)
+        return self.model.scaled(x, self.positions[:k], self.roles[:k] != SEPARATOR).sum(dim=1)
+
+    def _timestep_at_once(self, ids: Tensor, pixels: np.ndarray | None, points: Tensor) -> Tensor:
+        """Tokens (n, A) of the action, by timesteps."""
+        n, A = points.shape
+        self.shown = torch.cat([self.shown, self._elements(ids, pixels)[:, None]], dim=1)
+        self.shown = self.shown[:, -(self.window - self.kept.shape[1]) :]
+        x = self._filled(torch.cat([self.kept.expand(n, -1, -1), self.shown], dim=1))
+        T = x.shape[1]
+        place = (torch.arange(len(x), device=self.device) * T + T - 1).repeat_interleave(A)
+        hidden = self.model.predicted(x, None, place, self.wanted.repeat(len(x), 1))
+        logits = F.linear(hidden, self.head)[: n * A]
+        return self.ids.start + self._choose(logits, points.view(-1, 1)).view(n, A)
 
     def _replayed(self, *inputs: Tensor) -> Tensor:
         """`timestep` by the graph of a batch of this size, captured where the last one's was another."""
@@ -277,13 +332,17 @@ class GatoAgent:
 
     def _embed(self, ids: Tensor, pixels: np.ndarray | None) -> Tensor:
         """Columns [0, k) of m timesteps (m, k), patches (m, P, 16, 16, C) -> (m, k, W)."""
+        return self._looked_up(ids, pixels) + self.local[: ids.shape[1]]
+
+    def _looked_up(self, ids: Tensor, pixels: np.ndarray | None) -> Tensor:
+        """`_embed` without positions."""
         x = self.model.tokens(ids)
         if pixels is not None:
             first, count = self.layout.text, self.layout.patches
             flat = torch.from_numpy(pixels).to(self.device).flatten(0, 1)
             embedded = self.model.patches(flat, self.patch_centres.repeat(len(pixels), 1))
             x[:, first : first + count] = embedded.view(len(pixels), count, -1).to(x.dtype)
-        return x + self.local[: ids.shape[1]]
+        return x
 
     def _embed_actions(self, tokens: Tensor, first: int) -> Tensor:
         """Action tokens (n, a), the `first` of its timestep and those behind, -> (n, a, W)."""
@@ -297,6 +356,9 @@ class GatoAgent:
 
     def _keep(self, rows: np.ndarray) -> None:
         chosen = torch.from_numpy(rows).to(self.device)
+        if self.model.by_timesteps:
+            self.shown = self.shown[chosen]
+            return
         self.cache.keep(chosen)
         self.shown, self.last = self.shown[chosen], self.last[chosen]
 

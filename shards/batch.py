@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from schemas.layout import PATCH_SIZE
+from schemas.layout import PAD, PATCH_SIZE
 
 PAGE = 4096
 
@@ -34,7 +34,7 @@ class Batch:
     What follows from these is worked out beside them (`seal`), since a GPU that is asked for it keeps its host waiting:
     chosen (N,) int32, the place in the flattened (B * L) before each target; starts (S,) int32, ascending, where a
     segment begins in it, then B * L up to a number S of them that few batches exceed; packed, whether any sequence
-    holds two segments.
+    holds two segments; timesteps, the most that any sequence holds.
     """
 
     tokens: Any
@@ -50,9 +50,10 @@ class Batch:
     chosen: Any = None
     starts: Any = None
     packed: bool = False
+    timesteps: int = 0
 
     def seal(self, memory: Memory | None = None) -> Batch:
-        """Work out `chosen`, `starts` and `packed` once all other arrays are filled."""
+        """Work out what follows from the other arrays, once these are filled."""
         B, L = self.tokens.shape
         take, places = (memory or Memory()).take, np.flatnonzero(self.supervised)
         self.chosen = take("chosen", np.int32, len(places))
@@ -65,6 +66,7 @@ class Batch:
         self.starts = take("starts", np.int32, 1 << max(2 * B, len(starts) + 1).bit_length())
         self.starts[: len(starts)], self.starts[len(starts) :] = starts, B * L
         self.packed = len(starts) > B
+        self.timesteps = int(np.count_nonzero((self.positions == 0) & (self.roles != PAD), axis=1).max())
         return self
 
     def to(self, device: torch.device | str) -> Batch:
@@ -74,7 +76,7 @@ class Batch:
         moved = copy(self)
         for part in fields(self):
             value = getattr(self, part.name)
-            if not isinstance(value, bool | None):
+            if not isinstance(value, bool | int | None):
                 setattr(moved, part.name, torch.as_tensor(value).to(device, non_blocking=True))
         return moved
 

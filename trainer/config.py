@@ -68,6 +68,9 @@ class OptimiserConfig:
     matrices: Literal["adamw", "muon"] = "adamw"
     """What updates the matrices of blocks and patch embedder: AdamW as all else (paper), or Muon (ours, at ZeRO 0),
     see trainer/optimiser.py."""
+    bins: Literal["rows", "smooth"] = "rows"
+    """How the table's rows of continuous values are updated: each by itself (paper), or together, as smooth functions
+    of the bin (ours, at ZeRO 0), see trainer/optimiser.py."""
     muon_peak_lr: float = 0.02
     """Muon's rate where AdamW's is `peak_lr`; both follow the same schedule."""
 
@@ -147,8 +150,9 @@ def deciding(config: TrainConfig) -> dict[str, Any]:
     raw = asdict(config)
     # settings that were added later are left out at their defaults: checkpoints from before go on
     later = (
-        ("model", "dropout", 0.0), ("model", "patch_norm", "group"), ("optimiser", "schedule", "cosine"),
-        ("optimiser", "matrices", "adamw"),
+        ("model", "dropout", 0.0), ("model", "patch_norm", "group"),
+        ("model", "sequence", "tokens"), ("optimiser", "schedule", "cosine"),
+        ("optimiser", "matrices", "adamw"), ("optimiser", "bins", "rows"),
     )  # fmt: skip
     for part, name, default in later:
         if raw[part][name] == default:

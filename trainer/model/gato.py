@@ -2,8 +2,12 @@
 
 tokens, roles, positions, patches -> x (B, L, W) -> blocks -> norm -> hidden (B, L, W) -> logits (paper §2.2, §2.3)
 
+`sequence` "timesteps" is ours: a timestep's observation tokens, each scaled by a vector of its place, are summed to one
+element of the sequence, S of them instead of L; behind the last attention the position of each action token is added to
+its timestep's element, and the last feed-forward predicts them all at once. Tokens, table and head are the same.
+
 Invariant: hidden at place p depends on places <= p of p's segment alone, so the
-logits that predict an action never see it.
+logits that predict an action never see it; nor, by timesteps, any other action that is a target.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from schemas.layout import ACTION, OBSERVATION, PATCH, TEXT
+from schemas.layout import ACTION, OBSERVATION, PAD, PATCH, TEXT
 from schemas.vocabulary import Vocabulary, bin_centres
 from shards.batch import Batch
 from trainer.model.patch import PatchEmbedding
@@ -24,6 +28,11 @@ from trainer.model.transformer import Block, Cache, causal_segment_mask, flash_s
 
 Blocks = Sequence[Callable[..., Tensor]]
 """What does a model's blocks' work: these themselves, or compiled."""
+
+
+def observed(roles: Tensor) -> Tensor:
+    """Which tokens are of an observation, bool."""
+    return (roles == TEXT) | (roles == PATCH) | (roles == OBSERVATION)
 
 
 class Gato(nn.Module):
@@ -35,9 +44,16 @@ class Gato(nn.Module):
         self.tokens = nn.Embedding(vocabulary.padded_size, config.width)
         # local positions of observation tokens, then the action tokens' shared one, then zeros for the rest
         self.positions = nn.Embedding(config.local_positions + 1, config.width)
+        # by timesteps: what each place of a timestep scales its tokens by
+        self.scales = nn.Embedding(config.local_positions, config.width) if self.by_timesteps else None
         self.patches = PatchEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(config.width)
+
+    @property
+    def by_timesteps(self) -> bool:
+        """Whether an element of the sequence is a timestep."""
+        return self.config.sequence == "timesteps"
 
     def initialise(self, seed: int) -> Gato:
         """GPT-2's start: normal 0.02, residual outputs by 1 / sqrt(2 blocks), zero biases. A function of the seed."""
@@ -45,6 +61,8 @@ class Gato(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 nn.init.constant_(parameter, float("norm" in name and name.endswith("weight")))
+            elif name == "scales.weight":
+                parameter.data.normal_(0.0, 1.0, generator=generator)
             elif "patches" in name and parameter.ndim == 4:
                 fan_in = math.prod(parameter.shape[1:])
                 parameter.data.normal_(0.0, fan_in**-0.5, generator=generator)
@@ -77,13 +95,23 @@ class Gato(nn.Module):
         # also where a batch has no patches: every rank must make the same gradients, or their reduction jams
         embedded = self.patches(batch.patches, batch.patch_positions).to(x.dtype)
         x = x.flatten(0, 1).index_copy(0, batch.patch_index.long(), embedded).view_as(x)
+        if self.by_timesteps:
+            # an action token without loss is a prompt's
+            shown = observed(batch.roles) | ((batch.roles == ACTION) & ~batch.supervised)
+            return self.scaled(x, batch.positions, shown)
         return x + self.local(batch.roles, batch.positions)
+
+    def scaled(self, x: Tensor, positions: Tensor, shown: Tensor) -> Tensor:
+        """What tokens x (..., W) at `positions` (...) of their timestep give to its element; nothing where not
+        `shown`."""
+        assert self.scales is not None
+        index = positions.int().clamp(max=self.config.local_positions - 1)
+        return (x * self.scales(index) + self.positions(index)) * shown[..., None]
 
     def local(self, roles: Tensor, positions: Tensor) -> Tensor:
         """(..., W): what tokens of these roles get added for their index within the timestep."""
-        observed = (roles == TEXT) | (roles == PATCH) | (roles == OBSERVATION)
         last, action, form = self.config.local_positions, roles == ACTION, self.config.action_position
-        shown = (observed if form == "none" else observed | action)[..., None]
+        shown = (observed(roles) if form == "none" else observed(roles) | action)[..., None]
         index = positions.int().clamp(max=last - 1)
         if form != "own":
             index = torch.where(action, last, index)
@@ -99,6 +127,9 @@ class Gato(nn.Module):
         """Hidden states (B, L, W) behind the last norm, or (N, W) of the places `chosen` (N,) int32 of the flattened
         (B L), for which the last block does less. `keep` (B, blocks, 2, 1 or W): scales of the residual branches, for
         stochastic depth and dropout. Nothing is decided by a tensor's values, so a GPU's host need not wait."""
+        if self.by_timesteps:
+            assert chosen is not None
+            return self._timesteps(batch, keep, chosen)
         x = self.embed(batch)
         # one segment a sequence needs no mask: the plain causal kernel is the same function, faster
         mask = None
@@ -109,6 +140,38 @@ class Gato(nn.Module):
         for number, block in enumerate(self.blocks):
             last = {"chosen": chosen} if number == len(self.blocks) - 1 else {}
             x = block(x, mask, None if keep is None else keep[:, number], turns=turns, **last)
+        return self.norm(x)
+
+    def _timesteps(self, batch: Batch, keep: Tensor | None, chosen: Tensor) -> Tensor:
+        """`forward` with an element a timestep: hidden states (N, W) that predict the tokens behind `chosen`."""
+        B, S, device = len(batch.tokens), batch.timesteps, batch.tokens.device
+        first = (batch.positions == 0) & (batch.roles != PAD)
+        row = torch.arange(B, device=device)[:, None]
+        slot = (first.cumsum(1) - 1).clamp(min=0) + S * row  # each token's timestep among all of the batch
+        x = self.embed(batch).flatten(0, 1)
+        x = torch.zeros(B * S, x.shape[-1], dtype=x.dtype, device=device).index_add(0, slot.flatten(), x)
+        mask = None
+        if batch.packed:
+            segments = torch.zeros(B * S, dtype=batch.segments.dtype, device=device)
+            segments.scatter_(0, slot.flatten(), batch.segments.flatten())
+            mask = causal_segment_mask(segments.view(B, S))
+        place = slot.flatten().index_select(0, chosen)
+        wanted = self.queries(batch.positions.flatten().index_select(0, chosen + 1))
+        return self.predicted(x.view(B, S, -1), mask, place, wanted, keep)
+
+    def queries(self, positions: Tensor) -> Tensor:
+        """(..., W): what asks for the action tokens at these positions of their timestep."""
+        return self.positions(positions.int().clamp(max=self.config.local_positions - 1))
+
+    def predicted(
+        self, x: Tensor, mask: Tensor | None, place: Tensor, wanted: Tensor, keep: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states (N, W) of elements `place` (N,) of x (B, S, W), flattened, asked for `wanted` (N, W)."""
+        turns, last = self.turns(torch.arange(x.shape[1], device=x.device)), len(self.blocks) - 1
+        keep = None if keep is None else keep.to(x.dtype)
+        for number, block in enumerate(self.blocks):
+            more = {"chosen": place, "wanted": wanted} if number == last else {}
+            x = block(x, mask, None if keep is None else keep[:, number], turns=turns, **more)
         return self.norm(x)
 
     def step(
