@@ -139,7 +139,7 @@ class MuonAdamW(torch.optim.AdamW):
 def make_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
     """The optimiser of an OptimiserConfig. Weight decay on matrices and tables, not on norms and biases."""
     matrices = hidden_matrices(model) if config.matrices == "muon" else []
-    tables: list[nn.Parameter] = []
+    tables: list[Tensor] = []
     if config.bins == "smooth":
         assert isinstance(model, Gato)
         tables, ids = [model.tokens.weight], model.vocabulary
