@@ -153,7 +153,6 @@ class GatoAgent:
             self.centres = torch.from_numpy(bin_centres(self.ids.size)).to(self.device)
             self.patch_centres = torch.from_numpy(self.layout.patch_centres).to(self.device)
             self.roles, self.positions = roles.to(self.device), positions.to(self.device)
-            self.wanted = model.queries(self.positions[self.layout.length - self.layout.action :])
 
     @torch.inference_mode()
     def reset(self, batch: int) -> None:
@@ -257,10 +256,8 @@ class GatoAgent:
         self.shown = torch.cat([self.shown, self._elements(ids, pixels)[:, None]], dim=1)
         self.shown = self.shown[:, -(self.window - self.kept.shape[1]) :]
         x = self._filled(torch.cat([self.kept.expand(n, -1, -1), self.shown], dim=1))
-        T = x.shape[1]
-        place = (torch.arange(len(x), device=self.device) * T + T - 1).repeat_interleave(A)
-        hidden = self.model.predicted(x, None, place, self.wanted.repeat(len(x), 1))
-        logits = F.linear(hidden, self.head)[: n * A]
+        hidden = self.model.through(x)[:, -1:] * self.model.scales_at(self.positions[-A:])
+        logits = F.linear(hidden.flatten(0, 1), self.head)[: n * A]
         return self.ids.start + self._choose(logits, points.view(-1, 1)).view(n, A)
 
     def _replayed(self, *inputs: Tensor) -> Tensor:

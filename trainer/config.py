@@ -152,7 +152,7 @@ def deciding(config: TrainConfig) -> dict[str, Any]:
     later = (
         ("model", "dropout", 0.0), ("model", "patch_norm", "group"),
         ("model", "sequence", "tokens"), ("optimiser", "schedule", "cosine"),
-        ("optimiser", "matrices", "adamw"), ("optimiser", "bins", "rows"),
+        ("optimiser", "matrices", "adamw"), ("optimiser", "bins", "rows"), ("loss", "stride", 1),
     )  # fmt: skip
     for part, name, default in later:
         if raw[part][name] == default:
@@ -170,7 +170,7 @@ RANGES = (
     ("optimiser.warmup_steps", 0, 2**40), ("optimiser.decay_steps", 1, 2**40), ("optimiser.beta_1", 0, 0.99999),
     ("optimiser.beta_2", 0, 0.9999999), ("optimiser.epsilon", 0, 1), ("optimiser.weight_decay", 0, 10),
     ("optimiser.gradient_clip", 0, 1e9), ("optimiser.muon_peak_lr", 1e-12, 1e38),
-    ("loss.soft_bins", 0, 1024), ("loss.chunk", 0, 2**31),
+    ("loss.soft_bins", 0, 1024), ("loss.stride", 1, 128), ("loss.chunk", 0, 2**31),
     ("model.blocks", 1, 10_000), ("model.heads", 1, 10_000), ("model.width", 1, 2**20), ("model.head_size", 1, 2**16),
     ("model.feed_forward", 1, 2**24), ("model.dropout", 0, 0.99), ("model.stochastic_depth", 0, 0.99),
     ("run.log_every", 1, 2**40), ("run.evaluate_every", 1, 2**40), ("run.evaluate_sequences", 0, 2**31),
@@ -186,6 +186,11 @@ def check(config: TrainConfig, world: int) -> None:
         for part in name.split("."):
             value = getattr(value, part)
         require(name, value, least, most)
+    if config.loss.stride > max(1.0, config.loss.soft_bins):
+        raise ValueError(
+            f"--loss.stride {config.loss.stride}: wider than what a target is spread over; make --loss.soft-bins as "
+            "large, or the stride 1"
+        )
     data = config.data
     if world < 1 or data.global_batch % (world * data.micro_batch):
         raise ValueError(

@@ -3,8 +3,8 @@
 tokens, roles, positions, patches -> x (B, L, W) -> blocks -> norm -> hidden (B, L, W) -> logits (paper §2.2, §2.3)
 
 `sequence` "timesteps" is ours: a timestep's observation tokens, each scaled by a vector of its place, are summed to one
-element of the sequence, S of them instead of L; behind the last attention the position of each action token is added to
-its timestep's element, and the last feed-forward predicts them all at once. Tokens, table and head are the same.
+element of the sequence, S of them instead of L; a timestep's hidden state, scaled by the vector of an action token's
+place, predicts it, all of them at once. Tokens, table and head are the same.
 
 Invariant: hidden at place p depends on places <= p of p's segment alone, so the
 logits that predict an action never see it; nor, by timesteps, any other action that is a target.
@@ -44,7 +44,7 @@ class Gato(nn.Module):
         self.tokens = nn.Embedding(vocabulary.padded_size, config.width)
         # local positions of observation tokens, then the action tokens' shared one, then zeros for the rest
         self.positions = nn.Embedding(config.local_positions + 1, config.width)
-        # by timesteps: what each place of a timestep scales its tokens by
+        # by timesteps: what each place of a timestep scales its tokens by, in and out
         self.scales = nn.Embedding(config.local_positions, config.width) if self.by_timesteps else None
         self.patches = PatchEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
@@ -104,9 +104,8 @@ class Gato(nn.Module):
     def scaled(self, x: Tensor, positions: Tensor, shown: Tensor) -> Tensor:
         """What tokens x (..., W) at `positions` (...) of their timestep give to its element; nothing where not
         `shown`."""
-        assert self.scales is not None
         index = positions.int().clamp(max=self.config.local_positions - 1)
-        return (x * self.scales(index) + self.positions(index)) * shown[..., None]
+        return (x * self.scales_at(index) + self.positions(index)) * shown[..., None]
 
     def local(self, roles: Tensor, positions: Tensor) -> Tensor:
         """(..., W): what tokens of these roles get added for their index within the timestep."""
@@ -155,24 +154,23 @@ class Gato(nn.Module):
             segments = torch.zeros(B * S, dtype=batch.segments.dtype, device=device)
             segments.scatter_(0, slot.flatten(), batch.segments.flatten())
             mask = causal_segment_mask(segments.view(B, S))
-        place = slot.flatten().index_select(0, chosen)
-        wanted = self.queries(batch.positions.flatten().index_select(0, chosen + 1))
-        return self.predicted(x.view(B, S, -1), mask, place, wanted, keep)
+        hidden = self.through(x.view(B, S, -1), mask, keep).flatten(0, 1)
+        place, position = slot.flatten().index_select(0, chosen), batch.positions.flatten().index_select(0, chosen + 1)
+        return hidden.index_select(0, place) * self.scales_at(position)
 
-    def queries(self, positions: Tensor) -> Tensor:
-        """(..., W): what asks for the action tokens at these positions of their timestep."""
-        return self.positions(positions.int().clamp(max=self.config.local_positions - 1))
-
-    def predicted(
-        self, x: Tensor, mask: Tensor | None, place: Tensor, wanted: Tensor, keep: Tensor | None = None
-    ) -> Tensor:
-        """Hidden states (N, W) of elements `place` (N,) of x (B, S, W), flattened, asked for `wanted` (N, W)."""
-        turns, last = self.turns(torch.arange(x.shape[1], device=x.device)), len(self.blocks) - 1
+    def through(self, x: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        """Hidden states of elements x (B, S, W)."""
+        turns = self.turns(torch.arange(x.shape[1], device=x.device))
         keep = None if keep is None else keep.to(x.dtype)
         for number, block in enumerate(self.blocks):
-            more = {"chosen": place, "wanted": wanted} if number == last else {}
-            x = block(x, mask, None if keep is None else keep[:, number], turns=turns, **more)
+            x = block(x, mask, None if keep is None else keep[:, number], turns=turns)
         return self.norm(x)
+
+    def scales_at(self, positions: Tensor) -> Tensor:
+        """(..., W): what tokens at these positions of their timestep are scaled by on the way in, and what a timestep's
+        hidden state is scaled by where the token at one is predicted."""
+        assert self.scales is not None
+        return self.scales(positions.int().clamp(max=self.config.local_positions - 1))
 
     def step(
         self,

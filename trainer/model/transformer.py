@@ -98,8 +98,7 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)). `keep` (B, 2, 1 or W) scales the two branches. With
-    `chosen` (N,) int32, places of the flattened (B T), the latter, and the result (N, W), is of these alone, `wanted`
-    (N, W) added to them between the two."""
+    `chosen` (N,) int32, places of the flattened (B T), the latter, and the result (N, W), is of these alone."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -115,7 +114,6 @@ class Block(nn.Module):
         slots: Tensor | None = None,
         turns: Tensor | None = None,
         chosen: Tensor | None = None,
-        wanted: Tensor | None = None,
     ) -> Tensor:
         branch = self.attention(self.norm_1(x), mask, cache, slots, turns)
         x = x + (branch if keep is None else branch * keep[:, :1])
@@ -123,7 +121,6 @@ class Block(nn.Module):
         if chosen is not None:
             T, x = x.shape[1], x.flatten(0, 1).index_select(0, chosen)
             scale = None if scale is None else scale[:, 0].index_select(0, chosen // T)
-        x = x if wanted is None else x + wanted
         branch = self.feed_forward(self.norm_2(x))
         return x + (branch if scale is None else branch * scale)
 
