@@ -46,7 +46,7 @@ TINY_TABLE = replace(
 )
 
 # tiny-timesteps: `tiny-table`, faster: an element of the sequence a timestep, bins that
-# move smoothly, two blocks, windows of four timesteps of a body (docs/ablations.md)
+# move smoothly, two blocks, windows of eight timesteps of a body (docs/ablations.md)
 # command   deepspeed --num_gpus 1 trainer/main.py --recipe tiny-timesteps --seed 0 --run.output runs/tiny-timesteps-0
 # hardware  1 CPU core, no GPU
 # hours     not yet
@@ -54,11 +54,12 @@ TINY_TABLE = replace(
 TINY_TIMESTEPS = replace(
     TINY_TABLE,
     model=replace(TINY.model, sequence="timesteps", blocks=2),
-    optimiser=replace(TINY_TABLE.optimiser, bins="smooth", warmup_steps=150),
+    loss=replace(TINY.loss, stride=8),
+    optimiser=replace(TINY_TABLE.optimiser, bins="smooth", final_lr_share=0.02),
     data=DataConfig(
-        global_batch=128,
-        micro_batch=128,
-        stream=StreamConfig(sequence_length=96, prompt_probability=0.5, prompt_loss=False),
+        global_batch=64,
+        micro_batch=64,
+        stream=StreamConfig(sequence_length=192, prompt_probability=0.5, prompt_loss=False),
     ),
     run=replace(TINY_TABLE.run, output=Path("runs/tiny-timesteps")),
 )

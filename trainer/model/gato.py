@@ -198,7 +198,8 @@ class Gato(nn.Module):
     def parameter_counts(self) -> dict[str, int]:
         """True counts: embedding (tied with the head, padded rows included), vision, transformer, total."""
         vision = sum(p.numel() for p in self.patches.parameters())
-        embedding = self.tokens.weight.numel() + self.positions.weight.numel()
+        tables = (self.tokens, self.positions, self.scales)
+        embedding = sum(table.weight.numel() for table in tables if table is not None)
         total = sum(p.numel() for p in self.parameters())
         counts = {"embedding": embedding, "vision": vision, "transformer": total - vision - embedding}
         return counts | {"total": total}
@@ -206,7 +207,8 @@ class Gato(nn.Module):
     def flops_per_token(self, length: int) -> float:
         """FLOPs of a training step (forward and backward) for each token of sequences of `length` tokens: 6 N + 12
         blocks x attention width x length, N the transformer's parameters and the vocabulary's rows of the head. The
-        usual convention: the head counts for every token and attention as if it were not causal; patches apart."""
+        usual convention: the head counts for every token and attention as if it were not causal; patches apart. Of a
+        model that reads timesteps it is what one that reads tokens would need."""
         config = self.config
         N = self.parameter_counts()["transformer"] + self.vocabulary.size * config.width
         return 6.0 * N + 12.0 * config.blocks * config.heads * config.head_size * length
