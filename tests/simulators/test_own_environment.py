@@ -44,6 +44,7 @@ def task_of(source: str, folder: Path, **options):
     return scan.task, list(sources.read(known, scan.task, scan.episodes))
 
 
+@pytest.mark.process
 def test_from_record_to_table(tmp_path):
     """As commands, since each is a process of its own that must find the module."""
     run("etl.record", "-e", "reach:Reach-v0", "--policy", "reach:expert", "--steps", "300", "-o", tmp_path / "logs",
@@ -67,6 +68,7 @@ def test_from_record_to_table(tmp_path):
     assert random < 2 * behaviour < 0
 
 
+@pytest.mark.process
 def test_a_plain_id_counts_with_the_modules_import(tmp_path):
     """`--import` registers the environment in the recorder, and in each process of a comparison."""
     options = ("--import", "reach", "--steps", "60", "--policy", "random")
