@@ -29,12 +29,12 @@ def run(*arguments: str | Path, check: bool = True, cold: bool = False, cwd=None
     """A command of the project, as a user types it: python -m ARGUMENTS. CompletedProcess with its text."""
     words = [str(word) for word in arguments]
     command = [sys.executable, "-m", *words]
-    if cold or env is not None:
+    if cold:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, cwd=cwd, env=env)
-    elif words[0] in INSIDE and not _starts_others(words):
+    elif words[0] in INSIDE and env is None and not _starts_others(words):
         done = _inside(words, cwd)
     else:
-        done = warm.run(command, timeout=TIMEOUT_SECONDS, cwd=cwd)
+        done = warm.run(command, timeout=TIMEOUT_SECONDS, cwd=cwd, env=env)
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
     return done

@@ -232,6 +232,7 @@ def _interpret(words: list[str]) -> None:
     sys.stdout.reconfigure(line_buffering=unbuffered, write_through=unbuffered)  # type: ignore[union-attr]
     kind = words[0]
     sys.path[0] = os.getcwd()
+    sys.path[1:1] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", *sys.path)]
     if kind == "-m":
         sys.argv = words[1:]
         sys.modules.pop(words[1], None)

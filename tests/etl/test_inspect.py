@@ -162,7 +162,7 @@ def test_pictures_are_drawn_for_values_and_frames(hopper, pong, tmp_path):
 
 @pytest.mark.process
 def test_the_page_has_a_default_name(hopper, tmp_path):
-    done = run("etl.inspect", hopper, cwd=tmp_path, env={"PYTHONPATH": ":".join(sys.path)})
+    done = run("etl.inspect", hopper, cwd=tmp_path, env={"PYTHONPATH": ":".join(sys.path)}, cold=True)
     assert done.stdout.splitlines()[-1] == "results/inspect-hopper.html"
     assert (tmp_path / "results/inspect-hopper.html").stat().st_size > 10_000
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["inspect-hopper.html"]
