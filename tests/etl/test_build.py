@@ -212,7 +212,7 @@ def test_corrupt_gzip_is_named(logs, tmp_path):
         (("--source", "nonsense"), "known: atari, babyai, d4rl, minari, text"),
         (("--dataset", "hopper-mediun-v2"), "hopper-medium-v2"),
         (("--input", "/does/not/exist"), "no such file"),
-        (("--vocabulary", "nonsense"), "known: paper, seed"),
+        (("--vocabulary", "nonsense"), "known: disjoint, paper"),
         (("--ouput", "x"), "--ouput"),
         (("--shard-megabytes", "0"), "--shard-megabytes 0"),
         (("--piece-timesteps", "-5"), "give a number from 1"),

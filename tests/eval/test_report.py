@@ -20,7 +20,7 @@ from eval.scores import aggregate, normalised
 from schemas.dataset import FileDigest, Manifest, TaskSummary
 from schemas.episode import ActionSpec, EnvironmentSpec, FieldSpec, ScoreReference, TaskSpec
 from schemas.result import RESULT_SCHEMA, EpisodeResult, ResultError, from_table, to_table
-from schemas.vocabulary import SEED
+from schemas.vocabulary import DISJOINT
 
 HEADER = "| Dataset | Environment | DT | TT | Gato | Random | Behaviour |"
 HOPPER = TaskSpec(
@@ -88,7 +88,7 @@ def manifest():
         for task in (HOPPER, PONG)
     )
     digest = FileDigest("index.arrow", 1, "a" * 64, 2)
-    return Manifest("gato.dataset", 1, "two-tasks", SEED, SEED.fingerprint, None, tasks, digest, digest, digest)
+    return Manifest("gato.dataset", 1, "two-tasks", DISJOINT, DISJOINT.fingerprint, None, tasks, digest, digest, digest)
 
 
 TASKS = {task.name: task for task in (HOPPER, PONG)}
@@ -307,4 +307,4 @@ def test_pictures_that_are_not_there_are_named(tmp_path):
 )
 def test_numbers_for_people(value, text):
     assert number(value) == text
-    assert number(np.float64(value), beside=1000.0) == f"{value:z.0f}"
+    assert number(np.float64(value), other=1000.0) == f"{value:z.0f}"

@@ -5,21 +5,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from eval.episode_rng import Draws
 from gymnasium import spaces
 
 from eval.agent import AgentConfig, GatoAgent
 from eval.baselines import decision_transformer as dt
 from eval.baselines import trajectory_transformer as tt
-from eval.environments import RandomPolicy
 from schemas.layout import ACTION
 from schemas.task import ActionSpec, FieldSpec, TaskSpec
 from schemas.vocabulary import DISJOINT
 from shards.stream import Stream, StreamConfig
 from shards.views import trajectories
+from simulators.policy import EpisodeRng, RandomPolicy
 from tests.etl.memory import build, episode_of, values_of
 from tests.etl.test_spaces import ROBOT
-from trainer.checkpoint import ExportInfo
+from trainer.checkpoint import ExportInfo, TrainingInfo
 from trainer.model import Gato, ModelConfig
 
 SMALL = ModelConfig(blocks=2, heads=2, width=32, feed_forward=64, head_size=16, patch_channels=16)
@@ -31,7 +30,9 @@ NESTED = tuple(FieldSpec(key, "continuous", (n + 1,)) for n, key in enumerate(("
 
 def agent_of(task, length=200, **config):
     vocabulary = DISJOINT
-    info = ExportInfo("gato.model", 1, SMALL, vocabulary, vocabulary.fingerprint, length, 0, (task,), {}, {})
+    info = ExportInfo(
+        "gato.model", 1, SMALL, vocabulary, vocabulary.fingerprint, length, 0, (task,), {}, TrainingInfo()
+    )
     model = Gato(SMALL, vocabulary).initialise(1).eval()
     model.tokens.weight.data.mul_(20)  # far from uniform, also over ids that the space does not have
     return GatoAgent(model, info, task, AgentConfig(**config))
@@ -49,7 +50,7 @@ def test_each_dimension_has_its_own_choices(decoding, window):
         seen |= set(map(tuple, actions.tolist()))
     if decoding == "sample":  # the larger dimension's ids are reached, beyond what the smaller one has
         assert {d for _, d in seen} > {0, 1} and max(d for _, d in seen) > 0
-    policy = RandomPolicy(DIALS)
+    policy = RandomPolicy(DIALS.action)
     drawn = policy.act({}, np.zeros(2000), np.ones(2000, bool), np.random.default_rng(0))
     assert all(allowed.contains(action) for action in drawn)
     assert len(np.unique(drawn, axis=0)) == 21
@@ -104,5 +105,5 @@ def test_nested_keys_are_in_one_order_for_all_models(tmp_path, monkeypatch):
     planned = tt.load(tt.train(played, task, small, 0, tmp_path / "tt"))
     assert np.array_equal(planned._values(backwards), logged[:4])
     planned.reset(4)
-    actions = planned.act(backwards, np.zeros(4), np.ones(4, bool), Draws.seeded(0, [0, 1, 2, 3]))
+    actions = planned.act(backwards, np.zeros(4), np.ones(4, bool), EpisodeRng.seeded(0, [0, 1, 2, 3]))
     assert (actions >= [-1, 0]).all() and (actions <= [1, 2]).all()

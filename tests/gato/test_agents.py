@@ -20,7 +20,7 @@ from eval.rows import load_rows
 from gato.agents import Model
 from gato.observations import Observations
 from schemas.task import ActionSpec, EnvironmentSpec, FieldSpec, TaskSpec
-from schemas.vocabulary import SEED
+from schemas.vocabulary import DISJOINT
 from shards.cache import CacheConfig
 from trainer.checkpoint import ExportInfo, TrainingInfo
 from trainer.model import Gato, ModelConfig
@@ -38,8 +38,8 @@ def model():
 
 
 def untrained(*tasks: TaskSpec) -> Model:
-    info = ExportInfo("gato.model", 1, SMALL, SEED, SEED.fingerprint, 400, 0, tasks, {}, TrainingInfo(seed=3))
-    return Model(Gato(SMALL, SEED).initialise(3).eval(), info, WEIGHTS / "tiny")
+    info = ExportInfo("gato.model", 1, SMALL, DISJOINT, DISJOINT.fingerprint, 400, 0, tasks, {}, TrainingInfo(seed=3))
+    return Model(Gato(SMALL, DISJOINT).initialise(3).eval(), info, WEIGHTS / "tiny")
 
 
 def task(name, fields, action, environment="Own-v0"):

@@ -192,7 +192,7 @@ def test_a_tar_cut_at_a_member_or_with_junk_behind_is_refused(made):
     for changed in (data[:-1024], data[:-512], data + b"junk" * 128, data + bytes(512)):
         shard(made).write_bytes(changed)
         sign(made)
-        refused(made, "the tar's end is missing, or something stands before it")
+        refused(made, "the tar's end is missing, or something comes before it")
 
 
 def test_a_token_outside_the_vocabulary_is_refused(made):
@@ -207,8 +207,8 @@ def test_a_token_outside_the_vocabulary_is_refused(made):
 
 
 INDEX = {
-    "behind the end": ("tokens_offset", lambda v: v + 10**9, "points behind its shard's end"),
-    "far behind the end": ("tokens_offset", lambda v: v * 0 + (2**63 - 1), "points behind its shard's end"),
+    "behind the end": ("tokens_offset", lambda v: v + 10**9, "points beyond its shard's end"),
+    "far behind the end": ("tokens_offset", lambda v: v * 0 + (2**63 - 1), "points beyond its shard's end"),
     "before the start": ("tokens_offset", lambda v: v * 0 - 1, "lacks 'tokens'"),
     "no such shard": ("shard", lambda v: v + 100, "names a shard"),
     "negative shard": ("shard", lambda v: v - 100, "names a shard"),
@@ -219,7 +219,7 @@ INDEX = {
     "another split": ("held_out", lambda v: ~v, "out of order"),
     "another sum": ("split_stop", lambda v: v + 1, "out of order"),
     "episodes apart": ("split_episode", lambda v: v * 2, "out of order"),
-    "another place": ("tokens_offset", lambda v: np.where(v >= 0, v + 2, v), "points behind|not the member"),
+    "another place": ("tokens_offset", lambda v: np.where(v >= 0, v + 2, v), "points beyond|not the member"),
     "few rewards": ("reward_bytes", lambda v: v * 0 + 4, "as many bytes of 'reward'"),
     "other endings": ("terminated", lambda v: ~v, "not the member"),
     "other returns": ("episode_return", lambda v: v + 1, "not the member"),
@@ -236,7 +236,7 @@ def test_an_index_that_lies_is_refused(made, what):
 
 def test_an_index_that_points_behind_a_shard_is_no_crash(made):
     reindexed(made, tokens_offset=Dataset(made).column("tokens_offset") + 10**9)
-    with pytest.raises(BadShard, match="points behind its end"):
+    with pytest.raises(BadShard, match="points beyond its end"):
         Stream([made], CONFIG, 0).batch(0, 16)
 
 
