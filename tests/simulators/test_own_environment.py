@@ -44,6 +44,7 @@ def task_of(source: str, folder: Path, **options):
     return scan.task, list(sources.read(known, scan.task, scan.episodes))
 
 
+@pytest.mark.process
 def test_from_record_to_table(tmp_path):
     """As commands, since each is a process of its own that must find the module."""
     run("etl.record", "-e", "reach:Reach-v0", "--policy", "reach:expert", "--steps", "300", "-o", tmp_path / "logs",
@@ -67,6 +68,7 @@ def test_from_record_to_table(tmp_path):
     assert random < 2 * behaviour < 0
 
 
+@pytest.mark.process
 def test_a_plain_id_counts_with_the_modules_import(tmp_path):
     """`--import` registers the environment in the recorder, and in each process of a comparison."""
     options = ("--import", "reach", "--steps", "60", "--policy", "random")
@@ -84,7 +86,9 @@ def test_a_plain_id_counts_with_the_modules_import(tmp_path):
 def test_modules_in_packages_of_the_current_folder(tmp_path, monkeypatch):
     """my_tasks.reach:Id and my_tasks.reach:expert, without PYTHONPATH or --import, as a console script finds them."""
     (tmp_path / "my_tasks").mkdir()
-    (tmp_path / "my_tasks/reach.py").write_text((HERE / "reach.py").read_text().replace("Reach-v0", "InPackage-v0"))
+    (tmp_path / "my_tasks/reach.py").write_text(
+        "import gymnasium\nfrom reach import Reach, expert\ngymnasium.register('InPackage-v0', entry_point=Reach)\n"
+    )
     monkeypatch.chdir(tmp_path)
     options = {"environment": "my_tasks.reach:InPackage-v0", "policy": "my_tasks.reach:expert", "steps": 20}
     assert recorded(tmp_path / "logs", **options).name == "inpackage-expert-v0.hdf5"

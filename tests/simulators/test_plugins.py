@@ -147,6 +147,7 @@ def installed(tmp_path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(site), *filter(None, sys.path)])}
 
 
+@pytest.mark.process
 def test_an_installed_package_brings_a_suite_and_a_source(installed, tmp_path):
     run("etl.record", "-e", "Count-v0", "--steps", "36", "-o", tmp_path / "logs", env=installed)
     (log,) = (tmp_path / "logs").iterdir()
@@ -170,6 +171,7 @@ def test_an_installed_package_brings_a_suite_and_a_source(installed, tmp_path):
     assert "12.0 ± 0.0 (120.0)" in table and "tenfold" in table
 
 
+@pytest.mark.process
 def test_import_brings_them_to_every_worker(installed, tmp_path):
     """Without entry points: a module that registers the source, named on the command line."""
     site = tmp_path / "plain"
@@ -200,6 +202,7 @@ def test_a_registered_suite_is_asked_first(monkeypatch):
     assert simulators.environment("Hopper-v5").suite == "mujoco"
 
 
+@pytest.mark.process
 def test_a_broken_plug_in_is_named(installed, tmp_path):
     (tmp_path / "site/acme_suite.py").write_text("raise OSError('no licence')\n")
     done = run("etl.record", "-e", "Hopper-v4", "-o", tmp_path, env=installed, check=False)
