@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import baselines, control, etl, scale, stream, trainer
 from benchmarks.etl import pair as timed
-from schemas.vocabulary import SEED
+from schemas.vocabulary import DISJOINT
 from shards.stream import Stream, StreamConfig
 from trainer.loss import LossConfig, Objective
 from trainer.model import PRESETS, Gato
@@ -37,7 +37,9 @@ def bench_loss(folder: Path) -> None:
     batch = Stream([folder / "shards"], StreamConfig(sequence_length=256), seed=0).batch(0, 16).to("cpu")
 
     def step(chunk: int) -> Callable[[], None]:
-        objective = Objective(Gato(PRESETS["tiny"], SEED).initialise(0), LossConfig(soft_bins=8.0, chunk=chunk), [True])
+        objective = Objective(
+            Gato(PRESETS["tiny"], DISJOINT).initialise(0), LossConfig(soft_bins=8.0, chunk=chunk), [True]
+        )
         return lambda: objective(batch).backward()
 
     pair("model: fused loss / plain loss, forward and backward", step(128), step(0), "tokens/s", 16 * 256)

@@ -33,6 +33,11 @@ from trainer.model import Gato
 from trainer.optimiser import make_optimiser
 from trainer.recipes import RECIPES
 
+# windows of four timesteps or so; as many as take a core some 0.2 seconds
+SHORT: dict[str, Any] = {"sequence_length": 96, "prompt_probability": 0.0}
+WIDE: dict[str, Any] = {"global_batch": 128, "micro_batch": 128}
+TIMESTEPS: dict[str, Any] = {"sequence": "timesteps"}
+SMOOTH: dict[str, Any] = {"matrices": "muon", "bins": "smooth"}
 # name -> {part of the configuration: {field: value}}
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "as tiny": {},
@@ -51,6 +56,16 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "Muon, over 8 bins": {"optimiser": {"matrices": "muon"}, "loss": {"soft_bins": 8.0}},
     "patches: GroupNorm (the paper's form)": {"model": {"patch_norm": "group"}},
     "sequences of 128": {"stream": {"sequence_length": 128}},
+    "windows of 96 tokens, no prompts": {"stream": SHORT, "data": {"global_batch": 42, "micro_batch": 42}},
+    "timesteps": {"model": TIMESTEPS, "stream": SHORT, "data": WIDE},
+    "timesteps, Muon": {"model": TIMESTEPS, "stream": SHORT, "data": WIDE, "optimiser": {"matrices": "muon"}},
+    "timesteps, Muon, smooth bins": {"model": TIMESTEPS, "stream": SHORT, "data": WIDE, "optimiser": SMOOTH},
+    "timesteps, Muon, smooth bins, 2 blocks": {
+        "model": {**TIMESTEPS, "blocks": 2},
+        "stream": SHORT,
+        "data": WIDE,
+        "optimiser": SMOOTH,
+    },
     "the paper's form": {
         "model": {"rotary": "none", "action_position": "shared", "smooth_bins": False, "patch_norm": "group"},
         "loss": {"soft_bins": 0.0, "softmax": "vocabulary"},
@@ -77,10 +92,10 @@ class Options:
 
 def changed(base: TrainConfig, change: dict[str, dict[str, Any]]) -> TrainConfig:
     """The configuration with its one difference."""
-    stream = replace(base.data.stream, **change.get("stream", {}))
+    data = replace(base.data, stream=replace(base.data.stream, **change.get("stream", {})), **change.get("data", {}))
     model, loss = replace(base.model, **change.get("model", {})), replace(base.loss, **change.get("loss", {}))
     optimiser = replace(base.optimiser, **change.get("optimiser", {}))
-    return replace(base, model=model, loss=loss, optimiser=optimiser, data=replace(base.data, stream=stream))
+    return replace(base, model=model, loss=loss, optimiser=optimiser, data=data)
 
 
 def trained(config: TrainConfig, stream: Stream, seconds: float) -> tuple[Gato, int]:

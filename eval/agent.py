@@ -10,6 +10,9 @@ remaining timesteps, which still remember what was dropped; the exact mode compu
 window again at each timestep and is the reference. Episodes that end leave the batch, but for
 one that is replayed (see eval/cuda_graph.py).
 
+A model that reads timesteps (`sequence` "timesteps") has a window of a few elements: the prompt's, which stay, and the
+last ones, as in training. One forward pass per timestep computes all of them.
+
 Invariants: sampling is restricted to the ids that the action space allows; on one thread an
 episode's actions are the same to the bit whatever else is in the batch (see `batch_invariant`).
 """
@@ -29,6 +32,7 @@ from etl.tokenizers.text import TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer
 from eval.cuda_graph import Replay, compiled
 from schemas.episode import TaskSpec
+from schemas.layout import SEPARATOR
 from schemas.vocabulary import bin_centres
 from shards.reader import Dataset
 from simulators.policy import EpisodeRng
@@ -140,17 +144,25 @@ class GatoAgent:
         first = self.ids[0].start
         self.head = weight[first : max(ids.stop for ids in self.ids)]
         self.slots = self.window * self.layout.length
+        if model.by_timesteps and self.launch != "plain":
+            if config.launch != "auto":
+                raise ValueError(f"--agent.launch {config.launch}: a model that reads timesteps is played plain")
+            self.launch = "plain"
         with torch.inference_mode():
             roles, positions = (torch.from_numpy(x) for x in (self.layout.roles, self.layout.local_positions))
             self.local = model.local(roles.to(self.device), positions.to(self.device))
             self.slot = torch.arange(self.slots, device=self.device)
             self.centres = torch.from_numpy(bin_centres(len(self.head))).to(self.device)
             self.patch_centres = torch.from_numpy(self.layout.patch_centres).to(self.device)
+            self.roles, self.positions = roles.to(self.device), positions.to(self.device)
 
     @torch.inference_mode()
     def reset(self, batch: int) -> None:
         """A batch of environments starts; the window holds the prompt alone."""
         self.running, self.time = np.arange(batch), 0
+        if self.model.by_timesteps:
+            self._reset_timesteps(batch)
+            return
         exact, K, A = self.config.window == "exact", self.layout.length, self.layout.action
         self.cache = Cache(self.model.config, 1, self.slots, self.device, self.dtype)
         # embedded tokens of the window, by slot
@@ -190,25 +202,69 @@ class GatoAgent:
             self._keep(left)
         n, K, A = len(self.running), self.layout.length, self.layout.action
         encoded = self.tokenizer.encode_observation({key: value[self.running] for key, value in observations.items()})
+        if self.model.by_timesteps:
+            points = self._points(active, n, A, rng)
+            self.last = self._timestep_at_once(self._ids(encoded.tokens), encoded.patches, points)
+            return self._actions(active)
         oldest = max(0, self.time - self.window + 1) * K
         first = oldest if self.config.window == "exact" else max(0, self.time * K - 1)
         numbers = torch.arange(first, (self.time + 1) * K - 1, device=self.device)
-        points, live = np.zeros((n, A)), active[self.running]
-        if self.decoding == "sample":
-            points[live] = rng.random((int(live.sum()), A))
+        points = self._points(active, n, A, rng)
         x = self._embed(self._ids(encoded.tokens), encoded.patches)
         if self.time:
             x = torch.cat(
                 [self._embed_actions(self.last, 0)[:, -A if self.config.window == "exact" else -1 :], x], dim=1
             )
-        inputs = x, numbers, torch.from_numpy(points).to(self.device)
+        inputs = x, numbers, points
         # an episode's very first timestep has no action before it, and so another shape than all others
         self.last = self._replayed(*inputs) if self.launch != "plain" and self.time else self.timestep(*inputs)
         self.time += 1
+        return self._actions(active)
+
+    def _points(self, active: np.ndarray, n: int, A: int, rng: EpisodeRng | np.random.Generator) -> Tensor:
+        """(n, A) in [0, 1) for the running rows, zeros where no sample is drawn."""
+        points, live = np.zeros((n, A)), active[self.running]
+        if self.decoding == "sample":
+            points[live] = rng.random((int(live.sum()), A))
+        return torch.from_numpy(points).to(self.device)
+
+    def _actions(self, active: np.ndarray) -> np.ndarray:
+        """The last tokens as actions of all rows (B, ...), zeros where not `active`."""
+        live = active[self.running]
         chosen = self.tokenizer.decode_action(self.last.cpu().numpy())
         actions = np.zeros((len(active), *chosen.shape[1:]), chosen.dtype)
         actions[self.running[live]] = chosen[live]
         return actions
+
+    def _reset_timesteps(self, batch: int) -> None:
+        """The window holds the prompt's elements, which stay."""
+        self.kept = torch.zeros(1, 0, self.model.config.width, device=self.device, dtype=self.dtype)
+        length = 0 if self.prompt is None else min(int(self.window * self.config.prompt_share), len(self.prompt.tokens))
+        if self.prompt is not None and length:
+            part = slice(length) if self.config.prompt == "start" else slice(-length, None)
+            pixels = None if self.prompt.patches is None else np.array(self.prompt.patches[part])
+            self.kept = self._elements(self._ids(self.prompt.tokens[part]), pixels)[None]
+        self.shown = self.kept[:, :0].expand(batch, -1, -1)
+
+    def _elements(self, ids: Tensor, pixels: np.ndarray | None) -> Tensor:
+        """Columns [0, k) of m timesteps (m, k), patches (m, P, 16, 16, C) -> their elements (m, W)."""
+        k = ids.shape[1]
+        x = self._looked_up(ids, pixels)
+        return self.model.scaled(x, self.positions[:k], self.roles[:k] != SEPARATOR).sum(dim=1)
+
+    def _timestep_at_once(self, ids: Tensor, pixels: np.ndarray | None, points: Tensor) -> Tensor:
+        """Tokens (n, A) of the action, by timesteps."""
+        n, A = points.shape
+        self.shown = torch.cat([self.shown, self._elements(ids, pixels)[:, None]], dim=1)
+        self.shown = self.shown[:, -(self.window - self.kept.shape[1]) :]
+        x = self._filled(torch.cat([self.kept.expand(n, -1, -1), self.shown], dim=1))
+        hidden = self.model.through(x)[:, -1:] * self.model.scales_at(self.positions[-A:])
+        logits = F.linear(hidden.flatten(0, 1), self.head)[: n * A].view(n, A, -1)
+        chosen = [
+            ids.start + self._choose(logits[:, column, : ids.size], points[:, column, None])
+            for column, ids in enumerate(self.ids)
+        ]
+        return torch.stack(chosen, dim=1)
 
     def _replayed(self, *inputs: Tensor) -> Tensor:
         """`timestep` by the graph of a batch of this size, captured where the last one's was another."""
@@ -281,13 +337,17 @@ class GatoAgent:
 
     def _embed(self, ids: Tensor, pixels: np.ndarray | None) -> Tensor:
         """Columns [0, k) of m timesteps (m, k), pixels (m, *patch_shape) -> (m, k, W)."""
+        return self._looked_up(ids, pixels) + self.local[: ids.shape[1]]
+
+    def _looked_up(self, ids: Tensor, pixels: np.ndarray | None) -> Tensor:
+        """`_embed` without positions."""
         x = self.model.tokens(ids)
         if pixels is not None:
             first, count = self.layout.text, self.layout.patches
             flat = torch.from_numpy(self.layout.level_patches(pixels)).to(self.device).flatten(0, 1)
             embedded = self.model.patches(flat, self.patch_centres.repeat(len(pixels), 1))
             x[:, first : first + count] = embedded.view(len(pixels), count, -1).to(x.dtype)
-        return x + self.local[: ids.shape[1]]
+        return x
 
     def _embed_actions(self, tokens: Tensor, first: int) -> Tensor:
         """Action tokens (n, a), from number `first` of the timestep's on, -> (n, a, W)."""
@@ -301,6 +361,9 @@ class GatoAgent:
 
     def _keep(self, rows: np.ndarray) -> None:
         chosen = torch.from_numpy(rows).to(self.device)
+        if self.model.by_timesteps:
+            self.shown = self.shown[chosen]
+            return
         self.cache.keep(chosen)
         self.shown, self.last = self.shown[chosen], self.last[chosen]
 

@@ -101,7 +101,6 @@ DISJOINT = Vocabulary(
     size=34049,
 )
 
-SEED = DISJOINT  # until every branch has the new name
 
 PAPER = Vocabulary(
     name="paper",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from schemas.layout import PATCH_SIZE
+from schemas.layout import PAD, PATCH_SIZE
 
 PAGE = 4096
 
@@ -31,10 +31,10 @@ class Batch:
     each in the flattened (B * L); patch_positions (M, 2) uint8, row and column bin; tasks (B,) int64;
     sequence (B,) int64, the i of each.
 
-    `seal` derives three more on the host, since asking a GPU for them would make the host wait:
+    `seal` derives four more on the host, since asking a GPU for them would make the host wait:
     predict_index (N,) int32, the place in the flattened (B * L) before each target; cu_seqlens (S,) int32, ascending,
     where each segment begins in it, padded with B * L to a length S that few batches exceed; packed, whether any
-    sequence holds two segments.
+    sequence holds two segments; timesteps, the largest number of timesteps in a sequence.
     """
 
     tokens: Any
@@ -50,9 +50,10 @@ class Batch:
     predict_index: Any = None
     cu_seqlens: Any = None
     packed: bool = False
+    timesteps: int = 0
 
     def seal(self, buffers: BufferPool | None = None) -> Batch:
-        """Work out `predict_index`, `cu_seqlens` and `packed` once all other arrays are filled."""
+        """Derive `predict_index`, `cu_seqlens`, `packed` and `timesteps` once all other arrays are filled."""
         B, L = self.tokens.shape
         get, places = (buffers or BufferPool()).get, np.flatnonzero(self.supervised)
         self.predict_index = get("predict_index", np.int32, len(places))
@@ -65,6 +66,7 @@ class Batch:
         self.cu_seqlens = get("cu_seqlens", np.int32, 1 << max(2 * B, len(cu_seqlens) + 1).bit_length())
         self.cu_seqlens[: len(cu_seqlens)], self.cu_seqlens[len(cu_seqlens) :] = cu_seqlens, B * L
         self.packed = len(cu_seqlens) > B
+        self.timesteps = int(np.count_nonzero((self.positions == 0) & (self.roles != PAD), axis=1).max())
         return self
 
     def to(self, device: torch.device | str) -> Batch:
@@ -74,7 +76,7 @@ class Batch:
         moved = copy(self)
         for part in fields(self):
             value = getattr(self, part.name)
-            if not isinstance(value, bool | None):
+            if not isinstance(value, bool | int | None):
                 setattr(moved, part.name, torch.as_tensor(value).to(device, non_blocking=True))
         return moved
 

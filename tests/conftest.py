@@ -1,7 +1,7 @@
 """Logs recorded from the real simulators and datasets built from them, once a session; which tests start processes.
 
-`make check` leaves out the tests marked `process`. A test that starts one without the mark is an error; children of the
-code itself (the process that tries an HDF5 file, git) do not count.
+`make check` leaves out the tests marked `process`. A test that starts Python or a command of its environment without
+the mark is an error; other programs, and the process in which the code tries an HDF5 file, do not count.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ started: list[str] = []
 def _listen(event: str, arguments: tuple) -> None:
     if event == "subprocess.Popen":
         words = [os.fsdecode(word) for word in arguments[1]]
-        ours = "etl.sources._hdf5" in words or words[0] == "git"
-        if not ours and "library_handle" not in words[-1]:  # glfw, on its first import, looks for its library in one
+        # of the environment, but not the code's own child, nor one in which glfw looks for its library
+        command = Path(words[0]).parent == Path(sys.executable).parent
+        if command and "etl.sources._hdf5" not in words and "library_handle" not in words[-1]:
             started.append(" ".join(words)[:200])
 
 

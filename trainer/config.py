@@ -70,6 +70,9 @@ class OptimiserConfig:
     matrices: Literal["adamw", "muon"] = "adamw"
     """The optimiser for the matrices of blocks and patch embedder: AdamW as for all else (paper), or Muon (ours, at
     ZeRO 0 only), see trainer/optimiser.py."""
+    bins: Literal["rows", "smooth"] = "rows"
+    """How the table's rows of continuous values are updated: each by itself (paper), or together, as smooth functions
+    of the bin (ours, at ZeRO 0 only), see trainer/optimiser.py."""
     muon_peak_lr: float = 0.02
     """Muon's learning rate when AdamW's is `peak_lr`; both follow the same schedule."""
 
@@ -169,8 +172,9 @@ def resume_critical(config: TrainConfig) -> dict[str, Any]:
     raw = asdict(config)
     # settings that were added later are left out at their defaults: older checkpoints can be resumed
     later = (
-        ("model", "dropout", 0.0), ("model", "patch_norm", "group"), ("optimiser", "schedule", "cosine"),
-        ("optimiser", "matrices", "adamw"),
+        ("model", "dropout", 0.0), ("model", "patch_norm", "group"),
+        ("model", "sequence", "tokens"), ("optimiser", "schedule", "cosine"),
+        ("optimiser", "matrices", "adamw"), ("optimiser", "bins", "rows"), ("loss", "stride", 1),
     )  # fmt: skip
     for part, name, default in later:
         if raw[part][name] == default:
@@ -188,7 +192,7 @@ RANGES = (
     ("optimiser.warmup_steps", 0, 2**40), ("optimiser.decay_steps", 1, 2**40), ("optimiser.beta_1", 0, 0.99999),
     ("optimiser.beta_2", 0, 0.9999999), ("optimiser.epsilon", 0, 1), ("optimiser.weight_decay", 0, 10),
     ("optimiser.gradient_clip", 0, 1e9), ("optimiser.muon_peak_lr", 1e-12, 1e38),
-    ("loss.soft_bins", 0, 1024), ("loss.chunk", 0, 2**31),
+    ("loss.soft_bins", 0, 1024), ("loss.stride", 1, 128), ("loss.chunk", 0, 2**31),
     ("model.blocks", 1, 10_000), ("model.heads", 1, 10_000), ("model.width", 1, 2**20), ("model.head_size", 1, 2**16),
     ("model.feed_forward", 1, 2**24), ("model.dropout", 0, 0.99), ("model.stochastic_depth", 0, 0.99),
     ("run.log_every", 1, 2**40), ("run.evaluate_every", 1, 2**40), ("run.evaluate_sequences", 0, 2**31),
@@ -208,6 +212,11 @@ def check(config: TrainConfig, world: int) -> None:
         for part in name.split("."):
             value = getattr(value, part)
         require(name, value, least, most)
+    if config.loss.stride > max(1.0, config.loss.soft_bins):
+        raise ValueError(
+            f"--loss.stride {config.loss.stride}: wider than what a target is spread over; make --loss.soft-bins as "
+            "large, or the stride 1"
+        )
     data = config.data
     if world < 1 or data.global_batch % (world * data.micro_batch):
         raise ValueError(

@@ -271,6 +271,9 @@ def zero_config(config: TrainConfig, world: int) -> dict[str, Any]:
     if stage and config.optimiser.matrices == "muon":
         raise ValueError("--optimiser.matrices muon updates whole matrices, which ZeRO 1 to 3 split; "
                          "use adamw, or a configuration of stage 0 such as --deepspeed zero0_cpu")  # fmt: skip
+    if stage and config.optimiser.bins == "smooth":
+        raise ValueError("--optimiser.bins smooth moves rows of the table together, which ZeRO 1 to 3 cut up; "
+                         "use rows, or a configuration of stage 0 such as --deepspeed zero0_cpu")  # fmt: skip
     ours = {
         "train_batch_size": (data.global_batch, "--data.global-batch"),
         "train_micro_batch_size_per_gpu": (data.micro_batch, "--data.micro-batch"),

@@ -27,7 +27,7 @@ import tyro
 
 from schemas.dataset import DatasetError
 from schemas.ranges import require
-from schemas.vocabulary import SEED, VocabularyMismatch
+from schemas.vocabulary import DISJOINT, VocabularyMismatch
 from trainer import dry_run, engine
 from trainer.config import TrainConfig, check, load_config
 from trainer.inputs import load_initial_model
@@ -73,7 +73,7 @@ def main() -> int:
             require("tflops", asked.tflops, 1e-3, 1e9)
         check(config, asked.world if asked.dry_run else int(os.environ.get("WORLD_SIZE", "1")))
         if asked.dry_run:
-            dry_run.show(asked.recipe, load_initial_model(asked.recipe, config)[0], SEED, asked.world, asked.tflops)
+            dry_run.show(asked.recipe, load_initial_model(asked.recipe, config)[0], DISJOINT, asked.world, asked.tflops)
             return 0
         device = engine.start(asked.local_rank, config.run.patience_minutes)
         train(asked.recipe, config, device, stop)

@@ -45,6 +45,25 @@ TINY_TABLE = replace(
     run=RunConfig(output=Path("runs/tiny-table"), evaluate_every=250, save_every=250, export_every=500),
 )
 
+# tiny-timesteps: `tiny-table`, faster: an element of the sequence a timestep, bins that
+# move smoothly, two blocks, windows of eight timesteps of a body (docs/ablations.md)
+# command   deepspeed --num_gpus 1 trainer/main.py --recipe tiny-timesteps --seed 0 --run.output runs/tiny-timesteps-0
+# hardware  1 CPU core, no GPU
+# hours     not yet
+# expected  not yet
+TINY_TIMESTEPS = replace(
+    TINY_TABLE,
+    model=replace(TINY.model, sequence="timesteps", blocks=2),
+    loss=replace(TINY.loss, stride=8),
+    optimiser=replace(TINY_TABLE.optimiser, bins="smooth", final_lr_share=0.02),
+    data=DataConfig(
+        global_batch=64,
+        micro_batch=64,
+        stream=StreamConfig(sequence_length=192, prompt_probability=0.5, prompt_loss=False),
+    ),
+    run=replace(TINY_TABLE.run, output=Path("runs/tiny-timesteps")),
+)
+
 # tiny-pong: Pong alone, from 200,000 frames of a player (docs/results/pong)
 # command   deepspeed --num_gpus 1 trainer/main.py --recipe tiny-pong --seed 0
 # hardware  1 CPU core, no GPU
@@ -140,6 +159,7 @@ def _on(base: TrainConfig, name: str, deepspeed: str, micro_batch: int) -> Train
 RECIPES = {
     "tiny": TINY,
     "tiny-table": TINY_TABLE,
+    "tiny-timesteps": TINY_TIMESTEPS,
     "tiny-pong": TINY_PONG,
     "quickstart": QUICKSTART,
     "finetune": FINETUNE,

@@ -9,7 +9,7 @@ import pytest
 
 from etl.tokenizers.text import DEFAULT_MODEL, TextTokenizer
 from schemas.dataset import load_manifest
-from schemas.vocabulary import SEED
+from schemas.vocabulary import DISJOINT
 from shards.reader import Dataset
 from shards.stream import Stream, StreamConfig
 from tests.conftest import run
@@ -44,7 +44,7 @@ def test_every_document_comes_back(tmp_path, suffix):
     build(tmp_path / f"corpus{suffix}", tmp_path / "d", "--shard-megabytes", "0.05")
     manifest = load_manifest(tmp_path / "d")
     assert documents(tmp_path / "d") == TEXTS and manifest.shards.rows > 2
-    assert manifest.text_model.file.sha256 == TextTokenizer(DEFAULT_MODEL, SEED).fingerprint
+    assert manifest.text_model.file.sha256 == TextTokenizer(DEFAULT_MODEL, DISJOINT).fingerprint
     assert manifest.text_model.pieces == 32_000 and manifest.tasks[0].spec.action is None
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from etl.tokenizers import continuous, discrete, image
 from etl.tokenizers.timestep import TimestepTokenizer
 from schemas.episode import ActionSpec, FieldSpec, TaskSpec
-from schemas.vocabulary import PAPER, SEED, IdRange
+from schemas.vocabulary import DISJOINT, PAPER, IdRange
 
 finite = st.floats(-1e6, 1e6, allow_nan=False)
 
@@ -27,14 +27,14 @@ def slow_observation(x: float) -> int:
 
 @given(st.lists(finite, min_size=1, max_size=50))
 def test_observations_match_the_slow_reference(values):
-    tokens, clipped = continuous.encode_observation(np.array(values), SEED)
+    tokens, clipped = continuous.encode_observation(np.array(values), DISJOINT)
     assert tokens.tolist() == [slow_observation(x) for x in values]
     assert clipped == sum(abs(x) > 256.0000001 for x in values) or any(256 < abs(x) < 256.001 for x in values)
 
 
 @given(st.lists(st.floats(-1.5, 1.5), min_size=1, max_size=50))
 def test_actions_match_the_slow_reference(values):
-    tokens, outside = continuous.encode_action(np.array(values), -1.0, 1.0, SEED)
+    tokens, outside = continuous.encode_action(np.array(values), -1.0, 1.0, DISJOINT)
     assert tokens.tolist() == [33024 + slow_bin(a) for a in values]
     assert outside == sum(abs(a) > 1 for a in values)
 
@@ -42,21 +42,21 @@ def test_actions_match_the_slow_reference(values):
 @given(st.lists(st.floats(-256, 256), min_size=1, max_size=50))
 def test_decoding_lies_within_half_a_bin(values):
     x = np.array(values)
-    tokens, _ = continuous.encode_observation(x, SEED)
-    back = continuous.compand(continuous.decode_observation(tokens, SEED), SEED)
-    assert np.abs(back - continuous.compand(x, SEED)).max() <= 1 / 1024 + 1e-12
+    tokens, _ = continuous.encode_observation(x, DISJOINT)
+    back = continuous.compand(continuous.decode_observation(tokens, DISJOINT), DISJOINT)
+    assert np.abs(back - continuous.compand(x, DISJOINT)).max() <= 1 / 1024 + 1e-12
     a = x / 256
-    tokens, _ = continuous.encode_action(a, -1.0, 1.0, SEED)
-    assert np.abs(continuous.decode_action(tokens, -1.0, 1.0, SEED) - a).max() <= 1 / 1024 + 1e-12
+    tokens, _ = continuous.encode_action(a, -1.0, 1.0, DISJOINT)
+    assert np.abs(continuous.decode_action(tokens, -1.0, 1.0, DISJOINT) - a).max() <= 1 / 1024 + 1e-12
 
 
 def test_a_float32_log_gives_the_tokens_of_its_float64_values():
     x = np.random.default_rng(0).normal(0, 5, 10_000).astype(np.float32)
-    tokens, _ = continuous.encode_observation(x, SEED)
+    tokens, _ = continuous.encode_observation(x, DISJOINT)
     assert tokens.tolist() == [slow_observation(float(value)) for value in x]
 
 
-@pytest.mark.parametrize("vocabulary", [SEED, PAPER])
+@pytest.mark.parametrize("vocabulary", [DISJOINT, PAPER])
 def test_looking_up_equals_computing(vocabulary):
     edges = continuous.expand(np.linspace(-1, 1, vocabulary.bins + 1), vocabulary)
     steps = np.arange(-40, 41, dtype=np.int32)
@@ -73,13 +73,13 @@ def test_looking_up_equals_computing(vocabulary):
 
 def test_scaled_action_ranges_round_trip():
     a = np.linspace(-3, 3, 101)
-    tokens, outside = continuous.encode_action(a, -3.0, 3.0, SEED)
+    tokens, outside = continuous.encode_action(a, -3.0, 3.0, DISJOINT)
     assert outside == 0
-    assert np.abs(continuous.decode_action(tokens, -3.0, 3.0, SEED) - a).max() <= 3 / 1024 + 1e-12
+    assert np.abs(continuous.decode_action(tokens, -3.0, 3.0, DISJOINT) - a).max() <= 3 / 1024 + 1e-12
 
 
 def test_discrete_values_move_into_their_range():
-    assert discrete.encode(np.array([0, 5]), SEED.action_discrete).tolist() == [33024, 33029]
+    assert discrete.encode(np.array([0, 5]), DISJOINT.action_discrete).tolist() == [33024, 33029]
     assert discrete.encode(np.array([0, 5]), PAPER.action_discrete).tolist() == [0, 5]
     with pytest.raises(ValueError, match="outside"):
         discrete.encode(np.array([1024]), IdRange(0, 1024))
@@ -103,7 +103,7 @@ def test_fields_are_ordered_by_key_and_actions_decode():
         (FieldSpec("b", "discrete", (), choices=(9,)), FieldSpec("a", "continuous", (2,))),
         ActionSpec.discrete(4),
     )
-    tokenizer = TimestepTokenizer(task, SEED)
+    tokenizer = TimestepTokenizer(task, DISJOINT)
     encoded = tokenizer.encode_observation({"b": np.array([7]), "a": np.array([[0.5, -2.0]])})
     assert encoded.tokens.tolist() == [[slow_observation(0.5), slow_observation(-2.0), 32007]]
     assert tokenizer.action_ids == [IdRange(33024, 4)]

@@ -253,6 +253,16 @@ def test_rotary_angles_are_right_far_into_an_episode():
     assert torch.allclose(*products, atol=1e-4)
 
 
+def test_the_mean_of_two_bins_is_the_one_between_them(hopper):
+    agent, _ = setup(hopper, kind=GatoAgent, decoding="mean")
+    first = torch.arange(0, 1024, 7)
+    distance = torch.arange(len(first)) % ((1024 - first) // 2)
+    logits = torch.full((len(first), 1024), -torch.inf)
+    for bins in (first, first + 2 * distance):
+        logits[torch.arange(len(first)), bins] = 0.0
+    assert torch.equal(agent._choose(logits, torch.zeros(len(first), 1)), first + distance)
+
+
 @pytest.mark.parametrize("decoding", ["sample", "greedy", "mean"])
 def test_continuous_actions_lie_in_range(hopper, decoding):
     agent, dataset = setup(hopper, decoding=decoding)

@@ -7,17 +7,17 @@ import pytest
 from schemas.dataset import DatasetError, load_manifest
 from schemas.episode import ActionSpec, EpisodeError, FieldSpec, RawEpisode, TaskSpec
 from schemas.layout import ACTION, OBSERVATION, PATCH, SEPARATOR, TEXT, Picture, TimestepLayout, layout_of
-from schemas.vocabulary import PAPER, SEED, VocabularyMismatch
+from schemas.vocabulary import DISJOINT, PAPER, VocabularyMismatch
 
 HOPPER = TaskSpec("h", "d4rl", (FieldSpec("observation", "continuous", (2,)),), ActionSpec.continuous(-1.0, 1.0, 3))
 
 
 def test_seed_vocabulary_is_the_documented_one():
-    assert (SEED.size, SEED.padded_size, SEED.separator) == (34049, 34176, 34048)
-    assert (SEED.observation_continuous.start, SEED.observation_continuous.stop) == (32000, 33024)
-    assert (SEED.action_continuous.start, SEED.action_continuous.stop) == (33024, 34048)
+    assert (DISJOINT.size, DISJOINT.padded_size, DISJOINT.separator) == (34049, 34176, 34048)
+    assert (DISJOINT.observation_continuous.start, DISJOINT.observation_continuous.stop) == (32000, 33024)
+    assert (DISJOINT.action_continuous.start, DISJOINT.action_continuous.stop) == (33024, 34048)
     with pytest.raises(VocabularyMismatch, match="rebuild it with --vocabulary disjoint"):
-        SEED.require(PAPER.fingerprint, "x")
+        DISJOINT.require(PAPER.fingerprint, "x")
 
 
 def test_patch_positions_match_the_papers_worked_example():

@@ -26,7 +26,7 @@ from schemas.dataset import (
 from schemas.episode import ActionSpec, FieldSpec, TaskSpec
 from schemas.files import sha256_of
 from schemas.layout import PATCH_SIZE, layout_of
-from schemas.vocabulary import SEED
+from schemas.vocabulary import DISJOINT
 from shards.folder import Folder
 from shards.writer import ShardWriter, sample_key, shard_name, write_file, write_manifest, write_table
 
@@ -75,7 +75,7 @@ def make(folder: Path, tasks: list[Task], piece: int = 1000, shards: int = 1, se
                 for start in range(0, T, piece):
                     t = np.arange(start, min(T, start + piece))
                     # small numbers, so that a text holds its padding now and then
-                    tokens = (episode * 1009 + t[:, None] * 31 + np.arange(layout.stored)) % SEED.size
+                    tokens = (episode * 1009 + t[:, None] * 31 + np.arange(layout.stored)) % DISJOINT.size
                     members = {
                         "tokens": tokens.astype(np.uint16),
                         "reward": np.ones(len(t), np.float32) if task.action else None,
@@ -100,7 +100,7 @@ def make(folder: Path, tasks: list[Task], piece: int = 1000, shards: int = 1, se
             written.append(asdict(writer.close()))
     text = TextModel(write_file(place, TEXT_MODEL_NAME, b"none", 1), 1, PADDING) if any(t.text for t in tasks) else None
     manifest = Manifest(
-        "gato.dataset", SCHEMA_VERSION, folder.name, SEED, SEED.fingerprint, text,
+        "gato.dataset", SCHEMA_VERSION, folder.name, DISJOINT, DISJOINT.fingerprint, text,
         tasks=tuple(_summary(task, number, columns, written) for number, task in enumerate(tasks)),
         shards=write_table(place, SHARDS_NAME, pa.Table.from_pylist(written, SHARD_SCHEMA)),
         index=write_table(place, INDEX_NAME, _ordered(columns)),

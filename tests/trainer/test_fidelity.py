@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from schemas.layout import ACTION, PATCH_SIZE, POSITION_BINS, SEPARATOR
-from schemas.vocabulary import SEED
+from schemas.vocabulary import DISJOINT
 from shards.stream import Stream, StreamConfig
 from trainer.engine import learning_rate
 from trainer.model import PRESETS, Gato, ModelConfig
@@ -52,7 +52,7 @@ def test_the_papers_shapes(name, shape):
 
 
 def test_pixels_reach_the_stem_between_minus_and_plus_a_quarter():
-    patches, seen = Gato(SMALL, SEED).initialise(0).patches, []
+    patches, seen = Gato(SMALL, DISJOINT).initialise(0).patches, []
     patches.stem.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
     pixels = torch.tensor([0, 255, 51], dtype=torch.uint8)[:, None, None, None].expand(3, PATCH_SIZE, PATCH_SIZE, 3)
     patches(pixels, torch.zeros(3, 2, dtype=torch.uint8))
@@ -62,16 +62,16 @@ def test_pixels_reach_the_stem_between_minus_and_plus_a_quarter():
 
 
 def test_patch_positions_have_128_bins_a_side():
-    patches = Gato(SMALL, SEED).patches
+    patches = Gato(SMALL, DISJOINT).patches
     assert POSITION_BINS == patches.row.num_embeddings == patches.column.num_embeddings == 128
 
 
 def test_the_head_is_the_embedding_table_padded_to_a_multiple_of_128():
-    model = Gato(SMALL, SEED).initialise(0)
-    assert model.tokens.num_embeddings == 34176 and 34176 % 128 == 0 <= 34176 - SEED.size < 128
+    model = Gato(SMALL, DISJOINT).initialise(0)
+    assert model.tokens.num_embeddings == 34176 and 34176 % 128 == 0 <= 34176 - DISJOINT.size < 128
     hidden = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     before = model.logits(hidden)
-    assert before.shape == (3, SEED.size)  # padded rows are no ids
+    assert before.shape == (3, DISJOINT.size)  # padded rows are no ids
     with torch.no_grad():
         model.tokens.weight[33030] += 1.0
     changed = (model.logits(hidden) != before).any(dim=0).nonzero().flatten()
@@ -81,11 +81,11 @@ def test_the_head_is_the_embedding_table_padded_to_a_multiple_of_128():
 
 @torch.no_grad()
 def test_the_separator_is_embedded_and_has_no_position(hopper):
-    model = Gato(SMALL, SEED).initialise(0)
+    model = Gato(SMALL, DISJOINT).initialise(0)
     batch = Stream([hopper], StreamConfig(sequence_length=120), 0).batch(0, 2).to("cpu")
     x, places = model.embed(batch), batch.roles == SEPARATOR
-    assert bool(places.any()) and bool((batch.tokens[places] == SEED.separator).all())
-    assert torch.equal(x[places], model.tokens.weight[SEED.separator].expand_as(x[places]))
+    assert bool(places.any()) and bool((batch.tokens[places] == DISJOINT.separator).all())
+    assert torch.equal(x[places], model.tokens.weight[DISJOINT.separator].expand_as(x[places]))
     actions = batch.roles == ACTION
     shared = model.positions.weight[SMALL.local_positions]
     assert torch.equal(x[actions], model.tokens(batch.tokens[actions].int()) + shared)

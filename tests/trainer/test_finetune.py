@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load_file
 
 from schemas.dataset import DatasetError
-from schemas.vocabulary import SEED
+from schemas.vocabulary import DISJOINT
 from shards.stream import Stream, StreamConfig
 from tests.trainer.launch import errors, finish, losses, train
 from trainer.checkpoint import export, load_export
@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_refused_in_one_line(exported, hopper, pong, tmp_pa
 def test_a_dry_run_is_of_the_exports_shape(exported, tmp_path):
     command = [sys.executable, "trainer/main.py", "--dry-run", "--recipe", "finetune", "--run.start-from"]
     transformer = load_export(exported)[0].parameter_counts()["transformer"]
-    assert transformer != Gato(RECIPES["finetune"].model, SEED).parameter_counts()["transformer"]
+    assert transformer != Gato(RECIPES["finetune"].model, DISJOINT).parameter_counts()["transformer"]
     for start, status, words in ((exported, 0, f"transformer {transformer:,}"), (tmp_path / "none", 1, "no export")):
         done = finish([*command, str(start)])
         assert done.returncode == status and words in done.stdout + done.stderr
@@ -136,7 +136,7 @@ def test_dropout_is_a_function_of_seed_and_sequence():
 def test_scales_keep_the_models_number_format(hopper):
     batch = Stream([hopper], StreamConfig(sequence_length=120), 0).batch(0, 2).to("cpu")
     config = ModelConfig(blocks=1, width=32, feed_forward=64, patch_channels=16, stochastic_depth=0.1, dropout=0.1)
-    model = Gato(config, SEED).initialise(0).bfloat16()
+    model = Gato(config, DISJOINT).initialise(0).bfloat16()
     assert model(batch, branch_scales(batch.sequence, config, 0)).dtype == torch.bfloat16
 
 

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn.functional import scaled_dot_product_attention
 
 from schemas.layout import ACTION
-from schemas.vocabulary import SEED
+from schemas.vocabulary import DISJOINT
 from shards.batch import Batch
 from shards.stream import Stream, StreamConfig
 from trainer.engine import branch_scales, prepare_blocks
@@ -29,7 +29,7 @@ def batch(hopper, pong):
 
 @pytest.fixture(scope="module")
 def model():
-    return Gato(SMALL, SEED).initialise(0).eval()
+    return Gato(SMALL, DISJOINT).initialise(0).eval()
 
 
 def test_a_channels_own_norm_shows_a_dot_on_a_flat_patch():
@@ -37,7 +37,7 @@ def test_a_channels_own_norm_shows_a_dot_on_a_flat_patch():
     pixels = torch.full((4, 16, 16, 1), 87, dtype=torch.uint8)
     pixels[1, 7:9, 7:9], pixels[2], pixels[3] = 200, 0, 174
     for norm in ("group", "channel"):
-        patches = Gato(replace(SMALL, patch_norm=norm), SEED).initialise(0).patches
+        patches = Gato(replace(SMALL, patch_norm=norm), DISJOINT).initialise(0).patches
         with torch.no_grad():
             out = patches(pixels, torch.zeros(4, 2, dtype=torch.uint8))
             out -= patches.row.weight[0] + patches.column.weight[0]
@@ -58,7 +58,7 @@ def test_a_channels_own_norm_shows_a_dot_on_a_flat_patch():
 )
 def test_parameter_counts(preset, embedding, vision, transformer):
     with torch.device("meta"):
-        counts = Gato(PRESETS[preset], SEED).parameter_counts()
+        counts = Gato(PRESETS[preset], DISJOINT).parameter_counts()
     assert counts == {
         "embedding": embedding,
         "vision": vision,
@@ -73,8 +73,8 @@ def test_parameter_counts(preset, embedding, vision, transformer):
 
 def test_geglu_has_three_matrices():
     with torch.device("meta"):
-        plain = Gato(SMALL, SEED).parameter_counts()["transformer"]
-        gated = Gato(replace(SMALL, feed_forward_form="geglu"), SEED).parameter_counts()["transformer"]
+        plain = Gato(SMALL, DISJOINT).parameter_counts()["transformer"]
+        gated = Gato(replace(SMALL, feed_forward_form="geglu"), DISJOINT).parameter_counts()["transformer"]
     assert gated - plain == SMALL.blocks * SMALL.width * SMALL.feed_forward
 
 
@@ -144,18 +144,18 @@ def test_attention_matches_the_slow_reference(model, batch):
 def test_fused_loss_equals_the_plain_one_with_its_gradients():
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(50, 16, generator=generator)
-    table = torch.randn(SEED.padded_size, 16, generator=generator) * 0.3
+    table = torch.randn(DISJOINT.padded_size, 16, generator=generator) * 0.3
     targets = torch.randint(33024, 34048, (50,), generator=generator)
     ordered = torch.rand(50, generator=generator) < 0.5
     upstream = torch.tensor(0.37)
     gradients = []
     for chunk in (None, 7, 50, 999):
         h, w = hidden.clone().requires_grad_(), table.clone().requires_grad_()
-        soft = soft_targets(targets, ordered, SEED.action_continuous, 3.0)
+        soft = soft_targets(targets, ordered, DISJOINT.action_continuous, 3.0)
         if chunk is None:
-            loss = cross_entropy(h @ w[: SEED.size].T, *soft).sum()
+            loss = cross_entropy(h @ w[: DISJOINT.size].T, *soft).sum()
         else:
-            loss = FusedCrossEntropy.apply(h, w, *soft, SEED.size, chunk)
+            loss = FusedCrossEntropy.apply(h, w, *soft, DISJOINT.size, chunk)
         (loss * upstream).backward()
         gradients.append((loss.item(), h.grad, w.grad))
     for loss, h_gradient, w_gradient in gradients[1:]:
@@ -166,7 +166,7 @@ def test_fused_loss_equals_the_plain_one_with_its_gradients():
 
 def test_soft_targets_match_the_slow_reference():
     targets, ordered = torch.tensor([33024, 33500, 34047, 33500]), torch.tensor([True, True, True, False])
-    neighbours, weights = soft_targets(targets, ordered, SEED.action_continuous, 2.0)
+    neighbours, weights = soft_targets(targets, ordered, DISJOINT.action_continuous, 2.0)
     for n, target in enumerate(targets.tolist()):
         want = {target: 1.0}
         if ordered[n]:
@@ -178,7 +178,7 @@ def test_soft_targets_match_the_slow_reference():
             got[b] = got.get(b, 0.0) + weight
         assert {b for b, w in got.items() if w > 0} == set(want)
         assert all(abs(got[b] - want[b]) < 1e-6 for b in want)
-    hard, one = soft_targets(targets, ordered, SEED.action_continuous, 0.0)
+    hard, one = soft_targets(targets, ordered, DISJOINT.action_continuous, 0.0)
     assert hard.tolist() == targets[:, None].tolist() and one.unique().tolist() == [1.0]
 
 
@@ -196,7 +196,7 @@ def test_hidden_of_chosen_places_is_the_whole_one_there_with_its_gradients(batch
     branch_scale = branch_scales(batch.sequence.numpy(), replace(SMALL, stochastic_depth=0.3, dropout=0.1), 0)
     found = []
     for whole in (True, False):
-        gato = Gato(SMALL, SEED).initialise(0)
+        gato = Gato(SMALL, DISJOINT).initialise(0)
         predict_index = batch.supervised.roll(-1, dims=1)
         hidden = gato(batch, branch_scale)[predict_index] if whole else gato(batch, branch_scale, batch.predict_index)
         hidden.square().sum().backward()
@@ -279,7 +279,7 @@ def test_nothing_in_a_training_step_waits_for_a_tensors_value(batch):
     """Fake tensors have shapes and no values, and refuse what would need one: where a GPU's host would wait for it."""
     branch_scale = branch_scales(batch.sequence.numpy(), replace(SMALL, stochastic_depth=0.3), 0)
     with FakeTensorMode(allow_non_fake_inputs=False) as fake:
-        gato = Gato(replace(SMALL, rotary="token"), SEED)
+        gato = Gato(replace(SMALL, rotary="token"), DISJOINT)
         objective = Objective(gato, LossConfig(soft_bins=3.0, softmax="targets"), [True, False], text=False)
         shapes = {f.name: fake.from_tensor(v) for f in fields(batch) if torch.is_tensor(v := getattr(batch, f.name))}
         assert batch.packed
@@ -299,7 +299,7 @@ def test_prepared_blocks_equal_plain_ones_with_their_gradients(batch, compile, a
     one = replace(batch, segments=torch.zeros_like(batch.segments), packed=False)  # which needs no mask
     found = []
     for prepared in (False, True):
-        gato = Gato(config, SEED).initialise(0)
+        gato = Gato(config, DISJOINT).initialise(0)
         names = list(gato.state_dict())
         if prepared:
             prepare_blocks(gato, compile, activation_checkpointing)

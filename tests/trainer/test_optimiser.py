@@ -8,12 +8,12 @@ import torch
 from safetensors.numpy import load_file
 from torch import nn
 
-from schemas.vocabulary import SEED
+from schemas.vocabulary import DISJOINT
 from tests.trainer.launch import errors, losses, train
 from trainer.config import OptimiserConfig
 from trainer.engine import zero_config
 from trainer.model import Gato, ModelConfig
-from trainer.optimiser import hidden_matrices, make_optimiser, orthogonalised
+from trainer.optimiser import hidden_matrices, make_optimiser, orthogonalised, smooth_functions
 from trainer.recipes import RECIPES
 
 MUON = ("--optimiser.matrices", "muon")
@@ -71,7 +71,7 @@ def test_muon_steps_as_torchs_does_and_the_rest_as_adamw():
 
 
 def test_muon_takes_hidden_matrices_and_turns_kernels_into_them():
-    model = Gato(ModelConfig(blocks=1, heads=2, width=32, feed_forward=64, head_size=16, patch_channels=16), SEED)
+    model = Gato(ModelConfig(blocks=1, heads=2, width=32, feed_forward=64, head_size=16, patch_channels=16), DISJOINT)
     found = {name for name, p in model.named_parameters() if any(p is one for one in hidden_matrices(model))}
     patches = {f"patches.{name}.weight" for name in ("conv_1", "conv_2", "skip", "out")}
     assert patches < found and all(name.startswith("blocks.0.") for name in found - patches)
@@ -98,3 +98,37 @@ def test_muon_resumes_bit_for_bit_at_any_world_size_and_refuses_cut_up_matrices(
     assert refused.returncode and "matrices" in errors(refused)[0]
     with pytest.raises(ValueError, match="--optimiser.matrices muon"):  # a dry run asks for the same
         zero_config(replace(RECIPES["tiny-table"], deepspeed="zero1"), 1)
+
+
+def test_smooth_bins_move_along_their_functions_and_the_rest_as_with_adamw():
+    model = Gato(ModelConfig(blocks=1, heads=2, width=32, feed_forward=64, head_size=16, patch_channels=16), DISJOINT)
+    table, config = model.initialise(0).tokens.weight, OptimiserConfig(bins="smooth", peak_lr=1e-2, start_lr=1e-2)
+    before, optimiser = table.detach().clone(), make_optimiser(model, config)
+    gradient = torch.zeros_like(table)
+    gradient[33024 + 300] = 1.0  # of one bin of an action
+    gradient[34048] = -1.0  # the separator's
+    for _ in range(2):
+        table.grad = gradient.clone()
+        optimiser.step()
+    moved = (table.detach() - before * 0.999**2)[33024:34048]
+    functions, moved = smooth_functions(1024).double(), moved.double()
+    along = functions @ torch.linalg.lstsq(functions, moved).solution
+    assert (moved - along).norm() < 0.05 * along.norm()  # the remainder is the own bin's
+    assert moved[290:311].mean() < -0.02 and moved[300].mean() < moved[[298, 302]].mean()  # its neighbours follow
+    assert torch.equal(table[:32000], before[:32000]) and torch.equal(table[34049:], before[34049:])
+    assert torch.allclose(table[34048], before[34048] * 0.999**2 + 0.02, atol=1e-4)
+    gradient[5] = 1.0  # of a piece of text
+    table.grad = gradient
+    optimiser.step()
+    assert (table[5] < before[5]).all()
+
+
+def test_smooth_bins_resume_bit_for_bit(hopper, tmp_path):
+    smooth = ("--optimiser.bins", "smooth", "--model.sequence", "timesteps", *MUON)
+    train(tmp_path / "whole", [hopper], *smooth)
+    train(tmp_path / "parts", [hopper], *smooth, steps=4)
+    train(tmp_path / "parts", [hopper], *smooth)
+    whole, parts = (load_file(tmp_path / name / "export" / "weights.safetensors") for name in ("whole", "parts"))
+    assert all(np.array_equal(whole[name], parts[name]) for name in whole)
+    refused = train(tmp_path / "cut", [hopper], "--optimiser.bins", "smooth", "--deepspeed", "zero1_cpu", check=False)
+    assert refused.returncode and "smooth" in errors(refused)[0]

@@ -2,8 +2,12 @@
 
 tokens, roles, positions, patches -> x (B, L, W) -> blocks -> norm -> hidden (B, L, W) -> logits (paper §2.2, §2.3)
 
+`sequence` "timesteps" is ours: a timestep's observation tokens, each scaled by a vector of its place, are summed to one
+element of the sequence, S of them instead of L; a timestep's hidden state, scaled by the vector of an action token's
+place, predicts it, all of them at once. Tokens, table and head are the same.
+
 Invariant: hidden at place p depends on places <= p of p's segment alone, so the
-logits that predict an action never see it.
+logits that predict an action never see it; nor, by timesteps, any other action that is a target.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from schemas.layout import ACTION, OBSERVATION, PATCH, TEXT
+from schemas.layout import ACTION, OBSERVATION, PAD, PATCH, TEXT
 from schemas.vocabulary import Vocabulary, bin_centres
 from shards.batch import Batch
 from trainer.model.patch import PatchEmbedding
@@ -24,6 +28,11 @@ from trainer.model.transformer import Block, Cache, causal_segment_mask, flash_s
 
 Blocks = Sequence[Callable[..., Tensor]]
 """What does a model's blocks' work: these themselves, or compiled."""
+
+
+def observed(roles: Tensor) -> Tensor:
+    """Which tokens are of an observation, bool."""
+    return (roles == TEXT) | (roles == PATCH) | (roles == OBSERVATION)
 
 
 class Gato(nn.Module):
@@ -35,9 +44,16 @@ class Gato(nn.Module):
         self.tokens = nn.Embedding(vocabulary.padded_size, config.width)
         # local positions of observation tokens, then the action tokens' shared one, then zeros for the rest
         self.positions = nn.Embedding(config.local_positions + 1, config.width)
+        # by timesteps: what each place of a timestep scales its tokens by, in and out
+        self.scales = nn.Embedding(config.local_positions, config.width) if self.by_timesteps else None
         self.patches = PatchEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(config.width)
+
+    @property
+    def by_timesteps(self) -> bool:
+        """Whether an element of the sequence is a timestep."""
+        return self.config.sequence == "timesteps"
 
     def initialise(self, seed: int) -> Gato:
         """GPT-2's start: normal 0.02, residual outputs by 1 / sqrt(2 blocks), zero biases. A function of the seed."""
@@ -45,6 +61,8 @@ class Gato(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 nn.init.constant_(parameter, float("norm" in name and name.endswith("weight")))
+            elif name == "scales.weight":
+                parameter.data.normal_(0.0, 1.0, generator=generator)
             elif "patches" in name and parameter.ndim == 4:
                 fan_in = math.prod(parameter.shape[1:])
                 parameter.data.normal_(0.0, fan_in**-0.5, generator=generator)
@@ -77,13 +95,22 @@ class Gato(nn.Module):
         # also where a batch has no patches: every rank must make the same gradients, or their reduction jams
         embedded = self.patches(batch.patches, batch.patch_positions).to(x.dtype)
         x = x.flatten(0, 1).index_copy(0, batch.patch_index.long(), embedded).view_as(x)
+        if self.by_timesteps:
+            # an action token without loss is a prompt's
+            shown = observed(batch.roles) | ((batch.roles == ACTION) & ~batch.supervised)
+            return self.scaled(x, batch.positions, shown)
         return x + self.local(batch.roles, batch.positions)
+
+    def scaled(self, x: Tensor, positions: Tensor, shown: Tensor) -> Tensor:
+        """What tokens x (..., W) at `positions` (...) of their timestep give to its element; nothing where not
+        `shown`."""
+        index = positions.int().clamp(max=self.config.local_positions - 1)
+        return (x * self.scales_at(index) + self.positions(index)) * shown[..., None]
 
     def local(self, roles: Tensor, positions: Tensor) -> Tensor:
         """(..., W): what tokens of these roles get added for their index within the timestep."""
-        observed = (roles == TEXT) | (roles == PATCH) | (roles == OBSERVATION)
         last, action, form = self.config.local_positions, roles == ACTION, self.config.action_position
-        shown = (observed if form == "none" else observed | action)[..., None]
+        shown = (observed(roles) if form == "none" else observed(roles) | action)[..., None]
         index = positions.int().clamp(max=last - 1)
         if form != "own":
             index = torch.where(action, last, index)
@@ -100,6 +127,9 @@ class Gato(nn.Module):
         flattened (B L) alone, which saves work in the last block. `branch_scale` (B, blocks, 2, 1 or W) scales the
         residual branches, for stochastic depth and dropout. Nothing here depends on a tensor's values, so a GPU's
         host never waits."""
+        if self.by_timesteps:
+            assert predict_index is not None
+            return self._timesteps(batch, branch_scale, predict_index)
         x = self.embed(batch)
         # one segment a sequence needs no mask: the plain causal kernel is the same function, faster
         mask = None
@@ -112,6 +142,39 @@ class Gato(nn.Module):
             last = {"predict_index": predict_index} if number == len(self.blocks) - 1 else {}
             x = block(x, mask, None if branch_scale is None else branch_scale[:, number], rope=rope, **last)
         return self.norm(x)
+
+    def _timesteps(self, batch: Batch, branch_scale: Tensor | None, predict_index: Tensor) -> Tensor:
+        """`forward` with one element per timestep: hidden states (N, W) that predict the tokens after
+        `predict_index`."""
+        B, S, device = len(batch.tokens), batch.timesteps, batch.tokens.device
+        first = (batch.positions == 0) & (batch.roles != PAD)
+        row = torch.arange(B, device=device)[:, None]
+        slot = (first.cumsum(1) - 1).clamp(min=0) + S * row  # each token's timestep among all of the batch
+        x = self.embed(batch).flatten(0, 1)
+        x = torch.zeros(B * S, x.shape[-1], dtype=x.dtype, device=device).index_add(0, slot.flatten(), x)
+        mask = None
+        if batch.packed:
+            segments = torch.zeros(B * S, dtype=batch.segments.dtype, device=device)
+            segments.scatter_(0, slot.flatten(), batch.segments.flatten())
+            mask = causal_segment_mask(segments.view(B, S))
+        hidden = self.through(x.view(B, S, -1), mask, branch_scale).flatten(0, 1)
+        place = slot.flatten().index_select(0, predict_index)
+        position = batch.positions.flatten().index_select(0, predict_index + 1)
+        return hidden.index_select(0, place) * self.scales_at(position)
+
+    def through(self, x: Tensor, mask: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
+        """Hidden states of elements x (B, S, W)."""
+        rope = self.rope(torch.arange(x.shape[1], device=x.device))
+        branch_scale = None if branch_scale is None else branch_scale.to(x.dtype)
+        for number, block in enumerate(self.blocks):
+            x = block(x, mask, None if branch_scale is None else branch_scale[:, number], rope=rope)
+        return self.norm(x)
+
+    def scales_at(self, positions: Tensor) -> Tensor:
+        """(..., W): what tokens at these positions of their timestep are scaled by on the way in, and what a timestep's
+        hidden state is scaled by where the token at one is predicted."""
+        assert self.scales is not None
+        return self.scales(positions.int().clamp(max=self.config.local_positions - 1))
 
     def step(
         self,
@@ -139,7 +202,8 @@ class Gato(nn.Module):
     def parameter_counts(self) -> dict[str, int]:
         """True counts: embedding (tied with the head, padded rows included), vision, transformer, total."""
         vision = sum(p.numel() for p in self.patches.parameters())
-        embedding = self.tokens.weight.numel() + self.positions.weight.numel()
+        tables = (self.tokens, self.positions, self.scales)
+        embedding = sum(table.weight.numel() for table in tables if table is not None)
         total = sum(p.numel() for p in self.parameters())
         counts = {"embedding": embedding, "vision": vision, "transformer": total - vision - embedding}
         return counts | {"total": total}
@@ -147,7 +211,8 @@ class Gato(nn.Module):
     def flops_per_token(self, length: int) -> float:
         """FLOPs of a training step (forward and backward) for each token of sequences of `length` tokens: 6 N + 12
         blocks x attention width x length, N the transformer's parameters and the vocabulary's rows of the head. The
-        usual convention: the head counts for every token and attention as if it were not causal; patches apart."""
+        usual convention: the head counts for every token and attention as if it were not causal; patches apart. Of a
+        model that reads timesteps it is what one that reads tokens would need."""
         config = self.config
         N = self.parameter_counts()["transformer"] + self.vocabulary.size * config.width
         return 6.0 * N + 12.0 * config.blocks * config.heads * config.head_size * length

@@ -33,6 +33,10 @@ class ModelConfig:
     such term, and the model has to find the present timestep among the window's by other means."""
     qk_norm: bool = False
     """Queries and keys are scaled to one length before they meet (ours)."""
+    sequence: Literal["tokens", "timesteps"] = "tokens"
+    """tokens: an element a token (paper). timesteps (ours): an element a timestep, the sum of its observation's
+    embedded tokens, each scaled by its place, from which all of an action's tokens are predicted at once, see
+    trainer/model/gato.py. Only a prompt's actions are shown, where prompts carry no loss."""
     local_positions: int = 512
     patch_channels: int = 32
     """Channels of the patch ResNet; the paper does not give them."""
