@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 # Threads that spin while they wait lose most of a core where several processes compute. Read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -17,6 +18,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
+from etl.sources import _hdf5
+from tests import warm
 from tests.commands import run
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
@@ -49,6 +52,19 @@ def pytest_runtest_setup(item):
 def pytest_runtest_teardown(item):
     if started and not item.get_closest_marker("process"):
         pytest.fail(f"mark it with pytest.mark.process: it started {started[0]}", pytrace=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_hdf5_child():
+    """The process in which the code tries HDF5 files starts warm; tests of it alone start it cold."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_hdf5, "subprocess", SimpleNamespace(run=_run_warm))
+        yield
+
+
+def _run_warm(command, **options):
+    options.pop("capture_output")
+    return warm.run(command, text=False, **options)
 
 
 @pytest.fixture(scope="session")

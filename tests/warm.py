@@ -42,6 +42,7 @@ LIBRARIES = (
     "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.zero.stage3", "setuptools",
     "ale_py", "gymnasium_robotics", "minigrid", "mujoco",
 )  # fmt: skip
+CHILD = "etl.sources._hdf5"  # the code's own: it limits its memory, and so needs a server that has loaded little
 LAUNCHER = "deepspeed.launcher.launch"
 LAUNCHER_POLL_SECONDS = 0.05  # instead of 1
 TITLE_BYTES = 8192  # room for a fork's command line
@@ -88,7 +89,8 @@ class Popen(_Warm):
     def _start(self, request: dict[str, Any], streams: list[int]) -> int:
         self._status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            socket.send_fds(_server(), [json.dumps(request).encode()], [theirs.fileno(), *streams])
+            server = _server(CHILD if CHILD in request["arguments"] else "everything")
+            socket.send_fds(server, [json.dumps(request).encode()], [theirs.fileno(), *streams])
         if not (answer := self._status.recv(64)):
             raise ChildProcessError("the server of warm interpreters ended; python -m tests.warm may show why")
         return int(answer)
@@ -110,12 +112,15 @@ class Popen(_Warm):
         return self.pid, int(answer or signal.SIGKILL)
 
 
-def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    """subprocess.run with captured text, warm."""
-    timeout, check = options.pop("timeout", None), options.pop("check", False)
-    with Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
+def run(
+    command: list[str], input: Any = None, timeout: float | None = None, check: bool = False, text: bool = True,
+    **options: Any,
+) -> subprocess.CompletedProcess:  # fmt: skip
+    """subprocess.run with captured output, warm."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": None if input is None else subprocess.PIPE}
+    with Popen(command, text=text, **pipes, **options) as process:
         try:
-            output, errors = process.communicate(timeout=timeout)
+            output, errors = process.communicate(input, timeout)
         except BaseException:
             process.kill()
             raise
@@ -125,22 +130,22 @@ def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
     return done
 
 
-_socket: list[socket.socket] = []
+_servers: dict[str, socket.socket] = {}
 
 
-def _server() -> socket.socket:
-    """A socket of this process's server, which is started at the first call and ends with this process."""
-    if not _socket:
+def _server(loaded: str) -> socket.socket:
+    """A socket of this process's server with so much loaded. It starts at the first call and ends with this process."""
+    if loaded not in _servers:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-m", "tests.warm", str(theirs.fileno()), "x" * TITLE_BYTES]
+        command = [sys.executable, "-m", "tests.warm", loaded, str(theirs.fileno()), "x" * TITLE_BYTES]
         # What libraries read when they are loaded; a fork must not inherit BLAS's threads.
         environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         root = Path(__file__).resolve().parent.parent
         _cold_popen(command, cwd=root, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
         theirs.close()
-        _socket.append(ours)
-    return _socket[0]
+        _servers[loaded] = ours
+    return _servers[loaded]
 
 
 def serve(requests: socket.socket) -> None:
@@ -260,16 +265,19 @@ def exit_status(call: Callable[[], Any]) -> int:
 
 
 def main() -> None:
-    """The server. The command is for looking at, without a socket: does everything import?"""
-    for name in (*LIBRARIES, *COMMANDS):
-        with suppress(ImportError):  # which the command that needs it will say
-            importlib.import_module(name)
-    with suppress(ImportError):
-        importlib.import_module("deepspeed.ops").__compatible_ops__  # noqa: B018  # found out once, with a compiler
+    """The server. The command alone, without a socket, shows whether everything imports."""
+    if sys.argv[1:2] == [CHILD]:
+        importlib.import_module(CHILD)
+    else:
+        for name in (*LIBRARIES, *COMMANDS):
+            with suppress(ImportError):  # which the command that needs it will say
+                importlib.import_module(name)
+        with suppress(ImportError):
+            importlib.import_module("deepspeed.ops").__compatible_ops__  # noqa: B018  # found out once, with a compiler
     gc.collect()
     gc.freeze()  # pages of what is loaded stay shared
-    if len(sys.argv) > 1:
-        serve(socket.socket(fileno=int(sys.argv[1])))
+    if len(sys.argv) > 2:
+        serve(socket.socket(fileno=int(sys.argv[2])))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """HDF5 files of unknown origin: rows unpacked here equal h5py's, and what kills libhdf5 kills only a child."""
 
 import os
+import subprocess
 
 import h5py
 import numpy as np
@@ -22,6 +23,12 @@ STORED = {
     "checksums": ((N, 2), np.float32, {"chunks": (64, 2), "compression": "gzip", "fletcher32": True}),
     "fixed strings": ((N,), "S5", {"chunks": (64,), "compression": "gzip"}),
 }
+
+
+@pytest.fixture(autouse=True)
+def cold(monkeypatch):
+    """The child is started here as by a user."""
+    monkeypatch.setattr(_hdf5, "subprocess", subprocess)
 
 
 @pytest.fixture
