@@ -141,7 +141,7 @@ def _writer(env: Any) -> type[sources.LogWriter]:
 
 
 def _level(options: Options) -> str:
-    return options.level or Path(options.policy).stem.rpartition(":")[2]
+    return options.level or Path(options.policy.rpartition(":")[2]).stem
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 from typing import Annotated
 
 import gymnasium
@@ -25,13 +26,18 @@ class PluginError(ValueError):
     """A module cannot be imported; the message names it and the remedy."""
 
 
+def import_module(name: str) -> ModuleType:
+    """A user's module; the current folder counts, as it does for `python -m`. Raises what the module raises."""
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+    return importlib.import_module(name)
+
+
 def load(modules: Iterable[str]) -> None:
-    """Import each module; the current folder counts, as it does for `python -m`. PluginError names one that fails."""
+    """Import each module. PluginError names one that fails."""
     for name in modules:
-        if (here := os.getcwd()) not in sys.path:
-            sys.path.append(here)
         try:
-            gymnasium.register_envs(importlib.import_module(name))
+            gymnasium.register_envs(import_module(name))
         except Exception as error:  # a user's module may raise anything
             detail = f"{type(error).__name__}: {error}"
             raise PluginError(f"--import {name}: {detail}; give a module's name, its folder being the current one "

@@ -20,6 +20,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import gymnasium
 import pytest
 import tyro
 
@@ -128,7 +129,11 @@ def place(tmp_path, hopper, monkeypatch):
     (tmp_path / "data/shards/d4rl").symlink_to(hopper)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    monkeypatch.delitem(sys.modules, "reach", raising=False)  # another test's; so is its id, put back below
+    registered = dict(gymnasium.registry)
+    yield tmp_path
+    gymnasium.registry.update(registered)
+    sys.modules.pop("reach", None)
 
 
 @pytest.mark.process

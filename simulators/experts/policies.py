@@ -7,9 +7,7 @@ Invariant: a policy that is returned fits the environment.
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,13 @@ import gymnasium
 import numpy as np
 
 import simulators
+from simulators import plugins
 from simulators.experts import PolicyError, open_safetensors, perceptron
 from simulators.experts.sb3 import StableBaselines
 from simulators.policy import OnePlayer, RandomPolicy
 from simulators.registry import all_suites
+
+OWN = re.compile(r"[\w.]+:\w+")  # MODULE:FUNCTION; a module may lie in packages
 
 
 def load(name: str, env: gymnasium.Env, noise: float = 0.0, temperature: float = 1.0) -> OnePlayer | RandomPolicy:
@@ -44,7 +45,7 @@ def load(name: str, env: gymnasium.Env, noise: float = 0.0, temperature: float =
     if name == "expert":
         return OnePlayer(_expert(env, noise))
     if not path.is_file():
-        if ":" in name and not path.suffix:
+        if OWN.fullmatch(name):
             return OnePlayer(_own(name, env))
         raise PolicyError(f"{name}: no such policy file; give one, or MODULE:FUNCTION, or 'expert', or 'random'")
     if path.suffix == ".zip":
@@ -95,10 +96,8 @@ class Own:
 def _own(name: str, env: gymnasium.Env) -> Own:
     """The policy that function(env) of a module returns."""
     module, _, function = name.partition(":")
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)
     try:
-        policy = getattr(importlib.import_module(module), function)(env)
+        policy = getattr(plugins.import_module(module), function)(env)
     except Exception as error:  # a user's module may raise anything
         detail = f"{type(error).__name__}: {error}"
         raise PolicyError(f"--policy {name}: {detail}; it is MODULE:FUNCTION, and FUNCTION(env) returns the policy"

@@ -10,7 +10,6 @@ Invariant: nothing is imported until an environment is made, or asked whether it
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +17,7 @@ import gymnasium
 import numpy as np
 
 from schemas.episode import EnvironmentSpec
-from simulators import pictures
+from simulators import pictures, plugins
 from simulators.suite import Suite, UnknownEnvironment
 from simulators.suites.mujoco import body_of
 
@@ -62,11 +61,11 @@ SUITE = AnyGymnasium()
 
 def _import(module: str, id: str) -> None:
     try:
-        gymnasium.register_envs(importlib.import_module(module))
+        gymnasium.register_envs(plugins.import_module(module))
     except Exception as error:  # a module of the user's own may raise anything
         detail = f"{type(error).__name__}: {error}"
         raise UnknownEnvironment(f"environment '{id}': cannot import {module} ({detail}); "
-                                 "put its folder on PYTHONPATH") from error  # fmt: skip
+                                 f"run it in the folder of {module}, or put that on PYTHONPATH") from error  # fmt: skip
 
 
 def _of_module(module: str) -> str:

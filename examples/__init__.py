@@ -1,0 +1,1 @@
+"""Examples that run from the checkout's root; each is one file to copy and change."""
