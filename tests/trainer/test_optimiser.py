@@ -123,6 +123,7 @@ def test_smooth_bins_move_along_their_functions_and_the_rest_as_with_adamw():
     assert (table[5] < before[5]).all()
 
 
+@pytest.mark.process
 def test_smooth_bins_resume_bit_for_bit(hopper, tmp_path):
     smooth = ("--optimiser.bins", "smooth", "--model.sequence", "timesteps", *MUON)
     train(tmp_path / "whole", [hopper], *smooth)
