@@ -216,7 +216,7 @@ def test_corrupt_gzip_is_named(logs, tmp_path):
         (("--ouput", "x"), "--ouput"),
         (("--shard-megabytes", "0"), "--shard-megabytes 0"),
         (("--piece-timesteps", "-5"), "give a number from 1"),
-        (("--text-tokens", "-3"), "--text-tokens -3"),
+        (("--source", "babyai", "--text-tokens", "-3"), "--text-tokens -3"),
         (("--min-return", "nan"), "--min-return nan"),
         (("--held-out-share", "1.5"), "from 0 to 1"),
         (("--first-episodes", "-2"), "--first-episodes -2"),

@@ -223,7 +223,7 @@ D4RL_DAMAGE = {
     ("d.hdf5", 7): ("out of range", lambda f: poison(f, "actions", 11.0, 7 * ROWS + 3)),
     ("e.hdf5", 8): ("duplicate", copy_of_5_at_8),
     ("f.hdf5", WHOLE): ("wrong length", lambda f: put(f, "rewards", f["rewards"][:-1])),
-    ("g.hdf5", WHOLE): ("wrong dtype", lambda f: put(f, "actions", f["actions"][()].astype(np.int32))),
+    ("g.hdf5", WHOLE): ("wrong dtype", lambda f: put(f, "observations", f["observations"][()].astype(np.int32))),
     ("h.hdf5", WHOLE): ("empty", lambda f: [put(f, key, f[key][:0]) for key in list(f)]),
     ("i.hdf5", WHOLE): ("missing key", lambda f: f.pop("rewards")),
     ("j.hdf5", WHOLE): ("empty", 0.0),  # so much of the file is left
