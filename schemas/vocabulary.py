@@ -82,6 +82,13 @@ def bin_centres(bins: int) -> np.ndarray:
     return (np.arange(bins) + 0.5) * (2.0 / bins) - 1.0
 
 
+def bin_values(vocabulary: Vocabulary) -> np.ndarray:
+    """What the bins of a continuous observation stand for, float64 (bins,): the mu-law of the paper's appendix B
+    undone at their centres."""
+    centres, mu, scale = bin_centres(vocabulary.bins), vocabulary.mu, vocabulary.scale
+    return np.sign(centres) * ((scale * mu + 1.0) ** np.abs(centres) - 1.0) / mu
+
+
 SEED = Vocabulary(
     name="seed",
     text=IdRange(0, 32000),

@@ -36,6 +36,8 @@ from trainer.model import Gato, ModelConfig
 from trainer.recipes import RECIPES
 from trainer.watch import Stop, expect_sign_of_life, only_run
 
+STANDARDISE = 512  # sequences whose observations say where a new model's places start
+
 
 def train(recipe: str, config: TrainConfig, device: torch.device, stop: Stop) -> None:
     """The whole run. ValueError (DatasetError, CheckpointError) or OSError, the same on every rank where rank 0 found
@@ -66,6 +68,8 @@ class Run:
             model.load_state_dict({name: read(f"{name}/weight") for name, _ in model.named_parameters()})
         elif start is not None:
             model.load_state_dict(start[0].state_dict())
+        elif model.by_timesteps:
+            model.standardise(self.stream.batch(0, STANDARDISE).to("cpu"))
         # before the engine: under ZeRO 3 its parameters are empty
         self.counts, self.flops = model.parameter_counts(), model.flops_per_token(config.data.stream.sequence_length)
         self.engine = Engine(model, config, device, *targets_of(self.stream))
