@@ -61,6 +61,10 @@ class Run:
             self.stream.vocabulary.require(start[1].vocabulary_fingerprint, config.run.start_from)
         self.started_from = start[1].weights_sha256 if start else None
         self.specs = [t.dataset.manifest.tasks[t.task].spec for t in self.stream.timelines]
+        mixed = [t.name for t in self.stream.timelines if t.layout.text and t.layout.action]
+        if mixed and config.model.sequence == "timesteps":
+            raise DatasetError(f"--model.sequence timesteps: task '{mixed[0]}' predicts text within a timestep, which this "
+                               "form would show; leave it out by --data.stream.tasks, or use tokens")  # fmt: skip
         model = Gato(config.model, self.stream.vocabulary).initialise(config.seed)
         record = agreed(self._newest)
         if record is not None:

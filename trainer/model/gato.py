@@ -122,8 +122,8 @@ class Gato(nn.Module):
         index = positions.int().clamp(max=self.config.local_positions - 1)
         value, continuous = self._values_of(tokens)
         factor, move = self.spreads(index).unbind(-1)
-        value = (value * factor + move).clamp(-LARGEST, LARGEST) * continuous
-        x = x * torch.where(continuous, TABLE_SHARE, 1.0)[..., None]
+        value = ((value * factor + move).clamp(-LARGEST, LARGEST) * continuous).to(x.dtype)
+        x = x * torch.where(continuous, TABLE_SHARE, 1.0)[..., None].to(x.dtype)
         x = x * self.scales_at(index) + self.positions(index) + value[..., None] * self.slopes(index)
         return x * shown[..., None]
 
