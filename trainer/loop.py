@@ -63,8 +63,10 @@ class Run:
         self.specs = [t.dataset.manifest.tasks[t.task].spec for t in self.stream.timelines]
         mixed = [t.name for t in self.stream.timelines if t.layout.text and t.layout.action]
         if mixed and config.model.sequence == "timesteps":
-            raise DatasetError(f"--model.sequence timesteps: task '{mixed[0]}' predicts text within a timestep, which this "
-                               "form would show; leave it out by --data.stream.tasks, or use tokens")  # fmt: skip
+            raise DatasetError(
+                f"--model.sequence timesteps: task '{mixed[0]}' predicts text within a timestep, which this form shows; "
+                "leave it out by --data.stream.tasks, or use tokens"
+            )
         model = Gato(config.model, self.stream.vocabulary).initialise(config.seed)
         record = agreed(self._newest)
         if record is not None:
