@@ -64,7 +64,7 @@ class Run:
         mixed = [t.name for t in self.stream.timelines if t.layout.text and t.layout.action]
         if mixed and config.model.sequence == "timesteps":
             raise DatasetError(
-                f"--model.sequence timesteps: task '{mixed[0]}' predicts text within a timestep, which this form shows; "
+                f"--model.sequence timesteps: task '{mixed[0]}' predicts text within a timestep, which it shows; "
                 "leave it out by --data.stream.tasks, or use tokens"
             )
         model = Gato(config.model, self.stream.vocabulary).initialise(config.seed)
