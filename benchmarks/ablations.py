@@ -101,6 +101,8 @@ def changed(base: TrainConfig, change: dict[str, dict[str, Any]]) -> TrainConfig
 def trained(config: TrainConfig, stream: Stream, seconds: float) -> tuple[Gato, int]:
     """A model after so much CPU time, and its steps. The rate warms up in a twentieth of it, then falls by cosine."""
     gato = Gato(config.model, stream.vocabulary).initialise(config.seed)
+    if gato.by_timesteps:
+        gato.standardise(stream.batch(0, 512).to("cpu"))
     objective = Objective(gato, config.loss, *targets_of(stream))
     shape = config.optimiser
     optimiser = make_optimiser(gato, shape)

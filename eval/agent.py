@@ -250,7 +250,7 @@ class GatoAgent:
         """Columns [0, k) of m timesteps (m, k), patches (m, P, 16, 16, C) -> their elements (m, W)."""
         k = ids.shape[1]
         x = self._looked_up(ids, pixels)
-        return self.model.scaled(x, self.positions[:k], self.roles[:k] != SEPARATOR).sum(dim=1)
+        return self.model.scaled(x, ids, self.positions[:k], self.roles[:k] != SEPARATOR).sum(dim=1)
 
     def _timestep_at_once(self, ids: Tensor, pixels: np.ndarray | None, points: Tensor) -> Tensor:
         """Tokens (n, A) of the action, by timesteps."""

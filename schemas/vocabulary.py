@@ -90,6 +90,13 @@ def bin_centres(bins: int) -> np.ndarray:
     return (np.arange(bins) + 0.5) * (2.0 / bins) - 1.0
 
 
+def bin_values(vocabulary: Vocabulary) -> np.ndarray:
+    """The values that the bins of a continuous observation represent, float64 (bins,): the inverse of the mu-law
+    (paper, appendix B) at the bins' centres."""
+    centres, mu, scale = bin_centres(vocabulary.bins), vocabulary.mu, vocabulary.scale
+    return np.sign(centres) * ((scale * mu + 1.0) ** np.abs(centres) - 1.0) / mu
+
+
 DISJOINT = Vocabulary(
     name="disjoint",
     text=IdRange(0, 32000),

@@ -20,6 +20,7 @@ from dataclasses import asdict
 import torch
 import torch.distributed as dist
 
+from schemas.dataset import DatasetError
 from schemas.files import atomic_write
 from shards.loader import Loader
 from trainer import checkpoint
@@ -31,6 +32,8 @@ from trainer.lifecycle import StopRequest, exclusive_run, restart_watchdog
 from trainer.loss import targets_of
 from trainer.metrics import MetricsWriter
 from trainer.model import Gato
+
+STANDARDISE = 512  # sequences whose observations say where a new model's places start
 
 
 def train(recipe: str, config: TrainConfig, device: torch.device, stop: StopRequest) -> None:
@@ -59,6 +62,12 @@ class Run:
             self.stream.vocabulary.require(initial[1].vocabulary_fingerprint, config.run.start_from)
         self.initial_sha256 = initial[1].weights_sha256 if initial else None
         self.specs = [t.dataset.manifest.tasks[t.task].spec for t in self.stream.timelines]
+        mixed = [t.name for t in self.stream.timelines if t.layout.text and t.layout.action]
+        if mixed and config.model.sequence == "timesteps":
+            raise DatasetError(
+                f"--model.sequence timesteps: task '{mixed[0]}' predicts text within a timestep, which it shows; "
+                "leave it out by --data.stream.tasks, or use tokens"
+            )
         model = Gato(config.model, self.stream.vocabulary).initialise(config.seed)
         record = broadcast_from_rank0(self._checkpoint_to_resume)
         if record is not None:
@@ -66,6 +75,8 @@ class Run:
             model.load_state_dict({name: read(f"{name}/weight") for name, _ in model.named_parameters()})
         elif initial is not None:
             model.load_state_dict(initial[0].state_dict())
+        elif model.by_timesteps:
+            model.standardise(self.stream.batch(0, STANDARDISE).to("cpu"))
         # before the engine: under ZeRO 3 its parameters are empty
         self.counts, self.flops = model.parameter_counts(), model.flops_per_token(config.data.stream.sequence_length)
         self.engine = Engine(model, config, device, *targets_of(self.stream))

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from etl.tokenizers import continuous
 from eval.agent import AgentConfig, GatoAgent, demonstration
-from schemas.layout import ACTION, SEPARATOR
+from schemas.layout import ACTION, OBSERVATION, SEPARATOR
 from schemas.vocabulary import DISJOINT
 from shards.reader import Dataset
 from shards.stream import Stream, StreamConfig
@@ -31,8 +32,20 @@ def stream(hopper, pong):
 
 
 @pytest.fixture(scope="module")
-def model():
-    return Gato(SMALL, DISJOINT).initialise(0).eval()
+def model(stream):
+    model = Gato(SMALL, DISJOINT).initialise(0).eval()
+    model.standardise(stream.batch(0, 64).to("cpu"))
+    return model
+
+
+@torch.no_grad()
+def test_values_are_standardised_place_by_place(stream, model):
+    batch = stream.batch(0, 64).to("cpu")
+    values = continuous.decode_observation(batch.tokens.numpy().clip(32000, 33023).astype(np.uint16), DISJOINT)
+    for place in range(11):
+        at = ((batch.positions == place) & (batch.roles == OBSERVATION)).numpy()
+        shown = values[at] * float(model.spreads.weight[place, 0]) + float(model.spreads.weight[place, 1])
+        assert abs(shown.mean()) < 1e-3 and shown.std() == pytest.approx(1, abs=1e-3)
 
 
 def plain(model, batch):
@@ -51,7 +64,13 @@ def plain(model, batch):
                 hidden = role == SEPARATOR or (role == ACTION and batch.supervised[row, place])
                 if not hidden:
                     scale, position = model.scales.weight[index], model.positions.weight[index]
-                    total = total + tokens[row, place] * scale + position
+                    share = 0.1 if 32000 <= batch.tokens[row, place] < 33024 else 1.0
+                    total = total + tokens[row, place] * share * scale + position
+                    if 32000 <= batch.tokens[row, place] < 33024:
+                        token = batch.tokens[row, place].numpy().astype(np.uint16)
+                        value = continuous.decode_observation(token, DISJOINT)
+                        factor, move = model.spreads.weight[index]
+                        total = total + (float(value) * factor + move).clamp(-10, 10) * model.slopes.weight[index]
             elements.append(total)
         mask = causal_segment_mask(batch.segments[row, begins][None])
         rope = model.rope(torch.arange(len(begins)))

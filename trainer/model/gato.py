@@ -3,8 +3,9 @@
 tokens, roles, positions, patches -> x (B, L, W) -> blocks -> norm -> hidden (B, L, W) -> logits (paper §2.2, §2.3)
 
 `sequence` "timesteps" is ours: a timestep's observation tokens, each scaled by a vector of its place, are summed to one
-element of the sequence, S of them instead of L; a timestep's hidden state, scaled by the vector of an action token's
-place, predicts it, all of them at once. Tokens, table and head are the same.
+element of the sequence, S of them instead of L. A continuous value shows for the most part as what its bin stands for,
+standardised place by place, along a vector of its place. A timestep's hidden state, scaled by the vector of an action
+token's place, predicts it, all of them at once. Tokens, table and head are the same.
 
 Invariant: hidden at place p depends on places <= p of p's segment alone, so the
 logits that predict an action never see it; nor, by timesteps, any other action that is a target.
@@ -20,12 +21,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from schemas.layout import ACTION, OBSERVATION, PAD, PATCH, TEXT
-from schemas.vocabulary import Vocabulary, bin_centres
+from schemas.vocabulary import Vocabulary, bin_centres, bin_values
 from shards.batch import Batch
 from trainer.model.patch import PatchEmbedding
 from trainer.model.presets import ModelConfig
 from trainer.model.transformer import Block, Cache, causal_segment_mask, flash_serves, rope_cos_sin
 
+LARGEST = 10.0  # value that is shown, in deviations
+SMALLEST = 0.01  # deviation
+TABLE_SHARE = 0.1  # of its embedding, that a continuous value shows beside what is linear in it (docs/ablations.md)
 Blocks = Sequence[Callable[..., Tensor]]
 """What does a model's blocks' work: these themselves, or compiled."""
 
@@ -44,8 +48,15 @@ class Gato(nn.Module):
         self.tokens = nn.Embedding(vocabulary.padded_size, config.width)
         # local positions of observation tokens, then the action tokens' shared one, then zeros for the rest
         self.positions = nn.Embedding(config.local_positions + 1, config.width)
-        # by timesteps: what each place of a timestep scales its tokens by, in and out
-        self.scales = nn.Embedding(config.local_positions, config.width) if self.by_timesteps else None
+        if self.by_timesteps:
+            # what each place of a timestep scales its tokens by, in and out
+            self.scales = nn.Embedding(config.local_positions, config.width)
+            # what a continuous value is multiplied by and moved by at each place, and the direction it then shows in
+            self.spreads = nn.Embedding(config.local_positions, 2)
+            self.slopes = nn.Embedding(config.local_positions, config.width)
+            values = torch.as_tensor(bin_values(vocabulary), dtype=torch.float32)
+            self.values: Tensor
+            self.register_buffer("values", values, persistent=False)
         self.patches = PatchEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(config.width)
@@ -63,6 +74,10 @@ class Gato(nn.Module):
                 nn.init.constant_(parameter, float("norm" in name and name.endswith("weight")))
             elif name == "scales.weight":
                 parameter.data.normal_(0.0, 1.0, generator=generator)
+            elif name == "slopes.weight":
+                parameter.data.normal_(0.0, self.config.width**-0.5, generator=generator)
+            elif name == "spreads.weight":
+                parameter.data.copy_(torch.tensor([1.0, 0.0]).expand_as(parameter))
             elif "patches" in name and parameter.ndim == 4:
                 fan_in = math.prod(parameter.shape[1:])
                 parameter.data.normal_(0.0, fan_in**-0.5, generator=generator)
@@ -98,14 +113,39 @@ class Gato(nn.Module):
         if self.by_timesteps:
             # an action token without loss is a prompt's
             shown = observed(batch.roles) | ((batch.roles == ACTION) & ~batch.supervised)
-            return self.scaled(x, batch.positions, shown)
+            return self.scaled(x, batch.tokens, batch.positions, shown)
         return x + self.local(batch.roles, batch.positions)
 
-    def scaled(self, x: Tensor, positions: Tensor, shown: Tensor) -> Tensor:
-        """What tokens x (..., W) at `positions` (...) of their timestep give to its element; nothing where not
-        `shown`."""
+    def scaled(self, x: Tensor, tokens: Tensor, positions: Tensor, shown: Tensor) -> Tensor:
+        """What `tokens` (...), embedded as x (..., W), at `positions` (...) of their timestep give to its element;
+        nothing where not `shown`."""
         index = positions.int().clamp(max=self.config.local_positions - 1)
-        return (x * self.scales_at(index) + self.positions(index)) * shown[..., None]
+        value, continuous = self._values_of(tokens)
+        factor, move = self.spreads(index).unbind(-1)
+        value = ((value * factor + move).clamp(-LARGEST, LARGEST) * continuous).to(x.dtype)
+        x = x * torch.where(continuous, TABLE_SHARE, 1.0)[..., None].to(x.dtype)
+        x = x * self.scales_at(index) + self.positions(index) + value[..., None] * self.slopes(index)
+        return x * shown[..., None]
+
+    def _values_of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Values (...) of tokens of continuous observations, and which are some."""
+        ids = self.vocabulary.observation_continuous
+        number = tokens.long() - ids.start
+        return self.values[number.clamp(0, ids.size - 1)], (number >= 0) & (number < ids.size)
+
+    @torch.no_grad()
+    def standardise(self, batch: Batch) -> None:
+        """Start the spreads so that each place's values in a batch have a mean of 0 and a deviation of 1: a linear
+        function of them is what a policy of a body is learned by fastest, and what holds beyond what was seen."""
+        value, continuous = self._values_of(batch.tokens)
+        used = continuous & (batch.roles == OBSERVATION)
+        index, value = batch.positions[used].long().clamp(max=self.config.local_positions - 1), value[used].double()
+        size = self.config.local_positions
+        count = torch.bincount(index, minlength=size)
+        mean, square = (torch.bincount(index, v, size) / count.clamp(min=1) for v in (value, value.square()))
+        factor = (square - mean.square()).clamp(min=SMALLEST**2).rsqrt()
+        found = torch.stack([factor, -mean * factor], dim=1).to(self.spreads.weight)
+        self.spreads.weight[count > 1] = found[count > 1]
 
     def local(self, roles: Tensor, positions: Tensor) -> Tensor:
         """(..., W): what tokens of these roles get added for their index within the timestep."""
@@ -173,7 +213,6 @@ class Gato(nn.Module):
     def scales_at(self, positions: Tensor) -> Tensor:
         """(..., W): what tokens at these positions of their timestep are scaled by on the way in, and what a timestep's
         hidden state is scaled by where the token at one is predicted."""
-        assert self.scales is not None
         return self.scales(positions.int().clamp(max=self.config.local_positions - 1))
 
     def step(
@@ -202,8 +241,7 @@ class Gato(nn.Module):
     def parameter_counts(self) -> dict[str, int]:
         """True counts: embedding (tied with the head, padded rows included), vision, transformer, total."""
         vision = sum(p.numel() for p in self.patches.parameters())
-        tables = (self.tokens, self.positions, self.scales)
-        embedding = sum(table.weight.numel() for table in tables if table is not None)
+        embedding = sum(table.weight.numel() for table in self.children() if isinstance(table, nn.Embedding))
         total = sum(p.numel() for p in self.parameters())
         counts = {"embedding": embedding, "vision": vision, "transformer": total - vision - embedding}
         return counts | {"total": total}
