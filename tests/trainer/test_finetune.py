@@ -56,7 +56,7 @@ def test_it_starts_from_the_exports_weights_and_goes_on_bit_for_bit(exported, ho
     assert all(np.array_equal(whole[name], parts[name]) for name in whole)
     model, info = load_export(tmp_path / "whole" / "export")
     assert [task.name for task in info.tasks] == [TASK] and info.model.dropout == 0.2
-    assert info.training["start_from"] == load_export(exported)[1].weights_sha256
+    assert info.training.start_from == load_export(exported)[1].weights_sha256
 
 
 @pytest.mark.process
