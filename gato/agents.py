@@ -171,7 +171,7 @@ class Agent:
         rows = 1 if batch is None else int(batch)
         if rows < 1:
             raise ValueError(f"reset(batch={batch}): give the number of environments, 1 or more")
-        seeds = [int(seed) + n for n in range(rows)] if isinstance(seed, Integral) else [int(one) for one in seed]
+        seeds = [int(seed) + n for n in range(rows)] if isinstance(seed, int | np.integer) else [int(s) for s in seed]
         if len(seeds) != rows:
             raise ValueError(f"reset: {len(seeds)} seeds for {rows} environments; give one each, or a single number")
         self._player.reset(rows)

@@ -221,7 +221,7 @@ def _columns(name: str, values: Any, space: gymnasium.Space, rows: int) -> Any:
     if array.ndim == 0 or (array.shape[1:] != shape and array.shape[1:] != (*shape, 1)):
         raise ValueError(f"{name}: shape {array.shape}, expected (T, {', '.join(map(str, shape))})")
     array = array.reshape(len(array), *shape)
-    if array.dtype.kind not in "fiub" or (array.dtype.kind == "f" and space.dtype.kind in "iu"):
+    if array.dtype.kind not in "fiub" or (array.dtype.kind == "f" and space.dtype.kind != "f"):
         raise ValueError(f"{name}: {array.dtype}, the space's are {space.dtype}; convert them")
     _within(name, array, space)
     array = _finite(name, array, space.dtype)
