@@ -95,7 +95,7 @@ def plan_jobs(
                 remarks += [remark] if remark not in remarks else []
                 continue
             if model == "gato" and not all(spec.name in names for names in taught):
-                remarks.append(f"{spec.name}: not among the tasks that Gato was trained on")
+                remarks.append(f"{spec.name}: not among the tasks that this Gato was trained on")
             jobs += [Job(task, model, seed) for seed in seeds[model]]
     if not jobs:
         why = "; ".join(remarks) or (

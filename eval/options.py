@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 
 from eval.agent import AgentConfig
 from schemas.ranges import require
 from simulators import plugins
+
+Model = Literal["random", "behaviour", "dt", "tt", "gato"]
+Budget = Literal["quick", "cpu", "paper"]
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,11 @@ class Options:
     root: str = "data/shards"
     tasks: tuple[str, ...] = ()
     """Only these tasks of the datasets."""
-    models: tuple[Literal["random", "behaviour", "dt", "tt", "gato"], ...] = ("random", "behaviour", "dt", "tt", "gato")
+    models: tuple[Model, ...] = ("random", "behaviour", "dt", "tt", "gato")
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("results/compare")
     baselines: Path = Path("runs/baselines")
     """Where trained baselines are kept."""
-    budget: Literal["quick", "cpu", "paper"] = "quick"
+    budget: Budget = "quick"
     """Size and training steps of the baselines: a minute of one core, some minutes, or those of their papers."""
     episodes: int = 10
     """Episodes of each model, environment and model seed."""
@@ -66,4 +69,10 @@ def check(options: Options) -> None:
         ("agent.prompt-share", agent.prompt_share, 0, 1),
     ):
         require(name, value, least, most)
+    for name, given, known in (
+        ("models", options.models, get_args(Model)),
+        ("budget", [options.budget], get_args(Budget)),
+    ):
+        if strange := [one for one in given if one not in known]:
+            raise ValueError(f"--{name} {strange[0]}: unknown; known: {', '.join(known)}")
     agent.check()

@@ -64,6 +64,8 @@ def comparison(aggregates: Sequence[Aggregate], tasks: Mapping[str, TaskSpec] | 
         marks = []
         if one.unit == "episodes" and len(trained) > 1 and model in ("dt", "tt", "gato"):
             marks.append(_mark(notes, "One model seed: ± is over its episodes."))
+        if one.zero_shot:
+            marks.append(_mark(notes, "Zero-shot: not among the tasks that this Gato was trained on."))
         if one.errors:
             marks.append(
                 _mark(notes, f"{one.errors} of {one.errors + one.episodes} episodes ended in an error; left out.")

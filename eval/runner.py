@@ -182,7 +182,10 @@ class ComparisonRunner:
         assert job.spec.environment is not None
         settings["environment"] = simulators.settings(job.spec.environment)
         if job.model == "gato":
-            settings |= asdict(prompted(self.options.agent, self.gatos[job.seed][1], job.spec))
+            info = self.gatos[job.seed][1]
+            settings |= asdict(prompted(self.options.agent, info, job.spec))
+            if job.spec.name not in {task.name for task in info.tasks}:
+                settings["zero_shot"] = True  # the table marks it
         if job.model in BASELINES:
             settings["budget"] = self.options.budget
         return json.dumps(settings, sort_keys=True)

@@ -13,6 +13,7 @@ Invariant: equal rows give equal numbers, to the last bit, in any order of the r
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -59,6 +60,7 @@ class Aggregate:
     score_kind: str
     mean_above_random: bool | None = None  # the mean lies above the upper end of random's interval
     interval_above_random: bool | None = None  # so does the interval's lower end
+    zero_shot: bool = False  # a Gato that was not trained on the task
 
     @property
     def above_random(self) -> bool:
@@ -193,6 +195,10 @@ def _finished(rows: Iterable[EpisodeResult]) -> list[EpisodeResult]:
     return finished
 
 
+def _zero_shot(row: EpisodeResult) -> bool:
+    return bool(json.loads(row.protocol or "{}").get("zero_shot"))
+
+
 def _has_score(row: EpisodeResult) -> bool:
     return row.score is not None and not np.isnan(row.score)
 
@@ -232,4 +238,5 @@ def _aggregate(key: tuple[str, str, str], rows: list[EpisodeResult], resamples: 
         iqm_interval=bootstrap([values], interquartile_mean, resamples, seed),
         score_mean=float(_units(scored, "score")[1].mean()) if scored else nan,
         score_kind=kinds.pop() if kinds else "",
+        zero_shot=any(row.model == "gato" and _zero_shot(row) for row in finished),
     )

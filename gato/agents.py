@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import fields
 from difflib import get_close_matches
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def load(place: str | os.PathLike[str], device: str | torch.device | None = None
         The model. Its weights have the sha256 that model.json names.
 
     Raises:
+        TypeError: `place` is not a name or path.
         ValueError: no such model (the message lists the shipped names), or one that is damaged or of another format.
         OSError: a file cannot be read.
 
@@ -50,6 +52,8 @@ def load(place: str | os.PathLike[str], device: str | torch.device | None = None
         >>> model.tasks
         ('halfcheetah-medium-v4', 'hopper-medium-v4')
     """
+    if not isinstance(place, str | os.PathLike):
+        raise TypeError(f"load({place!r}): give a shipped name such as 'tiny', a folder or a URL")
     folder = find_export(place if isinstance(place, str) else Path(place))
     network, info = load_export(folder)
     return Model(network.to(device or default_device()), info, folder)
@@ -159,16 +163,19 @@ class Agent:
             seed: of sampled actions: one per environment, or the first one's, the others counting up from it.
 
         Raises:
+            TypeError: a batch that is not an integer.
             ValueError: a batch below 1, or seeds that are not one per environment.
         """
-        rows = 1 if batch is None else batch
+        if batch is not None and (isinstance(batch, bool) or not isinstance(batch, Integral)):
+            raise TypeError(f"reset(batch={batch!r}): give the number of environments, an integer of 1 or more")
+        rows = 1 if batch is None else int(batch)
         if rows < 1:
             raise ValueError(f"reset(batch={batch}): give the number of environments, 1 or more")
-        seeds = [seed + n for n in range(rows)] if isinstance(seed, int) else [int(one) for one in seed]
+        seeds = [int(seed) + n for n in range(rows)] if isinstance(seed, int | np.integer) else [int(s) for s in seed]
         if len(seeds) != rows:
             raise ValueError(f"reset: {len(seeds)} seeds for {rows} environments; give one each, or a single number")
         self._player.reset(rows)
-        self._batch, self._rows = batch, rows
+        self._batch, self._rows = None if batch is None else rows, rows
         self._active = np.ones(rows, bool)
         self._rng = EpisodeRng.seeded(self._policy_seed, seeds)
 
@@ -181,7 +188,7 @@ class Agent:
                 array has a leading dimension B.
             reward: of the step before, a number or (B,). Gato does not look at it; other agents may.
             active: (B,) bool, the environments whose episode still runs, where some have ended before others. An
-                ended one stays out until the next reset; its action is zero.
+                ended one stays out until the next reset; its observation is ignored, and its action is zero.
 
         Returns:
             What env.step takes: int for Discrete, int64 (A,) for MultiDiscrete, float32 (A,) for Box, flat where the
@@ -193,21 +200,21 @@ class Agent:
         """
         if self._rows == 0:
             raise ValueError("act before reset; call agent.reset(), or agent.reset(batch=B) for B environments, first")
-        arrays = self._observations.check(observation, self._batch)
+        running = self._active if active is None else self._narrowed(self._per_row("active", active, bool))
+        arrays = self._observations.check(observation, self._batch, running)
         rewards = self._per_row("reward", 0.0 if reward is None else reward, np.float32)
-        if active is not None:
-            self._narrow(self._per_row("active", active, bool))
-        if not self._active.any():
-            raise ValueError("every episode has ended; call agent.reset()")
-        actions = self._player.act(arrays, rewards, self._active.copy(), self._rng.of(self._active))
+        self._active = running
+        actions = self._player.act(arrays, rewards, running.copy(), self._rng.of(running))
         if self._batch is not None:
             return actions
         return int(actions[0]) if actions.ndim == 1 else actions[0]
 
-    def _narrow(self, active: np.ndarray) -> None:
+    def _narrowed(self, active: np.ndarray) -> np.ndarray:
         if again := np.flatnonzero(active & ~self._active).tolist():
             raise ValueError(f"active: episode {again[0]} had ended; all start together again with agent.reset()")
-        self._active = active
+        if not active.any():
+            raise ValueError("active: every episode has ended; call agent.reset()")
+        return active
 
     def _per_row(self, name: str, value: Any, dtype: Any) -> np.ndarray:
         array = np.asarray(value, dtype)

@@ -70,6 +70,9 @@ def compare(
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
     }
+    for name in ("models", "tasks", "imports"):
+        if isinstance(values.get(name), str):
+            values[name] = (values[name],)
     if isinstance(values.get("agent"), dict):
         values["agent"] = AgentConfig(**values["agent"])
     if "baselines" in values:

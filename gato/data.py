@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -36,6 +37,10 @@ class Dataset:
 
     def __fspath__(self) -> str:
         return self.folder
+
+    def __repr__(self) -> str:
+        timesteps = sum(task.timesteps for task in self.manifest.tasks)
+        return f"Dataset({self.folder!r}, tasks={self.tasks}, timesteps={timesteps:,})"
 
     @property
     def tasks(self) -> list[str]:
@@ -77,6 +82,9 @@ def build(
         TypeError: an option that does not exist.
         ValueError: SourceError, DatasetError or an option's value; the message names file and remedy.
         OSError: the output cannot be written.
+
+    Warns:
+        UserWarning: values were clipped, or texts cut; a line per task, as the command prints it.
     """
     level = logging.getLogger().level
     from etl import build as command  # sets the level of the root logger, for Beam's warnings at import
@@ -85,7 +93,7 @@ def build(
     from rich.console import Console
 
     from etl import sources
-    from etl.building import filters
+    from etl.building import filters, summary
     from simulators import plugins
 
     name = source or detect_source(input)
@@ -114,6 +122,8 @@ def build(
     )
     flags = command.beam_flags(list(beam_arguments), chosen.workers)
     manifest = command.build(chosen, flags, Console(stderr=True, quiet=not progress))
+    for task, loss in summary.losses(manifest):
+        warnings.warn(f"{task}: {loss}", stacklevel=2)
     return Dataset(str(chosen.output), manifest)
 
 

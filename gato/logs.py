@@ -64,7 +64,7 @@ def write_logs(
     Args:
         folder: where logs are kept; the log is FOLDER/NAME.
         episodes: `Episode`s, or dicts with their attributes as keys.
-        name: name of the task, of letters, digits, '-' and '_'; '/' makes a folder.
+        name: name of the task, of letters, digits, '-' and '_'; '/' between them makes a folder.
         environment: gymnasium id to play the task in later ('Hopper-v5', 'module:Id' for one's own); without it the
             task can be trained on, and not played.
         environment_kwargs: arguments of the environment.
@@ -78,13 +78,16 @@ def write_logs(
         The log's folder.
 
     Raises:
+        TypeError: `episodes` is not a list of episodes.
         ValueError: an episode or a space does not fit; the message names the episode, the field and the remedy.
     """
     if not NAME.fullmatch(name):
-        raise ValueError(f"name '{name}': use letters, digits, '-' and '_'")
+        raise ValueError(f"name '{name}': use letters, digits, '-' and '_', and '/' between them for a folder")
     final = Path(folder).absolute() / name
     if final.exists() and not overwrite:
         raise ValueError(f"{final}: already there; give another name, or overwrite=True")
+    if isinstance(episodes, Episode | Mapping | str) or not isinstance(episodes, Iterable):
+        raise TypeError(f"episodes is a single {type(episodes).__name__}; give a list of episodes, such as [episode]")
     listed = [one if isinstance(one, Episode) else _episode(number, one) for number, one in enumerate(episodes)]
     if not listed:
         raise ValueError("no episode given; give at least one")
@@ -125,6 +128,9 @@ def write_logs(
 
 
 def _episode(number: int, given: Mapping[str, Any]) -> Episode:
+    if not isinstance(given, Mapping):
+        kind = type(given).__name__
+        raise TypeError(f"episode {number} is of type {kind}; give a list of episodes, each a dict or a gato.Episode")
     known = {field.name for field in fields(Episode)}
     if strange := sorted(set(given) - known):
         raise ValueError(f"episode {number}: unknown key '{strange[0]}'; keys: {', '.join(sorted(known))}")
@@ -152,9 +158,18 @@ def _environment(id: str, kwargs: dict[str, Any]) -> tuple[gymnasium.Space, gymn
 def _inferred(name: str, values: list[Any]) -> gymnasium.Space:
     """The space of observations of all episodes, where it follows from their arrays."""
     if isinstance(values[0], Mapping):
-        return spaces.Dict({key: _inferred(f"{name}/{key}", [one[key] for one in values]) for key in sorted(values[0])})
-    first = np.asarray(values[0])
+        keys = set(values[0])
+        for number, one in enumerate(values):
+            given = set(one) if isinstance(one, Mapping) else set()
+            if odd := sorted(given ^ keys):
+                problem = "is missing" if odd[0] in keys else "is not in episode 0"
+                raise ValueError(f"episode {number}: {name}/{odd[0]} {problem}; give all episodes the same fields")
+        return spaces.Dict({key: _inferred(f"{name}/{key}", [one[key] for one in values]) for key in sorted(keys)})
+    first = _array(f"episode 0: {name}", values[0])
     if first.dtype.kind == "U":
+        for number, one in enumerate(values):
+            if isinstance(one, Mapping) or _array(f"episode {number}: {name}", one).dtype.kind != "U":
+                raise ValueError(f"episode {number}: {name}: not texts, as in episode 0; give a list of strings")
         return spaces.Text(max(len(text) for one in values for text in one) or 1, charset=string.printable)
     if first.dtype.kind == "f":
         return spaces.Box(-np.inf, np.inf, first.shape[1:], np.float32)
@@ -170,10 +185,12 @@ def _checked(number: int, episode: Episode, observation_space: gymnasium.Space, 
     from minari.data_collector import EpisodeBuffer
 
     where = f"episode {number}"
-    rewards = np.asarray(episode.rewards, np.float32)
-    T = len(rewards)
-    if rewards.ndim != 1 or T == 0:
+    rewards = _array(f"{where}: rewards", episode.rewards)
+    if rewards.ndim != 1 or len(rewards) == 0:
         raise ValueError(f"{where}: rewards are {rewards.shape}, expected (T,) with T of at least 1")
+    if rewards.dtype.kind not in "fiub":
+        raise ValueError(f"{where}: rewards are {rewards.dtype}; convert them to floats")
+    rewards, T = _finite(f"{where}: rewards", rewards, np.float32), len(rewards)
     return EpisodeBuffer(
         observations=_columns(f"{where}: observations", episode.observations, observation_space, T + 1),
         actions=_columns(f"{where}: actions", episode.actions, action_space, T),
@@ -198,24 +215,70 @@ def _columns(name: str, values: Any, space: gymnasium.Space, rows: int) -> Any:
     if isinstance(space, spaces.Text):
         texts = [str(text) for text in values]
         return _padded(name, texts, rows, lambda: [*texts, texts[-1]])
-    array = np.asarray(values)
+    array = _array(name, values)
     shape = tuple(space.shape or ())
     assert space.dtype is not None
     if array.ndim == 0 or (array.shape[1:] != shape and array.shape[1:] != (*shape, 1)):
         raise ValueError(f"{name}: shape {array.shape}, expected (T, {', '.join(map(str, shape))})")
     array = array.reshape(len(array), *shape)
-    if array.dtype.kind not in "fiub" or (array.dtype.kind == "f" and space.dtype.kind in "iu"):
+    if array.dtype.kind not in "fiub" or (array.dtype.kind == "f" and space.dtype.kind != "f"):
         raise ValueError(f"{name}: {array.dtype}, the space's are {space.dtype}; convert them")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ValueError(f"{name}: NaN or infinity in row {np.argwhere(~np.isfinite(array))[0][0]}; leave it out")
-    array = array.astype(space.dtype)
-    if not isinstance(space, spaces.Box) and not all(space.contains(row) for row in _natives(space, array)):
-        raise ValueError(f"{name}: a value outside {space}; give the space that holds all values")
+    _within(name, array, space)
+    array = _finite(name, array, space.dtype)
     return _padded(name, array, rows, lambda: np.concatenate([array, array[-1:]]))
 
 
-def _natives(space: gymnasium.Space, array: np.ndarray) -> Iterable[Any]:
-    return array if space.shape else (np.int64(value) for value in array)
+def _array(name: str, values: Any) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except ValueError as error:  # rows of different lengths
+        raise ValueError(f"{name}: {error}; give one array, its rows of one shape") from None
+
+
+def _finite(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
+    """The array as `dtype`, which must hold its values. A float's NaN and infinity are refused."""
+    with np.errstate(over="ignore"):
+        converted = array.astype(dtype)
+    if (bad := np.argwhere(~np.isfinite(converted))).size:
+        raise ValueError(
+            f"{name}: timestep {bad[0][0]}: NaN or infinity as {converted.dtype}; correct it, or leave the episode out"
+        )
+    return converted
+
+
+def _within(name: str, array: np.ndarray, space: gymnasium.Space) -> None:
+    """ValueError for the first value outside the space, by more than the rounding of a float."""
+    low, high = _bounds(name, space)
+    slack: Any = 0
+    if array.dtype.kind == "f":
+        ends = np.abs(np.stack([low, high]).astype(np.float64))
+        scale = np.where(np.isfinite(ends), ends, 0.0).max(0)
+        slack = max(1e-6, 2 * float(np.finfo(space.dtype).eps)) * np.where(scale > 0, scale, 1.0)
+    if (bad := np.argwhere((array < low - slack) | (array > high + slack))).size:
+        row, *place = bad[0].tolist()
+        least, most = (end[tuple(place)] for end in (low, high))
+        which = f", value {place[0] if len(place) == 1 else tuple(place)}" if place else ""
+        raise ValueError(
+            f"{name}: timestep {row}{which}: {array[tuple(bad[0])]} is outside [{least}, {most}]; correct it, or give "
+            "a space that holds all values"
+        )
+
+
+def _bounds(name: str, space: gymnasium.Space) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the greatest value of each dimension, both of the space's shape; infinite where there is none."""
+    if isinstance(space, spaces.Box):
+        return (space.low, space.high) if space.dtype.kind == "f" else (_integers(space.low), _integers(space.high))
+    if isinstance(space, spaces.Discrete):
+        return _integers(space.start), _integers(space.start + space.n - 1)
+    if isinstance(space, spaces.MultiDiscrete):
+        return _integers(space.start), _integers(space.start + space.nvec - 1)
+    if isinstance(space, spaces.MultiBinary):
+        return np.zeros(space.shape, np.int64), np.ones(space.shape, np.int64)
+    raise ValueError(f"{name}: {space} is not a space of arrays; use Box, Discrete, MultiDiscrete or MultiBinary")
+
+
+def _integers(values: Any) -> np.ndarray:
+    return np.asarray(values, np.int64)
 
 
 def _padded(name: str, values: Any, rows: int, repeat_last: Any) -> Any:

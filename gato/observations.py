@@ -24,9 +24,9 @@ class Observations:
     def __init__(self, task: TaskSpec):
         self.name, self.fields = task.name, ordered_fields(task)
 
-    def check(self, observation: Any, batch: int | None) -> dict[str, np.ndarray]:
-        """The arrays by key, each with a leading dimension of `batch`, or 1 where that is None. ValueError names the
-        key and the remedy."""
+    def check(self, observation: Any, batch: int | None, active: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """The arrays by key, each with a leading dimension of `batch`, or 1 where that is None. Values in rows that
+        are not `active` (B,) are ignored. ValueError names the key and the remedy."""
         if observation is None:
             raise ValueError("observation is None; give what env.reset or env.step returned first")
         if isinstance(observation, tuple) and len(observation) == 2 and observation[1] == {}:
@@ -41,7 +41,7 @@ class Observations:
             known = {spec.key for spec in self.fields}
             if unknown := [key for key in _keys(observation) if not _covered(key, known)]:
                 raise ValueError(f"unknown observation '{unknown[0]}'; task '{self.name}' has {wanted}")
-        return {spec.key: _array(spec, found[spec.key], batch) for spec in self.fields}
+        return {spec.key: _array(spec, found[spec.key], batch, active) for spec in self.fields}
 
 
 def _walk(node: Any, path: list[str]) -> Any:
@@ -70,7 +70,7 @@ def _covered(key: str, known: set[str]) -> bool:
     return key in known or any(one.startswith(f"{key}/") for one in known)
 
 
-def _array(spec: FieldSpec, value: Any, batch: int | None) -> np.ndarray:
+def _array(spec: FieldSpec, value: Any, batch: int | None, active: np.ndarray | None) -> np.ndarray:
     array = np.asarray(value)
     where, shape = f"observation '{spec.key}'", () if spec.kind == "text" else spec.shape
     if spec.kind == "image" and spec.shape[2] == 1 and array.ndim == len(shape) - (batch is None):
@@ -87,12 +87,15 @@ def _array(spec: FieldSpec, value: Any, batch: int | None) -> np.ndarray:
         raise ValueError(f"{where} has shape {array.shape}: {remedy}")
     if batch is None:
         array = array[None]
+    ended = np.zeros(len(array), bool) if active is None else ~active
     if spec.kind == "continuous":
         array = array.astype(np.float32)
+        array[ended] = 0.0
         if not np.isfinite(array).all():
             raise ValueError(f"{where} holds NaN or infinity; check the environment, or reset it")
     elif spec.kind == "discrete":
         array = array.astype(np.int64)
+        array.reshape(len(array), -1)[ended] = spec.start
         _check_range(spec, where, array)
     return array
 

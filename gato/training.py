@@ -97,8 +97,12 @@ def configuration(
     base = RECIPES[recipe] if isinstance(recipe, str) else recipe
     raw = to_dict(base)
     settings = dict(overrides or {})
-    for name, value in (("data.folders", folder_list(folders)), ("run.output", output), ("steps", steps)):
-        if value:
+    for name, value in (
+        ("data.folders", folder_list(folders) or None),
+        ("run.output", output or None),
+        ("steps", steps),
+    ):
+        if value is not None:
             settings[name] = value
     for name, value in settings.items():
         _set(raw, name, value)

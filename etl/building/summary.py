@@ -84,20 +84,28 @@ def show(manifest: Manifest, console: Console) -> None:
         numbers = [f"{n:,}" for n in (*counts, *sizes)]
         table.add_row(task.spec.name, *numbers, f"{task.bytes / 2**20:.1f}", _returns(task))
     console.print(table)
-    for task in manifest.tasks:
-        for what, count in (
-            ("observation values beyond the mu-law's range were clipped", task.clipped_observations),
-            ("action values outside the declared range were clipped", task.out_of_range_actions),
-            ("texts were cut at their length; give more --text-tokens", task.cut_texts),
-        ):
-            if count:
-                console.print(f"[yellow]{task.spec.name}[/]: {count:,} {what}", highlight=False)
+    for name, loss in losses(manifest):
+        console.print(f"[yellow]{name}[/]: {loss}", highlight=False)
     size = sum(task.bytes for task in manifest.tasks)
     console.print(
         f"{manifest.shards.rows} shards, {size / 2**20:.1f} MiB; {manifest.rejected.rows} lines in rejected.jsonl"
     )
     if cut := sum(task.cut_episodes for task in manifest.tasks):
         console.print(f"{cut} episodes were cut by the end of their log: kept for training, left out of the returns")
+
+
+def losses(manifest: Manifest) -> list[tuple[str, str]]:
+    """What tokens do not keep of the logs: (task, line) each."""
+    return [
+        (task.spec.name, f"{count:,} {what}")
+        for task in manifest.tasks
+        for what, count in (
+            ("observation values beyond the mu-law's range were clipped", task.clipped_observations),
+            ("action values outside the declared range were clipped", task.out_of_range_actions),
+            ("texts were cut at their length; give more --text-tokens", task.cut_texts),
+        )
+        if count
+    ]
 
 
 def _returns(task: TaskSummary) -> str:

@@ -86,6 +86,23 @@ def test_a_batch_acts_as_each_one_alone(model):
         agent.act(observations[0], active=np.ones(3, bool))
 
 
+def test_what_an_ended_environment_shows_is_ignored():
+    agent = untrained(NESTED).agent()
+    good = {"arm/angle": np.zeros((3, 2)), "arm/grip": np.zeros(3, int), "camera": np.zeros((3, 32, 32, 1), np.uint8)}
+    bad = good | {"arm/angle": np.array([[0, 0], [np.nan, 0], [0, 0]]), "arm/grip": np.array([0, 99, 0])}
+    agent.reset(batch=3)
+    expected = [agent.act(good), agent.act(good, active=[True, False, True])]
+    agent.reset(batch=3)
+    assert np.array_equal(agent.act(good), expected[0])
+    for active in ([False] * 3, [True] * 2, [True] * 3):  # refused, and forgotten
+        with pytest.raises(ValueError, match="every episode has ended|active has shape|NaN"):
+            agent.act(bad, active=active)
+    assert np.array_equal(agent.act(bad, active=[True, False, True]), expected[1])
+    assert not agent.act(bad)[1].any()  # it stays out
+    with pytest.raises(ValueError, match="NaN"):
+        agent.act({**bad, "arm/angle": np.full((3, 2), np.nan)})
+
+
 def test_an_action_is_the_environments_own_form():
     fields = (FieldSpec("observation", "continuous", (2,)),)
     seen = np.zeros(2)
@@ -175,6 +192,11 @@ def test_a_call_out_of_order_is_refused(model):
         agent.act((one, {}))
     with pytest.raises(ValueError, match="give the number of environments"):
         agent.reset(batch=0)
+    for batch in ("x", 2.5, True):
+        with pytest.raises(TypeError, match="an integer of 1 or more"):
+            agent.reset(batch=batch)
+    agent.reset(batch=np.int64(8), seed=np.int64(3))
+    assert agent.act(eight).shape == (8, 3)
     with pytest.raises(ValueError, match="2 seeds for 8 environments"):
         agent.reset(batch=8, seed=[1, 2])
 
@@ -183,6 +205,8 @@ def test_names_that_are_not_there_are_refused_with_those_that_are(model, tmp_pat
     for name in ("tinny", tmp_path, "./tiny"):
         with pytest.raises(ValueError, match="known: tiny"):
             gato.load(name)
+    with pytest.raises(TypeError, match="give a shipped name such as 'tiny', a folder or a URL"):
+        gato.load(None)
     with pytest.raises(ValueError, match="name one: halfcheetah-medium-v4, hopper-medium-v4"):
         model.agent()
     with pytest.raises(ValueError, match="unknown task 'Walker2d-v4'; .*hopper-medium-v4"):

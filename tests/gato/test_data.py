@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+from io import StringIO
 
 import numpy as np
 import pytest
 from gymnasium import spaces
+from rich.console import Console
 
 import gato
+from etl.building import summary
 from shards.reader import Dataset as ShardedDataset
 
 BODY = spaces.Dict({"body": spaces.Box(-np.inf, np.inf, (3,), np.float32), "mode": spaces.Discrete(4)})
@@ -79,7 +82,11 @@ def test_spaces_come_from_the_environment(tmp_path):
         ({"rewards": np.ones(4)}, "episode 0: actions: 5 rows, expected one per reward"),
         ({"observations": np.zeros((9, 2))}, "observations: 9 rows"),
         ({"observations": np.full((5, 2), np.nan)}, "NaN"),
-        ({"actions": np.full(5, 7)}, "outside Discrete"),
+        ({"observations": np.array([[0, 0]] * 4 + [[0, 1e39]])}, "observations: timestep 4: .* infinity as float32"),
+        ({"observations": [[0.0], [1.0, 2.0]]}, "episode 0: observations: .*its rows of one shape"),
+        ({"actions": np.array([0, 1, 7, 0, 0])}, r"episode 0: actions: timestep 2: 7 is outside \[0, 2\]; .*a space"),
+        ({"rewards": np.array([1, 1, 1, np.nan, 1])}, "episode 0: rewards: timestep 3: NaN"),
+        ({"rewards": 1.0}, r"rewards are \(\), expected \(T,\)"),
         ({"actions": np.zeros((5, 2), int)}, "actions: shape"),
         ({"reward": np.ones(5)}, "unknown key 'reward'"),
         ({"observations": np.zeros((5, 2), np.int32)}, "give observation_space"),
@@ -90,6 +97,119 @@ def test_what_does_not_fit_is_named(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         gato.write_logs(tmp_path, [good | change], "wrong", action_space=spaces.Discrete(3))
     assert not list(tmp_path.rglob("*"))
+
+
+BOXES = {
+    "observation_space": spaces.Box(np.array([-np.inf, 0], np.float32), np.array([np.inf, 0.3], np.float32)),
+    "action_space": spaces.Box(-1, 1, (2,), np.float32),
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "place", "value", "message"),
+    [
+        ("actions", (1, 0), 1.01, r"episode 1: actions: timestep 1, value 0: 1.01 is outside \[-1.0, 1.0\]"),
+        ("actions", (2, 1), -np.inf, r"actions: timestep 2, value 1: -inf is outside"),
+        ("observations", (4, 1), -0.1, r"observations: timestep 4, value 1: -0.1 is outside \[0.0, 0.3"),
+        ("observations", (4, 0), np.nan, "episode 1: observations: timestep 4: NaN"),
+    ],
+)
+def test_a_value_outside_its_box_is_refused(tmp_path, field, place, value, message):
+    good = {"observations": np.full((5, 2), 0.1 * 3), "actions": np.full((5, 2), 1 + 1e-7), "rewards": np.ones(5)}
+    good["observations"][:, 0] = 1e9  # no bound
+    gato.write_logs(tmp_path, [good], "rounded", **BOXES)
+    bad = good | {field: good[field].copy()}
+    bad[field][place] = value
+    with pytest.raises(ValueError, match=message):
+        gato.write_logs(tmp_path, [good, bad], "wrong", **BOXES)
+
+
+@pytest.mark.parametrize(
+    ("space", "good", "bad"),
+    [
+        (spaces.Discrete(3, start=-1), [-1, 0, 1], [-1, 0, 2]),
+        (spaces.MultiDiscrete([2, 3]), [[1, 2], [0, 0]], [[1, 2], [2, 0]]),
+        (spaces.MultiBinary(2), [[0, 1], [1, 1]], [[0, 1], [257, 1]]),  # 1 as int8
+        (spaces.Box(0, 255, (2,), np.uint8), [[0, 255], [1, 1]], [[0, 256], [1, 1]]),
+        (spaces.Dict(part=spaces.Discrete(2)), {"part": [0, 1]}, {"part": [0, 2]}),
+    ],
+)
+def test_a_value_outside_a_discrete_space_is_refused(tmp_path, space, good, bad):
+    for name, actions in (("good", good), ("bad", bad)):
+        T = len(actions["part"] if isinstance(actions, dict) else actions)
+        one = {"observations": np.zeros((T, 1)), "actions": actions, "rewards": np.ones(T)}
+        if name == "good":
+            gato.write_logs(tmp_path, [one], name, action_space=space)
+            continue
+        with pytest.raises(ValueError, match="episode 0: actions.*: timestep .* is outside"):
+            gato.write_logs(tmp_path, [one], name, action_space=space)
+
+
+def test_episodes_of_different_fields_are_named(tmp_path):
+    one = {"observations": {"a": np.zeros((2, 1)), "b": np.zeros((2, 1))}, "actions": [0, 1], "rewards": [0, 0]}
+    for other, message in (
+        ({"a": np.zeros((2, 1))}, "episode 1: observations/b is missing"),
+        (one["observations"] | {"c": np.zeros((2, 1))}, "episode 1: observations/c is not in episode 0"),
+        (np.zeros((2, 1)), "episode 1: observations/a is missing"),
+        ({"a": ["x", "y"], "b": np.zeros((2, 1))}, "episode 1: observations/a: "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gato.write_logs(tmp_path, [one, one | {"observations": other}], "n", action_space=spaces.Discrete(2))
+    texts = one | {"observations": ["x", "y"]}
+    with pytest.raises(ValueError, match="episode 1: observations: not texts"):
+        gato.write_logs(tmp_path, [texts, one], "n", action_space=spaces.Discrete(2))
+
+
+def test_a_list_of_episodes_is_needed(tmp_path):
+    one = next(episodes())
+    for given in (None, [1, 2], one, vars(one), "log.hdf5"):
+        with pytest.raises(TypeError, match="give a list of episodes"):
+            gato.write_logs(tmp_path, given, "n", observation_space=BODY, action_space=REACH)
+    with pytest.raises(ValueError, match="'_', and '/' between them"):
+        gato.write_logs(tmp_path, [one], "a//b", observation_space=BODY, action_space=REACH)
+    log = gato.write_logs(tmp_path, [one], "a/b", observation_space=BODY, action_space=REACH)
+    assert log == tmp_path / "a" / "b" and gato.build(log, tmp_path / "shards").manifest.tasks[0].timesteps == 30
+
+
+def test_build_warns_of_clipped_values_as_the_command_does(tmp_path):
+    far = {"observations": np.array([[0.0], [1e6], [-1e6]]), "actions": [0, 1, 0], "rewards": np.ones(3)}
+    log = gato.write_logs(tmp_path, [far], "far", action_space=spaces.Discrete(2))
+    for _ in range(2):  # built, and found built
+        with pytest.warns(UserWarning, match="^far: 2 observation values beyond the mu-law's range were clipped$"):
+            dataset = gato.build(log, tmp_path / "shards")
+    assert repr(dataset) == f"Dataset('{tmp_path}/shards', tasks=['far'], timesteps=3)"
+    screen = StringIO()
+    summary.show(dataset.manifest, Console(file=screen, width=200))
+    assert "far: 2 observation values beyond the mu-law's range were clipped\n" in screen.getvalue()
+
+
+def test_a_task_that_gato_does_not_know_is_marked_in_the_table(tmp_path):
+    pytest.importorskip("mujoco")
+    rng = np.random.default_rng(0)
+    own = gato.Episode(rng.normal(size=(9, 11)), rng.uniform(-1, 1, (9, 3)), np.ones(9), terminated=True)
+    notes = {}
+    for name in ("hopper-medium-v4", "hopper-own"):
+        dataset = gato.build(gato.write_logs(tmp_path / "logs", [own], name, "Hopper-v4"), tmp_path / name)
+        options = {"models": ["random", "gato"], "episodes": 1, "step_limit": 3, "processes": 1, "film_seconds": 0.0}
+        outcome = gato.compare("tiny", dataset, tmp_path / "out" / name, **options)
+        note = "not among the tasks that this Gato was trained on"
+        notes[name] = [note in outcome.table, note in outcome.report.read_text()]
+        assert outcome.error == "" and outcome.rows.num_rows == 2
+    assert notes == {"hopper-medium-v4": [False, False], "hopper-own": [True, True]}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"models": ["random", "nope"]}, "--models nope: unknown; known: random, behaviour, dt, tt, gato"),
+        ({"models": "nope"}, "--models nope: unknown"),
+        ({"budget": "large"}, "--budget large: unknown; known: quick, cpu, paper"),
+    ],
+)
+def test_compare_refuses_unknown_models(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        gato.compare("tiny", output=tmp_path / "out", root=str(tmp_path), **options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_range_of_actions_is_never_assumed(tmp_path):
@@ -146,6 +266,8 @@ def test_training_checks_settings_before_it_starts(dataset, tmp_path):
         gato.train("tiny", dataset, tmp_path, **{"optimiser.peak_rate": 1.0})
     with pytest.raises(ValueError, match="--optimiser.peak-lr"):
         gato.train("tiny", dataset, tmp_path, **{"optimiser.peak_lr": -1.0})
+    with pytest.raises(ValueError, match="--steps 0: must be from 1 to "):
+        gato.train("tiny", dataset, tmp_path, steps=0)
     with pytest.raises(ValueError, match="unknown recipe 'tinny'; perhaps tiny"):
         gato.train("tinny", dataset, tmp_path)
     assert not list(tmp_path.iterdir())
