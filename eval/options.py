@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from eval.agent import AgentConfig
+from schemas.files import require_folder
 from schemas.ranges import require
 from simulators import plugins
 
@@ -67,3 +68,5 @@ def check(options: Options) -> None:
     ):
         require(name, value, least, most)
     agent.check()
+    require_folder("output", options.output)
+    require_folder("baselines", options.baselines)
