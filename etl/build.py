@@ -36,6 +36,7 @@ from etl.sources import Source, SourceError, TaskScan
 from etl.tokenizers import text as texts
 from schemas.dataset import MANIFEST_NAME, TEXT_MODEL_NAME, DatasetError, Manifest, parse_manifest
 from schemas.episode import Document
+from schemas.files import require_folder
 from schemas.layout import layout_of
 from schemas.vocabulary import by_name
 from shards.folder import Folder, is_url
@@ -93,6 +94,8 @@ def build(options: Options, beam_arguments: list[str], console: Console) -> Mani
     _check(options, scan_options)
     output = (options.output or f"data/shards/{options.source}").removeprefix("file://")
     folder = Folder(output if is_url(output) else Path(output).absolute())  # a worker may stand in another folder
+    if folder.local is not None:
+        require_folder("output", folder.local)
     files, origins = _inputs(options, source, console)
     scans = [filters.apply(source, scan, options.config.filter) for scan in source.scan(files, scan_options)]
     text = _text_model(options, source, scans)

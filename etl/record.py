@@ -25,6 +25,7 @@ from rich.progress import Progress
 import simulators
 from etl import sources
 from schemas.episode import EnvironmentSpec
+from schemas.files import require_folder
 from simulators import plugins
 from simulators.experts import policies
 from simulators.policy import NoisyPolicy
@@ -78,6 +79,8 @@ def record(options: Options, console: Console) -> Path:
     """Play and write the log; returns its path. SimulatorError or PolicyError say what does not fit."""
     if options.steps < 1 or options.noise < 0 or not options.temperature > 0:
         raise ValueError("--steps must be at least 1, --noise not negative and --temperature positive")
+    if options.output is not None:
+        require_folder("output", options.output)
     plugins.load(options.imports)
     spec = simulators.environment_spec(options.environment)
     env = simulators.make(spec)

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, get_args
 import tyro
 
 from eval.agent import AgentConfig
+from schemas.files import require_folder
 from schemas.ranges import require
 from simulators import plugins
 
@@ -76,3 +77,5 @@ def check(options: Options) -> None:
         if strange := [one for one in given if one not in known]:
             raise ValueError(f"--{name} {strange[0]}: unknown; known: {', '.join(known)}")
     agent.check()
+    require_folder("output", options.output)
+    require_folder("baselines", options.baselines)

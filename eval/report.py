@@ -19,6 +19,7 @@ from typing import Any
 
 import jinja2
 import pyarrow as pa
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from eval.charts import LABELS, Curves, curves_chart, describe, image_uri, number, returns_chart
@@ -66,10 +67,11 @@ def comparison(aggregates: Sequence[Aggregate], tasks: Mapping[str, TaskSpec] | 
             marks.append(_mark(notes, "One model seed: ± is over its episodes."))
         if one.zero_shot:
             marks.append(_mark(notes, "Zero-shot: not among the tasks that this Gato was trained on."))
-        if one.errors:
-            marks.append(
-                _mark(notes, f"{one.errors} of {one.errors + one.episodes} episodes ended in an error; left out.")
-            )
+        if one.errors and one.episodes:
+            share = f"{one.errors} of {one.errors + one.episodes} episodes ended in an error and were left out"
+            marks.append(_mark(notes, f"{share}: {one.error}"))
+        elif one.errors:
+            marks.append(_mark(notes, f"{LABELS[model]} failed, and no episode was finished: {one.error}"))
         if one.limited:
             marks.append(_mark(notes, "Episodes were cut by --step-limit; the behaviour's were not."))
         return (_numbers(one) if one.episodes else "—") + "\u202f".join(marks)
@@ -121,7 +123,7 @@ def markdown(aggregates: Sequence[Aggregate], tasks: Mapping[str, TaskSpec] | No
 def console(aggregates: Sequence[Aggregate], tasks: Mapping[str, TaskSpec] | None = None) -> RichTable:
     """The main table for a terminal."""
     body = comparison(aggregates, tasks)
-    notes = [f"{_superscript(ordinal)} {note}" for ordinal, note in enumerate(body.notes, 1)]
+    notes = [f"{_superscript(ordinal)} {escape(note)}" for ordinal, note in enumerate(body.notes, 1)]
     table = RichTable(caption="\n".join([body.caption, *notes]), caption_justify="left")
     for name in HEADER:
         table.add_column(name, justify="left" if name in HEADER[:2] else "right", overflow="fold")
@@ -242,7 +244,7 @@ def _markdown_table(body: Comparison) -> str:
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in body.rows]
     lines += ["", body.caption, ""]
     for ordinal, note in enumerate(body.notes, 1):
-        lines += [f"{_superscript(ordinal)} {note}", ""]
+        lines += [f"{_superscript(ordinal)} {note}".replace("<", "\\<"), ""]
     return "\n".join(lines)
 
 

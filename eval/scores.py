@@ -37,10 +37,11 @@ UNKNOWN: Interval = (float("nan"), float("nan"))
 class Aggregate:
     """One model on one task. Returns are raw; scores are normalised, NaN where the task has no reference.
 
-    `episodes` were counted, `limited` of them cut by --step-limit, and `errors` left out. `unit` says what
+    `episodes` were counted, `limited` of them cut by --step-limit, and `errors` left out, the first one because of
+    `error`, on one line. `unit` says what
     `return_std` (n - 1) and the intervals are over: 'seeds' or 'episodes'. Means are NaN without an episode, std and
     intervals with one unit.
-    The last two are None where no random policy was run, and for the random policy itself.
+    `..._above_random` are None where no random policy was run, and for the random policy itself.
     """
 
     dataset: str
@@ -61,6 +62,7 @@ class Aggregate:
     mean_above_random: bool | None = None  # the mean lies above the upper end of random's interval
     interval_above_random: bool | None = None  # so does the interval's lower end
     zero_shot: bool = False  # a Gato that was not trained on the task
+    error: str = ""
 
     @property
     def above_random(self) -> bool:
@@ -224,6 +226,7 @@ def _aggregate(key: tuple[str, str, str], rows: list[EpisodeResult], resamples: 
     if len(kinds) > 1:
         raise ResultError(f"{key[0]}, {key[2]}: scores of kinds {', '.join(sorted(kinds))} in one group; keep one")
     nan = float("nan")
+    reasons = [row.error or "no message" for row in rows if row.failed]
     return Aggregate(
         *key,
         episodes=len(finished),
@@ -239,4 +242,5 @@ def _aggregate(key: tuple[str, str, str], rows: list[EpisodeResult], resamples: 
         score_mean=float(_units(scored, "score")[1].mean()) if scored else nan,
         score_kind=kinds.pop() if kinds else "",
         zero_shot=any(row.model == "gato" and _zero_shot(row) for row in finished),
+        error=" ".join(reasons[0].split()) if reasons else "",
     )

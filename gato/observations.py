@@ -108,7 +108,8 @@ def _check_dtype(spec: FieldSpec, where: str, array: np.ndarray) -> None:
         "text": ("U", "give a string"),
     }[spec.kind]
     if array.dtype.kind not in allowed or (spec.kind == "image" and array.dtype != np.uint8):
-        raise ValueError(f"{where} is {array.dtype}, the task has a {spec.kind} field: {remedy}")
+        article = "an" if spec.kind == "image" else "a"
+        raise ValueError(f"{where} is {array.dtype}, the task has {article} {spec.kind} field: {remedy}")
 
 
 def _check_range(spec: FieldSpec, where: str, array: np.ndarray) -> None:

@@ -31,8 +31,7 @@ from trainer.recipes import RECIPES
 # The child must find the very package that this process uses, wherever it is installed.
 ROOT = str(Path(trainer.__file__).parent.parent)
 LAUNCH = (
-    f"import sys; sys.path.insert(0, {ROOT!r}); from trainer.launcher import launch; "
-    "launch(sys.argv[1:], end_with_parent=True)"
+    f"import sys; sys.path.insert(0, {ROOT!r}); from trainer.launcher import main; sys.exit(main(end_with_parent=True))"
 )
 
 

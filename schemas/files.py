@@ -39,6 +39,14 @@ def atomic_write(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
 
 
+def require_folder(option: str, place: Path | str) -> None:
+    """ValueError names `option` if `place` cannot be a folder: it, or what it lies in, is a file."""
+    path = Path(place).expanduser()
+    found = next((one for one in (path, *path.parents) if one.exists()), path)
+    if found.is_file():
+        raise ValueError(f"--{option} {place}: {found} is a file; give a folder")
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from schemas.episode import STRICT
+from schemas.files import require_folder
 from schemas.ranges import require
 from shards.cache import CacheConfig
 from shards.reader import Verify
@@ -202,7 +203,7 @@ RANGES = (
 
 
 def check(config: TrainConfig, world: int) -> None:
-    """Check the ranges of all settings, for a run of `world` processes.
+    """Check the ranges of all settings, for a run of `world` processes, and that its output can be a folder.
 
     Raises:
         ValueError: the first setting that is out of range, as the command line spells it.
@@ -217,6 +218,7 @@ def check(config: TrainConfig, world: int) -> None:
             f"--loss.stride {config.loss.stride}: wider than what a target is spread over; make --loss.soft-bins as "
             "large, or the stride 1"
         )
+    require_folder("run.output", config.run.output)
     data = config.data
     if world < 1 or data.global_batch % (world * data.micro_batch):
         raise ValueError(

@@ -1,6 +1,7 @@
 """What a run starts from: its streams, and the exported model that it fine-tunes.
 
-TrainConfig -> open_streams: training and held-out Stream;  load_initial_model: shape and weights of an export
+TrainConfig -> find_folders -> open_streams: training and held-out Stream
+TrainConfig -> load_initial_model: shape and weights of an export
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from schemas.dataset import DatasetError
+from schemas.dataset import DatasetError, load_manifest
+from shards.folder import is_url
 from shards.reader import Store
 from shards.stream import Stream, find_datasets
 from trainer import checkpoint
-from trainer.config import TrainConfig
+from trainer.config import DataConfig, TrainConfig
 from trainer.model import Gato, ModelConfig
 from trainer.recipes import RECIPES
 
@@ -52,14 +54,28 @@ def shape_of(exported: ModelConfig, config: TrainConfig, recipe: str) -> ModelCo
     return model
 
 
-def open_streams(config: TrainConfig) -> tuple[Stream, Stream | None]:
-    """The training stream, and the held-out stream if there are held-out episodes. DatasetError says what is wrong."""
-    data = config.data
+def find_folders(data: DataConfig) -> list[str]:
+    """The dataset folders or URLs of a run. DatasetError where there are none."""
     folders = list(data.folders) or find_datasets(data.root)
     if not folders:
         raise DatasetError(
             f"{data.root}: no finished dataset there; build one with python -m etl.build, or name --data.folders"
         )
+    return folders
+
+
+def require_datasets(data: DataConfig) -> None:
+    """DatasetError names a dataset on this machine that is missing or not finished; URLs are not looked at."""
+    if data.folders or not is_url(data.root):
+        for folder in find_folders(data):
+            if not is_url(folder):
+                load_manifest(Path(folder))
+
+
+def open_streams(config: TrainConfig) -> tuple[Stream, Stream | None]:
+    """The training stream, and the held-out stream if there are held-out episodes. DatasetError says what is wrong."""
+    data = config.data
+    folders = find_folders(data)
     store = Store(data.cache)
     stream = Stream(folders, data.stream, config.seed, False, data.verify, data.on_bad_shard, store)
     longest = min(data.stream.sequence_length, config.model.local_positions)

@@ -1,17 +1,28 @@
 """`gato-train`: the real `deepspeed` launcher on this package's training command, wherever it is installed.
 
-    gato-train --num_gpus 2 --recipe tiny  ->  deepspeed --num_gpus 2 .../trainer/main.py --recipe tiny
+    gato-train --num_gpus 2 --recipe tiny  ->  checked  ->  deepspeed --num_gpus 2 .../trainer/main.py --recipe tiny
+    Ctrl-C, SIGTERM -> the ranks: they save and end -> the launcher ends -> this process ends
 
-Invariant: the launcher replaces this process, so signals, exit status and output are the launcher's own.
+Invariant: this process outlives the training; if it is killed itself, the launcher gets SIGTERM (Linux) and the ranks
+save and end.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
+import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from types import FrameType
+
+import psutil
+
+from trainer.lifecycle import signal_on_parent_death
 
 MAIN = Path(__file__).resolve().with_name("main.py")
 
@@ -57,31 +68,98 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
 def command_line(arguments: list[str]) -> list[str]:
     """The command that gato-train stands for. What starts no training (--help, --dry-run) needs no launcher."""
     launcher, training = split_arguments(arguments)
-    if {"-h", "--help", "--dry-run"} & set(training):
+    if not starts_training(training):
         return [sys.executable, str(MAIN), *training]
     # -P: modules come from the environment, not from the current folder
     return [sys.executable, "-P", "-m", "deepspeed.launcher.runner", *launcher, str(MAIN), *training]
 
 
-def launch(arguments: list[str], end_with_parent: bool = False) -> NoReturn:
-    """Become the launcher. `end_with_parent`: get SIGTERM, on which a run saves and ends, when the process that
-    started this one dies (Linux)."""
-    command = command_line(arguments)
+def starts_training(training: Sequence[str]) -> bool:
+    """Whether arguments of trainer/main.py ask for more than a text on the screen."""
+    return not {"-h", "--help", "--dry-run"} & set(training)
+
+
+def check_training(launcher: list[str], training: list[str]) -> None:
+    """What the trainer would refuse, before a launcher takes its seconds to start.
+
+    Raises:
+        ValueError: a setting out of range, or no such dataset on this machine (DatasetError).
+        SystemExit: an option that does not exist, which is printed.
+    """
+    from trainer.arguments import parse
+    from trainer.config import check
+    from trainer.inputs import require_datasets
+
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--num_gpus", "--num_accelerators", type=int, default=1)
+    flags.add_argument("--hostfile", "-H")
+    given = flags.parse_known_args(launcher)[0]
+    config = parse(training)[1]
+    check(config, max(1, given.num_gpus))
+    if given.hostfile is None:  # else the data may lie on the other machines alone
+        require_datasets(config.data)
+
+
+def supervise(command: list[str]) -> int:
+    """Run the launcher to its end; its exit status, or 128 + the signal on which the ranks were asked to end."""
+    asked: list[int] = []
+    started: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        for launcher in started:
+            stop_ranks(launcher)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    prepare = partial(signal_on_parent_death, signal.SIGTERM)
+    # a group of its own: a terminal's Ctrl-C would end the launcher before its ranks have saved
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=prepare)
+    started.append(process.pid)
+    if asked:  # while it started
+        stop_ranks(process.pid)
+    status = process.wait()
+    if asked:
+        return 128 + asked[0]
+    return status if status >= 0 else 128 - status
+
+
+def stop_ranks(launcher: int) -> None:
+    """SIGTERM, on which a run saves and ends, to the ranks of a launcher. Where none has started there is nothing to
+    save: to all of its processes."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(launcher)
+        family = [*process.children(recursive=True)]
+        for one in [rank for rank in family if _is_rank(rank)] or [process, *family]:
+            with suppress(psutil.NoSuchProcess):
+                one.terminate()
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        words = process.cmdline()
+        return str(MAIN) in words and not any(word.startswith("deepspeed.launcher.") for word in words)
+    return False
+
+
+def main(arguments: Sequence[str] | None = None, end_with_parent: bool = False) -> int:
+    """The console script; its exit status. `end_with_parent`: get SIGTERM when the process that started this one dies
+    (Linux)."""
     if end_with_parent:
-        from trainer.lifecycle import signal_on_parent_death
-
         signal_on_parent_death(signal.SIGTERM)
-    sys.stdout.flush()
-    os.execv(command[0], command)
-
-
-def main() -> int:
-    """The console script; returns only where the arguments make no sense."""
     try:
-        launch(sys.argv[1:])
+        launcher, training = split_arguments(list(sys.argv[1:] if arguments is None else arguments))
+        command = command_line([*launcher, *training])
+        if not starts_training(training):
+            os.execv(command[0], command)
+        check_training(launcher, training)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was started", file=sys.stderr)
+        return 130
+    return supervise(command)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ and SIGINT save a checkpoint and end it.
 
 from __future__ import annotations
 
-import argparse
 import faulthandler
 import os
 import sys
@@ -21,45 +20,17 @@ if __package__ in (None, ""):
 # Threads that spin while they wait take most of a core from other processes. Read when torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch
 import torch.distributed as dist
-import tyro
 
 from schemas.dataset import DatasetError
 from schemas.ranges import require
 from schemas.vocabulary import DISJOINT, VocabularyMismatch
 from trainer import dry_run, engine
-from trainer.config import TrainConfig, check, load_config
+from trainer.arguments import parse
+from trainer.config import check
 from trainer.inputs import load_initial_model
 from trainer.lifecycle import StopRequest
 from trainer.loop import train
-from trainer.metrics import PEAK_TFLOPS
-from trainer.recipes import RECIPES
-
-
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, TrainConfig]:
-    """What is no setting (recipe, config, local_rank, dry_run, world, tflops), and the configuration.
-
-    Raises:
-        ValueError: --config names a file that is no configuration.
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", choices=sorted(RECIPES), default="79m" if torch.cuda.is_available() else "tiny")
-    first.add_argument("--config", type=Path)
-    first.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
-    first.add_argument("--dry-run", action="store_true")
-    first.add_argument("--world", type=int, default=1)
-    first.add_argument("--tflops", type=float, default=PEAK_TFLOPS["H100"])
-    known, rest = first.parse_known_args(arguments)
-    if known.config is None:
-        default = RECIPES[known.recipe]
-    else:
-        known.recipe, default = load_config(known.config)
-    text = f"Train Gato. --recipe {{{','.join(RECIPES)}}} sets the defaults below; now: {known.recipe}. "
-    text += "--config RUN/config.json sets those of an earlier run instead. "
-    text += "--dry-run [--world DEVICES] [--tflops PEAK] shows what the run needs and starts nothing."
-    config = tyro.cli(TrainConfig, default=default, args=rest, prog="deepspeed trainer/main.py", description=text)
-    return known, config
 
 
 def main() -> int:

@@ -5,7 +5,8 @@ at play: ask for `target_return`, subtract each reward, act from the last K time
 
 Control: linear state embedding of normalised observations, one learned embedding a timestep, tanh
 head, squared error. Atari: the paper's convolutions over four stacked frames, a table of places in
-the window and one embedding of the window's first timestep, cross-entropy; frames are the shards'.
+the window and one embedding of the window's first timestep, cross-entropy; frames are the shards',
+with zeros at the bottom and the right where they are smaller than the convolutions.
 
 Invariant: padding comes after a window, where no causal attention sees it, so neither it nor the
 batch it came in changes a prediction.
@@ -35,6 +36,7 @@ from simulators.registry import clips_rewards
 
 FORMAT = "gato.baseline.dt"
 STACK = 4
+SMALLEST_SIDE = 36  # the least height and width from which the three convolutions leave one place
 
 # the returns that the paper asks for; HalfCheetah is asked for 6000 and for 12000
 TARGETS = {"Hopper": 3600, "HalfCheetah": 6000, "Walker2d": 5000}
@@ -148,7 +150,7 @@ class DecisionTransformer(nn.Module):
         height, width, channels = image
         convolutions = [nn.Conv2d(STACK * channels, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU()]
         self.state = nn.Sequential(*convolutions, nn.Conv2d(64, 64, 3, 1), nn.ReLU(), nn.Flatten())
-        features = self.state(torch.zeros(1, STACK * channels, height, width)).shape[1]
+        features = self.state(padded(torch.zeros(1, STACK * channels, height, width))).shape[1]
         self.state.extend([nn.Linear(features, W), nn.Tanh()])
         self.place = nn.Parameter(torch.zeros(3 * config.context, W))
         for table in (self.timestep, self.action, self.head):
@@ -159,7 +161,7 @@ class DecisionTransformer(nn.Module):
         """States (..., D) float32 or (..., 4 C, H, W) uint8 to (..., W)."""
         if not self.image:
             return self.state(states)
-        return self.state(states.flatten(0, -4).float() / 255.0).view(*states.shape[:-3], -1)
+        return self.state(padded(states.flatten(0, -4).float() / 255.0)).view(*states.shape[:-3], -1)
 
     def forward(self, to_go: Tensor, states: Tensor, actions: Tensor, times: Tensor) -> Tensor:
         """to_go (B, K), states from `embed` (B, K, W), actions (B, K, A) float32 or (B, K) int64, times (B, K)
@@ -177,6 +179,12 @@ class DecisionTransformer(nn.Module):
             x = block(x)
         out = self.head(self.norm_out(x[:, 1::3]))
         return out if self.discrete else out.tanh()
+
+
+def padded(pictures: Tensor) -> Tensor:
+    """Pictures (N, C, H, W), each side filled up with zeros to `SMALLEST_SIDE`; larger ones as they are."""
+    height, width = pictures.shape[2:]
+    return F.pad(pictures, (0, max(0, SMALLEST_SIDE - width), 0, max(0, SMALLEST_SIDE - height)))
 
 
 class Windows:

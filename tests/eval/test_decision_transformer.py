@@ -295,6 +295,26 @@ def test_pictures_of_one_size_are_joined_as_channels(tmp_path):
     assert actions.shape == (4,) and set(actions.tolist()) <= {5, 6, 7}
 
 
+@pytest.mark.parametrize("shape, resized", [((24, 40, 3), (32, 48)), ((16, 16, 1), None), ((16, 200, 1), (16, 208))])
+def test_pictures_smaller_than_the_convolutions(tmp_path, shape, resized):
+    rng = np.random.default_rng(0)
+    task = replace(GAME, observation=(FieldSpec("camera", "image", shape, resized=resized),))
+    frames = rng.integers(0, 256, (9, *(resized or shape[:2]), shape[2]), np.uint8)
+    episode = Episode(None, (frames,), rng.integers(0, 3, 9), np.ones(9, np.float32))
+    policy = dt.load(dt.train([episode], task, dt.Config(**SMALL), 0, tmp_path))
+    policy.reset(2)
+    actions = policy.act({"camera": rng.integers(0, 256, (2, *shape), np.uint8)}, np.zeros(2), np.ones(2, bool), rng)
+    assert actions.shape == (2,)
+
+
+def test_pictures_as_large_as_the_convolutions_stay_as_they_are():
+    for size in ((80, 64), (dt.SMALLEST_SIDE, dt.SMALLEST_SIDE)):
+        pictures = torch.rand(2, 4, *size)
+        assert torch.equal(dt.padded(pictures), pictures)
+    one = dt.padded(torch.ones(1, 1, 16, 48))
+    assert one.shape == (1, 1, 36, 48) and one.sum() == 16 * 48
+
+
 def test_each_dimension_has_its_own_bounds(tmp_path):
     rng, space = np.random.default_rng(0), ActionSpec.continuous((-2, 0), (2, 0.5))
     scaling = dt.Scaling(np.zeros(3), np.ones(3), space)

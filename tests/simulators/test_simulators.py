@@ -68,6 +68,23 @@ def test_atari_time_limit_and_noops_come_from_the_kwargs():
     assert len(starts) > 2 and max(starts) <= atari.NOOP_MAX
 
 
+def test_only_the_one_deprecation_of_mujoco_is_hidden(capfd, monkeypatch):
+    import gymnasium
+    import mujoco
+
+    def build(*args, **kwargs):
+        for text in ("compiler attribute 'settotalmass' is deprecated and will be removed", "bad state at DOF 0"):
+            mujoco.get_mju_user_warning()(text)
+        return made(*args, **kwargs)
+
+    made, before = gymnasium.make, mujoco.get_mju_user_warning()
+    monkeypatch.setattr(gymnasium, "make", build)
+    simulators.make(simulators.environment_spec("HalfCheetah-v4")).close()
+    shown = "".join(capfd.readouterr())
+    assert "WARNING: bad state at DOF 0" in shown and "settotalmass" not in shown
+    assert mujoco.get_mju_user_warning() is before
+
+
 def test_specs_of_each_suite():
     hopper, pong = simulators.make(simulators.environment_spec("Hopper-v5")), simulators.make(PONG)
     maze = simulators.make(simulators.environment_spec("PointMaze_UMaze-v3"))

@@ -1,12 +1,15 @@
 """gato-train's way from its arguments to the deepspeed launcher's command, and a run's config.json as a recipe."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from tests.trainer.launch import launcher
+from tests.trainer.launch import command, family, latest_step, launcher
 from trainer.config import to_dict
 from trainer.launcher import MAIN, REFUSED, SWITCHES, VALUE_FLAGS, command_line, split_arguments
 from trainer.main import parse
@@ -46,6 +49,49 @@ def test_help_and_dry_run_need_no_launcher():
 def test_arguments_that_make_no_sense_are_named(arguments):
     done = subprocess.run([sys.executable, "-m", "trainer.launcher", *arguments], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {arguments[0]}: ")
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--steps", "0"], "error: --steps 0: must be from 1"),
+        (["--steps", "3", "--data.folders", "none"], "error: none: no dataset.json"),
+        (["--data.root", "none"], "error: none: no finished dataset there"),
+        (["--run.output", "README.md"], "error: --run.output README.md: README.md is a file; give a folder"),
+        (["--num_gpus", "3"], "error: --data.global-batch 16: must be a multiple"),
+        (["--colour", "1"], "--colour"),
+    ],
+)
+def test_mistakes_are_shown_before_a_launcher_starts(arguments, message):
+    code = "import sys; from trainer import launcher; status = launcher.main(); "
+    code += "assert 'deepspeed' not in sys.modules; sys.exit(status)"
+    line = [sys.executable, "-c", code, "--recipe", "tiny", *arguments]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_returns_after_the_run_has_saved(hopper, tmp_path, number):
+    """SIGINT to the group, as a terminal sends it."""
+    line = command(tmp_path, [hopper], processes=2, steps=100_000)
+    line = [sys.executable, "-m", "trainer.launcher", *line[1 : line.index("trainer/main.py")], *line[6:]]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(line, start_new_session=True, **streams)
+    try:
+        deadline = time.monotonic() + 200
+        while latest_step(tmp_path) < 2 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        status = process.wait(120)
+        assert not any(family(tmp_path).values()), "the command returned before its run had ended"
+        output, errors = process.communicate()
+        assert status == 128 + number and "Traceback" not in output + errors, output + errors
+        assert latest_step(tmp_path) >= 2 and (tmp_path / "export" / "model.json").is_file()
+    finally:
+        for one in sum(family(tmp_path).values(), []):
+            one.kill()
 
 
 def test_a_runs_configuration_is_a_recipe(tmp_path):
