@@ -87,7 +87,7 @@ def write_logs(
     if final.exists() and not overwrite:
         raise ValueError(f"{final}: already there; give another name, or overwrite=True")
     if isinstance(episodes, Episode | Mapping | str) or not isinstance(episodes, Iterable):
-        raise TypeError(f"episodes is a single {type(episodes).__name__}; give a list of episodes, such as [episode]")
+        raise TypeError(f"episodes is of type {type(episodes).__name__}; give a list of episodes, such as [episode]")
     listed = [one if isinstance(one, Episode) else _episode(number, one) for number, one in enumerate(episodes)]
     if not listed:
         raise ValueError("no episode given; give at least one")
