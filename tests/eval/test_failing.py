@@ -112,3 +112,16 @@ def test_provenance_without_git_or_a_checkout(monkeypatch, tmp_path):
                           capture_output=True, text=True)  # fmt: skip
     assert done.stdout.split() == ["''", str(package / "provenance.py")], done.stderr
     assert simulators.versions()["gymnasium"]
+
+
+@pytest.mark.process
+def test_an_output_that_is_a_file_is_refused_before_anything_is_done(tmp_path):
+    file = tmp_path / "taken"
+    file.write_text("mine")
+    commands = (("eval.compare", "--models", "random"), ("etl.record", "--policy", "random"),
+                ("etl.build", "--input", tmp_path))  # fmt: skip
+    for command in commands:
+        for output in (file, file / "below"):
+            done = run(*command, "--output", output, check=False)
+            assert done.returncode == 1
+            assert done.stderr.strip() == f"error: --output {output}: {file} is a file; give a folder"
