@@ -166,7 +166,7 @@ def test_nested_observations_are_found():
         ({"arm": {"angle": np.zeros(2, int), "grip": 0}}, "'arm/angle' is int64, .* floats"),
         ({"arm": {"angle": np.zeros(2), "grip": 3}}, r"'arm/grip' is 3, outside \[-1, 2\]"),
         ({"arm": {"angle": np.zeros(2), "grip": 0.5}}, "'arm/grip' is float64, .* integers"),
-        ({"camera": np.zeros((32, 32), np.float32)}, "'camera' is float32, .* uint8"),
+        ({"camera": np.zeros((32, 32), np.float32)}, "'camera' is float32, the task has an image field: .* uint8"),
         ({"camera": np.zeros((32, 32, 3), np.uint8)}, r"'camera' has shape \(32, 32, 3\)"),
     ],
 )
