@@ -1,5 +1,6 @@
 """Ctrl-C at random moments: a comparison ends within seconds, leaves no process and resumes."""
 
+import contextlib
 import os
 import random
 import signal
@@ -16,14 +17,15 @@ SECONDS_TO_END = 30.0
 def interrupted_at(seconds, hopper, pong, output):
     """(exit status, stderr, processes that were left) of a comparison that gets a terminal's Ctrl-C."""
     command = [sys.executable, "-m", "eval.compare", "--models", "random", "behaviour", "--datasets", hopper, pong]
-    command += ["--output", output, "--film-seconds", "0", "--episodes", "4", "--step-limit", "400"]
+    command += ["--output", output, "--film-seconds", "0", "--episodes", "200"]
     command += ["--processes", "2"]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)  # fmt: skip
     try:
         time.sleep(seconds)
         family = [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
-        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+            os.killpg(process.pid, signal.SIGINT)
         stderr = process.communicate(timeout=SECONDS_TO_END)[1]
         return process.returncode, stderr, psutil.wait_procs(family, timeout=5)[1]
     finally:

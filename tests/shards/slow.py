@@ -63,7 +63,7 @@ def slow_sequence(stream: Stream, i: int) -> dict[str, list]:
                 low, high = layout.patch_intervals[patch].T
                 drawn = rng[(draw + n) % DRAWS, patch]
                 out["patch_positions"].append(
-                    [int(a + np.float32(u) * np.float32(b - a)) for a, b, u in zip(low, high, drawn)]
+                    [int(min(np.float32(a) + u * np.float32(b - a), b - 1)) for a, b, u in zip(low, high, drawn)]
                 )
                 out["patches"].append(next(patches))
                 out["patch_index"].append(p)
