@@ -50,7 +50,7 @@ TINY_TABLE = replace(
 # command   deepspeed --num_gpus 1 trainer/main.py --recipe tiny-timesteps --seed 0 --run.output runs/tiny-timesteps-0
 #           --data.stream.weights pong-run1 0.25 breakout-run1 0.25
 # hardware  1 CPU core, no GPU
-# hours     0.16
+# hours     0.4 on a core shared with other work
 # expected  of the behaviour's return: 106, 78 and 54 % on halfcheetah, hopper and walker2d of level medium, 40, 27 and
 #           43 % of level expert, nothing on Pong and Breakout (docs/log.md, one seed)
 TINY_TIMESTEPS = replace(
@@ -83,8 +83,8 @@ TINY_PONG = replace(
 # quickstart: `tiny-timesteps`, shortened to fit `make quickstart`
 # command   make quickstart
 # hardware  2 CPU cores, no GPU
-# hours     0.06
-# expected  both as their experts: Hopper 3125 of 3138, Freeway 22.3 of 22.0 (docs/log.md, one seed)
+# hours     0.05 of training
+# expected  Hopper 3005 of 3138, Freeway 22.2 of 22.0 (docs/log.md, one seed, 5 episodes)
 QUICKSTART = replace(
     TINY_TIMESTEPS,
     steps=600,
