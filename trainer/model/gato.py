@@ -175,13 +175,7 @@ class Gato(nn.Module):
         mask = None
         if batch.packed:
             mask = batch.cu_seqlens if flash_serves(x) else causal_segment_mask(batch.segments)
-        rope = self.rope(torch.arange(x.shape[1], device=x.device))
-        # a float32 scale would make float32 of all that follows
-        branch_scale = None if branch_scale is None else branch_scale.to(x.dtype)
-        for number, block in enumerate(self.blocks):
-            last = {"predict_index": predict_index} if number == len(self.blocks) - 1 else {}
-            x = block(x, mask, None if branch_scale is None else branch_scale[:, number], rope=rope, **last)
-        return self.norm(x)
+        return self.through(x, mask, branch_scale, predict_index)
 
     def _timesteps(self, batch: Batch, branch_scale: Tensor | None, predict_index: Tensor) -> Tensor:
         """`forward` with one element per timestep: hidden states (N, W) that predict the tokens after
@@ -202,12 +196,20 @@ class Gato(nn.Module):
         position = batch.positions.flatten().index_select(0, predict_index + 1)
         return hidden.index_select(0, place) * self.scales_at(position)
 
-    def through(self, x: Tensor, mask: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
-        """Hidden states of elements x (B, S, W)."""
+    def through(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        branch_scale: Tensor | None = None,
+        predict_index: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states of embedded elements x (B, S, W), or of the places `predict_index` alone; see `forward`."""
         rope = self.rope(torch.arange(x.shape[1], device=x.device))
+        # a float32 scale would make float32 of all that follows
         branch_scale = None if branch_scale is None else branch_scale.to(x.dtype)
         for number, block in enumerate(self.blocks):
-            x = block(x, mask, None if branch_scale is None else branch_scale[:, number], rope=rope)
+            last = {"predict_index": predict_index} if number == len(self.blocks) - 1 else {}
+            x = block(x, mask, None if branch_scale is None else branch_scale[:, number], rope=rope, **last)
         return self.norm(x)
 
     def scales_at(self, positions: Tensor) -> Tensor:
