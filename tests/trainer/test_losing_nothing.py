@@ -161,7 +161,8 @@ def test_a_rank_that_hangs_ends_the_run(hopper, tmp_path):
     await_step(process, 3)
     family(tmp_path)["rank"][1].send_signal(signal.SIGSTOP)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode and "Timeout (0:00:06)" in output and "train_step" in output
+    # Where rank 0 waits (a step, a save, the losses) is chance; the stacks say where.
+    assert process.returncode and "Timeout (0:00:06)" in output and "trainer/loop.py" in output
     assert nobody_left(tmp_path)
 
 
