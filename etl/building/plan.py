@@ -60,9 +60,9 @@ class ShardPlan:
     """One shard to write: `number` among all shards, of episodes of one task.
 
     `text_model`: sha256 of the SentencePiece model, where the task holds text. `first_episode`: ordinal in the task of
-    the shard's first. `files`: source files. `refs`: one (ordinal of its file, position, first row, row after the last)
-    per episode. `stamps`: one (path, bytes, time of the last change in ns) per file that is read. `origins`: path ->
-    address of each file that was fetched from elsewhere.
+    the shard's first. `files`: source files. `refs`: one (ordinal of its file, position, first row, row after the last,
+    `EpisodeRef.end`) per episode. `stamps`: one (path, bytes, time of the last change in ns) per file that is read.
+    `origins`: path -> address of each file that was fetched from elsewhere.
     """
 
     __pydantic_config__ = STRICT
@@ -73,19 +73,19 @@ class ShardPlan:
     text_model: str | None
     first_episode: int
     files: tuple[str, ...]
-    refs: tuple[tuple[int, int, int, int], ...]
+    refs: tuple[tuple[int, int, int, int, str], ...]
     stamps: tuple[tuple[str, int, int], ...]
     origins: dict[str, str]
 
     @property
     def episodes(self) -> list[EpisodeRef]:
         """Where each episode is in the source files."""
-        return [EpisodeRef(self.files[file], *place) for file, *place in self.refs]
+        return [EpisodeRef(self.files[n], place, a, b, end=end) for n, place, a, b, end in self.refs]
 
     @property
     def timesteps(self) -> int:
         """Timesteps (of documents: bytes) that are to be written."""
-        return sum(stop - start for _, _, start, stop in self.refs)
+        return sum(stop - start for _, _, start, stop, _ in self.refs)
 
     @cached_property
     def digest(self) -> str:
@@ -142,7 +142,7 @@ def make_plan(
                     text_model=text_model if layout_of(scan.task).text else None,
                     first_episode=first,
                     files=tuple(files),
-                    refs=tuple((number_of_file[r.file], r.position, r.start, r.stop) for r in refs),
+                    refs=tuple((number_of_file[r.file], r.position, r.start, r.stop, r.end) for r in refs),
                     stamps=tuple((str(part), *_stamp(part)) for part in parts),
                     origins={str(p): origins[str(p)] for p in parts if origins and str(p) in origins},
                 )
