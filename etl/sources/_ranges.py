@@ -113,9 +113,9 @@ def warning(found: Seen, clipped: bool) -> str:
     low, high = found.bounds
     flags = f"--action-low {_numbers(low)} --action-high {_numbers(high)}"
     line = f"{found.share:.1%} of its action values lie outside [-1, 1], from {found.low.min():g} to "
-    line += f"{found.high.max():g}, and nothing says their range: "
-    remedy = f"give {flags}, or the range that you know, or --environment"
-    line += f"they are clipped; {remedy}" if clipped else f"it is taken from them, as by {flags}; {remedy}"
+    line += f"{found.high.max():g}, and nothing says their range. "
+    line += f"They are clipped; {flags} keeps them" if clipped else f"It is taken from them, as by {flags}"
+    line += "; give the range if you know it, or --environment"
     if found.whole:
         line += ". All are whole numbers: if they are choices, record them as int64"
     return line

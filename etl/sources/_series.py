@@ -45,8 +45,9 @@ def merged(name: str, scans: Mapping[Path, TaskScan]) -> TaskScan | None:
         return None
     tasks = [scan.task for scan in usable if scan.task is not None]
     first, action = tasks[0], _union([task.action for task in tasks])
-    alike = {(task.observation, task.environment) for task in tasks}
-    if action is None or len(alike) > 1:
+    if action is None or any(
+        (task.observation, task.environment) != (first.observation, first.environment) for task in tasks
+    ):
         return None
     task: TaskSpec = replace(
         first, name=name, action=action, max_episode_steps=max(one.max_episode_steps for one in tasks)
