@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import zlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -48,6 +48,11 @@ class BuildConfig:
     held_out_share: float = 0.05
     """Share of episodes, chosen by a hash of where they come from, that are never trained on; at least
     one of each task that has two."""
+    image_size: tuple[int, int] | None = None
+    """Height and width in pixels, multiples of 16, that all pictures are resized to; their own (the nearest multiples)
+    where not given."""
+    frame_stack: int | None = None
+    """Pictures are so many stacked frames, the oldest first: only the newest becomes tokens."""
     filter: tyro.conf.OmitArgPrefixes[Filter] = field(default_factory=Filter)
 
     def __post_init__(self) -> None:
@@ -151,6 +156,20 @@ def make_plan(
     return plan
 
 
+def with_pictures(scan: TaskScan, config: BuildConfig) -> TaskScan:
+    """The scan with the pictures of its task as the options say. ValueError where they do not fit."""
+    if scan.task is None or (config.image_size is None and config.frame_stack is None):
+        return scan
+    observation = []
+    for spec in scan.task.observation:
+        if spec.kind == "image" and config.image_size is not None:
+            spec = replace(spec, resized=config.image_size, fit="resize")
+        if spec.kind == "image" and config.frame_stack is not None:
+            spec = replace(spec, stack=config.frame_stack)
+        observation.append(spec)
+    return replace(scan, task=replace(scan.task, observation=tuple(observation)))
+
+
 def _bytes_of_timestep(task: TaskSpec) -> float:
     if task.action is None:
         return 0.5  # a document's place is counted in bytes, some four of which make a token of two
@@ -176,4 +195,8 @@ def manifest_config(plan: list[ShardPlan], config: BuildConfig) -> dict[str, Any
     about = {"source": plan[0].source, "text_model": sorted({shard.text_model or "" for shard in plan})}
     tasks = {shard.task.name: shard.task for shard in plan}
     about["tasks"] = upgrade.digest_of_tasks(map(asdict, tasks.values()))
-    return asdict(config) | about | {"inputs": inputs_of(plan)}
+    given = asdict(config)
+    for name in ("image_size", "frame_stack"):  # older manifests have none
+        value = given.pop(name)
+        given |= {name: list(value) if isinstance(value, tuple) else value} if value is not None else {}
+    return given | about | {"inputs": inputs_of(plan)}
