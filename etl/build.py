@@ -36,6 +36,7 @@ from etl.sources import Source, SourceError, TaskScan
 from etl.tokenizers import text as texts
 from schemas.dataset import MANIFEST_NAME, TEXT_MODEL_NAME, DatasetError, Manifest, parse_manifest
 from schemas.episode import Document
+from schemas import terminal
 from schemas.files import require_folder
 from schemas.layout import layout_of
 from schemas.vocabulary import by_name
@@ -269,9 +270,11 @@ def _dask_flags(arguments: list[str]) -> list[str]:
     return [*arguments, f"--runner={DASK}"]  # the last one counts
 
 
+@terminal.command
 def main() -> int:
     # A copy of stderr: while Beam's worker processes run, stderr itself goes to a log file.
-    console = Console(file=os.fdopen(os.dup(2), "w"), width=None if sys.stderr.isatty() else 140)
+    copy: Any = terminal.LossyStream(os.fdopen(os.dup(2), "w"))
+    console = Console(file=copy, width=None if sys.stderr.isatty() else 140)
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # what fails is raised too
     try:
         options, rest = parsed(sys.argv[1:])
@@ -284,9 +287,9 @@ def main() -> int:
     except (SourceError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("interrupted: no dataset yet; the same command again keeps the finished shards", file=sys.stderr)
-        return 130
+        return terminal.status_of(interrupt)
     summary.show(manifest, console)
     return 0
 

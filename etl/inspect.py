@@ -31,6 +31,7 @@ from etl.sources import Rejection
 from etl.tokenizers.text import TextTokenizer
 from schemas.dataset import REJECTED_NAME
 from schemas.files import atomic_write
+from schemas.terminal import command
 from shards.reader import Dataset
 
 SHOWN_TASKS = 12  # on one page, where no task is named
@@ -114,6 +115,7 @@ def _print_rejected(rejected: Sequence[Rejection], console: Console) -> None:
         console.print(Text("\n".join([first, *lines])), soft_wrap=True)
 
 
+@command
 def main() -> int:
     options = tyro.cli(Options, prog="python -m etl.inspect")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)

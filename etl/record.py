@@ -26,6 +26,7 @@ import simulators
 from etl import sources
 from schemas.episode import EnvironmentSpec
 from schemas.files import require_folder
+from schemas.terminal import command, status_of
 from simulators import plugins
 from simulators.experts import policies
 from simulators.policy import NoisyPolicy
@@ -147,6 +148,7 @@ def _level(options: Options) -> str:
     return options.level or Path(options.policy.rpartition(":")[2]).stem
 
 
+@command
 def main() -> int:
     options = tyro.cli(Options, prog="python -m etl.record")
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
@@ -155,9 +157,9 @@ def main() -> int:
     except (simulators.SimulatorError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("interrupted: nothing was recorded", file=sys.stderr)
-        return 130
+        return status_of(interrupt)
     return 0
 
 
