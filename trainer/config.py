@@ -227,6 +227,24 @@ def check(config: TrainConfig, world: int) -> None:
         )
 
 
+def remarks(config: TrainConfig) -> list[str]:
+    """Settings that are possible and yet hardly meant, a line each."""
+    optimiser, found = config.optimiser, []
+    if optimiser.schedule == "cosine" and config.steps != optimiser.decay_steps:
+        short = config.steps < optimiser.decay_steps
+        what = "the learning rate will not have decayed" if short else "its last steps have the lowest learning rate"
+        found.append(
+            f"--steps {config.steps} is not --optimiser.decay-steps {optimiser.decay_steps}: {what}; give both the "
+            "same number unless this is meant"
+        )
+    if config.steps < optimiser.warmup_steps:
+        found.append(
+            f"--steps {config.steps} ends within --optimiser.warmup-steps {optimiser.warmup_steps}, before the "
+            "learning rate's peak"
+        )
+    return found
+
+
 def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
     """Settings that differ between two trees, as JSON has them: 'optimiser.peak_lr 0.001, there 0.002'."""
     if isinstance(ours, dict) and isinstance(theirs, dict):

@@ -7,10 +7,14 @@ Invariant: nothing in a file is ignored; it is used, resolved with a line that s
 
 from __future__ import annotations
 
+from importlib import resources
 from typing import Any
+
+import deepspeed_configs
 
 Body = dict[str, Any]
 
+CONFIGS = resources.files(deepspeed_configs)
 AUTO = "auto"
 OURS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
@@ -87,6 +91,11 @@ def require_shape(file: str, body: Any) -> Body:
         if not isinstance(body.get(name, {}), dict):
             raise ValueError(f"{file}: field '{name}' must be an object, such as {{\"enabled\": true}}")
     return body
+
+
+def config_names() -> list[str]:
+    """Names of the configurations in deepspeed_configs/, sorted."""
+    return sorted(path.name.removesuffix(".json") for path in CONFIGS.iterdir() if path.name.endswith(".json"))
 
 
 def cpu_twin(name: str, known: list[str], cuda: bool) -> str:

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +35,16 @@ from deepspeed.utils import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import deepspeed_configs
 from shards.batch import Batch
 from shards.sampler import random
 from trainer import deepspeed_file, states
 from trainer.config import OptimiserConfig, TrainConfig
+from trainer.deepspeed_file import CONFIGS, config_names
 from trainer.loss import Objective
 from trainer.model import Gato, ModelConfig
 from trainer.optimiser import make_optimiser
 from trainer.ranks import complete_environment
 
-CONFIGS = resources.files(deepspeed_configs)
 ACCESS = states.PartitionedAccess(
     safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_fp32_param, safe_set_full_optimizer_state
 )
@@ -302,8 +300,3 @@ def read_config(name: str) -> dict[str, Any]:
         raise ValueError(
             f"{path}: not JSON ({error}); correct it, or name one of {', '.join(config_names())}"
         ) from None
-
-
-def config_names() -> list[str]:
-    """Names of the configurations in deepspeed_configs/, sorted."""
-    return sorted(path.name.removesuffix(".json") for path in CONFIGS.iterdir() if path.name.endswith(".json"))

@@ -103,9 +103,10 @@ def exclusive_run(folder: Path, wait_seconds: float = WAIT_SECONDS) -> Iterator[
 
 
 def restart_watchdog(minutes: float) -> None:
-    """End the process, with the stacks of its threads, unless this is called again within `minutes`: a rank that
-    hangs, or waits for one that does, must not hold its machines for days. 0 switches the watchdog off."""
+    """End the process, with the stacks of its threads, unless this is called again within `minutes` and a quarter: a
+    rank that hangs must not hold its machines for days. One that waits for another rank gives up after `minutes`, with
+    a line (`engine.start`). 0 switches the watchdog off."""
     if minutes > 0:
-        faulthandler.dump_traceback_later(minutes * 60, exit=True)
+        faulthandler.dump_traceback_later(1.25 * minutes * 60, exit=True)
     else:
         faulthandler.cancel_dump_traceback_later()

@@ -25,11 +25,11 @@ from schemas.dataset import DatasetError
 from schemas.files import atomic_write
 from shards.loader import Loader
 from trainer import agreement, checkpoint
-from trainer.config import TrainConfig, differences, resume_critical, to_dict
+from trainer.config import TrainConfig, differences, remarks, resume_critical, to_dict
 from trainer.deepspeed_file import precision, resolve_auto
 from trainer.engine import Engine, StepResult, learning_rate, read_config, zero_config
 from trainer.heldout import evaluate
-from trainer.inputs import load_initial_model, open_streams, recipe_model
+from trainer.inputs import adopted, load_initial_model, open_streams, recipe_of
 from trainer.lifecycle import StopRequest, exclusive_run, restart_watchdog
 from trainer.loss import targets_of
 from trainer.metrics import MetricsWriter
@@ -148,15 +148,18 @@ class Run:
             print(f"resuming at step {record.step} (saved by {before})", flush=True)
         elif self.initial_sha256:
             print(f"starting from the weights of {self.config.run.start_from}", flush=True)
-            usual, own = asdict(recipe_model(self.recipe)), asdict(self.config.model)
+            own, usual = adopted(self.config), adopted(recipe_of(self.recipe))
             if others := [f"{name} {own[name]} (recipe {usual[name]})" for name in own if own[name] != usual[name]]:
-                print(f"its shape is not the recipe's: {', '.join(others)}", flush=True)
+                print(f"from it, or from the command line, and not the recipe's: {', '.join(others)}", flush=True)
+        for line in remarks(self.config):
+            print(f"warning: {line}", flush=True)
 
     def run_steps(self, stop: StopRequest) -> None:
         """Take all remaining steps, or as many as are taken before a stop is requested; then export."""
         config, ended = self.config, False
         self._start_time = self._interval_start = time.monotonic()
         self._interval_step, self._losses = self.step, list[float]()
+        tokens = config.data.global_batch * config.data.stream.sequence_length
         if self.step == 0 and self._is_evaluation_step():
             self._write(self._evaluate())
         while self.step < config.steps and not ended:
@@ -169,6 +172,8 @@ class Run:
             metrics = self._training_metrics(result) if last or self.step % config.run.log_every == 0 else {}
             if self.held_out and (last or self._is_evaluation_step()):
                 metrics |= self._evaluate()
+            if self.metrics and "train/tokens_per_second" in metrics:
+                self.metrics.progress(self.step, metrics, tokens)
             self._write(metrics)
             loss = metrics.get("held_out/loss")
             if (last or self.step % config.run.save_every == 0) and not self._save(loss) and last:
@@ -224,11 +229,8 @@ class Run:
             metrics["train/loss"] = sum(self._losses) / len(self._losses)
         if math.isfinite(result.gradient_norm):
             metrics["train/gradient_norm"] = result.gradient_norm
-        text = f"loss {metrics.get('train/loss', math.nan):.4f}  {rate:,.0f} tokens/s"
         if peak := self.metrics.peak_flops(self.device):
             metrics["train/mfu"] = rate * self.flops / (peak * self.engine.world)
-            text += f"  MFU {100 * metrics['train/mfu']:.1f} %"
-        self.metrics.progress(self.step, f"{text}  data wait {100 * metrics['data/wait_share']:.1f} %")
         self._interval_start, self._interval_step, self._losses = now, self.step, []
         return metrics
 
@@ -314,6 +316,7 @@ class Run:
                 seed=config.seed,
                 held_out_loss=score,
                 start_from=self.initial_sha256,
+                loss=asdict(config.loss),
             ),
         )
         try:

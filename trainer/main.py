@@ -30,7 +30,7 @@ from schemas.vocabulary import DISJOINT, VocabularyMismatch
 from trainer import dry_run, engine
 from trainer.arguments import parse
 from trainer.config import check
-from trainer.inputs import load_initial_model
+from trainer.inputs import for_this_machine, load_initial_model
 from trainer.lifecycle import StopRequest
 from trainer.loop import train
 from trainer.ranks import complete_environment, lost, process_rank
@@ -49,8 +49,10 @@ def main() -> int:
             require("tflops", asked.tflops, 1e-3, 1e9)
         check(config, asked.world if asked.dry_run else int(os.environ.get("WORLD_SIZE", "1")))
         if asked.dry_run:
-            dry_run.show(asked.recipe, load_initial_model(asked.recipe, config)[0], DISJOINT, asked.world, asked.tflops)
+            config, _ = load_initial_model(asked.recipe, config)
+            dry_run.show(asked.recipe, config, DISJOINT, asked.world, asked.tflops)
             return 0
+        config = for_this_machine(asked.recipe, config)
         device = engine.start(asked.local_rank, config.run.patience_minutes)
         train(asked.recipe, config, device, stop)
     except (DatasetError, VocabularyMismatch, ValueError, OSError) as error:
@@ -61,6 +63,7 @@ def main() -> int:
         if not lost(error):
             raise
         line = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0])  # without gloo's source file
+        line = line.partition(". This is typically")[0]
         remedy = "a rank was lost or does not answer; run the same command to resume from the last checkpoint"
         if isinstance(error, dist.DistNetworkError):
             remedy = "another training may hold the port: give deepspeed --master_port another number"
