@@ -37,7 +37,7 @@ from etl.tokenizers import text as texts
 from schemas.dataset import MANIFEST_NAME, TEXT_MODEL_NAME, DatasetError, Manifest, parse_manifest
 from schemas.episode import Document
 from schemas import terminal
-from schemas.files import require_folder
+from schemas.files import full_disk, require_folder
 from schemas.layout import layout_of
 from schemas.vocabulary import by_name
 from shards.folder import Folder, is_url
@@ -110,6 +110,9 @@ def build(options: Options, beam_arguments: list[str], console: Console) -> Mani
     existing = _existing_dataset(options, folder, plan, console)
     if existing is not None:
         return existing
+    if foreign := pipeline.foreign_files(folder):
+        shown = f"{len(foreign)} files that are no dataset's, such as {foreign[0]}, which stay"
+        console.print(f"[yellow]warning[/] {folder}: holds {shown}", highlight=False, soft_wrap=True)
     with pipeline.exclusive(folder):
         pipeline.remove_dataset(folder)
         if text is not None:
@@ -276,6 +279,7 @@ def main() -> int:
     copy: Any = terminal.LossyStream(os.fdopen(os.dup(2), "w"))
     console = Console(file=copy, width=None if sys.stderr.isatty() else 140)
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # what fails is raised too
+    options = Options()
     try:
         options, rest = parsed(sys.argv[1:])
         flags = beam_flags(rest, options.workers)
@@ -285,7 +289,7 @@ def main() -> int:
             return 0
         manifest = build(options, flags, console)
     except (SourceError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {full_disk(error, options.output or options.source) or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         print("interrupted: no dataset yet; the same command again keeps the finished shards", file=sys.stderr)

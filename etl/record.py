@@ -25,7 +25,7 @@ from rich.progress import Progress
 import simulators
 from etl import sources
 from schemas.episode import EnvironmentSpec
-from schemas.files import require_folder
+from schemas.files import full_disk, require_folder
 from schemas.terminal import command, status_of
 from simulators import plugins
 from simulators.experts import policies
@@ -155,7 +155,7 @@ def main() -> int:
     try:
         record(options, console)
     except (simulators.SimulatorError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {full_disk(error, options.output or 'data/logs') or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         print("interrupted: nothing was recorded", file=sys.stderr)

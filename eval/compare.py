@@ -31,6 +31,7 @@ from eval.options import Options
 from eval.rows import save_rows
 from eval.runner import BASELINES, ComparisonRunner, JobResult
 from eval.workers import run_jobs
+from schemas.files import full_disk
 from schemas.result import to_table
 from schemas.terminal import command, status_of
 
@@ -113,7 +114,7 @@ def main() -> int:
     try:
         outcome = compare(options, lossy_console())
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {full_disk(error, options.output) or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         print("interrupted: the same command again keeps what was played", file=sys.stderr)

@@ -5,6 +5,7 @@ temporary name in the same folder -> write -> flush -> fsync -> rename -> fsync 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -37,6 +38,20 @@ def atomic_write(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
     if durable:
         sync_folder(path.parent)
+
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def full_disk(error: BaseException, folder: Path | str) -> str:
+    """The line for the user if an error says that the disk of `folder` is full, else ''. Libraries of C (HDF5) give
+    the system's words alone."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number not in FULL:
+        number = next((one for one in FULL if f"{os.strerror(one)}" in str(error)), None)
+    if number is None:
+        return ""
+    return f"{folder}: the disk is full ({os.strerror(number)}); make room, then run the same command to go on"
 
 
 def require_folder(option: str, place: Path | str) -> None:
