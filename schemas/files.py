@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,15 @@ def full_disk(error: BaseException, folder: Path | str) -> str:
     if number is None:
         return ""
     return f"{folder}: the disk is full ({os.strerror(number)}); make room, then run the same command to go on"
+
+
+def safe_name(name: str) -> str:
+    """A file's name for what data call `name`, which may hold '/' and '..': it stays in its folder. Names that differ
+    give names that differ; a plain one stays as it is."""
+    plain = re.sub(r"[^\w.-]", "_", name)
+    if plain == name and len(plain) <= 150 and plain.strip("."):
+        return name
+    return f"{plain[:150]}-{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:8]}"
 
 
 def require_folder(option: str, place: Path | str) -> None:

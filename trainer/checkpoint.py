@@ -36,10 +36,13 @@ from schemas import upgrade
 from schemas.episode import STRICT, TaskSpec
 from schemas.files import atomic_write, sha256_of, sync_folder, temporary_name
 from schemas.vocabulary import Vocabulary
+from shards.cache import Cache
+from shards.folder import Folder, digest_of
 from trainer.model import Gato, ModelConfig
 
 CHECKPOINT_VERSION = 2
 PART = re.compile(r"part-\d{5,9}\.safetensors")
+MODEL, TENSORS, PROMPTS = "model.json", "weights.safetensors", "prompts.safetensors"
 EXPORT_VERSION = 2  # 1: tasks as in datasets of schema 3
 
 
@@ -317,3 +320,31 @@ def load_export(folder: Path, vocabulary: Vocabulary | None = None) -> tuple[Gat
     found["tokens.weight"] = torch.nn.functional.pad(found["tokens.weight"], (0, 0, info.first_id, 0))
     model.load_state_dict(found)
     return model.eval(), info
+
+
+def download_export(url: str, cache: Cache) -> Path:
+    """A local copy of a remote export, its folder named by the hash of model.json. CheckpointError where there is none,
+    or a file of another hash than model.json names; DatasetError where the store does not answer."""
+    url = url.removesuffix(f"/{MODEL}")
+    place = Folder(url)
+    body = cache.read(place, MODEL)
+    if body is None:
+        raise CheckpointError(f"{url}: no {MODEL} there; give the URL of an export folder")
+    try:
+        parsed = json.loads(body)
+        wanted = {TENSORS: parsed["weights_sha256"], PROMPTS: parsed.get("prompts_sha256", "")}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{url}/{MODEL}: not an export ({error}); give the URL of an export folder") from None
+    folder = cache.folder.parent / "models" / digest_of(body)
+    target = Folder(folder)
+    for name, digest in wanted.items():
+        path = folder / name
+        if not digest or (path.is_file() and sha256_of(path) == digest):
+            continue
+        data = cache.read(place, name)
+        if data is None or digest_of(data) != digest:
+            problem = "is missing" if data is None else f"has another sha256 than {MODEL} names"
+            raise CheckpointError(f"{url}/{name}: {problem}; upload the export again")
+        target.write(name, data)
+    target.write(MODEL, body)
+    return folder

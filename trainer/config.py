@@ -86,7 +86,7 @@ class RunConfig:
 
     output: Path = Path("runs/gato")
     start_from: str = ""
-    """An export (RUN/export) to fine-tune: a new run starts with its weights and its model's shape."""
+    """An export (RUN/export) or its URL to fine-tune: a new run starts with its weights and its model's shape."""
     resume: Literal["auto", "never"] = "auto"
     """auto: the same command run again resumes from the last checkpoint; never: refuse a folder with checkpoints."""
     log_every: int = 10

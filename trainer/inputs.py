@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from schemas.dataset import DatasetError, load_manifest
+from shards.cache import Cache
 from shards.folder import is_url
 from shards.reader import Store
 from shards.stream import Stream, find_datasets
@@ -44,12 +45,14 @@ def load_initial_model(
     and the export. Else the configuration as it is, and None.
 
     Raises:
-        CheckpointError: there is no intact export.
+        CheckpointError: there is no intact export. DatasetError: the store of its URL does not answer.
         ValueError: a setting of the model contradicts it.
     """
     if not config.run.start_from:
         return config, None
-    initial = checkpoint.load_export(Path(config.run.start_from))
+    place = config.run.start_from
+    folder = checkpoint.download_export(place, Cache(config.data.cache)) if is_url(place) else Path(place)
+    initial = checkpoint.load_export(folder)
     return adopt(config, recipe_of(recipe), initial[1]), initial
 
 
