@@ -2,7 +2,7 @@
 
     JSON -> resolve_auto -> complete_offload -> require_precision -> the body that trainer/engine.py completes
 
-Invariant: nothing in a file is ignored; it is used, resolved with a line that says so, or refused by field.
+Invariant: no "auto" is ignored: it is filled in, resolved with a line that says so, or refused by field.
 """
 
 from __future__ import annotations

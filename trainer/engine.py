@@ -45,6 +45,9 @@ from trainer.model import Gato, ModelConfig
 from trainer.optimiser import make_optimiser
 from trainer.ranks import complete_environment
 
+# what DeepSpeed raises for a configuration that it cannot use
+REFUSALS = (ValueError, KeyError, TypeError, AttributeError, AssertionError, NotImplementedError, ImportError,
+            DeepSpeedConfigError, ZeRORuntimeException)  # fmt: skip
 ACCESS = states.PartitionedAccess(
     safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_fp32_param, safe_set_full_optimizer_state
 )
@@ -118,8 +121,7 @@ class Engine:
         deepspeed_file.require_precision(config.deepspeed, body, device.type)
         try:
             self.engine, self.optimiser = wrap(objective, optimiser, body)
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError, DeepSpeedConfigError,
-                ZeRORuntimeException) as error:  # fmt: skip
+        except REFUSALS as error:
             raise deepspeed_file.refused(config.deepspeed, error) from error
         if self.engine.zero_optimization_partition_weights():
             # the head is the embedding table, used outside the module that owns it
