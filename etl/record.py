@@ -25,7 +25,8 @@ from rich.progress import Progress
 import simulators
 from etl import sources
 from schemas.episode import EnvironmentSpec
-from schemas.files import require_folder
+from schemas.files import full_disk, require_folder
+from schemas.terminal import command, status_of
 from simulators import plugins
 from simulators.experts import policies
 from simulators.policy import NoisyPolicy
@@ -147,17 +148,18 @@ def _level(options: Options) -> str:
     return options.level or Path(options.policy.rpartition(":")[2]).stem
 
 
+@command
 def main() -> int:
     options = tyro.cli(Options, prog="python -m etl.record")
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
     try:
         record(options, console)
     except (simulators.SimulatorError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {full_disk(error, options.output or 'data/logs') or error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("interrupted: nothing was recorded", file=sys.stderr)
-        return 130
+        return status_of(interrupt)
     return 0
 
 

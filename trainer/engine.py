@@ -17,14 +17,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -34,17 +35,19 @@ from deepspeed.utils import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import deepspeed_configs
 from shards.batch import Batch
 from shards.sampler import random
-from trainer import states
+from trainer import deepspeed_file, states
 from trainer.config import OptimiserConfig, TrainConfig
+from trainer.deepspeed_file import CONFIGS, config_names
 from trainer.loss import Objective
 from trainer.model import Gato, ModelConfig
 from trainer.optimiser import make_optimiser
+from trainer.ranks import complete_environment
 
-CONFIGS = resources.files(deepspeed_configs)
-T = TypeVar("T")
+# what DeepSpeed raises for a configuration that it cannot use
+REFUSALS = (ValueError, KeyError, TypeError, AttributeError, AssertionError, NotImplementedError, ImportError,
+            DeepSpeedConfigError, ZeRORuntimeException)  # fmt: skip
 ACCESS = states.PartitionedAccess(
     safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_fp32_param, safe_set_full_optimizer_state
 )
@@ -67,14 +70,19 @@ def start(local_rank: int, patience_minutes: float) -> torch.device:
     for another one longer than `patience_minutes` (0: half an hour) give up.
 
     Raises:
-        ValueError: no launcher started this process.
+        ValueError: nothing started this process as a rank.
     """
-    if not {"RANK", "OMPI_COMM_WORLD_RANK"} & set(os.environ):
-        raise ValueError("training needs its launcher: deepspeed trainer/main.py ... in a checkout, or gato-train ...")
+    complete_environment(os.environ)
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(
+            "training needs its launcher: deepspeed trainer/main.py ... in a checkout, or gato-train ... "
+            f"(torchrun, mpirun and srun work too); not set: {', '.join(missing)}"
+        )
+    os.environ.setdefault("LOCAL_RANK", str(max(local_rank, 0)))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", max(local_rank, 0)))
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
@@ -83,23 +91,8 @@ def start(local_rank: int, patience_minutes: float) -> torch.device:
         # For inference only; it would compile for half a minute on every CPU.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=patience_minutes or 30)
-    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False, auto_mpi_discovery=False)
     return device
-
-
-def broadcast_from_rank0(function: Callable[[], T]) -> T:
-    """Call `function` on rank 0 alone and return its result on every rank. Its ValueError or OSError is raised on every
-    rank too. Collective."""
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = function()
-        except (ValueError, OSError) as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
 
 
 @dataclass(frozen=True)
@@ -125,7 +118,11 @@ class Engine:
         optimiser = make_optimiser(model, config.optimiser)
         objective = Objective(model, config.loss, continuous, text)
         prepare_blocks(model, config.compile, config.activation_checkpointing)
-        self.engine, self.optimiser = wrap(objective, optimiser, body)
+        deepspeed_file.require_precision(config.deepspeed, body, device.type)
+        try:
+            self.engine, self.optimiser = wrap(objective, optimiser, body)
+        except REFUSALS as error:
+            raise deepspeed_file.refused(config.deepspeed, error) from error
         if self.engine.zero_optimization_partition_weights():
             # the head is the embedding table, used outside the module that owns it
             deepspeed.zero.register_external_parameter(objective, model.tokens.weight)
@@ -262,7 +259,8 @@ def zero_config(config: TrainConfig, world: int) -> dict[str, Any]:
     Raises:
         ValueError: the file contradicts a setting, or two settings exclude each other.
     """
-    body, data = read_config(config.deepspeed), config.data
+    raw, data = read_config(config.deepspeed), config.data
+    body = deepspeed_file.complete_offload(deepspeed_file.resolve_auto(raw, torch.cuda.is_available())[0])
     stage = body.get("zero_optimization", {}).get("stage", 0)
     if config.compile and stage == 3:
         raise ValueError(
@@ -299,13 +297,8 @@ def read_config(name: str) -> dict[str, Any]:
         known = ", ".join(config_names())
         raise ValueError(f"no DeepSpeed configuration '{name}'; known: {known}, or give a path to a .json file")
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        return deepspeed_file.require_shape(name, json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}: not JSON ({error}); correct it, or name one of {', '.join(config_names())}"
         ) from None
-
-
-def config_names() -> list[str]:
-    """Names of the configurations in deepspeed_configs/, sorted."""
-    return sorted(path.name.removesuffix(".json") for path in CONFIGS.iterdir() if path.name.endswith(".json"))

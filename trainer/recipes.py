@@ -101,8 +101,7 @@ QUICKSTART = replace(
 # finetune: another task from few demonstrations (paper, appendix E: Adam at 1e-5, batch 64, dropout 0.1, from memory;
 # not checked against the paper; steps, clipping and Adam's betas are ours)
 # command   deepspeed trainer/main.py --recipe finetune --run.start-from runs/79m/export --data.stream.tasks NAME
-#           --data.stream.demonstrations 100   (from `tiny`, on a CPU: add --deepspeed zero0_cpu
-#           --data.stream.sequence-length 256 --loss.soft-bins 24 --loss.softmax targets, as it was trained)
+#           --data.stream.demonstrations 100   (sequence length and loss are the export's; without a GPU, zero1_cpu)
 # hardware  one GPU of 24 GB for 79m
 # hours     not yet
 # expected  not yet
