@@ -76,15 +76,16 @@ def lunar_lander(env: gymnasium.Env) -> Rule:
 
 def value_iteration(env: gymnasium.Env, discount: float = 0.999, tolerance: float = 1e-9) -> Rule:
     """The best policy of a finite problem whose `P` lists {state: {action: [(probability, next, reward, end)]}}."""
-    table: Any = env.unwrapped.P  # type: ignore[attr-defined]
+    problem: Any = env.unwrapped
+    table = problem.P
     states, actions = len(table), len(table[0])
-    outcomes = [(s, a, *found) for s in range(states) for a in range(actions) for found in table[s][a]]
+    outcomes = [(s, a, *found) for s in table for a in table[s] for found in table[s][a]]
     here, action, chance, following, reward, end = (np.array(column) for column in zip(*outcomes))
-    value = np.zeros(states)
-    while True:
+    quality, change = np.zeros((states, actions)), np.inf
+    while change > tolerance:
+        value = quality.max(axis=1)
         quality = np.zeros((states, actions))
         np.add.at(quality, (here, action), chance * (reward + discount * value[following] * ~end))
-        if np.abs(quality.max(axis=1) - value).max() < tolerance:
-            best = quality.argmax(axis=1)
-            return Rule(lambda state: int(best[int(state.reshape(()))]))
-        value = quality.max(axis=1)
+        change = np.abs(quality.max(axis=1) - value).max()
+    best = quality.argmax(axis=1)
+    return Rule(lambda state: int(best[int(state.reshape(()))]))

@@ -89,7 +89,7 @@ class Sawyer(gymnasium.Env):
 
 
 class Script:
-    """metaworld's own expert of a task. Its actions reach beyond ±1, where the simulator clips them: so does the log."""
+    """metaworld's own expert of a task. Its actions reach beyond ±1; they are clipped as the simulator clips them."""
 
     algorithm = "scripted"
 
