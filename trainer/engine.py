@@ -42,6 +42,7 @@ from trainer.config import OptimiserConfig, TrainConfig
 from trainer.loss import Objective
 from trainer.model import Gato, ModelConfig
 from trainer.optimiser import make_optimiser
+from trainer.tail import Tail
 
 CONFIGS = resources.files(deepspeed_configs)
 T = TypeVar("T")
@@ -131,15 +132,21 @@ class Engine:
             deepspeed.zero.register_external_parameter(objective, model.tokens.weight)
         self.stage: int = self.engine.zero_optimization_stage()
         if self.stage in (1, 2):
-            self.optimiser.check_grad_overflow = True  # DeepSpeed checks in float16 and bfloat16 only
+            if self.engine.zero_cpu_offload():
+                self.optimiser.check_grad_overflow = True  # DeepSpeed checks in float16 and bfloat16 only
+            else:
+                Tail(self.optimiser, config.optimiser.gradient_clip)
         states.allocate_optimiser_states(self.engine)
 
     def train_step(self, step: int, batches: list[Batch], stop: bool) -> StepResult:
         """One optimiser step on this rank's micro-batches. `stop`: whether this rank was asked to end. Collective."""
         own = sum(len(batch.predict_index) for batch in batches)
         totals = torch.tensor([own, float(stop)], dtype=torch.float64, device=self.device)
-        dist.all_reduce(totals)
-        supervised = max(1, int(totals[0]))
+        # DeepSpeed divides by world size and by accumulation steps; the mean is over tokens.
+        scale: float | torch.Tensor = self.world * len(batches) / max(1, own)
+        if self.world > 1:
+            dist.all_reduce(totals)
+            scale = (self.world * len(batches) / totals[0].clamp(min=1.0)).float()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.config.optimiser)
         summed = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -147,14 +154,14 @@ class Engine:
         for batch in batches:
             loss = self.loss(batch)
             summed += loss.detach()
-            # DeepSpeed divides by world size and by accumulation steps; the mean is over tokens.
-            self.engine.backward(loss * (self.world * len(batches) / supervised))
+            self.engine.backward(loss * scale)
             norm = self._clip() if self.engine.is_gradient_accumulation_boundary() else None
             self.engine.step()
         dist.all_reduce(summed)
+        # the first value that the host asks a GPU for: all of the step is queued by then
         norm = float(self.engine.get_global_grad_norm() if norm is None else norm)
-        loss_ = float(summed) / supervised
-        return StepResult(loss_, supervised, norm, math.isfinite(norm), bool(totals[1]))
+        supervised = max(1, int(totals[0]))
+        return StepResult(float(summed) / supervised, supervised, norm, math.isfinite(norm), bool(totals[1]))
 
     def _clip(self) -> float | None:
         """At ZeRO 0, where DeepSpeed does not report it: the norm of the reduced gradients, which are then clipped. If
