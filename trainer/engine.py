@@ -40,7 +40,7 @@ from shards.sampler import random
 from trainer import states
 from trainer.config import OptimiserConfig, TrainConfig
 from trainer.loss import Objective
-from trainer.model import Gato, ModelConfig
+from trainer.model import Gato, ModelConfig, segments
 from trainer.optimiser import make_optimiser
 from trainer.tail import Tail
 
@@ -126,6 +126,7 @@ class Engine:
         optimiser = make_optimiser(model, config.optimiser)
         objective = Objective(model, config.loss, continuous, text)
         prepare_blocks(model, config.compile, config.activation_checkpointing)
+        decide_attention(device, config)
         self.engine, self.optimiser = wrap(objective, optimiser, body)
         if self.engine.zero_optimization_partition_weights():
             # the head is the embedding table, used outside the module that owns it
@@ -228,6 +229,18 @@ class Engine:
         return {key.rpartition("/")[0]: value for key, value in found.items()} if self.rank == 0 else None
 
 
+def decide_attention(device: torch.device, config: TrainConfig) -> None:
+    """Let a GPU decide which kernel attends within segments, the same one on all ranks. Collective."""
+    if device.type == "cuda" and config.model.sequence == "tokens":
+        model, length = config.model, config.data.stream.sequence_length
+
+        def measure() -> str:
+            segments.decide(device, model.heads, model.head_size, length, config.data.micro_batch)
+            return segments.in_use()
+
+        segments.use(broadcast_from_rank0(measure))
+
+
 def wrap(module: nn.Module, optimiser: torch.optim.Optimizer, body: dict[str, Any]) -> tuple[Any, Any]:
     """DeepSpeed's engine around a module, and its optimiser, for a configuration as `zero_config` makes it."""
     engine, wrapped, *_ = deepspeed.initialize(model=module, optimizer=optimiser, config=body)
@@ -277,10 +290,10 @@ def zero_config(config: TrainConfig, world: int) -> dict[str, Any]:
         )
     if stage and config.optimiser.matrices == "muon":
         raise ValueError("--optimiser.matrices muon updates whole matrices, which ZeRO 1 to 3 split; "
-                         "use adamw, or a configuration of stage 0 such as --deepspeed zero0_cpu")  # fmt: skip
+                         "use adamw, or a configuration of stage 0: --deepspeed zero0, on a CPU zero0_cpu")  # fmt: skip
     if stage and config.optimiser.bins == "smooth":
         raise ValueError("--optimiser.bins smooth moves rows of the table together, which ZeRO 1 to 3 cut up; "
-                         "use rows, or a configuration of stage 0 such as --deepspeed zero0_cpu")  # fmt: skip
+                         "use rows, or a configuration of stage 0: --deepspeed zero0, on a CPU zero0_cpu")  # fmt: skip
     ours = {
         "train_batch_size": (data.global_batch, "--data.global-batch"),
         "train_micro_batch_size_per_gpu": (data.micro_batch, "--data.micro-batch"),
