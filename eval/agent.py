@@ -42,7 +42,7 @@ from trainer.model.gato import Blocks
 from trainer.model.transformer import Cache
 
 ROWS = 4  # that a CPU's matrix products need to round as they do for more
-ALIGNMENT = 64  # a GPU's attention wants a number of slots that is a multiple of it; the last ones are never attended to
+ALIGNMENT = 64  # a GPU's attention wants a multiple of it as number of slots; the last ones are never attended to
 
 
 @dataclass(frozen=True)

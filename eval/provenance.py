@@ -12,6 +12,7 @@ import torch
 
 import simulators
 
+ROOT = Path(__file__).resolve().parent.parent
 NOTED = "carried/commit"
 
 
@@ -21,7 +22,7 @@ def host(threads: int) -> dict[str, str]:
     return {"commit": commit(), "versions": json.dumps(versions, sort_keys=True), "hardware": hardware(threads)}
 
 
-def commit(root: Path = Path(__file__).resolve().parent.parent) -> str:
+def commit(root: Path = ROOT) -> str:
     """Commit of the checkout `root`, or of a copy without git what benchmarks/carry.py noted beside it; else empty."""
     if not (root / ".git").exists():  # an installed package may lie in somebody else's checkout
         noted = root / NOTED

@@ -46,7 +46,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) ->
 
 def candidates() -> list[str]:
     """Names of the kernels that this torch may have."""
-    known = getattr(attention, "list_flash_attention_impls", list)()
+    known: list[str] = getattr(attention, "list_flash_attention_impls", list)()
     third = "FA3" in known and importlib.util.find_spec("flash_attn_interface") is not None
     return ["flash", *(["FA3"] if third else []), "cudnn"]
 
@@ -71,9 +71,7 @@ def decide(device: torch.device, heads: int, head_size: int, length: int, sequen
     device."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (sequences * length, heads, head_size)
-    q, k, v, upstream = (
-        torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) for _ in range(4)
-    )
+    q, k, v, upstream = (torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) for _ in range(4))
     cu_seqlens, segments = example(sequences, length, device)
     few = slice(2 * length if sequences > 1 else length)
     plain = gradients(masked(segments[few], length), *(x[few].float() for x in (q, k, v, upstream)))
@@ -97,7 +95,9 @@ def decide(device: torch.device, heads: int, head_size: int, length: int, sequen
 def example(sequences: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Segment starts (S,) int32, padded as a batch's are, and each token's segment (N,), where every other sequence
     has two segments."""
-    starts = [n * length for n in range(sequences)] + [n * length + 1 + (7 * n) % length for n in range(0, sequences, 2)]
+    starts = [n * length for n in range(sequences)] + [
+        n * length + 1 + (7 * n) % length for n in range(0, sequences, 2)
+    ]
     cu_seqlens = torch.full((1 << (2 * sequences).bit_length(),), sequences * length, dtype=torch.int32)
     cu_seqlens[: len(starts)] = torch.tensor(sorted(starts), dtype=torch.int32)
     places = torch.arange(sequences * length, dtype=torch.int32)

@@ -153,8 +153,8 @@ def flash_serves(x: Tensor) -> bool:
 
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Causal attention (B, H, T, D) within the segments that begin at `cu_seqlens` (S,) int32 of the flattened (B T):
-    the same function as a `causal_segment_mask`, by a kernel for sequences of varying length (trainer/model/segments.py),
-    which reads no mask and skips what one would hide."""
+    the same function as a `causal_segment_mask`, by a kernel for sequences of varying length (see
+    trainer/model/segments.py), which reads no mask and skips what one would hide."""
     B, _, T, _ = v.shape
     # rotary angles in float32 make float32 of q and k under autocast
     q, k, v = (x.to(v.dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
