@@ -108,7 +108,7 @@ def estimate(
 
 
 def lower_precision(body: dict[str, Any]) -> bool:
-    """Whether a DeepSpeed configuration computes in two bytes."""
+    """Whether a DeepSpeed configuration keeps its weights in two bytes."""
     return bool(body.get("bf16", {}).get("enabled"))
 
 

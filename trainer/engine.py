@@ -41,9 +41,10 @@ from trainer import deepspeed_file, states
 from trainer.config import OptimiserConfig, TrainConfig
 from trainer.deepspeed_file import CONFIGS, config_names
 from trainer.loss import Objective
-from trainer.model import Gato, ModelConfig
+from trainer.model import Gato, ModelConfig, segments
 from trainer.optimiser import make_optimiser
-from trainer.ranks import complete_environment
+from trainer.ranks import complete_environment, on_rank_0
+from trainer.tail import Tail
 
 # what DeepSpeed raises for a configuration that it cannot use
 REFUSALS = (ValueError, KeyError, TypeError, AttributeError, AssertionError, NotImplementedError, ImportError,
@@ -118,6 +119,7 @@ class Engine:
         optimiser = make_optimiser(model, config.optimiser)
         objective = Objective(model, config.loss, continuous, text)
         prepare_blocks(model, config.compile, config.activation_checkpointing)
+        decide_attention(device, config)
         deepspeed_file.require_precision(config.deepspeed, body, device.type)
         try:
             self.engine, self.optimiser = wrap(objective, optimiser, body)
@@ -128,15 +130,21 @@ class Engine:
             deepspeed.zero.register_external_parameter(objective, model.tokens.weight)
         self.stage: int = self.engine.zero_optimization_stage()
         if self.stage in (1, 2):
-            self.optimiser.check_grad_overflow = True  # DeepSpeed checks in float16 and bfloat16 only
+            if self.engine.zero_cpu_offload():
+                self.optimiser.check_grad_overflow = True  # DeepSpeed checks in float16 and bfloat16 only
+            else:
+                Tail(self.optimiser, config.optimiser.gradient_clip)
         states.allocate_optimiser_states(self.engine)
 
     def train_step(self, step: int, batches: list[Batch], stop: bool) -> StepResult:
         """One optimiser step on this rank's micro-batches. `stop`: whether this rank was asked to end. Collective."""
         own = sum(len(batch.predict_index) for batch in batches)
         totals = torch.tensor([own, float(stop)], dtype=torch.float64, device=self.device)
-        dist.all_reduce(totals)
-        supervised = max(1, int(totals[0]))
+        # DeepSpeed divides by world size and by accumulation steps; the mean is over tokens.
+        scale: float | torch.Tensor = self.world * len(batches) / max(1, own)
+        if self.world > 1:
+            dist.all_reduce(totals)
+            scale = (self.world * len(batches) / totals[0].clamp(min=1.0)).float()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.config.optimiser)
         summed = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -144,14 +152,14 @@ class Engine:
         for batch in batches:
             loss = self.loss(batch)
             summed += loss.detach()
-            # DeepSpeed divides by world size and by accumulation steps; the mean is over tokens.
-            self.engine.backward(loss * (self.world * len(batches) / supervised))
+            self.engine.backward(loss * scale)
             norm = self._clip() if self.engine.is_gradient_accumulation_boundary() else None
             self.engine.step()
         dist.all_reduce(summed)
+        # the first value that the host asks a GPU for: all of the step is queued by then
         norm = float(self.engine.get_global_grad_norm() if norm is None else norm)
-        loss_ = float(summed) / supervised
-        return StepResult(loss_, supervised, norm, math.isfinite(norm), bool(totals[1]))
+        supervised = max(1, int(totals[0]))
+        return StepResult(float(summed) / supervised, supervised, norm, math.isfinite(norm), bool(totals[1]))
 
     def _clip(self) -> float | None:
         """At ZeRO 0, where DeepSpeed does not report it: the norm of the reduced gradients, which are then clipped. If
@@ -218,6 +226,18 @@ class Engine:
         return {key.rpartition("/")[0]: value for key, value in found.items()} if self.rank == 0 else None
 
 
+def decide_attention(device: torch.device, config: TrainConfig) -> None:
+    """Let a GPU decide which kernel attends within segments, the same one on all ranks. Collective."""
+    if device.type == "cuda" and config.model.sequence == "tokens":
+        model, length = config.model, config.data.stream.sequence_length
+
+        def measure() -> str:
+            segments.decide(device, model.heads, model.head_size, length, config.data.micro_batch)
+            return segments.in_use()
+
+        segments.use(on_rank_0(measure))
+
+
 def wrap(module: nn.Module, optimiser: torch.optim.Optimizer, body: dict[str, Any]) -> tuple[Any, Any]:
     """DeepSpeed's engine around a module, and its optimiser, for a configuration as `zero_config` makes it."""
     engine, wrapped, *_ = deepspeed.initialize(model=module, optimizer=optimiser, config=body)
@@ -268,10 +288,10 @@ def zero_config(config: TrainConfig, world: int) -> dict[str, Any]:
         )
     if stage and config.optimiser.matrices == "muon":
         raise ValueError("--optimiser.matrices muon updates whole matrices, which ZeRO 1 to 3 split; "
-                         "use adamw, or a configuration of stage 0 such as --deepspeed zero0_cpu")  # fmt: skip
+                         "use adamw, or a configuration of stage 0: --deepspeed zero0, on a CPU zero0_cpu")  # fmt: skip
     if stage and config.optimiser.bins == "smooth":
         raise ValueError("--optimiser.bins smooth moves rows of the table together, which ZeRO 1 to 3 cut up; "
-                         "use rows, or a configuration of stage 0 such as --deepspeed zero0_cpu")  # fmt: skip
+                         "use rows, or a configuration of stage 0: --deepspeed zero0, on a CPU zero0_cpu")  # fmt: skip
     ours = {
         "train_batch_size": (data.global_batch, "--data.global-batch"),
         "train_micro_batch_size_per_gpu": (data.micro_batch, "--data.micro-batch"),

@@ -86,7 +86,8 @@ class Run:
                 f"--model.sequence timesteps: task '{mixed[0]}' predicts text within a timestep, which it shows; "
                 "leave it out by --data.stream.tasks, or use tokens"
             )
-        model = Gato(config.model, self.stream.vocabulary).initialise(config.seed)
+        with device:
+            model = Gato(config.model, self.stream.vocabulary).initialise(config.seed)
         record = on_rank_0(self._checkpoint_to_resume)
         if record is not None:
             read = on_every_rank(lambda: checkpoint.tensor_reader(self.folder, record))
@@ -94,7 +95,7 @@ class Run:
         elif initial is not None:
             model.load_state_dict(initial[0].state_dict())
         elif model.by_timesteps:
-            model.standardise(self.stream.batch(0, STANDARDISE).to("cpu"))
+            model.standardise(self.stream.batch(0, STANDARDISE).to(device))
         # before the engine: under ZeRO 3 its parameters are empty
         self.counts, self.flops = model.parameter_counts(), model.flops_per_token(config.data.stream.sequence_length)
         self.engine = Engine(model, config, device, *targets_of(self.stream))
