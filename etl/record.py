@@ -61,8 +61,8 @@ class Options:
     """Of policies that sample their actions (A3C): what their logits are divided by; less is less noise."""
     seed: int = 0
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """Folder; data/logs/d4rl, data/logs/dqn_replay or data/logs/minari where not given. With --suite, the folder of
-    these three, and of recorded.json, which lists the logs."""
+    """Folder; data/logs/{d4rl,dqn_replay,minari,babyai} where not given. With --suite, the folder of these four, and of
+    recorded.json, which lists the logs."""
     level: str | None = None
     """Level in the file name of D4RL and Minari logs: expert, medium, ...; the policy's kind where not given."""
     run: int = 1

@@ -1,6 +1,6 @@
 """Many logs by one command: every task of a suite whose expert is shipped, in parallel, each in its own format.
 
-    --suite NAME or all -> ids with an expert -> one process per log -> OUTPUT/{d4rl,minari,dqn_replay}/...
+    --suite NAME or all -> ids with an expert -> one process per log -> OUTPUT/{d4rl,minari,babyai,dqn_replay}/...
                         -> OUTPUT/recorded.json: per log its episodes, timesteps, returns, seconds, digest
 
 The same command again records what is missing. A log that fails, or a suite that is not installed, is named, and the

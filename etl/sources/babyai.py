@@ -21,6 +21,7 @@ from gymnasium import spaces
 
 from etl.sources import Known, SourceError, TaskScan
 from etl.sources.minari import Minari, disk
+from etl.sources.minari.writer import MinariWriter
 from schemas.episode import EpisodeError, FieldSpec
 from simulators.suite import SimulatorError
 from simulators.suites.minigrid import SUITE, TILE, draw
@@ -30,10 +31,17 @@ PICTURE = (VIEW[1] * TILE, VIEW[0] * TILE, 3)
 RESIZED = (64, 64)
 
 
+class BabyAIWriter(MinariWriter):
+    """Minari's layout in a folder of its own: the pictures of such logs are drawn when they are read."""
+
+    folder = "data/logs/babyai"
+
+
 class BabyAI(Minari):
     """Source of BabyAI logs in Minari's format."""
 
     name = "babyai"
+    writer = BabyAIWriter
     default_dataset = "minigrid/BabyAI-GoToLocal/optimal-v0"
 
     def known(self, cache: Path) -> list[Known]:

@@ -35,6 +35,7 @@ class Minigrid(Suite):
     name = "minigrid"
     module = "minigrid"
     extra = "minigrid"
+    recorded_as = "babyai"
     distributions = ("minigrid",)
     experts = {"BabyAI-": lambda env: scripted.Bot(env)}
 
