@@ -40,6 +40,7 @@ def test_two_cameras_from_the_log_to_play(tmp_path):
     assert load_export(tmp_path / "run" / "export")[1].tasks == (task,)
     models = ("--gato", tmp_path / "run" / "export", "--models", "random", "gato")
     play = run("eval.compare", *models, "--datasets", shards, "--episodes", "2", "-o", tmp_path / "out", env=PATH)
+    assert "failed" not in play.stdout, play.stdout
     line = next(line for line in play.stdout.splitlines() if line.startswith("| cameras-presser"))
     assert all(12 <= float(cell.split()[0]) <= 36 for cell in line.split("|")[-3:-1])  # 12 steps of 1 to 3 each
     assert Dataset(shards).manifest.fingerprint == dataset.manifest.fingerprint
