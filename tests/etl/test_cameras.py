@@ -42,5 +42,5 @@ def test_two_cameras_from_the_log_to_play(tmp_path):
     play = run("eval.compare", *models, "--datasets", shards, "--episodes", "2", "-o", tmp_path / "out", env=PATH)
     assert "failed" not in play.stdout, play.stdout
     line = next(line for line in play.stdout.splitlines() if line.startswith("| cameras-presser"))
-    assert all(12 <= float(cell.split()[0]) <= 36 for cell in line.split("|")[-3:-1])  # 12 steps of 1 to 3 each
+    assert all(12 <= float(cell.split()[0]) <= 36 for cell in line.split("|")[-4:-2])  # 12 steps of 1 to 3 each
     assert Dataset(shards).manifest.fingerprint == dataset.manifest.fingerprint
