@@ -100,6 +100,12 @@ def damage() -> Iterator[None]:
 
 def corrupt(why: str) -> EpisodeError:
     """What to say of a file or a dataset whose bytes make no sense, `why` of h5py's or our own."""
+    if "h5clear" in why or "consistency flags" in why:
+        return EpisodeError(
+            "left open", "its writer was killed while it was open; h5clear -s FILE, if its data are whole"
+        )
+    if "unable to lock file" in why:
+        return EpisodeError("locked", "another program has it open for writing; close it, and build again")
     reason = "truncated HDF5" if "truncated file" in why else "corrupt HDF5"
     return EpisodeError(reason, f"{' '.join(why.split())[:200]}; {AGAIN}")
 
