@@ -35,7 +35,8 @@ from etl.sources import Source, SourceError, TaskScan
 from etl.tokenizers import text as texts
 from schemas.dataset import MANIFEST_NAME, TEXT_MODEL_NAME, DatasetError, Manifest, parse_manifest
 from schemas.episode import Document
-from schemas.files import require_folder
+from schemas import terminal
+from schemas.files import full_disk, require_folder
 from schemas.layout import PATCH_SIZE, layout_of
 from schemas.vocabulary import by_name
 from shards.folder import Folder, is_url
@@ -122,6 +123,9 @@ def build(options: Options, beam_arguments: list[str], console: Console) -> Mani
     if existing is not None:
         summary.show_oddities(oddities.load(folder), console)
         return existing
+    if foreign := pipeline.foreign_files(folder):
+        shown = f"{len(foreign)} files that are no dataset's, such as {foreign[0]}, which stay"
+        console.print(f"[yellow]warning[/] {folder}: holds {shown}", highlight=False, soft_wrap=True)
     with pipeline.exclusive(folder):
         pipeline.remove_dataset(folder)
         if text is not None:
@@ -310,10 +314,13 @@ def _dask_flags(arguments: list[str]) -> list[str]:
     return [*arguments, f"--runner={DASK}"]  # the last one counts
 
 
+@terminal.command
 def main() -> int:
     # A copy of stderr: while Beam's worker processes run, stderr itself goes to a log file.
-    console = Console(file=os.fdopen(os.dup(2), "w"), width=None if sys.stderr.isatty() else 140)
+    copy: Any = terminal.LossyStream(os.fdopen(os.dup(2), "w"))
+    console = Console(file=copy, width=None if sys.stderr.isatty() else 140)
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # what fails is raised too
+    options = Options()
     try:
         options, rest = parsed(sys.argv[1:])
         flags = beam_flags(rest, options.workers)
@@ -323,13 +330,11 @@ def main() -> int:
             return 0
         manifest = build(options, flags, console)
     except (SourceError, ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in pipeline.FULL:
-            error = ValueError(pipeline.no_room(options.output or "the output folder", error))
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {full_disk(error, options.output or options.source) or error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("interrupted: no dataset yet; the same command again keeps the finished shards", file=sys.stderr)
-        return 130
+        return terminal.status_of(interrupt)
     summary.show(manifest, console)
     return 0
 

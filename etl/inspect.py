@@ -32,6 +32,7 @@ from etl.sources import Rejection
 from etl.tokenizers.text import TextTokenizer
 from schemas.dataset import REJECTED_NAME
 from schemas.files import atomic_write
+from schemas.terminal import command
 from shards.folder import Folder
 from shards.reader import Dataset
 
@@ -118,6 +119,7 @@ def _print_rejected(rejected: Sequence[Rejection], console: Console) -> None:
         console.print(Text("\n".join([first, *lines])), soft_wrap=True)
 
 
+@command
 def main() -> int:
     options = tyro.cli(Options, prog="python -m etl.inspect")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)

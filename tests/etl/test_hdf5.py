@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 
 import h5py
 import numpy as np
@@ -120,24 +119,3 @@ def test_endless_rows_of_nothing_cost_no_time(tmp_path):
         file.create_dataset("x", (2**40, 0), h5py.string_dtype(), chunks=(64, 1), maxshape=(None, None))
         file.create_dataset("y", (2**40, 0), np.float32, chunks=(64, 1), maxshape=(None, None), fletcher32=True)
     assert _hdf5.tried([tmp_path / "log.hdf5"]) == {}
-
-
-@pytest.mark.process
-def test_files_that_a_writer_holds_or_left_open(tmp_path):
-    """The remedy is not to download again."""
-    held, left = tmp_path / "held.hdf5", tmp_path / "left.hdf5"
-    leave = f"import h5py, os; f = h5py.File({str(left)!r}, 'w', libver='latest'); f['x'] = 1; f.flush(); os._exit(0)"
-    subprocess.run([sys.executable, "-c", leave], check=True)
-    hold = f"import h5py, sys; f = h5py.File({str(held)!r}, 'w'); f['x'] = 1; f.flush(); print(1, flush=True); input()"
-    writer = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    writer.stdout.readline()
-    try:
-        found = _hdf5.tried([held, left])
-    finally:
-        writer.communicate("\n")
-    assert {path.name: error.reason for path, error in found.items()} == {
-        "held.hdf5": "locked",
-        "left.hdf5": "left open",
-    }
-    assert "h5clear -s" in found[left].detail and "close it" in found[held].detail
-    assert _hdf5.tried([held]) == {}
