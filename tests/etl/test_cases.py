@@ -8,12 +8,7 @@ import gzip
 import io
 import json
 import lzma
-import os
 import pickle
-import resource
-import subprocess
-import sys
-from functools import partial
 from itertools import pairwise
 
 import h5py
@@ -31,7 +26,6 @@ from schemas.layout import layout_of
 from shards.folder import Folder
 from shards.reader import Dataset
 from shards.verify import verify
-from tests.conftest import run
 from tests.etl.test_sources_atari import store
 
 
@@ -523,35 +517,6 @@ def test_links_to_folders_are_said(tmp_path, rng, made):
     built = made("d4rl")
     assert "links to folders are not followed: more" in built.said
     assert [task.spec.name for task in built.manifest.tasks] == ["file", "log"]
-
-
-# what surrounds a build
-
-
-@pytest.mark.process
-def test_a_proxy_of_the_environment_is_not_for_this_machine(tmp_path, rng):
-    """c10: a cluster's http_proxy, and no exception for localhost."""
-    hdf5(tmp_path / "in" / "log.hdf5", [20, 30], rng)
-    proxies = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}
-    place = ("--input", tmp_path / "in", "--output", tmp_path / "built", "--workers", "2")
-    run("etl.build", *place, env=os.environ | proxies)
-    assert Dataset(tmp_path / "built").manifest.tasks[0].episodes == 2
-
-
-@pytest.mark.process
-def test_a_full_disk_is_one_line(tmp_path, rng):
-    """c21, by a limit on a file's size, which fails in the same place; the second command goes on."""
-    hdf5(tmp_path / "in" / "log.hdf5", [1000] * 10, rng, width=17)
-    place = ("--input", tmp_path / "in", "--output", tmp_path / "built", "--shard-megabytes", "0.3")
-    command = [sys.executable, "-m", "etl.build", *map(str, place)]
-    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (200 * 1024, 200 * 1024))
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
-    errors = [line for line in done.stderr.splitlines() if not line.startswith("shards")]
-    assert (done.returncode, len(errors)) == (1, 1), done.stderr
-    assert errors[0].startswith(f"error: {tmp_path / 'built'}: no room to write (File too large); make room")
-    assert not (tmp_path / "built" / "dataset.json").exists()
-    run("etl.build", *place)
-    assert Dataset(tmp_path / "built").manifest.tasks[0].episodes == 10
 
 
 # what is said, and kept
