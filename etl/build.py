@@ -108,12 +108,13 @@ def build(options: Options, beam_arguments: list[str], console: Console) -> Mani
     scans = [_with_size(scan) for scan in scans]
     text = _text_model(options, source, scans)
     plan = make_plan(options.source, scans, options.config, text.fingerprint if text else None, origins)
-    for kind, lines in (("warning", [scan.warnings for scan in scans]), ("note", [scan.notes for scan in scans])):
-        for line in (line for own in lines for line in own):
+    doubts = [*_links(options.input), *(line for scan in scans for line in scan.warnings)]
+    for kind, lines in (("warning", doubts), ("note", [line for scan in scans for line in scan.notes])):
+        for line in lines:
             console.print(f"[yellow]{kind}[/] {escape(line)}", highlight=False, soft_wrap=True)
     for rejection in (r for scan in scans for r in scan.rejected if r.position < 0):
         console.print(f"[yellow]rejected[/] {rejection.file}: {rejection.reason}: {rejection.detail}", highlight=False)
-    if options.strict and (doubts := [line for scan in scans for line in scan.warnings]):
+    if options.strict and doubts:
         more = f" (and {len(doubts) - 1} more)" if len(doubts) > 1 else ""
         raise DatasetError(f"--strict: {doubts[0]}{more}")
     if not plan:
@@ -186,6 +187,20 @@ def _inputs(options: Options, source: Source, console: Console) -> tuple[list[Pa
         if not place.exists():
             raise SourceError(f"{place}: no such file or folder; give --input an existing one")
     return source.resolve(place, options.dataset, cache), origins
+
+
+def _links(given: str | None) -> list[str]:
+    """A line where the input folder holds links to folders: they are not followed, since they may lead anywhere."""
+    place = Path((given or "").removeprefix("file://"))
+    if not given or is_url(given) or not place.is_dir():
+        return []
+    found = [Path(folder) / name for folder, below, _ in os.walk(place) for name in below]
+    links = sorted(str(path.relative_to(place)) for path in found if path.is_symlink())
+    if not links:
+        return []
+    more = f" and {len(links) - 3} more" if len(links) > 3 else ""
+    return [f"{place}: links to folders are not followed: {', '.join(links[:3])}{more}; copy them, or give each as "
+            "--input"]  # fmt: skip
 
 
 def _text_model(options: Options, source: Source, scans: list[TaskScan]) -> texts.TextTokenizer | None:

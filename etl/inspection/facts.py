@@ -66,7 +66,7 @@ def _odd(oddities: TaskOddities | None) -> Facts:
         return []
     least, middle, most = (f"{n:,.0f}" if n == int(n) else f"{n:,.1f}" for n in oddities.lengths)
     lines: Facts = [("lengths", f"min {least}, median {middle}, max {most} timesteps")]
-    return lines + [("odd", line) for line in (*oddities.logged, *oddities.found)]
+    return lines + [("odd", line) for line in (*oddities.warnings, *oddities.notes, *oddities.found)]
 
 
 def reasons_of(rejected: Sequence[Rejection]) -> str:
