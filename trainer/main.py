@@ -33,7 +33,7 @@ from trainer.config import check
 from trainer.inputs import for_this_machine, load_initial_model
 from trainer.lifecycle import StopRequest
 from trainer.loop import train
-from trainer.ranks import complete_environment, lost, process_rank
+from trainer.ranks import complete_environment, lost, out_of_memory, process_rank
 
 
 def main() -> int:
@@ -60,6 +60,13 @@ def main() -> int:
         print(f"rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
+        if out_of_memory(error):
+            line, remedy = (
+                str(error).splitlines()[0][:200],
+                "give a smaller --data.micro-batch; --dry-run shows the needs",
+            )
+            print(f"error: rank {process_rank()}: out of memory: {line}; {remedy}", file=sys.stderr)
+            return 1
         if not lost(error):
             raise
         line = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0])  # without gloo's source file
@@ -67,6 +74,9 @@ def main() -> int:
         remedy = "a rank was lost or does not answer; run the same command to resume from the last checkpoint"
         if isinstance(error, dist.DistNetworkError):
             remedy = "another training may hold the port: give deepspeed --master_port another number"
+            if "EADDRINUSE" not in str(error):
+                place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+                remedy = f"rank 0 does not answer at {place}: see that it runs there, and that the port is open"
         print(f"error: rank {process_rank()}: {line}; {remedy}", file=sys.stderr)
         return 1
     if dist.is_initialized():  # after an error the other ranks may be gone

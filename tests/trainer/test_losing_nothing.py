@@ -161,8 +161,8 @@ def test_a_rank_that_hangs_ends_the_run(hopper, tmp_path):
     await_step(process, 3)
     family(tmp_path)["rank"][1].send_signal(signal.SIGSTOP)
     output, _ = process.communicate(timeout=120)
-    # Where rank 0 waits (a step, a save, the losses) is chance; the stacks say where.
-    assert process.returncode and "Timeout (0:00:06)" in output and "trainer/loop.py" in output
+    assert process.returncode and "Traceback" not in output, output
+    assert "a rank was lost or does not answer; run the same command to resume" in output, output
     assert nobody_left(tmp_path)
 
 
