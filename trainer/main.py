@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch.distributed as dist
 
 from schemas.dataset import DatasetError
+from schemas.files import full_disk
 from schemas.ranges import require
 from schemas.terminal import protect_streams
 from schemas.vocabulary import DISJOINT, VocabularyMismatch
@@ -40,10 +41,12 @@ def main() -> int:
     """The command; its exit status."""
     protect_streams()
     faulthandler.enable()  # a mapped shard that is truncated while it is read ends the process: print where
+    output = Path()
     try:
         complete_environment(os.environ)
         stop = StopRequest()
         asked, config = parse(sys.argv[1:])
+        output = config.run.output
         if asked.dry_run:
             require("world", asked.world, 1, 2**20)
             require("tflops", asked.tflops, 1e-3, 1e9)
@@ -56,8 +59,8 @@ def main() -> int:
         device = engine.start(asked.local_rank, config.run.patience_minutes)
         train(asked.recipe, config, device, stop)
     except (DatasetError, VocabularyMismatch, ValueError, OSError) as error:
-        rank = process_rank()
-        print(f"rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)
+        rank, line = process_rank(), full_disk(error, output) or str(error)
+        print(f"rank {rank}: {line}" if rank else f"error: {line}", file=sys.stderr)
         return 1
     except RuntimeError as error:
         if out_of_memory(error):

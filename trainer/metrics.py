@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,9 @@ class MetricsWriter:
     def close(self) -> None:
         """Finish the bar and close the files."""
         self.bar.stop()
-        self.file.close()
-        self.board.close()
+        for file in (self.file, self.board):
+            with suppress(OSError):  # of a full disk
+                file.close()
         if self.wandb is not None:
             self.wandb.finish()
 
