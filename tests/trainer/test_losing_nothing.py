@@ -202,9 +202,9 @@ def test_one_run_per_folder(tmp_path):
 def test_a_full_disk_costs_lines_of_metrics_and_not_the_run(tmp_path, capsys):
     writer = MetricsWriter(RunConfig(output=tmp_path), 0, 3)
     writer.file.close()
-    writer.file = Path("/dev/full").open("a")
-    writer.write(1, 8, 1.0, {"train/loss": 1.0})
-    writer.close()
+    with Path("/dev/full").open("a") as writer.file:
+        writer.write(1, 8, 1.0, {"train/loss": 1.0})
+        writer.close()
     assert "warning: metrics of step 1 not written: [Errno 28]" in capsys.readouterr().out
 
 
