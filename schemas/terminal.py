@@ -31,6 +31,9 @@ class LossyStream:
         try:
             if self.stream is not None:
                 self.stream.write(text)
+        except UnicodeEncodeError:  # a terminal that knows few letters
+            encoding = self.stream.encoding or "ascii"  # type: ignore[union-attr]
+            self.write(text.encode(encoding, "replace").decode(encoding))
         except (OSError, ValueError):
             self._drop()
         return len(text)

@@ -1,6 +1,7 @@
 """Every command with nobody to read its output, and asked to end at any moment: no traceback, no process left."""
 
 import contextlib
+import io
 import os
 import random
 import signal
@@ -118,6 +119,14 @@ def test_twenty_moments_per_command(logs, hopper, pong, tmp_path, name):
              "record": record(logs, tmp_path), "compare": compare(hopper, pong, tmp_path)}[name]  # fmt: skip
     chance = random.Random(name)
     check(words, [chance.uniform(0.2, 20.0) for _ in range(20)], subprocess.Popen)
+
+
+def test_a_terminal_of_few_letters_gets_the_rest():
+    raw = io.BytesIO()
+    stream = terminal.LossyStream(io.TextIOWrapper(raw, "ascii", write_through=True))
+    print("loss ━ 1.0 ä", file=stream)
+    print("step 2", file=stream, flush=True)
+    assert raw.getvalue() == b"loss ? 1.0 ?\nstep 2\n"
 
 
 def test_interrupts_have_their_signals_status():

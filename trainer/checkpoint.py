@@ -135,7 +135,7 @@ def publish(folder: Path, record: Record, keep_last: int, keep_best: int) -> Non
     records = _records(folder)
     scored = sorted((known.score, -known.step, known.tag) for known in records if known.score is not None)
     kept = {known.tag for known in records[:keep_last]} | {tag for _, _, tag in scored[:keep_best]}
-    for old in [path for path in folder.glob("step-*") if path.is_dir() and path.name not in kept]:
+    for old in [path for path in folder.glob("step-" + "[0-9]" * 8) if path.is_dir() and path.name not in kept]:
         discard(folder, old.name)
 
 
@@ -303,7 +303,9 @@ def load_export(folder: Path, vocabulary: Vocabulary | None = None) -> tuple[Gat
     """
     path = Path(folder) / "model.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder}: no model.json, so no export; train with deepspeed trainer/main.py")
+        inner = Path(folder) / "export"
+        remedy = f"give {inner}" if (inner / MODEL).is_file() else "train with deepspeed trainer/main.py"
+        raise CheckpointError(f"{folder}: no model.json, so no export; {remedy}")
     try:
         info = parse_export(path.read_bytes())
     except ValueError as error:  # of json and of pydantic

@@ -14,7 +14,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -30,19 +30,18 @@ class StopRequest:
     """Whether this rank was asked to end: by SIGTERM, SIGINT or SIGHUP (unless it is ignored, as under nohup), or
     because its launcher died.
 
-    A launcher that is killed leaves its ranks behind. The kernel signals a rank when its parent dies (Linux); the
-    parent's own parent is checked here, where it is the `deepspeed` command. Under other launchers it is the user's
-    shell, which may end while the run goes on."""
+    A launcher that is killed leaves its ranks behind. The kernel signals a rank when its parent dies (Linux); who
+    started that one is looked up here."""
 
     def __init__(self) -> None:
         self._signalled = False
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number != signal.SIGHUP or not ignored(number):
                 signal.signal(number, self._on_signal)
-        if "LOCAL_RANK" in os.environ:  # set by deepspeed, torchrun and the like
+        self._launched = "LOCAL_RANK" in os.environ  # set by deepspeed, torchrun and the like
+        if self._launched:
             signal_on_parent_death(signal.SIGTERM)
-        self._launched = _by_deepspeed()
-        self._parents = _parents()
+        self._launchers = _launchers()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
@@ -50,7 +49,7 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         if self._launched and not self._signalled:
-            self._signalled = _parents() != self._parents
+            self._signalled = _launchers() != self._launchers
         return self._signalled
 
 
@@ -60,21 +59,18 @@ def signal_on_parent_death(number: signal.Signals) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
-def _by_deepspeed() -> bool:
-    """Whether the parent is DeepSpeed's process for one machine, whose own parent started the run."""
-    try:
-        return "deepspeed.launcher.launch" in psutil.Process(os.getppid()).cmdline()
-    except psutil.Error:
-        return False
-
-
-def _parents() -> tuple[int, int]:
-    """Process ids of the parent and of its parent."""
-    parent = os.getppid()
-    try:
-        return parent, psutil.Process(parent).ppid()
-    except psutil.Error:
-        return parent, 0
+def _launchers() -> tuple[int, ...]:
+    """Process ids of the parents that the run depends on: the one that started this rank and, above DeepSpeed's process
+    for this machine, the `deepspeed` command, or the ssh session through which pdsh started it. Above torchrun and
+    mpirun is the user's shell, which may end while the run goes on."""
+    found: list[int] = []
+    with suppress(psutil.Error):
+        process: psutil.Process | None = psutil.Process()
+        while process is not None and (process := process.parent()) is not None:
+            found.append(process.pid)
+            if "deepspeed.launcher.launch" not in " ".join(process.cmdline()):
+                break
+    return tuple(found)
 
 
 @contextmanager

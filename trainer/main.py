@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch.distributed as dist
 
 from schemas.dataset import DatasetError
+from schemas.files import full_disk
 from schemas.ranges import require
 from schemas.terminal import protect_streams
 from schemas.vocabulary import DISJOINT, VocabularyMismatch
@@ -33,17 +34,19 @@ from trainer.config import check
 from trainer.inputs import for_this_machine, load_initial_model
 from trainer.lifecycle import StopRequest
 from trainer.loop import train
-from trainer.ranks import complete_environment, lost, process_rank
+from trainer.ranks import complete_environment, lost, out_of_memory, process_rank
 
 
 def main() -> int:
     """The command; its exit status."""
     protect_streams()
     faulthandler.enable()  # a mapped shard that is truncated while it is read ends the process: print where
+    output = Path()
     try:
         complete_environment(os.environ)
         stop = StopRequest()
         asked, config = parse(sys.argv[1:])
+        output = config.run.output
         if asked.dry_run:
             require("world", asked.world, 1, 2**20)
             require("tflops", asked.tflops, 1e-3, 1e9)
@@ -56,10 +59,17 @@ def main() -> int:
         device = engine.start(asked.local_rank, config.run.patience_minutes)
         train(asked.recipe, config, device, stop)
     except (DatasetError, VocabularyMismatch, ValueError, OSError) as error:
-        rank = process_rank()
-        print(f"rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)
+        rank, line = process_rank(), full_disk(error, output) or str(error)
+        print(f"rank {rank}: {line}" if rank else f"error: {line}", file=sys.stderr)
         return 1
     except RuntimeError as error:
+        if out_of_memory(error):
+            line, remedy = (
+                str(error).splitlines()[0][:200],
+                "give a smaller --data.micro-batch; --dry-run shows the needs",
+            )
+            print(f"error: rank {process_rank()}: out of memory: {line}; {remedy}", file=sys.stderr)
+            return 1
         if not lost(error):
             raise
         line = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0])  # without gloo's source file
@@ -67,6 +77,9 @@ def main() -> int:
         remedy = "a rank was lost or does not answer; run the same command to resume from the last checkpoint"
         if isinstance(error, dist.DistNetworkError):
             remedy = "another training may hold the port: give deepspeed --master_port another number"
+            if "EADDRINUSE" not in str(error):
+                place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+                remedy = f"rank 0 does not answer at {place}: see that it runs there, and that the port is open"
         print(f"error: rank {process_rank()}: {line}; {remedy}", file=sys.stderr)
         return 1
     if dist.is_initialized():  # after an error the other ranks may be gone

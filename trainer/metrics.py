@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,11 @@ class MetricsWriter:
     def write(self, step: int, tokens: int, seconds: float, metrics: dict[str, float]) -> None:
         """Record the metrics of a step. `tokens` since the run's start, `seconds` since this process started."""
         line = MetricsLine(step, tokens, round(self.seconds_before + seconds, 3), metrics)
-        self.file.write(line.to_json() + "\n")
-        self.file.flush()
+        try:
+            self.file.write(line.to_json() + "\n")
+            self.file.flush()
+        except OSError as error:  # a full disk costs a line, not the run
+            print(f"warning: metrics of step {step} not written: {error}", flush=True)
         self.held_out = metrics.get("held_out/loss", self.held_out)
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
@@ -91,8 +95,9 @@ class MetricsWriter:
     def close(self) -> None:
         """Finish the bar and close the files."""
         self.bar.stop()
-        self.file.close()
-        self.board.close()
+        for file in (self.file, self.board):
+            with suppress(OSError):  # of a full disk
+                file.close()
         if self.wandb is not None:
             self.wandb.finish()
 

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
@@ -33,8 +34,11 @@ def complete_environment(environment: MutableMapping[str, str]) -> None:
     nobody started stays as it is.
 
     Raises:
-        ValueError: the ranks are on several machines, and where rank 0 is cannot be known.
+        ValueError: a variable is no number, or the ranks are on several machines and where rank 0 is cannot be known.
     """
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if not environment.get(name, "0").isdecimal():
+            raise ValueError(f"environment variable {name}={environment[name]}: must be a number, as launchers set it")
     if "RANK" in environment:
         return
     for starter, rank, world, local, local_world in STARTERS:
@@ -118,6 +122,11 @@ def lost(error: RuntimeError) -> bool:
     text = str(error)
     signs = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
     return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory is short: a GPU's, or the host's."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def process_rank() -> int:

@@ -76,6 +76,7 @@ def test_what_does_not_fit_is_refused_in_one_line(exported, hopper, pong, tmp_pa
         (tune(tmp_path / "a", [hopper], tmp_path / "other", check=False), "vocabulary"),
         (tune(tmp_path / "b", [hopper], exported, "--model.heads", "8", check=False), "--model.heads 8: the export"),
         (tune(tmp_path / "c", [hopper], tmp_path / "none", check=False), "no export"),
+        (tune(tmp_path / "e", [hopper], exported.parent, check=False), f"no export; give {exported}"),
         (tune(tmp_path / "d", [hopper], exported, "--data.stream.tasks", "chess", check=False), "unknown task 'chess'"),
     ]
     for done, words in cases:

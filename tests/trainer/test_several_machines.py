@@ -190,6 +190,8 @@ def test_ranks_of_several_machines_find_the_first_one():
     given = mpi | {"MASTER_ADDR": "a"}
     complete_environment(given)
     assert given["MASTER_ADDR"] == "a" and given["MASTER_PORT"] == "29500"
+    with pytest.raises(ValueError, match="environment variable WORLD_SIZE=two: must be a number"):
+        complete_environment({"RANK": "0", "WORLD_SIZE": "two"})
     launched = {"RANK": "0", "SLURM_PROCID": "7", "SLURM_NTASKS": "8"}
     complete_environment(launched)
     assert "WORLD_SIZE" not in launched

@@ -129,6 +129,7 @@ class Hosts:
         words = [*command, str(ROOT / "trainer" / "main.py"), "--recipe", "tiny", *SMALL.split(), *run, *extra]
         ssh = {"PDSH_SSH_ARGS_APPEND": f"-F {self.folder}/ssh_config", "PYTHONPATH": str(ROOT)}
         with output.with_suffix(".log").open("a") as log:
+            self.log_start = log.tell()
             return subprocess.Popen(
                 [*self._enter(0), f"--wd={self.folder}", *words], cwd=self.folder, env=os.environ | ssh, stdout=log,
                 stderr=log, start_new_session=True,
