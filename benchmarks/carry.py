@@ -28,7 +28,7 @@ TRAINING = (
     "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "hjson", "tyro", "docstring-parser",
     "typeguard", "gymnasium", "farama-notifications", "minigrid",
 )  # fmt: skip
-PLAYING = ("mujoco==3.3.0", "glfw", "ale-py", "zlib-ng", "absl-py", "etils")
+PLAYING = ("mujoco==3.3.0", "glfw", "ale-py", "zlib-ng")
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64",
              "manylinux1_x86_64", "manylinux_2_12_x86_64", "manylinux_2_5_x86_64")  # fmt: skip
 RUN = """#!/bin/bash
@@ -36,7 +36,8 @@ RUN = """#!/bin/bash
 set -euo pipefail
 root=$(pwd) place=${CARRIED_PLACE:-/tmp/carried} python=${CARRIED_PYTHON:-python3}
 mkdir -p "$place/shards"
-$python -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$place/site" carried/wheels/*.whl &
+$python -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$place/site" \\
+    carried/wheels/*.whl &
 for archive in carried/shards/*.tar.xz; do tar -xJf "$archive" -C "$place/shards" & done
 wait
 export PYTHONPATH="$root:$place/site" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false MUJOCO_GL=egl
