@@ -211,7 +211,8 @@ def one(text: str) -> int:
     print(READY, flush=True)
     if not sys.stdin.readline():
         return 1
-    keep(work[part.what](part.size, part.shards, **part.arguments))
+    found = work[part.what](part.size, part.shards, **part.arguments)
+    keep(found | {"processor_seconds": round(time.process_time(), 1)})
     return 0
 
 
