@@ -3,6 +3,7 @@ Tests that need a GPU make their own data: no simulator, no Beam."""
 
 from dataclasses import replace
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -12,10 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.flops import by_convention, executed, head_ids
 from benchmarks.gpu_checks import failed, head_difference
+from benchmarks.gpu_control import graph_as_plain
 from benchmarks.gpu_parts import gpt2_config
+from benchmarks.gpu_results import build
 from schemas.layout import ACTION, OBSERVATION, SEPARATOR
 from schemas.vocabulary import DISJOINT, PAPER
 from shards.batch import Batch
+from shards.reader import Dataset
+from tests.conftest import run
 from trainer.engine import zero_config
 from trainer.loss import FusedCrossEntropy, LossConfig, Objective, aligned, cross_entropy
 from trainer.model import PRESETS, Gato, ModelConfig, segments
@@ -131,6 +136,35 @@ def test_the_kernel_is_decided_by_what_is_right_and_fast(monkeypatch):
 def test_attention_by_segments_is_the_masked_one_on_a_gpu(heads, head_size):
     took = segments.decide(torch.device("cuda"), heads, head_size, 1024, 8)
     assert took["flash"] < float("inf"), took
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_captured_timestep_acts_as_the_plain_one(tmp_path):
+    dataset = Dataset(build("d4rl", d4rl_log(tmp_path), tmp_path / "shards"))
+    with torch.device("cuda"):
+        model = Gato(PRESETS["tiny"], dataset.manifest.vocabulary).initialise(0).eval()
+    assert graph_as_plain("tiny", dataset, 0, model, 40)
+
+
+def d4rl_log(folder):
+    """A folder with a log of four observed numbers and two actions, made without a simulator."""
+    (folder / "logs").mkdir()
+    rng, rows = np.random.default_rng(0), 800
+    with h5py.File(folder / "logs" / "made-medium-v4.hdf5", "w") as file:
+        file["observations"] = rng.normal(size=(rows, 4)).astype(np.float32)
+        file["actions"] = rng.uniform(-1, 1, (rows, 2)).astype(np.float32)
+        file["rewards"] = rng.normal(size=rows).astype(np.float32)
+        file["terminals"] = np.arange(rows) % 40 == 39
+        file["timeouts"] = np.zeros(rows, bool)
+    return folder / "logs"
+
+
+@pytest.mark.process
+def test_shards_built_without_beam_are_those_of_the_build_command(tmp_path):
+    logs = d4rl_log(tmp_path)
+    run("etl.build", "--source", "d4rl", "-i", logs, "-o", tmp_path / "beam", "--shard-megabytes", "0.02")
+    manifest = Dataset(build("d4rl", logs, tmp_path / "pool", 0.02)).manifest
+    assert manifest.shards.rows > 1 and manifest.fingerprint == Dataset(tmp_path / "beam").manifest.fingerprint
 
 
 def test_one_query_attends_as_any_other():
