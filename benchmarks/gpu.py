@@ -148,11 +148,11 @@ def run(parts: list[Part], output: Path, minutes: float, rehearsed: bool) -> int
         line = {"part": part.name, "seconds": round(time.monotonic() - begun, 1)} | found | who
         line["data"] = data_of(part, data)
         status = max(status, int("error" in line))
-        lines = [*(one for one in lines if (one["part"], one["hardware"]) != (part.name, who["hardware"])), line]
+        lines = [*(one for one in lines if measured_as(one) != measured_as(line)), line]
         with atomic_write(path) as file:
             file.write("".join(json.dumps(one) + "\n" for one in lines).encode())
         with atomic_write(output / TABLES) as tables:
-            tables.write(written([one for one in lines if one["hardware"] == who["hardware"]]).encode())
+            tables.write(written([one for one in lines if measured_as(one)[1:] == measured_as(line)[1:]]).encode())
         print(json.dumps({key: value for key, value in line.items() if key not in who}), flush=True)
     if ready:
         ready.end()
@@ -164,14 +164,19 @@ def data_of(part: Part, data: dict[str, str]) -> list[str]:
     return [data[folder] for folder in part.shards]
 
 
+def measured_as(line: Line) -> tuple[str, str, bool]:
+    """Part, hardware, and whether it was a rehearsal."""
+    return line["part"], line["hardware"], "rehearsal" in line
+
+
 def known(path: Path) -> list[Line]:
-    """The last line of each part on each hardware, in the order in which they were first measured. What a full disk or
-    a power cut left of a line is passed over."""
-    found: dict[tuple[str, str], Line] = {}
+    """The last line of each part on each hardware, measured or rehearsed, in the order in which they were first
+    measured. What a full disk or a power cut left of a line is passed over."""
+    found: dict[tuple[str, str, bool], Line] = {}
     for text in path.read_text().splitlines() if path.is_file() else []:
         try:
             line = json.loads(text)
-            found[line["part"], line["hardware"]] = line
+            found[measured_as(line)] = line
         except (ValueError, KeyError, TypeError):
             print(f"{path}: passing over a damaged line: {text[:60]}", file=sys.stderr)
     return list(found.values())
@@ -211,7 +216,8 @@ def one(text: str) -> int:
     print(READY, flush=True)
     if not sys.stdin.readline():
         return 1
-    keep(work[part.what](part.size, part.shards, **part.arguments))
+    found = work[part.what](part.size, part.shards, **part.arguments)
+    keep(found | {"processor_seconds": round(time.process_time(), 1)})
     return 0
 
 

@@ -42,7 +42,9 @@ from trainer.model.gato import Blocks
 from trainer.model.transformer import Cache
 
 ROWS = 4  # that a CPU's matrix products need to round as they do for more
-ALIGNMENT = 64  # a GPU's attention wants a multiple of it as number of slots; the last ones are never attended to
+ALIGNMENT = {
+    "cuda": 64
+}  # by device: the cache has a multiple of so many slots; none attends to those beyond the window
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,8 @@ class GatoAgent:
         with torch.inference_mode():
             roles, positions = (torch.from_numpy(x) for x in (self.layout.roles, self.layout.local_positions))
             self.local = model.local(roles.to(self.device), positions.to(self.device))
-            cells = -(-self.slots // ALIGNMENT) * ALIGNMENT if self.device.type == "cuda" else self.slots
-            self.slot = torch.arange(cells, device=self.device)
+            multiple = ALIGNMENT.get(self.device.type, 1)
+            self.slot = torch.arange(-(-self.slots // multiple) * multiple, device=self.device)
             self.centres = torch.from_numpy(bin_centres(len(self.head))).to(self.device)
             self.patch_centres = torch.from_numpy(self.layout.patch_centres).to(self.device)
             self.roles, self.positions = roles.to(self.device), positions.to(self.device)
