@@ -194,7 +194,7 @@ def _flat(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
             column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
-    while pa.types.is_nested(column.type):
+    while pa.types.is_nested(column.type) and not column.null_count:
         if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
                 or pa.types.is_fixed_size_list(column.type)):  # fmt: skip
             raise EpisodeError("wrong dtype", f"a column of {str(column.type)[:80]}, no numbers; {AGAIN}")
