@@ -34,11 +34,13 @@ from etl.sources import (
     Known,
     LogOptions,
     LogWriter,
+    Recognition,
     Rejection,
     SourceError,
     TaskScan,
     _catalogue,
     _hdf5,
+    _recognition,
     by_task,
     environment_warnings,
 )
@@ -84,6 +86,14 @@ class Minari:
         cached = {disk.dataset_id(path): path for path in _datasets_below(root)} if root.is_dir() else {}
         table = dict.fromkeys(sorted(cached), "-") | d4rl_environments()
         return [Known(name, environment, address(name), cached.get(name)) for name, environment in table.items()]
+
+    def recognise(self, input: Path) -> Recognition | None:
+        """By a metadata.json with spaces. BabyAI's logs are left to the source that draws their pictures."""
+        marks = disk.marks(input)
+        if not marks:
+            return None
+        evidence, _ = marks[0]
+        return Recognition(evidence, _recognition.LAYOUT if is_babyai(marks) else _recognition.MARK)
 
     def resolve(self, input: Path | None, dataset: str | None, cache: Path) -> list[Path]:
         """The main_data.hdf5 of each dataset at or below the input, sorted; `dataset` (an id such as
@@ -229,6 +239,11 @@ class Minari:
 
 
 SOURCE = Minari()
+
+
+def is_babyai(marks: list[tuple[str, dict[str, Any]]]) -> bool:
+    """Whether all of `disk.marks` are logs of BabyAI's levels."""
+    return bool(marks) and all("BabyAI-" in json.dumps(about) for _, about in marks)
 
 
 def task_name(path: Path) -> str:

@@ -26,7 +26,7 @@ from gymnasium import spaces
 from minari.serialization import deserialize_space
 from PIL import Image
 
-from etl.sources import _hdf5
+from etl.sources import _hdf5, _recognition
 from schemas.episode import EpisodeError
 from simulators import spaces as rules
 from simulators.spaces import Leaf, SpaceError, is_picture, shape_of
@@ -47,6 +47,25 @@ _ID = re.compile(r"(?:[\w-]+/)*[\w-]+")
 def is_id(name: str) -> bool:
     """Whether it looks like (NAMESPACE/)NAME-vN and cannot lead out of a folder."""
     return _ID.fullmatch(name) is not None
+
+
+def marks(input: Path) -> list[tuple[str, dict[str, Any]]]:
+    """What shows that Minari wrote a file or folder: (evidence, description) of a few metadata.json with spaces, else
+    the data file that has no other name."""
+    if input.is_file():
+        if input.name not in (METADATA, DATA):
+            return []
+        input = input.parent
+    files = _recognition.files_below(input)
+    found: list[tuple[str, dict[str, Any]]] = []
+    for path in [path for path in files if path.name == METADATA][: _recognition.FEW]:
+        about = _recognition.json_of(path)
+        if isinstance(about, dict) and {"observation_space", "action_space"} <= set(about):
+            form = str(about.get("data_format", "hdf5"))[:20]
+            found.append((f"{_recognition.below(input, path)} with spaces, data_format {form}", about))
+    if not found:
+        found += [(_recognition.below(input, path), {}) for path in files if path.name == DATA][:1]
+    return found
 
 
 def dataset_id(path: Path) -> str:
