@@ -1,115 +1,124 @@
-"""Arrays that are pictures, however they are stored: which axes are what, and their bytes as (H, W, C).
+"""Pictures of MuJoCo bodies without OpenGL.
 
-    shape, dtype, bounds -> `picture_layout` -> PictureLayout.pixels: (T, *stored) -> (T, H, W, C) uint8
+    geoms in the world -> points on their surface -> parallel projection -> convex hulls, far to near -> uint8 picture
 
-A log and its simulator decide by the same function, so that a picture means the same in both. It says yes only where
-the array can be nothing else that is common: whoever gets None asks the user.
-
-Invariant: a layout is a function of shape, dtype and bounds; `pixels` keeps every uint8 as it is.
+Every MuJoCo primitive and every mesh hull is convex, so the convex hull of its projected points is its outline.
+The picture follows the body's root, has a floor with ticks every half metre, and needs numpy and Pillow only.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from PIL import Image, ImageDraw
 
-SMALLEST_PICTURE = 8  # pixels a side; smaller uint8 arrays are numbers, such as minigrid's 7 x 7 symbols
-SMALLEST_FLAT = 16  # pixels a side of grey (32) and of float pictures, which are more easily something else
-MOST_CHANNELS = 32
-COLOURS = (1, 3, 4)  # channels of a picture of floats
-SLACK = 1e-3  # by which floats may leave [0, 1] through rounding
-
-
-class PictureError(ValueError):
-    """Values that are no picture of their layout; `reason`: in a word."""
-
-    def __init__(self, detail: str, reason: str = "out of range"):
-        super().__init__(detail)
-        self.reason = reason
+PIXELS_PER_METRE = 110
+# world axes that point right and up, and the sign that makes the third one grow towards the eye
+VIEWS = {"side": (0, 2, -1), "above": (0, 1, 1)}
+SKY, FLOOR, TICK, OUTLINE = (196, 214, 232), (120, 124, 118), (90, 94, 90), (40, 40, 48)
+PLANE, HEIGHT_FIELD, SPHERE, CAPSULE, ELLIPSOID, CYLINDER, BOX, MESH = range(8)
+HIDDEN_GROUP = 3  # MuJoCo's viewer hides groups 3 and up too
 
 
-@dataclass(frozen=True)
-class PictureLayout:
-    """How an array of one timestep becomes a picture. `stored`: its shape in the log, possibly flattened; `shape`:
-    (height, width, channels); `channels_first`: it is (C, H, W), flattened or not; `unit`: floats in [0, 1]."""
+def draw(
+    model: Any, data: Any, view: Literal["side", "above"] = "side", size: tuple[int, int] = (300, 400)
+) -> np.ndarray:
+    """Picture of mjModel `model` in the state of mjData `data`, uint8 (*size, 3). 'side' looks along +y and follows
+    the first body; 'above' looks down and fits the whole scene."""
+    height, width = size
+    right, up, depth_sign = VIEWS[view]
+    depth = 3 - right - up
+    shapes = _shapes(model, data, "geom")
+    if view == "above":
+        # point mazes show body and goal as sites
+        shapes += _shapes(model, data, "site")
+    if not shapes:
+        return np.full((height, width, 3), SKY, np.uint8)
+    if view == "side":
+        centre, scale = np.array([data.xpos[min(1, model.nbody - 1), right], 0.9]), float(PIXELS_PER_METRE)
+    else:
+        everything = np.concatenate([points[:, [right, up]] for points, _ in shapes])
+        low, high = everything.min(0), everything.max(0)
+        centre, scale = (low + high) / 2, 0.95 * float(np.min(np.array([width, height]) / (high - low + 1e-6)))
 
-    stored: tuple[int, ...]
-    shape: tuple[int, int, int]
-    channels_first: bool = False
-    unit: bool = False
+    def pixels(points: np.ndarray) -> list[tuple[float, float]]:
+        offset = (points - centre) * scale
+        return [(width / 2 + float(x), height / 2 - float(y)) for x, y in offset]
 
-    def pixels(self, values: np.ndarray) -> np.ndarray:
-        """(T, *stored) of any real dtype to (T, H, W, C) uint8. PictureError for values beyond [0, 255], or [0, 1]
-        where `unit`, for NaN, and for fractions where not."""
-        if values.dtype != np.uint8:
-            values = _as_uint8(values, self.unit)
-        height, width, channels = self.shape
-        if self.channels_first:
-            return np.ascontiguousarray(values.reshape(-1, channels, height, width).transpose(0, 2, 3, 1))
-        return values.reshape(-1, height, width, channels)
-
-
-def picture_layout(shape: tuple[int, ...], dtype: Any, low: Any = None, high: Any = None) -> PictureLayout | None:
-    """The layout of an array of one timestep that is certainly a picture, else None.
-
-    uint8 (H, W, C) and (C, H, W) of at most 32 channels and grey (H, W) from 32 x 32; floats of 1, 3 or 4 channels
-    from 16 x 16 whose bounds `low` and `high` (numbers or arrays) are exactly 0 and 1, or 0 and 255.
-    """
-    kind, shape = np.dtype(dtype), tuple(shape)
-    if kind != np.uint8 and kind.kind != "f":
-        return None
-    unit = False
-    if kind.kind == "f":
-        if low is None or high is None or np.any(np.asarray(low) != 0):
-            return None
-        tops = np.unique(np.asarray(high, np.float64))
-        if len(tops) != 1 or tops[0] not in (1.0, 255.0):
-            return None
-        unit = bool(tops[0] == 1.0)
-    smallest = SMALLEST_FLAT if kind.kind == "f" else SMALLEST_PICTURE
-    if len(shape) == 2 and min(shape) >= 2 * SMALLEST_FLAT:
-        return PictureLayout(shape, (*shape, 1), unit=unit)
-    if len(shape) != 3 or min(shape) < 1:
-        return None
-    # the channel axis is the last one, unless only the first one can be, or only that leaves a square
-    C, H, W = shape
-    last = min(shape[:2]) >= smallest and shape[2] <= MOST_CHANNELS
-    first = min(shape[1:]) >= smallest and shape[0] <= MOST_CHANNELS
-    if last and first:
-        last = not (H == W and C < H)
-    if not last and not first:
-        return None
-    picture = shape if last else (H, W, C)
-    if kind.kind == "f" and picture[2] not in COLOURS:
-        return None
-    return PictureLayout(shape, picture, not last, unit)
+    image = Image.new("RGB", (width, height), SKY)
+    canvas = ImageDraw.Draw(image)
+    if view == "side":
+        ground = height / 2 + centre[1] * scale
+        canvas.rectangle((0, ground, width, height), fill=FLOOR)
+        reach = width / 2 / scale
+        for tick in np.arange(np.ceil(2 * (centre[0] - reach)), 2 * (centre[0] + reach)):
+            x = width / 2 + (tick / 2 - centre[0]) * scale
+            canvas.line((x, ground, x - 12, height), fill=TICK, width=3 if tick % 2 == 0 else 1)
+    for points, colour in sorted(shapes, key=lambda shape: depth_sign * shape[0][:, depth].mean()):
+        canvas.polygon(pixels(convex_hull(points[:, [right, up]])), fill=colour, outline=OUTLINE)
+    return np.asarray(image)
 
 
-def flattened_shapes(size: int) -> list[tuple[int, int, int]]:
-    """Shapes (H, W, C) of square pictures of `size` values, colour first: what rows of that many bytes may be."""
-    found = []
-    for channels in (3, 1, 4):
-        side = math.isqrt(size // channels)
-        if side >= SMALLEST_FLAT and side * side * channels == size:
-            found.append((side, side, channels))
-    return found
+def convex_hull(points: np.ndarray) -> np.ndarray:
+    """Corners (H, 2) of the convex hull of (N, 2) points, counter-clockwise (Andrew's monotone chain)."""
+    ordered = sorted(map(tuple, points.tolist()))
+
+    def chain(sequence: list[tuple[float, float]]) -> list[tuple[float, float]]:
+        hull: list[tuple[float, float]] = []
+        for p in sequence:
+            while len(hull) > 1:
+                (ax, ay), (bx, by) = hull[-2], hull[-1]
+                if (bx - ax) * (p[1] - ay) - (by - ay) * (p[0] - ax) > 0:
+                    break
+                hull.pop()
+            hull.append(p)
+        return hull[:-1] if len(hull) > 1 else hull
+
+    return np.array(chain(ordered) + chain(ordered[::-1]))
 
 
-def _as_uint8(values: np.ndarray, unit: bool) -> np.ndarray:
-    if not values.size:
-        return values.astype(np.uint8)
-    low, high = float(values.min()), float(values.max())
-    if not math.isfinite(low) or not math.isfinite(high):
-        raise PictureError("a picture holds NaN or infinity", "not finite")
-    most = 1.0 if unit else 255.0
-    if low < -SLACK or high > most + SLACK:
-        raise PictureError(f"pixels span [{low:g}, {high:g}], expected [0, {most:g}]; record pictures as uint8")
-    if unit:
-        return np.rint(np.clip(values, 0, 1) * np.float32(255)).astype(np.uint8)
-    whole = np.rint(values)
-    if np.abs(whole - values).max() > SLACK:
-        raise PictureError("pixels in [0, 255] have fractions; record pictures as uint8", "wrong dtype")
-    return whole.astype(np.uint8)
+def _shapes(model: Any, data: Any, what: Literal["geom", "site"]) -> list[tuple[np.ndarray, tuple[int, int, int]]]:
+    """Surface points (N, 3) in the world and colour of every visible geom or site."""
+    kinds, sizes, groups = (getattr(model, f"{what}_{name}") for name in ("type", "size", "group"))
+    positions, rotations = getattr(data, f"{what}_xpos"), getattr(data, f"{what}_xmat")
+    shapes = []
+    for n, kind in enumerate(kinds):
+        material = getattr(model, f"{what}_matid")[n]
+        rgba = model.mat_rgba[material] if material >= 0 else getattr(model, f"{what}_rgba")[n]
+        if kind in (PLANE, HEIGHT_FIELD) or rgba[3] == 0 or groups[n] >= HIDDEN_GROUP:
+            continue
+        if kind == MESH:
+            mesh = model.geom_dataid[n]
+            start, count = model.mesh_vertadr[mesh], model.mesh_vertnum[mesh]
+            points = model.mesh_vert[start : start + count].astype(np.float64)
+        else:
+            points = _surface(kind, sizes[n])
+        red, green, blue = (int(255 * value) for value in np.clip(rgba[:3], 0, 1))
+        shapes.append((points @ rotations[n].reshape(3, 3).T + positions[n], (red, green, blue)))
+    return shapes
+
+
+def _surface(kind: int, size: np.ndarray) -> np.ndarray:
+    """Points (N, 3) on a primitive's surface in its own frame."""
+    if kind == BOX:
+        return _CORNERS * size
+    if kind == CYLINDER:
+        return np.concatenate([_RIM * [size[0], size[0], 0] + [0, 0, z] for z in (-size[1], size[1])])
+    if kind == CAPSULE:
+        return np.concatenate([_BALL * size[0] + [0, 0, z] for z in (-size[1], size[1])])
+    return _BALL * (size if kind == ELLIPSOID else size[0])
+
+
+def _ball(rings: int = 9, around: int = 16) -> np.ndarray:
+    latitude, longitude = np.meshgrid(
+        np.linspace(-np.pi / 2, np.pi / 2, rings), np.linspace(0, 2 * np.pi, around, endpoint=False)
+    )
+    return np.stack(
+        [np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)], -1
+    ).reshape(-1, 3)
+
+
+_BALL = _ball()
+_RIM = np.stack([np.cos(a := np.linspace(0, 2 * np.pi, 24, endpoint=False)), np.sin(a), np.zeros(24)], -1)
+_CORNERS = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], float)

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from schemas.episode import EpisodeError
-from simulators.pictures import PictureError, PictureLayout, flattened_shapes, picture_layout
+from simulators.picture_layout import PictureError, PictureLayout, flattened_shapes, picture_layout
 
 __all__ = ["PictureLayout", "as_pictures", "decode", "flattened_shapes", "picture_layout", "size_of"]
 

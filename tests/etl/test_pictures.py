@@ -1,5 +1,6 @@
 """Pictures in logs: axes, floats, coded bytes, and what is refused."""
 
+import contextlib
 import io
 
 import numpy as np
@@ -107,10 +108,8 @@ def test_damaged_bytes_are_a_reason():
     for n in range(0, len(good), 7):
         flipped = bytearray(good)
         flipped[n] ^= 0x55
-        try:
+        with contextlib.suppress(EpisodeError):
             decode(bytes(flipped), "wrist")
-        except EpisodeError:
-            pass
     deep = io.BytesIO()
     Image.fromarray(np.zeros((8, 8), np.uint16)).save(deep, "PNG")
     with pytest.raises(EpisodeError, match="mode I;16"):
