@@ -49,13 +49,15 @@ class SourceError(ValueError):
 
 class EpisodeRef(NamedTuple):
     """Rows [start, stop) of `file` (a full path), the `position`-th episode in it (of a text document: its place in
-    bytes). `total`: its raw return, None where its log has no rewards or they cannot be read."""
+    bytes). `total`: its raw return, None where its log has no rewards or they cannot be read. `held_out`: what the log
+    itself says of it; None leaves it to a hash."""
 
     file: str
     position: int
     start: int
     stop: int
     total: float | None = None
+    held_out: bool | None = None
 
     @property
     def timesteps(self) -> int:

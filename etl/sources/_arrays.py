@@ -37,7 +37,6 @@ from etl.sources import (
 from etl.sources._hdf5 import AGAIN, DAMAGE
 from schemas.episode import EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, TaskSpec
 from schemas.ranges import require
-from simulators.pictures import PictureLayout, picture_layout
 
 KEYS = "?keys:"  # in a ref's file, before the names that the user gave
 EPISODE_BYTES = 2**32  # of one array, unpacked
@@ -55,6 +54,25 @@ class Column(Protocol):
     def dtype(self) -> np.dtype: ...
 
     def __getitem__(self, rows: slice, /) -> np.ndarray: ...
+
+
+class Part:
+    """Rows [start, stop) of a column."""
+
+    def __init__(self, column: Column, start: int, stop: int):
+        self.column, self.start, self.stop = column, start, max(start, min(stop, column.shape[0]))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stop - self.start, *self.column.shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.column.dtype
+
+    def __getitem__(self, rows: slice, /) -> np.ndarray:
+        start, stop, _ = rows.indices(self.stop - self.start)
+        return self.column[self.start + start : self.start + stop]
 
 
 @dataclass(frozen=True)
@@ -284,9 +302,11 @@ def _values(spec: FieldSpec, stored: StoredEpisode, T: int) -> np.ndarray:
     return integers(values, spec.key) if spec.kind == "discrete" else float32(values, spec.key)
 
 
-def layout_of_picture(stored: tuple[int, ...], dtype: np.dtype, shape: tuple[int, ...]) -> PictureLayout | None:
+def layout_of_picture(
+    stored: tuple[int, ...], dtype: np.dtype, shape: tuple[int, ...]
+) -> _pictures.PictureLayout | None:
     """The layout of an array that is a picture of `shape`; None where it cannot be one."""
-    layout = picture_layout(stored, dtype, 0, 255)
+    layout = _pictures.picture_layout(stored, dtype, 0, 255)
     return layout if layout is not None and layout.shape == shape else None
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from etl.sources import _hdf5, _pictures
 from etl.sources._arrays import Log
-from etl.sources._hdf5 import AGAIN
+from etl.sources._hdf5 import AGAIN, VALUES
 from schemas.episode import EpisodeError
 
 TEXT_BYTES = 4096  # of one timestep
@@ -31,43 +31,30 @@ ATTRIBUTE_BYTES = 2**24
 class HDF5Column:
     """An array of numbers."""
 
-    def __init__(self, node: h5py.Dataset, start: int = 0, stop: int | None = None):
-        self.node, self.start = node, start
-        self.stop = len(node) if stop is None else stop
+    def __init__(self, node: h5py.Dataset):
+        self.node = node
+        self.shape: tuple[int, ...] = node.shape
+        self.dtype: np.dtype = node.dtype
         self.rows: _hdf5.Rows | None = None
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stop - self.start, *self.node.shape[1:]
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.node.dtype
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        start, stop, _ = rows.indices(self.stop - self.start)
+    def __getitem__(self, rows: slice, /) -> np.ndarray:
         self.rows = self.rows or _hdf5.Rows(self.node)
-        return self.rows[self.start + start : self.start + stop]
-
-    def part(self, start: int, stop: int) -> HDF5Column:
-        """Rows [start, stop), read through the same band."""
-        self.rows = self.rows or _hdf5.Rows(self.node)
-        part = HDF5Column(self.node, self.start + start, self.start + stop)
-        part.rows = self.rows
-        return part
+        return self.rows[rows]
 
 
 class Strings(HDF5Column):
     """An array of one string per row."""
 
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(object)
+    def __init__(self, node: h5py.Dataset):
+        super().__init__(node)
+        self.dtype = np.dtype(object)
 
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        start, stop, _ = rows.indices(self.stop - self.start)
-        lines = [_text(line) for line in _hdf5.values(self.node, self.start + stop)]
-        return np.array(lines[self.start + start :], np.str_)
+    def __getitem__(self, rows: slice, /) -> np.ndarray:
+        start, stop, _ = rows.indices(len(self.node))
+        lines = [
+            _text(line) for first in range(start, stop, VALUES) for line in self.node[first : min(first + VALUES, stop)]
+        ]
+        return np.array(lines, np.str_)
 
 
 class CodedPictures(HDF5Column):
@@ -76,17 +63,10 @@ class CodedPictures(HDF5Column):
     def __init__(self, node: h5py.Dataset, picture: tuple[int, int, int], name: str):
         super().__init__(node)
         self.picture, self.name = picture, name
+        self.shape, self.dtype = (len(node), *picture), np.dtype(np.uint8)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stop - self.start, *self.picture
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(np.uint8)
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        start, stop, _ = rows.indices(self.stop - self.start)
+    def __getitem__(self, rows: slice, /) -> np.ndarray:
+        start, stop, _ = rows.indices(len(self.node))
         out = np.empty((stop - start, *self.picture), np.uint8)
         for n, code in enumerate(_codes(self.node, start, stop)):
             out[n] = _pictures.decode(code, self.name, self.picture)
@@ -200,8 +180,8 @@ def _codes(node: h5py.Dataset, start: int, stop: int) -> Iterator[bytes]:
     if node.ndim == 2:
         yield from (row.tobytes() for row in _hdf5.Rows(node)[start:stop])
     else:
-        for first in range(start, stop, _hdf5.VALUES):
-            yield from (bytes(np.asarray(c, np.uint8)) for c in node[first : min(first + _hdf5.VALUES, stop)])
+        for first in range(start, stop, VALUES):
+            yield from (bytes(np.asarray(c, np.uint8)) for c in node[first : min(first + VALUES, stop)])
 
 
 def _text(line: Any) -> str:

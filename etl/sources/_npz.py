@@ -29,32 +29,22 @@ DAMAGE += (zipfile.BadZipFile, NotImplementedError, RuntimeError, MemoryError, A
 class NpzColumn:
     """One array of the file."""
 
-    def __init__(self, archive: zipfile.ZipFile, member: str, start: int = 0, stop: int | None = None):
-        self.archive, self.member, self.start = archive, member, start
+    def __init__(self, archive: zipfile.ZipFile, member: str):
+        self.archive, self.member = archive, member
         self.name = member.removesuffix(".npy")
         self.stream: IO[bytes] | None = None
         with archive.open(member) as stream:
-            whole, self._dtype = _header(stream, self.name)
+            self.shape, self.dtype = _header(stream, self.name)
             self.data = stream.tell()
-        self.whole = whole
-        self.stop = (whole[0] if whole else 0) if stop is None else stop
-        self.row = math.prod(whole[1:]) * self._dtype.itemsize
-        if archive.getinfo(member).file_size < self.data + math.prod(whole) * self._dtype.itemsize:
-            raise EpisodeError("wrong length", f"'{self.name}' has fewer bytes than its shape {whole}; {AGAIN}")
+        self.row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        if archive.getinfo(member).file_size < self.data + math.prod(self.shape) * self.dtype.itemsize:
+            raise EpisodeError("wrong length", f"'{self.name}' has fewer bytes than its shape {self.shape}; {AGAIN}")
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.stop - self.start, *self.whole[1:]) if self.whole else ()
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self._dtype
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        start, stop, _ = rows.indices(self.stop - self.start)
+    def __getitem__(self, rows: slice, /) -> np.ndarray:
+        start, stop, _ = rows.indices(self.shape[0])
         count = max(0, stop - start)
-        data = self._bytes((self.start + start) * self.row, count * self.row)
-        return np.frombuffer(data, self._dtype).reshape(count, *self.whole[1:])
+        data = self._bytes(start * self.row, count * self.row)
+        return np.frombuffer(data, self.dtype).reshape(count, *self.shape[1:])
 
     def _bytes(self, at: int, count: int) -> bytes:
         """Bytes [at, at + count) of the array."""
@@ -71,7 +61,7 @@ class NpzColumn:
             why = " ".join(str(error).split())[:200]
             raise EpisodeError("corrupt npz", f"'{self.name}': {why}; {AGAIN}") from error
         if len(data) < count:
-            raise EpisodeError("truncated npz", f"'{self.name}' ends before its shape {self.whole} does; {AGAIN}")
+            raise EpisodeError("truncated npz", f"'{self.name}' ends before its shape {self.shape} does; {AGAIN}")
         return data
 
 

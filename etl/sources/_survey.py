@@ -36,7 +36,6 @@ from etl.sources._hdf5 import AGAIN
 from schemas.episode import ActionSpec, EnvironmentSpec, EpisodeError, FieldSpec, TaskSpec
 from schemas.layout import layout_of
 from simulators import spaces as rules
-from simulators.pictures import picture_layout
 from simulators.registry import environment as environment_of_id
 from simulators.registry import suite_of_id
 from simulators.spaces import CHOICES, SpaceError
@@ -117,7 +116,9 @@ class Survey:
             except EpisodeError as error:
                 self.rejected.append(rejection(self.name, label, position, row, error))
                 continue
-            self.refs.append(EpisodeRef(place, position, row, row + stored.timesteps, total))
+            self.refs.append(
+                EpisodeRef(place, position, row, row + stored.timesteps, total, log.held_out.get(position))
+            )
 
     def _episode(self, stored: StoredEpisode) -> float | None:
         """Takes an episode's part in ranges; its return."""
@@ -166,7 +167,7 @@ class Survey:
         if math.prod(shape) == 0 or dtype.kind not in "fiub":
             raise EpisodeError("wrong dtype", f"'{key}' is {dtype} {shape} a timestep; name others by "
                                "--observation-keys")  # fmt: skip
-        picture = picture_layout(shape, dtype, 0, 255)
+        picture = _pictures.picture_layout(shape, dtype, 0, 255)
         if picture is not None and dtype.kind == "f":  # of floats, only values can tell
             try:
                 _pictures.as_pictures(rows_of(column, key, min(T, 64)), key)

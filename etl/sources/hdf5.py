@@ -24,14 +24,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-import h5py
 import numpy as np
 
 from etl.sources import _hdf5
-from etl.sources._arrays import KEYS, ArrayOptions, ArraySource, Column, Log, StoredEpisode, path_of
+from etl.sources._arrays import KEYS, ArrayOptions, ArraySource, Column, Log, Part, StoredEpisode, path_of
 from etl.sources._hdf5 import AGAIN
-from etl.sources._hdf5_log import HDF5Column, columns
-from etl.sources._npz import Npz, NpzColumn
+from etl.sources._hdf5_log import columns
+from etl.sources._npz import Npz
 from etl.sources._recognition import LAYOUT, Recognition, below, files_below, first_with, hdf5_keys
 from schemas.episode import EpisodeError
 
@@ -137,9 +136,9 @@ class _FileLog(Log):
         shift = int(self.previous)
         T = stop - start - max(shift, self.final_row)
         ended, cut = self._ends(stop)
-        observation = {key: _part(column, start, stop) for key, column in self.observation.items()}
-        action = _part(self.action, start + shift, stop)
-        reward = None if self.reward is None else _part(self.reward, start + shift, stop)
+        observation = {key: Part(column, start, stop) for key, column in self.observation.items()}
+        action = Part(self.action, start + shift, stop)
+        reward = None if self.reward is None else Part(self.reward, start + shift, stop)
         return StoredEpisode(T, observation, action, reward, ended, cut and not ended, start)
 
     def close(self) -> None:
@@ -159,14 +158,16 @@ class _FileLog(Log):
         self.observation = self._observation(rows)
         first, step_type = (self._flags(key, rows) for key in ("is_first", "step_type"))
         how = given.get("action_row", "auto")
-        marked = first is not None or step_type is not None
-        self.previous = how == "previous" or (how == "auto" and marked)
+        begins = first if step_type is None else step_type == 0
+        self.previous = how == "previous" or (how == "auto" and begins is not None)
         terminal, timeout = self._flags(self.terminal, rows), self._flags(self._named("", None, TIMEOUT), rows)
-        starts = np.flatnonzero(step_type == 0 if step_type is not None else first) if marked else None
-        if starts is None:
-            ends = np.zeros(rows, bool) if terminal is None else terminal.astype(bool)
-            ends = ends if timeout is None else ends | timeout.astype(bool)
+        if begins is None:
+            ends = np.zeros(rows, bool)
+            for flags in (terminal, timeout):
+                ends |= False if flags is None else flags.astype(bool)
             starts = np.flatnonzero(ends) + 1
+        else:
+            starts = np.flatnonzero(begins)
         inner = [int(row) for row in starts if 0 < row < rows]
         self.bounds = list(pairwise([0, *inner, rows]))
         self.final_row = int(not self.previous and self.reward is None and terminal is not None and bool(inner))
@@ -186,15 +187,10 @@ class _FileLog(Log):
         """Arrays below the first of ROOTS, by their path below it; else all others of as many rows."""
         for root in ROOTS:
             if root in self.arrays:
-                return {root.removesuffix("s"): self.arrays[root]} | self._others(rows, bound=False)
+                return {"observation": self.arrays[root]}
             inside = {k.removeprefix(f"{root}/"): v for k, v in self.arrays.items() if k.startswith(f"{root}/")}
             if inside:
                 return inside
-        return self._others(rows, bound=True)
-
-    def _others(self, rows: int, bound: bool) -> dict[str, Column]:
-        if not bound:
-            return {}
         used = {id(one) for one in (self.action, self.reward, self.terminal)}
         return {
             key: column
@@ -228,32 +224,6 @@ class _FileLog(Log):
         return ", ".join(list(self.arrays)[:8]) or "none"
 
 
-def _part(column: Any, start: int, stop: int) -> Column:
-    if isinstance(column, NpzColumn):
-        return _Rows(column, start, min(stop, column.shape[0]))
-    assert isinstance(column, HDF5Column)
-    return column if (start, stop) == (0, column.shape[0]) else _Rows(column, start, min(stop, column.shape[0]))
-
-
-class _Rows:
-    """Rows [start, stop) of a column, read through it."""
-
-    def __init__(self, column: Any, start: int, stop: int):
-        self.column, self.start, self.stop = column, start, max(start, stop)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stop - self.start, *self.column.shape[1:]
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.column.dtype
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        start, stop, _ = rows.indices(self.stop - self.start)
-        return self.column[self.start + start : self.start + stop]
-
-
 def _npz_keys(path: Path) -> list[str]:
     try:
         file = Npz(path)
@@ -261,6 +231,3 @@ def _npz_keys(path: Path) -> list[str]:
         return []
     file.close()
     return list(file.columns)
-
-
-__all__ = ["HDF5", "SOURCE", "Options", "h5py"]
