@@ -122,13 +122,13 @@ class Log:
     held_out: Mapping[int, bool] = {}  # position -> whether the log itself holds the episode out
     warnings: tuple[str, ...] = ()
 
-    @abstractmethod
     def positions(self) -> Iterable[int]:
-        """The positions of its episodes, ascending."""
+        """The positions of its episodes, ascending. A format that is read as a stream overrides scan and read."""
+        return ()
 
-    @abstractmethod
     def episode(self, position: int) -> StoredEpisode:
         """The episode at a position."""
+        raise NotImplementedError
 
     def scan(self) -> Iterator[tuple[int, StoredEpisode | EpisodeError]]:
         """Every episode, or why it cannot be used; arrays that `scan` has no need of may be without rows."""
