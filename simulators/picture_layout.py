@@ -41,6 +41,11 @@ class PictureLayout:
     channels_first: bool = False
     unit: bool = False
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the array is the picture already: bytes (H, W, C)."""
+        return self.stored == self.shape and not self.channels_first and not self.unit
+
     def pixels(self, values: np.ndarray) -> np.ndarray:
         """(T, *stored) of any real dtype to (T, H, W, C) uint8. PictureError for values beyond [0, 255], or [0, 1]
         where `unit`, for NaN, and for fractions where not."""

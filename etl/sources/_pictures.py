@@ -17,10 +17,11 @@ import warnings
 import numpy as np
 from PIL import Image
 
-from schemas.episode import EpisodeError
+from schemas.episode import EpisodeError, FieldSpec
+from schemas.layout import PATCH_SIZE
 from simulators.picture_layout import PictureError, PictureLayout, flattened_shapes, picture_layout
 
-__all__ = ["PictureLayout", "as_pictures", "decode", "flattened_shapes", "picture_layout", "size_of"]
+__all__ = ["PictureLayout", "as_pictures", "decode", "flattened_shapes", "image_field", "picture_layout", "size_of"]
 
 FORMATS = ("PNG", "JPEG")
 MOST_PIXELS = 2**24
@@ -53,6 +54,12 @@ def size_of(data: bytes, where: str) -> tuple[int, int, int]:
     """(H, W, C) that `decode` would give, from the header alone."""
     with _opened(data, where) as image:
         return image.height, image.width, len(Image.new(MODES.get(image.mode, image.mode), (1, 1)).getbands())
+
+
+def image_field(key: str, shape: tuple[int, int, int], stack: int = 1) -> FieldSpec:
+    """The field of pictures of that shape, resized to the nearest multiples of a patch's 16 pixels."""
+    height, width = (max(1, (side + PATCH_SIZE // 2) // PATCH_SIZE) * PATCH_SIZE for side in shape[:2])
+    return FieldSpec(key, "image", shape, resized=(height, width), stack=stack)
 
 
 def as_pictures(values: np.ndarray, where: str, layout: PictureLayout | None = None) -> np.ndarray:

@@ -30,9 +30,9 @@ from gymnasium import spaces
 
 import simulators
 from etl.sources import (
+    ActionOptions,
     EpisodeRef,
     Known,
-    LogOptions,
     LogWriter,
     Recognition,
     Rejection,
@@ -44,6 +44,8 @@ from etl.sources import (
     by_task,
     environment_warnings,
 )
+from etl.sources._pictures import as_pictures
+from etl.sources._ranges import action_spec
 from etl.sources.minari import disk
 from etl.sources.minari.disk import AGAIN, DATA, METADATA, TIMESTEP_VALUES, Leaf, damage
 from etl.sources.minari.download import DEFAULT, address, d4rl_environments, download
@@ -54,14 +56,16 @@ from schemas.ranges import require
 from simulators import spaces as rules
 from simulators.registry import environment as environment_of_id
 from simulators.registry import suite_of_id
+from simulators.spaces import SpaceError
 
+FLAGS_SAMPLED = 64  # episodes whose flags are looked at by `scan`
 MISSING_LISTED = 10_000  # groups that the metadata counts and the file lacks: beyond, one line for all
 PASSIVE_WRAPPERS = {"OrderEnforcing", "PassiveEnvChecker", "RecordEpisodeStatistics", "RecordVideo", "TimeLimit"}
 _EPISODE = re.compile(r"episode_(0|[1-9]\d{0,8})")
 
 
 @dataclass(frozen=True)
-class Options(LogOptions):
+class Options(ActionOptions):
     """What the command line says about Minari datasets."""
 
     text_tokens: int = 16
@@ -146,15 +150,26 @@ class Minari:
         if spec.kind == "text":
             return stored
         if spec.kind == "image":
-            return stored.reshape(len(stored), *spec.shape)
+            return as_pictures(stored, spec.key, rules.picture_of(space))
         return disk.float32(stored) if spec.kind == "continuous" else disk.integers(spec.key, space, stored)
 
-    def action(self, space: spaces.Space) -> ActionSpec:
-        """The action space. SpaceError where it has no bounds or holds more than one array."""
+    def action(
+        self, space: spaces.Space, options: Options, pieces: Iterable[np.ndarray]
+    ) -> tuple[ActionSpec, tuple[str, ...]]:
+        """The action space, and warnings; `pieces`: all real-valued actions, where it does not say their range.
+        SpaceError where it holds more than one array."""
         size = math.prod(rules.shape_of(space))
         if size > TIMESTEP_VALUES:
             raise EpisodeError("unsupported space", f"an action has {size} values; up to {TIMESTEP_VALUES} can be read")
-        return rules.action(space)
+        try:
+            declared = rules.action(space)
+        except SpaceError as error:
+            if error.reason != "unbounded action":
+                raise
+            declared = None
+        return (
+            action_spec(size, options, declared, pieces) if rules.is_real(space) and size else (rules.action(space), ())
+        )
 
     def environment(self, about: dict[str, Any], options: Options) -> tuple[EnvironmentSpec | None, int | None]:
         """Where to evaluate, and its time limit: the command line's, else the metadata's eval_env_spec, else its
@@ -180,20 +195,23 @@ class Minari:
                 raise wrong
             fields = self._fields(about, options)
             with damage("corrupt metadata"):
-                action = self.action(disk.space_of(about, "action_space"))
+                moved = disk.space_of(about, "action_space")
+                environment, limit = self.environment(about, options)
             with damage(), _hdf5.opened(path) as file:
                 refs, rejected = _scan_episodes(file, name, path, about.get("total_episodes"))
+                action, warnings = self.action(moved, options, _all_actions(file, moved, refs))
+                warnings += _odd_flags(file, refs, options.max_episode_steps or limit)
             with damage("corrupt metadata"):
-                environment, limit = self.environment(about, options)
                 score = _score(about, environment)
-            limit = limit or options.max_episode_steps or max((ref.timesteps for ref in refs), default=1)
+            limit = options.max_episode_steps or limit or max((ref.timesteps for ref in refs), default=1)
             task = TaskSpec(name, self.name, fields, action, environment, score, limit)
             with damage("unsupported space"):
                 layout_of(task)
         except EpisodeError as error:
             return TaskScan(None, (), (_rejection(name, path, -1, 0, error),))
-        warnings = tuple(f"{name}: {line}" for line in environment_warnings(environment))
-        return TaskScan(task, tuple(refs), tuple(rejected), warnings=warnings)
+        lines = (tuple(f"{name}: {line}" for line in own) for own in (warnings, environment_warnings(environment)))
+        warnings, notes = lines
+        return TaskScan(task, tuple(refs), tuple(rejected), warnings=warnings, notes=notes)
 
     def _fields(self, about: dict[str, Any], options: Options) -> tuple[FieldSpec, ...]:
         with damage("corrupt metadata"):
@@ -296,6 +314,41 @@ def _scan_episodes(file: h5py.File, name: str, path: Path, counted: Any) -> tupl
         refs.append(EpisodeRef(str(path), number, row, row + len(values), total if math.isfinite(total) else None))
         row += len(values)
     return refs, rejected
+
+
+def _all_actions(file: h5py.File, space: spaces.Space, refs: list[EpisodeRef]) -> Iterator[np.ndarray]:
+    """Actions (T, ...) of all episodes but damaged ones, which become rejections when they are read."""
+    for ref in refs:
+        try:
+            with damage():
+                group, T = disk.episode_group(file, ref.position), ref.timesteps
+                stored = disk.rows_of(group, ("actions",), space, T, T, math.prod(rules.shape_of(space)))
+        except EpisodeError:
+            continue
+        yield stored.reshape(T, -1)
+
+
+def _odd_flags(file: h5py.File, refs: list[EpisodeRef], limit: int | None) -> tuple[str, ...]:
+    """Warnings of episodes beyond the limit, and of ends inside an episode, by a sample of the episodes."""
+    warnings: tuple[str, ...] = ()
+    long = [ref.timesteps for ref in refs if limit and ref.timesteps > limit]
+    if long:
+        line = f"{len(long)} of {len(refs)} episodes are longer than the limit of {limit:,} (up to {max(long):,} rows)"
+        warnings += (f"{line}: they may be several, or give --max-episode-steps {max(long)}",)
+    inside = 0
+    sample = refs[:: max(1, len(refs) // FLAGS_SAMPLED)]
+    for ref in sample:
+        try:
+            with damage():
+                group = disk.episode_group(file, ref.position)
+                flags = [disk.column(group, key, ref.timesteps)[:-1] for key in ("terminations", "truncations")]
+        except EpisodeError:
+            continue
+        inside += any(values.any() for values in flags)
+    if inside:
+        line = f"{inside} of {len(sample)} episodes looked at have terminations or truncations before their last row"
+        warnings += (f"{line}: they are read to their last row; cut them there if they end there",)
+    return warnings
 
 
 def _id(spec: dict[str, Any]) -> str:

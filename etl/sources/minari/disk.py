@@ -187,15 +187,16 @@ def rows_of(group: h5py.Group, path: tuple[str, ...], space: spaces.Space, T: in
     node, name, shape, picture = _node(group, path), "/".join(path), shape_of(space), is_picture(space)
     if node.shape[0] != rows:
         raise EpisodeError("wrong length", f"'{name}' has {node.shape[0]} rows, expected {rows}; {AGAIN}")
-    if T * max(math.prod(shape) * (1 if picture else 8), width) > EPISODE_BYTES:
+    coded = picture and not is_float(space)
+    if T * max(math.prod(shape) * (1 if coded else 8), width) > EPISODE_BYTES:
         raise EpisodeError("too large", f"'{name}' has {T} rows of {shape}; record shorter episodes")
     if isinstance(space, spaces.Text):
         return _strings(node, name, T)
-    if picture and node.ndim == 1 and h5py.check_vlen_dtype(node.dtype) == np.uint8:
+    if coded and node.ndim == 1 and h5py.check_vlen_dtype(node.dtype) == np.uint8:
         return np.stack([_jpeg(code.tobytes(), shape, name) for code in _hdf5.values(node, T)])
-    if picture and node.ndim == 2 and node.dtype == np.uint8:
+    if coded and node.ndim == 2 and shape != node.shape[1:] and node.dtype == np.uint8:
         return np.stack([_jpeg(code.tobytes(), shape, name) for code in _hdf5.Rows(node)[:T]])
-    if node.dtype.kind not in ("f" if is_float(space) else "iub") or (picture and node.dtype != np.uint8):
+    if node.dtype.kind not in ("f" if is_float(space) else "iub") or (coded and node.dtype != np.uint8):
         raise EpisodeError("wrong dtype", f"'{name}' is {node.dtype}, its space {space.dtype}")
     if node.shape[1:] != shape and math.prod(shape) * math.prod(node.shape[1:]) != 1:
         raise EpisodeError("wrong shape", f"'{name}' is {node.shape}, expected {(rows, *shape)}")
