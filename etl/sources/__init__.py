@@ -248,13 +248,16 @@ def recognise(input: Path) -> tuple[Source, str]:
 
 
 def of_dataset(dataset: str | None, cache: Path) -> str:
-    """The name of the source that knows a dataset by that name; d4rl where nothing is asked for or none knows it.
-    SourceError where several do."""
+    """The name of the source that knows a dataset by that name; d4rl where nothing is asked for. SourceError where
+    several do, or none knows a name with a slash, which d4rl's have not."""
     if dataset is None:
         return DEFAULT
     found = [name for name in names() if dataset in {one.id for one in load(name).known(cache)}]
     if len(found) > 1:
         raise SourceError(f"dataset '{dataset}' is known to sources {' and '.join(found)}; give --source")
+    if not found and "/" in dataset:
+        remedy = "give --source, such as --source lerobot for a repository of the Hugging Face hub"
+        raise SourceError(f"no source lists dataset '{dataset}'; {remedy}")
     return found[0] if found else DEFAULT
 
 
