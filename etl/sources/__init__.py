@@ -59,8 +59,8 @@ class EpisodeRef(NamedTuple):
     start: int
     stop: int
     total: float | None = None
-    held_out: bool | None = None
     end: str = ""
+    held_out: bool | None = None
 
     @property
     def timesteps(self) -> int:

@@ -24,9 +24,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from etl.sources import (
+    ActionOptions,
     EpisodeRef,
     Known,
-    LogOptions,
     Rejection,
     SourceError,
     TaskScan,
@@ -93,13 +93,9 @@ class StoredEpisode:
 
 
 @dataclass(frozen=True)
-class ArrayOptions(LogOptions):
+class ArrayOptions(ActionOptions):
     """What the command line says about logs of named arrays."""
 
-    action_low: tuple[float, ...] = ()
-    """Lowest value of an action, one for all dimensions or one each; of the environment or the log where not given."""
-    action_high: tuple[float, ...] = ()
-    """Highest value of an action."""
     observation_keys: tuple[str, ...] = ()
     """Arrays of the observation to use; all of them where not given."""
     text_tokens: int = 16
@@ -108,10 +104,6 @@ class ArrayOptions(LogOptions):
     def check(self) -> None:
         super().check()
         require("text-tokens", self.text_tokens, 1, 2**15)
-        low, high = self.action_low, self.action_high
-        if len(low) != len(high) or any(a >= b for a, b in zip(low, high)):
-            raise ValueError(f"--action-low {low} and --action-high {high}: give as many of both, each low below its "
-                             "high")  # fmt: skip
 
 
 class Log:
@@ -120,7 +112,8 @@ class Log:
     environment: EnvironmentSpec | None = None
     max_episode_steps: int | None = None
     held_out: Mapping[int, bool] = {}  # position -> whether the log itself holds the episode out
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # of what may be read wrongly
+    notes: tuple[str, ...] = ()
 
     def positions(self) -> Iterable[int]:
         """The positions of its episodes, ascending. A format that is read as a stream overrides scan and read."""

@@ -3,8 +3,7 @@
 files of a task -> Survey.add: refs and rejections, ranges of actions and integers -> Survey.finish: TaskScan
 
 Fields are those of the first usable episode. Integers become discrete where their values fit the vocabulary.
-Bounds of continuous actions: option, else the environment's, else [-1, 1] where the log stays in it, else what the log
-spans in each dimension, with a warning.
+The range of continuous actions is etl/sources/_ranges.py's to decide.
 
 Invariant: the result does not depend on the order in which files are named.
 """
@@ -20,7 +19,7 @@ import numpy as np
 from gymnasium import spaces
 
 import simulators
-from etl.sources import EpisodeRef, Rejection, TaskScan, _pictures, environment_warnings
+from etl.sources import EpisodeRef, Rejection, TaskScan, _pictures, _ranges, environment_warnings
 from etl.sources._arrays import (
     TIMESTEP_VALUES,
     ArraySource,
@@ -40,30 +39,42 @@ from simulators.registry import environment as environment_of_id
 from simulators.registry import suite_of_id
 from simulators.spaces import CHOICES, SpaceError
 
-SLACK = 1e-3  # by which rounded actions leave [-1, 1]
+SAID = 0.001  # share of action values beyond [-1, 1] that is worth a word
 
 
 class Range:
-    """Lowest and highest value of each dimension over many rows."""
+    """Values of each dimension over many rows: lowest, highest, how many lie beyond [-1, 1]."""
 
     def __init__(self) -> None:
         self.low = self.high = np.empty(0)
-        self.integer = True
+        self.values = self.beyond = 0
+        self.integer = self.whole = True
 
     def add(self, values: np.ndarray, name: str) -> None:
-        """values: (T, ...) numbers. EpisodeError where the dimensions differ from those before."""
-        flat = values.reshape(len(values), -1)
-        kind = float32(flat, name).dtype  # refuses what is no number
+        """values: (T, ...) numbers. EpisodeError where they are none, or the dimensions differ from those before."""
+        if values.dtype.kind not in "fiub":
+            raise EpisodeError("wrong dtype", f"'{name}' is {values.dtype}, expected numbers; {AGAIN}")
+        flat = values.reshape(len(values), -1).astype(np.float64)
         if len(self.low) not in (0, flat.shape[1]):
             raise EpisodeError("wrong shape", f"'{name}' has {flat.shape[1]} values, {len(self.low)} before; {AGAIN}")
-        self.integer &= flat.dtype.kind in "iub"
-        numbers = flat.astype(np.float64) if kind else flat
-        finite = np.isfinite(numbers)
-        low = np.where(finite, numbers, np.inf).min(axis=0, initial=np.inf)
-        high = np.where(finite, numbers, -np.inf).max(axis=0, initial=-np.inf)
-        first = not len(self.low)
-        self.low = low if first else np.minimum(self.low, low)
-        self.high = high if first else np.maximum(self.high, high)
+        if not len(self.low):
+            self.low, self.high = np.full(flat.shape[1], np.inf), np.full(flat.shape[1], -np.inf)
+        self.integer &= values.dtype.kind in "iub"
+        finite = np.isfinite(flat)
+        if not finite.all():
+            low, high = np.where(finite, flat, np.inf), np.where(finite, flat, -np.inf)
+            flat = flat[finite]
+        else:
+            low = high = flat
+        self.low = np.minimum(self.low, low.min(axis=0, initial=np.inf))
+        self.high = np.maximum(self.high, high.max(axis=0, initial=-np.inf))
+        self.values += flat.size
+        self.beyond += int(np.count_nonzero(np.abs(flat) > _ranges.ROUNDING))
+        self.whole = self.whole and bool((flat == np.rint(flat)).all())
+
+    @property
+    def seen(self) -> _ranges.Seen:
+        return _ranges.Seen(self.low, self.high, self.values, self.beyond, self.whole)
 
 
 class Survey:
@@ -80,6 +91,7 @@ class Survey:
         self.limit: int | None = None
         self.rewarded = False
         self.warnings: dict[str, None] = {}
+        self.notes: dict[str, None] = {}
 
     def add(self, source: ArraySource, path: Path, wrong: EpisodeError | None = None) -> None:
         """Look at every episode of a file; `wrong`: why it must not be opened."""
@@ -104,7 +116,6 @@ class Survey:
     def _add(self, log: Log, place: str, label: str) -> None:
         self.environment = self.environment or log.environment
         self.limit = max(self.limit or 0, log.max_episode_steps or 0) or None
-        self.warnings |= dict.fromkeys(log.warnings)
         for position, stored in log.scan():
             row = 0
             try:
@@ -117,8 +128,10 @@ class Survey:
                 self.rejected.append(rejection(self.name, label, position, row, error))
                 continue
             self.refs.append(
-                EpisodeRef(place, position, row, row + stored.timesteps, total, log.held_out.get(position))
+                EpisodeRef(place, position, row, row + stored.timesteps, total, held_out=log.held_out.get(position))
             )
+        self.warnings |= dict.fromkeys(log.warnings)
+        self.notes |= dict.fromkeys(log.notes)
 
     def _episode(self, stored: StoredEpisode) -> float | None:
         """Takes an episode's part in ranges; its return."""
@@ -205,10 +218,11 @@ class Survey:
                 return TaskScan(None, (), rejected)
             wrong = error if isinstance(error, EpisodeError) else EpisodeError("unsupported space", str(error))
             return TaskScan(None, (), (*rejected, rejection(self.name, self.name, -1, 0, wrong)))
+        notes = [*self.notes, *environment_warnings(environment)]
         if not self.rewarded:
-            warnings.append("it has no rewards: all returns are 0, and filters by return do not apply")
-        warnings += [*more, *environment_warnings(environment)]
-        return TaskScan(task, tuple(self.refs), rejected, warnings=tuple(f"{self.name}: {line}" for line in warnings))
+            notes.append("it has no rewards: all returns are 0, and filters by return do not apply")
+        lines = (tuple(f"{self.name}: {line}" for line in own) for own in ([*warnings, *more], notes))
+        return TaskScan(task, tuple(self.refs), rejected, 0, *lines)
 
     def _numbers(self, spec: FieldSpec, warnings: list[str]) -> FieldSpec:
         """Integers that fit the vocabulary are discrete."""
@@ -240,23 +254,18 @@ class Survey:
                 raise EpisodeError("too many choices", f"actions span [{seen.low.min():g}, {seen.high.max():g}]: there "
                                    f"are ids for {CHOICES}; record real-valued actions as float32")  # fmt: skip
             return ActionSpec.discrete(tuple(map(int, choices)), tuple(map(int, start)), size), ()
-        low, high = self.options.action_low, self.options.action_high
-        if low:
-            if len(low) not in (1, size):
-                raise EpisodeError("wrong shape", f"--action-low has {len(low)} values for actions of {size}; give one "
-                                   f"or {size}")  # fmt: skip
-            return ActionSpec.continuous(low, high, size), ()
-        if own is not None and own.kind == "continuous" and own.size == size:
+        if bounds := _ranges.given_bounds(self.options, size):
+            return ActionSpec.continuous(*bounds, size), ()
+        by_log = self.options.action_bounds == "log"
+        if own is not None and own.kind == "continuous" and own.size == size and not by_log:
             return own, ()
         if not np.isfinite([seen.low, seen.high]).all():
             raise EpisodeError("not finite", f"a dimension of the actions holds no number; {AGAIN}")
-        if np.abs([seen.low, seen.high]).max() <= 1 + SLACK:
-            return ActionSpec.continuous(-1.0, 1.0, size), ()
-        room = np.where(seen.high > seen.low, 0.0, np.maximum(np.abs(seen.low), 1.0))  # a dimension that never moves
-        bounds = tuple((seen.low - room).tolist()), tuple((seen.high + room).tolist())
-        line = (f"nothing says the range of its actions: taken from the log, [{seen.low.min():g}, {seen.high.max():g}] "
-                "over all dimensions; --action-low and --action-high give it")  # fmt: skip
-        return ActionSpec.continuous(*bounds, size), (line,)
+        found = seen.seen
+        few = found.beyond <= _ranges.FEW * found.values
+        warnings = () if by_log or (few and found.share < SAID) else (_ranges.warning(found, clipped=few),)
+        low, high = ((-1.0,), (1.0,)) if few and not by_log else found.bounds
+        return ActionSpec.continuous(low, high, size), warnings
 
 
 def _of_environment(environment: EnvironmentSpec) -> ActionSpec | None:

@@ -174,7 +174,7 @@ class _FileLog(Log):
         self.flags = {"terminal": terminal, "timeout": timeout, "step_type": step_type}
         self.flags |= {key: self._flags(key, rows) for key in ("is_last", "discount")}
         if self.previous and how == "auto":
-            self.warnings = ("a row's action and reward are taken from the row after it, as dm_env and Dreamer log "
+            self.notes = ("a row's action and reward are taken from the row after it, as dm_env and Dreamer log "
                              "them; --action-row same takes them as they are",)  # fmt: skip
 
     def _named(self, role: str, given: str | None, known: tuple[str, ...]) -> Any:

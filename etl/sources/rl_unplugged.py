@@ -185,7 +185,7 @@ class _Control(_Episodes):
         ended = step_type[-1] == LAST
         terminated = bool(ended and discount[-1] == 0)
         if not whole:
-            self.warnings = ("its examples are overlapping pieces of episodes, read as pieces that are cut; "
+            self.notes = ("its examples are overlapping pieces of episodes, read as pieces that are cut; "
                              "dm_control_suite_episodes holds whole ones",)  # fmt: skip
         cut = bool(ended) and not terminated
         return StoredEpisode(T, observation, _array(given["action"], rows, "action"), reward[1:], terminated, cut)

@@ -32,7 +32,7 @@ def test_files_that_d3rlpy_wrote(tmp_path, kind):
     if kind == "pixels":
         assert scan.task.action.choices == (4,)
     else:
-        assert -2 <= scan.task.action.low[0] < -1 and "range of its actions" in scan.warnings[0]
+        assert -2 <= scan.task.action.low[0] < -1 and "nothing says their range" in scan.warnings[0]
     assert "num_episodes" in sources.load("d3rlpy").recognise(tmp_path).evidence
 
 

@@ -68,7 +68,7 @@ def test_without_rewards_or_observations(tmp_path):
     kept = trajectories(tmp_path / "a", rewards=False)
     scan, found = episodes_of("maniskill", tmp_path / "a")
     same(scan, found[0], {key: values[:-1] for key, values in kept[0][0].items()}, kept[0][1])
-    assert any("no rewards" in line for line in scan.warnings)
+    assert any("no rewards" in line for line in scan.notes)
     trajectories(tmp_path / "b", observed="none")
     (scan,) = scans_of("maniskill", tmp_path / "b")
     assert scan.task is None and all("replay_trajectory" in line.detail for line in scan.rejected)

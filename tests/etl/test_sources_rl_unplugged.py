@@ -128,7 +128,7 @@ def test_sequences_are_pieces_and_single_transitions_are_refused(tmp_path):
     scan, found = episodes_of("rl_unplugged", tmp_path)
     for episode, (one, _) in zip(found, made, strict=True):
         same_control(scan, episode, one)
-    assert [episode.cut for episode in found] == [True, False] and "pieces of episodes" in scan.warnings[0]
+    assert [episode.cut for episode in found] == [True, False] and "pieces of episodes" in scan.notes[0]
     store(tmp_path / "b" / "train-00000-of-00100", [control(0, 1, whole=False)[1]])
     (scan,) = scans_of("rl_unplugged", tmp_path / "b")
     assert scan.task is None and "dm_control_suite_episodes" in scan.rejected[0].detail

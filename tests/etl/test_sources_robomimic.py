@@ -85,7 +85,7 @@ DAMAGE = {
     "missing key": lambda demo: demo.pop("actions"),
     "wrong length": lambda demo: demo["obs"].move("robot0_eef_pos", "old") or put(demo, "obs/robot0_eef_pos", (2, 3)),
     "wrong shape": lambda demo: put(demo, "obs/robot0_eef_pos", (len(demo["actions"]), 5)),
-    "out of range": lambda demo: put(demo, "actions", demo["actions"].shape, 99.0),
+    "not finite": lambda demo: put(demo, "actions", demo["actions"].shape, np.nan),
 }
 
 

@@ -33,11 +33,7 @@ from etl.sources import (
     ActionOptions,
     EpisodeRef,
     Known,
-<<<<<<< HEAD
-    LogOptions,
     Recognition,
-=======
->>>>>>> odd
     Rejection,
     SourceError,
     TaskScan,
