@@ -24,25 +24,25 @@ from typing import Annotated, Any, NoReturn
 import tyro
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 from rich.console import Console
+from rich.markup import escape
 
 from etl import sources
-from etl.building import filters
-from etl.building import pipeline
+from etl.building import filters, oddities, pipeline, summary
 from etl.fetch import remote
-from etl.building import summary
 from etl.building.gather import gather
-from etl.building.plan import BuildConfig, ShardPlan, make_plan, manifest_config
+from etl.building.plan import BuildConfig, ShardPlan, make_plan, manifest_config, with_pictures
 from etl.sources import Source, SourceError, TaskScan
 from etl.tokenizers import text as texts
 from schemas.dataset import MANIFEST_NAME, TEXT_MODEL_NAME, DatasetError, Manifest, parse_manifest
 from schemas.episode import Document
 from schemas.files import require_folder
-from schemas.layout import layout_of
+from schemas.layout import PATCH_SIZE, layout_of
 from schemas.vocabulary import by_name
 from shards.folder import Folder, is_url
 from simulators import plugins
 
 DASK = "apache_beam.runners.dask.dask_runner.DaskRunner"
+STRICT_CLIPPED = 0.01  # share of action values, with --strict
 IN_MEMORY = "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 
 
@@ -70,6 +70,11 @@ class Options:
     max_rejected_share: float = 0.1
     """The build fails when more than this share of the episodes had to be rejected; a file that cannot be read counts
     as one, exact copies do not count."""
+    max_clipped_share: float = 0.5
+    """The build fails when more than this share of a task's action values lies beyond their range: the range is wrong,
+    then."""
+    strict: bool = False
+    """Refuse what may be read wrongly, where otherwise a warning is given; of clipped actions, more than 1 in 100."""
     overwrite: bool = False
     """Replace a different dataset that stands in the output folder."""
     text_model: Path = texts.DEFAULT_MODEL
@@ -103,17 +108,24 @@ def build(options: Options, beam_arguments: list[str], console: Console) -> Mani
     if folder.local is not None:
         require_folder("output", folder.local)
     files, origins = _inputs(options, source, console)
-    scans = [filters.apply(source, scan, options.config.filter) for scan in source.scan(files, scan_options)]
+    found = [with_pictures(scan, options.config) for scan in source.scan(files, scan_options)]
+    scans = [filters.apply(source, scan, options.config.filter) for scan in found]
+    scans = [_with_size(scan) for scan in scans]
     text = _text_model(options, source, scans)
     plan = make_plan(options.source, scans, options.config, text.fingerprint if text else None, origins)
-    for warning in (line for scan in scans for line in scan.warnings):
-        console.print(f"[yellow]warning[/] {warning}", highlight=False, soft_wrap=True)
+    for kind, lines in (("warning", [scan.warnings for scan in scans]), ("note", [scan.notes for scan in scans])):
+        for line in (line for own in lines for line in own):
+            console.print(f"[yellow]{kind}[/] {escape(line)}", highlight=False, soft_wrap=True)
     for rejection in (r for scan in scans for r in scan.rejected if r.position < 0):
         console.print(f"[yellow]rejected[/] {rejection.file}: {rejection.reason}: {rejection.detail}", highlight=False)
+    if options.strict and (doubts := [line for scan in scans for line in scan.warnings]):
+        more = f" (and {len(doubts) - 1} more)" if len(doubts) > 1 else ""
+        raise DatasetError(f"--strict: {doubts[0]}{more}")
     if not plan:
         raise DatasetError(f"nothing usable in the input: {_why_nothing(scans)}")
     existing = _existing_dataset(options, folder, plan, console)
     if existing is not None:
+        summary.show_oddities(oddities.load(folder), console)
         return existing
     with pipeline.exclusive(folder):
         pipeline.remove_dataset(folder)
@@ -122,7 +134,16 @@ def build(options: Options, beam_arguments: list[str], console: Console) -> Mani
         look = pipeline.LOOK_SECONDS[folder.local is None]
         with summary.Progress(plan, lambda: pipeline.finished_numbers(folder), console, look) as progress:
             pipeline.run(plan, folder, beam_arguments, progress.message, options.imports)
-        return gather(plan, scans, folder, options.config, options.max_rejected_share, text)
+        clipped = min(options.max_clipped_share, STRICT_CLIPPED) if options.strict else options.max_clipped_share
+        manifest = gather(plan, scans, folder, options.config, options.max_rejected_share, text, clipped)
+    summary.show_oddities(oddities.load(folder), console)
+    return manifest
+
+
+def _with_size(scan: TaskScan) -> TaskScan:
+    """The scan, with a note where a timestep of its task is longer than a context."""
+    line = oddities.too_long(scan.task) if scan.task and scan.episodes else None
+    return replace(scan, notes=(*scan.notes, f"{scan.task.name}: {line}")) if scan.task and line else scan
 
 
 def with_source(options: Options, console: Console) -> Options:
@@ -145,10 +166,12 @@ def _check(options: Options, scan: Any) -> None:
     for name, value, low, high in (
         ("workers", options.workers, 1, 2**16),
         ("max-rejected-share", options.max_rejected_share, 0, 1),
+        ("max-clipped-share", options.max_clipped_share, 0, 1),
         ("tokenizer-pieces", options.tokenizer_pieces, 1, 2**16),
         ("shard-megabytes", config.shard_megabytes, 2**-20, 2**20),
         ("piece-timesteps", config.piece_timesteps, 1, 2**30),
         ("held-out-share", config.held_out_share, 0, 1),
+        ("frame-stack", config.frame_stack, 1, 2**10),
         ("min-return", filter.min_return, -math.inf, math.inf),
         ("expert-share", filter.expert_share, 0, math.inf),
         ("first-episodes", filter.first_episodes, 1, 2**62),
@@ -156,6 +179,9 @@ def _check(options: Options, scan: Any) -> None:
     ):
         if value is not None and not low <= value <= high:
             raise ValueError(f"--{name} {value}: give a number from {low:g} to {high:g}")
+    size = config.image_size
+    if size is not None and any(side % PATCH_SIZE or not 0 < side <= 2**12 for side in size):
+        raise ValueError(f"--image-size {size[0]} {size[1]}: give height and width in multiples of {PATCH_SIZE}")
     for name, place in (("input", options.input), ("output", options.output)):
         if place == "":
             raise ValueError(f"--{name} is empty; give a folder, or leave it out")
@@ -312,6 +338,8 @@ def main() -> int:
             return 0
         manifest = build(options, flags, console)
     except (SourceError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in pipeline.FULL:
+            error = ValueError(pipeline.no_room(options.output or "the output folder", error))
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -22,10 +22,9 @@ from gymnasium import spaces
 
 from schemas.episode import ActionSpec, FieldSpec
 from schemas.layout import PATCH_SIZE
+from simulators.picture_layout import PictureLayout, picture_layout
 
 CHOICES = 1024  # ids of a discrete value
-SMALLEST_PICTURE = 8  # pixels a side; smaller uint8 arrays are numbers, such as minigrid's 7 x 7 symbols
-MOST_CHANNELS = 32
 LEAVES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Text)
 
 
@@ -81,13 +80,17 @@ def is_real(space: spaces.Space) -> bool:
     return isinstance(space, spaces.Box) and space.dtype.kind == "f"
 
 
+def picture_of(space: spaces.Space) -> PictureLayout | None:
+    """How an array of this space is a picture: bytes (H, W, C), (C, H, W) or grey (H, W), or floats in [0, 1]; None
+    where it is certainly no picture, or not certainly one."""
+    if not isinstance(space, spaces.Box):
+        return None
+    return picture_layout(space.shape, space.dtype, space.low, space.high)
+
+
 def is_picture(space: spaces.Space) -> bool:
-    """uint8 (H, W, C), or grey (H, W) from 32 x 32, as Minari takes it."""
-    if not isinstance(space, spaces.Box) or space.dtype != np.uint8:
-        return False
-    if len(space.shape) == 3:
-        return min(space.shape[:2]) >= SMALLEST_PICTURE and space.shape[2] <= MOST_CHANNELS
-    return len(space.shape) == 2 and min(space.shape) >= 32
+    """Whether an array of this space is a picture."""
+    return picture_of(space) is not None
 
 
 def field(key: str, space: spaces.Space) -> FieldSpec:
@@ -95,11 +98,11 @@ def field(key: str, space: spaces.Space) -> FieldSpec:
     shape = shape_of(space)
     if isinstance(space, spaces.Text):
         return FieldSpec(key, "text", (0,))
-    if is_picture(space):
-        picture = shape if len(shape) == 3 else (*shape, 1)
-        return FieldSpec(key, "image", picture, resized=(_nearest_size(picture[0]), _nearest_size(picture[1])))
-    if len(shape) == 3 and getattr(space, "dtype", None) == np.uint8 and min(shape[1:]) > MOST_CHANNELS:
-        raise SpaceError(f"'{key}' is {shape}: a picture's channels are its last axis; transpose it to (H, W, C)")
+    if layout := picture_of(space):
+        height, width = map(_nearest_size, layout.shape[:2])
+        return FieldSpec(key, "image", layout.shape, resized=(height, width))
+    if len(shape) == 4 and getattr(space, "dtype", None) == np.uint8:
+        raise SpaceError(f"'{key}' is {shape}: stacked pictures of colours; record the newest one, (H, W, C)")
     if is_real(space):
         return FieldSpec(key, "continuous", shape)
     return FieldSpec(key, "discrete", shape, *_choices(key, space))
@@ -167,9 +170,9 @@ def _at(observation: Any, path: tuple[str | int, ...]) -> Any:
 def _array(space: spaces.Space, value: Any) -> np.ndarray:
     if isinstance(space, spaces.Text):
         return np.asarray(str(value))
-    if is_picture(space):
-        picture = np.array(value, np.uint8)  # a copy: an environment may return the same buffer at every step
-        return picture if picture.ndim == 3 else picture[..., None]
+    if layout := picture_of(space):
+        pixels = layout.pixels(np.asarray(value)[None])[0]
+        return np.array(pixels)  # a copy: an environment may return the same buffer at every step
     return np.array(value, np.float32 if is_real(space) else np.int64).reshape(shape_of(space))
 
 
@@ -179,8 +182,8 @@ def flat_space(found: list[Leaf]) -> spaces.Dict:
 
 
 def _flat(space: spaces.Space) -> spaces.Space:
-    if is_picture(space) and len(shape_of(space)) == 2:
-        return spaces.Box(0, 255, (*shape_of(space), 1), np.uint8)
+    if layout := picture_of(space):
+        return space if layout.is_plain else spaces.Box(0, 255, layout.shape, np.uint8)
     return spaces.Box(-np.inf, np.inf, shape_of(space), np.float32) if is_real(space) else space
 
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
 
+from etl.building import oddities
 from etl.building.filters import DUPLICATE
+from etl.building.oddities import Columns
 from etl.building.plan import BuildConfig, ShardPlan, manifest_config
 from etl.building.shard import BUILD_FOLDER, ShardRecord, finished
 from etl.sources import STALE, Rejection, TaskScan
@@ -48,9 +51,11 @@ def gather(
     config: BuildConfig,
     max_rejected_share: float = 1.0,
     text: TextTokenizer | None = None,
+    max_clipped_share: float = 1.0,
 ) -> Manifest:
     """Records of all shards -> index, rejections, manifest (last). DatasetError if a shard is missing,
-    damaged, nothing at all could be used, or more than `max_rejected_share` of the episodes could not."""
+    damaged, nothing at all could be used, more than `max_rejected_share` of the episodes could not, or more than
+    `max_clipped_share` of a task's action values lie beyond their range."""
     records = []
     for shard in plan:
         record = finished(shard, folder, hashed=False)
@@ -86,7 +91,10 @@ def gather(
     for row, (task, start) in enumerate(zip(columns["task"], columns["start"])):
         if start == 0:
             firsts[task].append(row)
-    columns["held_out"] = _held_out(columns, used, firsts, config.held_out_share)
+    marked = {
+        (shard.task.name, n): mark for shard in plan for n, mark in enumerate(shard.held_out, shard.first_episode)
+    }
+    columns["held_out"] = _held_out(columns, used, firsts, config.held_out_share, marked)
     index = _ordered(columns)
     shards = [asdict(record.shard) for record in records]
     vocabulary = by_name(config.vocabulary)
@@ -106,6 +114,21 @@ def gather(
         rejected=rejected_digest,
         config=manifest_config(plan, config),
     )
+    _require_range(folder, manifest, max_clipped_share)
+    own_scans = {scan.task.name: scan for scan in scans if scan.task}
+    lengths = [[columns["episode_timesteps"][row] for row in first] for first in firsts]
+    odd = {
+        task.spec.name: oddities.task_oddities(
+            task,
+            lengths[number],
+            Columns.joined(record.columns for record in records if record.task == task.spec.name),
+            own_scans[task.spec.name],
+            rejected,
+            config.held_out_share,
+        )
+        for number, task in enumerate(manifest.tasks)
+    }
+    oddities.write(folder, odd)
     known = {shard["name"] for shard in shards}
     for stray in folder.names("shard-*.tar"):
         if stray not in known:
@@ -114,6 +137,18 @@ def gather(
     write_manifest(folder, manifest)
     folder.remove(BUILD_FOLDER)
     return manifest
+
+
+def _require_range(folder: Folder, manifest: Manifest, most: float) -> None:
+    """DatasetError for a task whose actions mostly lie beyond their range: it is another one."""
+    for task in manifest.tasks:
+        share = oddities.clipped_share(task)
+        if share > most:
+            raise DatasetError(
+                f"{folder}: {share:.1%} of the action values of '{task.spec.name}' lie beyond their range, more than "
+                f"--max-clipped-share {most}: is it the right one? --action-low and --action-high give another, "
+                "--action-bounds log takes the log's own, and --max-clipped-share 1 clips them all the same"
+            )
 
 
 def _text_model(plan: list[ShardPlan], text: TextTokenizer | None) -> TextModel | None:
@@ -134,17 +169,25 @@ def _first(rejected: list[Rejection]) -> str:
     return f"first of {len(rejected)} rejections: {first.file}: {first.reason}: {first.detail}"
 
 
-def _held_out(columns: dict[str, list], tasks: list[str], firsts: list[list[int]], share: float) -> list[bool]:
-    """By a hash of task and place in the source, so that adding data moves no episode between splits. `firsts`: rows
-    of the index where an episode begins, for each task."""
+def _held_out(
+    columns: dict[str, list],
+    tasks: list[str],
+    firsts: list[list[int]],
+    share: float,
+    marked: Mapping[tuple[str, int], bool | None],
+) -> list[bool]:
+    """As the logs mark them, else by a hash of task and place in the source, so that adding data moves no episode
+    between splits. `firsts`: rows of the index where an episode begins, for each task."""
     chosen: set[tuple[int, int]] = set()
     for task, rows in enumerate(firsts):
         marks: dict[int, int] = {}
         for row in rows:
             place = f"{tasks[task]}/{columns['file'][row]}/{columns['position'][row]}"
-            marks[columns["episode"][row]] = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big")
+            mark = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big")
+            said = marked.get((tasks[task], columns["episode"][row]))
+            marks[columns["episode"][row]] = mark if said is None else -1 if said else 2**64
         own = {episode for episode, mark in marks.items() if mark < share * 2**64}
-        if share > 0 and len(marks) > 1 and not own:
+        if share > 0 and len(marks) > 1 and not own and min(marks.values()) < 2**64:
             own = {min(marks, key=lambda episode: marks[episode])}
         if len(own) == len(marks):
             own.discard(max(marks, key=lambda episode: marks[episode]))

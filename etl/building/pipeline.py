@@ -11,8 +11,10 @@ Invariant: when `run` returns every shard of the plan has been written; when it 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -24,6 +26,7 @@ import apache_beam as beam
 import psutil
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, PortableOptions
 
+from etl.building import oddities
 from etl.building.heartbeat import Watch, WorkerLost
 from etl.building.plan import ShardPlan
 from etl.building.shard import BUILD_FOLDER, write_shard
@@ -33,6 +36,7 @@ from shards.folder import Folder
 from shards.writer import shard_name
 from simulators import plugins
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ATTEMPTS = 3  # of a build whose own worker processes die
 BEAM_THREADS = ("run_worker", "wait_until_finish_read")
 LOOK_SECONDS = (0.25, 2.0)  # between looks into a local folder, into a remote one
@@ -49,7 +53,19 @@ class WriteShard(beam.DoFn):
         plugins.load(self.imports)
 
     def process(self, plan: bytes) -> Iterator[int]:
-        yield write_shard(ShardPlan.from_bytes(plan), self.place).number
+        try:
+            number = write_shard(ShardPlan.from_bytes(plan), self.place).number
+        except OSError as error:
+            if error.errno in FULL:
+                raise DatasetError(no_room(self.place, error)) from None
+            raise
+        yield number
+
+
+def no_room(place: str, error: OSError) -> str:
+    """What to say where a disk, a quota or a limit on a file's size ended the build."""
+    why = error.strerror or "no room"
+    return f"{place}: no room to write ({why}); make room, and give the same command again: finished shards are kept"
 
 
 def run(
@@ -61,15 +77,20 @@ def run(
 ) -> None:
     """Write every shard of the plan with the chosen Beam runner; blocks until all are written. DatasetError where
     workers were lost and the build could not recover by itself."""
+    without_proxy()
     options = PipelineOptions(beam_arguments, save_main_session=False)
     own_workers = options.view_as(DirectOptions).direct_running_mode == "multi_processing"
     loopback = folder.local is not None and _external_here(options.view_as(PortableOptions))
     if any("FnApiRunner" in argument for argument in beam_arguments) and not own_workers:
         try:
             _write(plan, folder, options, imports)  # in this process: there is no other one to lose
+        except (DatasetError, SourceError) as error:
+            raise type(error)(_cause(error)) from None
         except RuntimeError as error:  # Beam wraps whatever a DoFn raises
             if "KeyboardInterrupt" in str(error):
                 raise KeyboardInterrupt from None
+            if (cause := _cause(error)).startswith((DatasetError.__name__, SourceError.__name__)):
+                raise DatasetError(cause.split(": ", 1)[1]) from None
             raise
         return
     log = (folder.local or Path(tempfile.gettempdir())) / BUILD_FOLDER / "workers.log"
@@ -104,7 +125,17 @@ def _cause(error: Exception) -> str:
     """The telling line of an exception: gRPC's details, or the last one, since Beam packs a worker's exception with
     its traceback into its own."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return next((line for line in lines if line.startswith("details = ")), lines[-1])[:300]
+    line = next((line for line in lines if line.startswith("details = ")), lines[-1])
+    line = re.sub(r" \[while running .*", "", line)
+    return re.sub(r"^(?:\w+\.)+(?=\w+: )", "", line)[:400]
+
+
+def without_proxy() -> None:
+    """Beam's workers talk to this machine: gRPC must not send that to a proxy that the environment names."""
+    key = "no_grpc_proxy"  # gRPC reads it in small letters alone
+    own = os.environ.get(key) or os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    here = ("localhost", "127.0.0.1", "[::1]")
+    os.environ[key] = ",".join([*filter(None, [own]), *(name for name in here if name not in own.split(","))])
 
 
 def _write(plan: list[ShardPlan], folder: Folder, options: PipelineOptions, imports: tuple[str, ...]) -> None:
@@ -218,5 +249,6 @@ def damaged_file(folder: Folder, manifest: Manifest) -> str | None:
 def remove_dataset(folder: Folder) -> None:
     """Take back a finished dataset: manifest first, so that no half-removed folder looks whole."""
     folder.remove(MANIFEST_NAME)
+    folder.remove(oddities.NAME)
     for name in folder.names(shard_name(0).replace("000000", "*")):
         folder.remove(name)

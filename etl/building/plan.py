@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import zlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -48,6 +48,11 @@ class BuildConfig:
     held_out_share: float = 0.05
     """Share of episodes, chosen by a hash of where they come from, that are never trained on; at least
     one of each task that has two."""
+    image_size: tuple[int, int] | None = None
+    """Height and width in pixels, multiples of 16, that all pictures are resized to; their own (the nearest multiples)
+    where not given."""
+    frame_stack: int | None = None
+    """Pictures are so many stacked frames, the oldest first: only the newest becomes tokens."""
     filter: tyro.conf.OmitArgPrefixes[Filter] = field(default_factory=Filter)
 
     def __post_init__(self) -> None:
@@ -60,9 +65,10 @@ class ShardPlan:
     """One shard to write: `number` among all shards, of episodes of one task.
 
     `text_model`: sha256 of the SentencePiece model, where the task holds text. `first_episode`: ordinal in the task of
-    the shard's first. `files`: source files. `refs`: one (ordinal of its file, position, first row, row after the last)
-    per episode. `stamps`: one (path, bytes, time of the last change in ns) per file that is read. `origins`: path ->
-    address of each file that was fetched from elsewhere.
+    the shard's first. `files`: source files. `refs`: one (ordinal of its file, position, first row, row after the last,
+    `EpisodeRef.end`) per episode. `stamps`: one (path, bytes, time of the last change in ns) per file that is read.
+    `origins`: path -> address of each file that was fetched from elsewhere. `held_out`: one mark per episode, empty
+    where the logs have none.
     """
 
     __pydantic_config__ = STRICT
@@ -73,19 +79,20 @@ class ShardPlan:
     text_model: str | None
     first_episode: int
     files: tuple[str, ...]
-    refs: tuple[tuple[int, int, int, int], ...]
+    refs: tuple[tuple[int, int, int, int, str], ...]
     stamps: tuple[tuple[str, int, int], ...]
     origins: dict[str, str]
+    held_out: tuple[bool | None, ...] = ()
 
     @property
     def episodes(self) -> list[EpisodeRef]:
         """Where each episode is in the source files."""
-        return [EpisodeRef(self.files[file], *place) for file, *place in self.refs]
+        return [EpisodeRef(self.files[n], place, a, b, end=end) for n, place, a, b, end in self.refs]
 
     @property
     def timesteps(self) -> int:
         """Timesteps (of documents: bytes) that are to be written."""
-        return sum(stop - start for _, _, start, stop in self.refs)
+        return sum(stop - start for _, _, start, stop, _ in self.refs)
 
     @cached_property
     def digest(self) -> str:
@@ -142,13 +149,28 @@ def make_plan(
                     text_model=text_model if layout_of(scan.task).text else None,
                     first_episode=first,
                     files=tuple(files),
-                    refs=tuple((number_of_file[r.file], r.position, r.start, r.stop) for r in refs),
+                    refs=tuple((number_of_file[r.file], r.position, r.start, r.stop, r.end) for r in refs),
                     stamps=tuple((str(part), *_stamp(part)) for part in parts),
                     origins={str(p): origins[str(p)] for p in parts if origins and str(p) in origins},
+                    held_out=() if all(r.held_out is None for r in refs) else tuple(r.held_out for r in refs),
                 )
             )
             first += len(refs)
     return plan
+
+
+def with_pictures(scan: TaskScan, config: BuildConfig) -> TaskScan:
+    """The scan with the pictures of its task as the options say. ValueError where they do not fit."""
+    if scan.task is None or (config.image_size is None and config.frame_stack is None):
+        return scan
+    observation = []
+    for spec in scan.task.observation:
+        if spec.kind == "image" and config.image_size is not None:
+            spec = replace(spec, resized=config.image_size, fit="resize")
+        if spec.kind == "image" and config.frame_stack is not None:
+            spec = replace(spec, stack=config.frame_stack)
+        observation.append(spec)
+    return replace(scan, task=replace(scan.task, observation=tuple(observation)))
 
 
 def _bytes_of_timestep(task: TaskSpec) -> float:
@@ -176,4 +198,18 @@ def manifest_config(plan: list[ShardPlan], config: BuildConfig) -> dict[str, Any
     about = {"source": plan[0].source, "text_model": sorted({shard.text_model or "" for shard in plan})}
     tasks = {shard.task.name: shard.task for shard in plan}
     about["tasks"] = upgrade.digest_of_tasks(map(asdict, tasks.values()))
-    return asdict(config) | about | {"inputs": inputs_of(plan)}
+    if keys := sorted({_named_keys(shard.source, file) for shard in plan for file in shard.files} - {""}):
+        about["keys"] = keys
+    if marks := [[shard.task.name, shard.first_episode, shard.held_out] for shard in plan if shard.held_out]:
+        about["held_out"] = hashlib.sha256(json.dumps(marks).encode()).hexdigest()
+    given = asdict(config)
+    for name in ("image_size", "frame_stack"):  # older manifests have none
+        value = given.pop(name)
+        given |= {name: list(value) if isinstance(value, tuple) else value} if value is not None else {}
+    return given | about | {"inputs": inputs_of(plan)}
+
+
+def _named_keys(source: str, file: str) -> str:
+    """What a ref's file says after its path: the names that the user gave to a source's keys."""
+    own = str(sources.load(source).parts(file)[0])
+    return file.removeprefix(own) if file.startswith(own) else ""

@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from etl import sources
 from etl.building.heartbeat import Heartbeat
+from etl.building.oddities import Columns
 from etl.building.plan import ShardPlan
 from etl.fetch import remote
 from etl.sources import Rejection
@@ -54,9 +55,11 @@ class ShardRecord:
     clipped_observations: int
     out_of_range_actions: int
     cut_texts: int
+    columns: Columns = Columns()
 
     def to_json(self) -> bytes:
         body = vars(self) | {"shard": asdict(self.shard), "rejected": [asdict(one) for one in self.rejected]}
+        body |= {"columns": asdict(self.columns)}
         return json.dumps(body).encode()
 
     @staticmethod
@@ -113,6 +116,7 @@ class _ShardWork:
         self.rows: dict[str, list[Any]] = {name: [] for name in INDEX_SCHEMA.names if name not in GATHERED}
         self.rejected: list[Rejection] = []
         self.clipped = self.outside = self.cut = 0
+        self.columns: list[Columns] = []
 
     def write(self) -> ShardRecord:
         plan, task = self.plan, self.task
@@ -130,7 +134,10 @@ class _ShardWork:
         finally:
             self.writer.abort()
         counts = self.clipped, self.outside, self.cut
-        return ShardRecord(plan.digest, plan.number, task.name, shard, self.rows, tuple(self.rejected), *counts)
+        columns = Columns.joined(self.columns)
+        return ShardRecord(
+            plan.digest, plan.number, task.name, shard, self.rows, tuple(self.rejected), *counts, columns
+        )
 
     def _episode(self, number: int, episode: RawEpisode) -> None:
         task, T = self.task, episode.timesteps
@@ -150,6 +157,7 @@ class _ShardWork:
         raw = continuous_values(task, episode.observation)
         if raw is not None:
             members["observation"] = raw.astype(np.float32, copy=False)
+        self.columns.append(Columns.of(raw, episode.action, task))
         if task.action and task.action.kind == "continuous":
             members["action"] = episode.action.reshape(T, -1).astype(np.float32, copy=False)
         meta = SampleMeta(

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from rich import progress
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from etl.building.oddities import TaskOddities
 from etl.building.plan import ShardPlan
 from etl.sources import Source
 from schemas.dataset import Manifest, TaskSummary
@@ -92,6 +94,13 @@ def show(manifest: Manifest, console: Console) -> None:
     )
     if cut := sum(task.cut_episodes for task in manifest.tasks):
         console.print(f"{cut} episodes were cut by the end of their log: kept for training, left out of the returns")
+
+
+def show_oddities(found: dict[str, TaskOddities], console: Console) -> None:
+    """Print what looks odd in the values of each task, one line each."""
+    for name, odd in found.items():
+        for line in odd.found:
+            console.print(f"[yellow]odd[/] {escape(name)}: {escape(line)}", highlight=False, soft_wrap=True)
 
 
 def losses(manifest: Manifest) -> list[tuple[str, str]]:

@@ -24,11 +24,11 @@ import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import gymnasium
 
@@ -41,6 +41,7 @@ from simulators.rollout import Step
 ENTRY_POINTS = "gato.sources"
 DEFAULT = "d4rl"
 STALE = "stale rows"  # reason of a rejection: rows that are no episode's
+ENDS = ("terminated", "truncated", "cut")  # by the environment, by its time limit, by the log
 
 
 class SourceError(ValueError):
@@ -49,13 +50,17 @@ class SourceError(ValueError):
 
 class EpisodeRef(NamedTuple):
     """Rows [start, stop) of `file` (a full path), the `position`-th episode in it (of a text document: its place in
-    bytes). `total`: its raw return, None where its log has no rewards or they cannot be read."""
+    bytes). `total`: its raw return, None where its log has no rewards or they cannot be read. `held_out`: what the log
+    itself says of it; None leaves it to a hash. `end`: how it ended, where `scan` knows that better than the rows
+    themselves: one of ENDS."""
 
     file: str
     position: int
     start: int
     stop: int
     total: float | None = None
+    end: str = ""
+    held_out: bool | None = None
 
     @property
     def timesteps(self) -> int:
@@ -77,13 +82,15 @@ class Rejection:
 @dataclass(frozen=True)
 class TaskScan:
     """One task, its usable episodes in log order, what `scan` already had to reject, how many good episodes a filter
-    left out, and what the user should know of it, one line each."""
+    left out. `warnings`: what may be read wrongly, with numbers and a remedy; `--strict` refuses it. `notes`: what
+    else the user should know. One line each."""
 
     task: TaskSpec | None
     episodes: tuple[EpisodeRef, ...] = ()
     rejected: tuple[Rejection, ...] = ()
     filtered: int = 0
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,29 @@ class LogOptions(NoOptions):
     def check(self) -> None:
         if self.max_episode_steps is not None:
             require("max-episode-steps", self.max_episode_steps, 1, 2**30)
+
+
+@dataclass(frozen=True)
+class ActionOptions(LogOptions):
+    """What sources of logs with real-valued actions have in common; etl/sources/_ranges.py decides by it."""
+
+    action_low: tuple[float, ...] = ()
+    """Lowest value of an action, one for all dimensions or one each. Without it: the environment's or what the log
+    states."""
+    action_high: tuple[float, ...] = ()
+    """Highest value of an action."""
+    action_bounds: Literal["declared", "log"] = "declared"
+    """log: take each dimension's range from the values in the log, whatever the log or its environment states."""
+
+    def check(self) -> None:
+        super().check()
+        if len(self.action_low) != len(self.action_high) or any(
+            a >= b for a, b in zip(self.action_low, self.action_high)
+        ):
+            given = f"--action-low {self.action_low} and --action-high {self.action_high}"
+            raise ValueError(f"{given}: give as many of both, each low below its high")
+        if self.action_low and self.action_bounds == "log":
+            raise ValueError("--action-low goes with --action-bounds declared; leave out one of them")
 
 
 @dataclass(frozen=True)
@@ -257,6 +287,8 @@ def read(source: Source, task: TaskSpec, refs: Sequence[EpisodeRef]) -> Iterator
         try:
             if not isinstance(found, Rejection):
                 found.check(task)
+            if isinstance(found, RawEpisode) and ref.end:
+                found = replace(found, terminated=ref.end == "terminated", truncated=ref.end == "truncated")
             yield found
         except EpisodeError as error:
             yield Rejection(task.name, found.file, ref.position, ref.start, error.reason, error.detail)

@@ -3,6 +3,7 @@
 .jsonl   (also .json of lines)  one object a line, its text under --text-field ("text")
 .parquet                        one document a row, in the string column of that name
 .txt .md                        one document between blank lines
+any but .parquet may be packed: .gz, .zst, .xz, .bz2; other archives are passed over, and named
 
 JSON lines and Parquet files, with their field, are what text corpora come in (C4, The Pile, Dolma). `scan` reads
 the files once and notes each document's place; `read` goes to it. A place is in bytes (JSON lines, plain text) or
@@ -23,10 +24,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from etl.sources import EpisodeRef, Known, NoOptions, Recognition, Rejection, SourceError, TaskScan, _recognition
+from etl.sources import (
+    EpisodeRef,
+    Known,
+    NoOptions,
+    Recognition,
+    Rejection,
+    SourceError,
+    TaskScan,
+    _packed,
+    _recognition,
+)
 from schemas.episode import Document, FieldSpec, TaskSpec
 
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "plain", ".md": "plain"}
+ARCHIVES = {".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4", ".br", ".z"}  # which are not read
 LONGEST = 2**24  # bytes a document: a longer line or paragraph is refused, so that memory stays bounded
 BATCH = 64  # Parquet rows at a time
 
@@ -78,28 +90,33 @@ class Text:
         if dataset is not None:
             raise SourceError("source text knows no --dataset; give --input the file or folder you want")
         if input.is_file():
-            if input.suffix not in SUFFIXES:
-                raise SourceError(f"{input}: not a text file; known endings: {', '.join(SUFFIXES)}")
+            if _kind(input) is None:
+                raise SourceError(f"{input}: not a text file; {_ENDINGS}{_unpack([input])}")
             return [input]
-        found = sorted(p for p in input.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        below = sorted(p for p in input.rglob("*") if p.is_file())
+        found = [p for p in below if _kind(p) is not None]
+        archives = [p for p in below if _is_archive(p)]
         if not found:
-            raise SourceError(f"{input}: no text file in it; known endings: {', '.join(SUFFIXES)}")
-        return found
+            raise SourceError(f"{input}: no text file in it; {_ENDINGS}{_unpack(archives)}")
+        return found + archives
 
     def scan(self, files: list[Path], options: Options) -> list[TaskScan]:
         """One TaskScan of all files, named after the folder or the only file that they lie in."""
         files = sorted(map(Path, files))
-        name = f"text-{files[0].stem if len(files) == 1 else _common(files).name}"
+        archives = [path for path in files if _kind(path) is None]
+        files = [path for path in files if _kind(path) is not None]
+        name = f"text-{Path(_packed.plain_name(files[0])).stem if len(files) == 1 else _common(files).name}"
         task = TaskSpec(name, self.name, (FieldSpec(options.text_field, "text", (1,)),), None)
         refs: list[EpisodeRef] = []
         rejected: list[Rejection] = []
         for path in files:
             try:
                 refs += _places(path, options.text_field)
-            except (OSError, pa.ArrowException, ValueError) as error:
-                why = str(error).splitlines()[0][:200]
-                rejected.append(Rejection(name, path.name, -1, 0, "unreadable", f"{why}; write the file again"))
-        return [TaskScan(task if refs else None, tuple(refs), tuple(rejected))]
+            except _packed.DAMAGE as error:
+                refs = [ref for ref in refs if ref.file != str(path)]
+                rejected.append(Rejection(name, path.name, -1, 0, "unreadable", f"{_why(error)}; write the file again"))
+        warnings = (f"{name}: passed over{_unpack(archives)}",) if archives else ()
+        return [TaskScan(task if refs else None, tuple(refs), tuple(rejected), warnings=warnings)]
 
     def parts(self, file: str) -> list[Path]:
         """The file itself."""
@@ -110,7 +127,7 @@ class Text:
         field = task.observation[0].key
         for file, group in groupby(refs, key=lambda ref: ref.file):
             path = Path(file)
-            for ref, result in _READERS[SUFFIXES[path.suffix]](path, list(group), field):
+            for ref, result in _READERS[_kind(path) or "plain"](path, list(group), field):
                 if isinstance(result, str):
                     yield Document(result, path.name, ref.position, ref.start)
                 else:
@@ -120,32 +137,59 @@ class Text:
 SOURCE = Text()
 
 
+_ENDINGS = f"known endings: {', '.join(SUFFIXES)}, all but .parquet also with {', '.join(_packed.SUFFIXES)}"
+
+
+def _kind(path: Path) -> str | None:
+    """How documents lie in a file, by its name: json, plain or parquet; None where it is no text."""
+    kind = SUFFIXES.get(Path(_packed.plain_name(path)).suffix)
+    return None if kind == "parquet" and path.suffix in _packed.SUFFIXES else kind
+
+
+def _is_archive(path: Path) -> bool:
+    return path.suffix.lower() in ARCHIVES or (path.suffix in _packed.SUFFIXES and ".tar" in path.suffixes)
+
+
+def _unpack(archives: list[Path]) -> str:
+    """What to do with files that are no text as they are, in words; '' without any."""
+    packed = [path for path in archives if _is_archive(path)]
+    if not packed:
+        return ""
+    more = f" and {len(packed) - 3} more" if len(packed) > 3 else ""
+    return f"; {', '.join(path.name for path in packed[:3])}{more} must be unpacked first"
+
+
+def _why(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 class _Bad(ValueError):
     """(reason, detail) of a document that cannot be used."""
 
 
 def _places(path: Path, field: str) -> Iterator[EpisodeRef]:
     """Where each document of a file lies. OSError, ArrowException or ValueError where the file is none."""
-    if SUFFIXES[path.suffix] == "parquet":
+    if _kind(path) == "parquet":
         yield from _rows(path, field)
         return
-    blank_lines = SUFFIXES[path.suffix] == "plain"
+    blank_lines = _kind(path) == "plain"
     position = start = stop = 0
-    with open(path, "rb") as file:
-        while line := file.readline(LONGEST):
-            begin, stop = stop, stop + len(line)
-            if not blank_lines:
-                if line.strip():
-                    yield EpisodeRef(str(path), position, begin, stop)
-                    position += 1
-            elif not line.strip():
-                if begin > start:
-                    yield EpisodeRef(str(path), position, start, begin)
-                    position += 1
-                start = stop
-            elif stop - start > LONGEST:
-                yield EpisodeRef(str(path), position, start, stop)  # a paragraph without end: cut here
-                position, start = position + 1, stop
+    file = _packed.opened(path)
+    file.seek(0)
+    while line := file.readline(LONGEST):
+        begin, stop = stop, stop + len(line)
+        if not blank_lines:
+            if line.strip():
+                yield EpisodeRef(str(path), position, begin, stop)
+                position += 1
+        elif not line.strip():
+            if begin > start:
+                yield EpisodeRef(str(path), position, start, begin)
+                position += 1
+            start = stop
+        elif stop - start > LONGEST:
+            yield EpisodeRef(str(path), position, start, stop)  # a paragraph without end: cut here
+            position, start = position + 1, stop
     if blank_lines and stop > start:
         yield EpisodeRef(str(path), position, start, stop)
 
@@ -178,16 +222,22 @@ def _columns(path: Path, field: str, wanted: int = 0) -> Iterator[tuple[int, pa.
 
 
 def _read_bytes(path: Path, refs: list[EpisodeRef], field: str) -> Iterator[tuple[EpisodeRef, str | _Bad]]:
-    with open(path, "rb") as file:
-        for ref in refs:
+    file = _packed.opened(path)
+    for ref in refs:
+        try:
             file.seek(ref.start)
             data = file.read(ref.stop - ref.start)
-            try:
-                text = data.decode()
-            except UnicodeDecodeError as error:
-                yield ref, _Bad("not UTF-8", f"{error.reason} at byte {ref.start + error.start}; save it as UTF-8")
-                continue
-            yield ref, _parsed(text, field) if SUFFIXES[path.suffix] == "json" else text.strip()
+            if len(data) < ref.stop - ref.start:
+                raise EOFError(f"ends at byte {ref.start + len(data)} of {ref.stop}")
+        except _packed.DAMAGE as error:
+            yield ref, _Bad("unreadable", f"{_why(error)}; write the file again")
+            continue
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            yield ref, _Bad("not UTF-8", f"{error.reason} at byte {ref.start + error.start}; save it as UTF-8")
+            continue
+        yield ref, _parsed(text, field) if _kind(path) == "json" else text.strip()
 
 
 def _parsed(line: str, field: str) -> str | _Bad:

@@ -217,7 +217,7 @@ def test_filtered_depth_is_resized_beside_its_colours(tmp_path, monkeypatch):
 
 def test_values_are_checked_per_dimension():
     fields = (FieldSpec("pair", "discrete", (2,), (3, 7), (1, 0)),)
-    task = TaskSpec("t", "memory", fields, ActionSpec.continuous((-1, 0), (1, 100)))
+    task = TaskSpec("t", "memory", fields, ActionSpec.continuous((-1, 0), (1, 1000)))
     episode = episode_of(task, 5, np.random.default_rng(0))
     episode.check(task)
     episode.observation["pair"][2, 0] = 4
@@ -226,8 +226,8 @@ def test_values_are_checked_per_dimension():
     with pytest.raises(ValueError, match="outside"):
         TimestepTokenizer(task, DISJOINT).encode_observation(episode.observation)
     episode.observation["pair"][2, 0] = 1
-    episode.action[3, 0] = 60  # within the second dimension's reach, not the first's
-    with pytest.raises(EpisodeError, match=r"lies 60 from the middle of \[-1, 1\] in dimension 0"):
+    episode.action[3, 0] = 160  # within the second dimension's reach, not the first's
+    with pytest.raises(EpisodeError, match=r"lies 160 from the middle of \[-1, 1\] in dimension 0"):
         episode.check(task)
 
 

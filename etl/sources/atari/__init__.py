@@ -14,8 +14,10 @@ What the writer, Dopamine's replay buffer, leaves in the files:
 - Rows from the write position on, `add_count` modulo N, were not written in this round: they are left over
   from the checkpoint before (in DQN-Replay one row, the last). They are no episode's. `invalid_range`, the rows
   around that position whose stack of frames would reach across it, gives it where `add_count` is missing.
-- A terminal marks the time limit too: an episode of that many timesteps counts as truncated, and a longer stretch
-  without a terminal is cut there.
+- In DQN-Replay a terminal marks the time limit too: an episode of that many timesteps counts as truncated, and a longer
+  stretch without a terminal is cut there. Later versions of Dopamine mark no terminal there, and keep its place in a
+  pickled set, which is not read: the three rows of zeros show where the next episode begins. They are looked for where
+  that set is, where a stretch exceeds the limit, and in small logs, since the frames must be read for it.
 
 - A checkpoint after the first may begin inside an episode, which then has no padding rows: it counts as cut.
 
@@ -61,6 +63,8 @@ RUNS, CHECKPOINTS = 5, 50
 RESIZED = (64, 80)
 PADDING = 3  # frames in a stack, less one
 TIME_LIMIT = 27_000  # actions, of four frames each: 30 minutes
+SMALL = 2**28  # bytes of frames that are looked through in any case
+BLOCK = 2**24
 
 
 @dataclass(frozen=True)
@@ -163,17 +167,19 @@ def _scan_run(files: list[Path], options: Options) -> TaskScan:
     rejected: list[Rejection] = []
     frame: tuple[int, int, int] | None = None
     limit = options.max_episode_steps or TIME_LIMIT
+    found = counted = 0
     for path in files:
         checkpoint = Checkpoint(path)
         try:
             rows = checkpoint.check()
             if checkpoint.frame != (frame or checkpoint.frame):
                 raise EpisodeError("wrong shape", f"frames are {checkpoint.frame}, in the checkpoints before {frame}")
-            checkpoint["action"].rows(0, rows)  # to the end: the checksum
+            actions = checkpoint["action"].rows(0, rows)  # to the end: the checksum
             rewards, terminals = checkpoint["reward"].rows(0, rows), checkpoint["terminal"].rows(0, rows)
             written = checkpoint.written(rows) if rows else 0
             if written == 0:
                 raise EpisodeError("empty", f"no row was written; {AGAIN}")
+            starts = _padded_starts(checkpoint, actions[:written], rewards, terminals, limit + PADDING)
         except EpisodeError as error:
             rejected.append(Rejection(name, _relative(path), -1, 0, error.reason, error.detail))
             continue
@@ -183,9 +189,11 @@ def _scan_run(files: list[Path], options: Options) -> TaskScan:
         if rows - written > 1:
             detail = f"rows {written} to {rows - 1} lie after the write position: left over from the checkpoint before"
             rejected.append(Rejection(name, _relative(path), -1, written, STALE, detail))
-        for n, (start, stop) in enumerate(_bounds(terminals[:written], limit + PADDING)):
+        bounds = _bounds(terminals[:written], limit + PADDING, starts)
+        for n, (start, stop) in enumerate(bounds):
             total = float(rewards[start:stop].astype(np.float64).sum())
-            refs.append(EpisodeRef(str(path), n, start, stop, total))
+            refs.append(EpisodeRef(str(path), n, start, stop, total, "truncated" if stop in starts else ""))
+        found, counted = found + len(starts), counted + _beyond(terminals[:written], bounds, starts)
     if frame is None:
         return TaskScan(None, (), tuple(rejected))
     task = TaskSpec(
@@ -197,7 +205,10 @@ def _scan_run(files: list[Path], options: Options) -> TaskScan:
         game.score,
         limit,
     )
-    return TaskScan(task, tuple(refs), tuple(rejected))
+    notes = (f"{name}: {found} of {len(refs)} episodes have no terminal: rows of zeros follow, as after a step limit",)
+    line = f"{name}: {counted} of {len(refs)} episodes end by counting {limit:,} timesteps, without a terminal"
+    warnings = (f"{line}; give --max-episode-steps if the limit is another",) if counted else ()
+    return TaskScan(task, tuple(refs), tuple(rejected), warnings=warnings, notes=notes if found else ())
 
 
 def _field(frame: tuple[int, int, int], fit: str) -> FieldSpec:
@@ -207,13 +218,42 @@ def _field(frame: tuple[int, int, int], fit: str) -> FieldSpec:
     return FieldSpec("frame", "image", frame, resized=RESIZED)
 
 
-def _bounds(terminals: np.ndarray, limit: int) -> list[tuple[int, int]]:
-    """[start, stop) of each episode: a terminal ends one, and so does the limit."""
-    stops = [int(row) + 1 for row in np.flatnonzero(terminals)]
+def _bounds(terminals: np.ndarray, limit: int, starts: frozenset[int] = frozenset()) -> list[tuple[int, int]]:
+    """[start, stop) of each episode: a terminal ends one, and so do the next one's padding and the limit."""
+    stops = sorted({*(int(row) + 1 for row in np.flatnonzero(terminals)), *starts})
     if not stops or stops[-1] < len(terminals):
         stops.append(len(terminals))
     stops = [row for start, stop in pairwise([0, *stops]) for row in [*range(start + limit, stop, limit), stop]]
     return list(pairwise([0, *stops]))
+
+
+def _beyond(terminals: np.ndarray, bounds: list[tuple[int, int]], starts: frozenset[int]) -> int:
+    """How many episodes only the limit ended."""
+    return sum(not terminals[stop - 1] and stop not in starts for _, stop in bounds[:-1])
+
+
+def _padded_starts(
+    checkpoint: Checkpoint, actions: np.ndarray, rewards: np.ndarray, terminals: np.ndarray, limit: int
+) -> frozenset[int]:
+    """First rows of the paddings that no terminal precedes. Frames are read only where such a padding may be missed
+    otherwise; damage among them shows when their episodes are read."""
+    frames, rows = checkpoint["observation"], len(actions)
+    ends = np.flatnonzero(np.append(terminals[: rows - 1], 1))
+    looked = checkpoint.marks_limits() or rows * frames.row_bytes <= SMALL or np.diff(ends, prepend=-1).max() > limit
+    blank = (actions == 0) & (rewards[:rows] == 0) & (terminals[:rows] == 0)
+    if not looked or not blank.any():
+        return frozenset()
+    step = max(1, BLOCK // frames.row_bytes)
+    try:
+        for start in range(0, rows, step):
+            block = frames.rows(start, min(start + step, rows))
+            blank[start : start + step] &= ~block.reshape(len(block), -1).any(axis=1)
+    except EpisodeError:
+        blank[start:] = False
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], blank, [False]]).astype(np.int8)))
+    runs = edges.reshape(-1, 2)
+    first = runs[(runs[:, 1] - runs[:, 0] == PADDING) & (runs[:, 0] > 0), 0]
+    return frozenset(int(row) for row in first if not terminals[row - 1])
 
 
 def _read_episode(checkpoint: Checkpoint, task: TaskSpec, ref: EpisodeRef) -> RawEpisode | Rejection:

@@ -157,6 +157,10 @@ class Checkpoint:
             return (int(invalid.reshape(-1)[0]) + 1) % rows or rows  # the range starts one row before the position
         return rows
 
+    def marks_limits(self) -> bool:
+        """Whether the writer kept the ends of episodes apart from the terminals; the file is a pickle, and not read."""
+        return sibling(self.action_file, "episode_end_indices").is_file()
+
     def _small(self, stem: str) -> np.ndarray | None:
         """One of the few integers beside the arrays, None where the log has none."""
         path = sibling(self.action_file, stem)

@@ -3,10 +3,12 @@
 observations (N, D), actions (N, A) or integers (N,), rewards (N,) or (N, 1), terminals (N,), timeouts (N,) if any
     -> episodes: rows up to and with one where terminals or timeouts is set
 
-Without `timeouts` (v0 files) a trajectory ends at a terminal or at the time limit. Rows after the last end are an
-episode too, cut by the log. The mazes' `infos/goal` (N, G), which their observations leave out, is a field of its
-own, before `observation`; the kitchen's goal is a part of its observations; other `infos` and `metadata` are not
-read. `scan` reads flags, rewards and shapes; `read` slices one episode at a time. How the bytes are read, and what
+Without `timeouts` a trajectory ends at a terminal, and where `episode_terminals` (d3rlpy 1.x) or next_observations
+show it, or at the time limit; etl/sources/_oddities.py decides. Rows after the last end are an episode too, cut by the
+log. The mazes' `infos/goal` (N, G), which their observations leave out, is a field of its own, before `observation`;
+the kitchen's goal is a part of its observations; other `infos` and `metadata` are not read. Rows of bytes are
+flattened pictures. Numbered files of one episode each are one task. `scan` reads flags, rewards and shapes, and
+observations where the flags leave a doubt; `read` slices one episode at a time. How the bytes are read, and what
 becomes of damaged ones, is in etl/sources/_hdf5.py.
 
 Invariant: the episodes of a file are disjoint, in order, and cover all its rows.
@@ -14,11 +16,13 @@ Invariant: the episodes of a file are disjoint, in order, and cover all its rows
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
-from itertools import groupby, pairwise
+from functools import cache, cached_property
+from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
 import h5py
 import numpy as np
@@ -26,9 +30,9 @@ import numpy as np
 import simulators
 from etl.fetch.download import fetch
 from etl.sources import (
+    ActionOptions,
     EpisodeRef,
     Known,
-    LogOptions,
     Recognition,
     Rejection,
     SourceError,
@@ -40,38 +44,42 @@ from etl.sources import (
     environment_warnings,
 )
 from etl.sources._hdf5 import AGAIN, Rows, damage
+from etl.sources._oddities import Split, differing, distances, split
+from etl.sources._pictures import PictureLayout, as_pictures, flattened_shapes, image_field, picture_layout
+from etl.sources._series import merged, numbered
 from etl.sources.d4rl.actions import action_space
 from etl.sources.d4rl.writer import D4RLWriter
-from schemas.episode import ActionSpec, EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, TaskSpec
+from schemas.episode import EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, TaskSpec
 from simulators.registry import environment as environment_of_id
 from simulators.registry import suite_of_id
 
 SUFFIXES = (".hdf5", ".h5")
 REQUIRED = ("observations", "actions", "rewards", "terminals")
 GOAL = "infos/goal"
+OPTIONAL = ("timeouts", "episode_terminals", "next_observations", GOAL)
 WIDEST = 2**16  # values a timestep: more is damage, and would not fit any context
-LONGEST = 2**16  # timesteps an episode: a log without any end is cut here, so that memory stays bounded
+FLAGS = ("terminals", "timeouts", "episode_terminals")
 ALL = slice(None)
-KNOWN = ((-1.0,), (1.0,))  # of the actions in D4RL's own datasets
+PIECE = 2**24  # bytes of observations at a time
+CARLA = (48, 48, 3)  # of D4RL's own rows of bytes
+FLATTENED = 1024  # numbers in a row from which it is rather a picture
 MOST_ROWS = 2**24  # D4RL's longest have 2M: flags and rewards are held whole
 
 
 @dataclass(frozen=True)
-class Options(LogOptions):
+class Options(ActionOptions):
     """What the command line says about D4RL logs."""
 
-    action_low: tuple[float, ...] = ()
-    """Lowest value of an action, one for all dimensions or one each; of the environment where not given."""
-    action_high: tuple[float, ...] = ()
-    """Highest value of an action."""
+    picture_shape: tuple[int, ...] = ()
+    """Height, width and channels of the pictures that the rows of `observations` are, flattened."""
+    files: Literal["auto", "tasks"] = "auto"
+    """auto: numbered files of one episode each (episode_0.hdf5, episode_1.hdf5) are one task; tasks: each is one."""
 
     def check(self) -> None:
         super().check()
-        if len(self.action_low) != len(self.action_high) or any(
-            a >= b for a, b in zip(self.action_low, self.action_high)
-        ):
-            given = f"--action-low {self.action_low} and --action-high {self.action_high}"
-            raise ValueError(f"{given}: give as many of both, each low below its high")
+        shape = self.picture_shape
+        if shape and (len(shape) != 3 or picture_layout(shape, np.uint8) is None):
+            raise ValueError(f"--picture-shape {shape}: give height, width and channels, such as 48 48 3")
 
 
 class D4RL:
@@ -114,15 +122,24 @@ class D4RL:
         return files
 
     def scan(self, files: list[Path], options: Options) -> list[TaskScan]:
-        """One TaskScan a file, by task name. SourceError where two files have one name."""
-        named = by_task(files, task_name)
-        wrong = _hdf5.tried(named.values())
-        return [
-            TaskScan(None, (), (_rejection(name, EpisodeRef(str(path), -1, 0, 0), wrong[path]),))
-            if path in wrong
-            else _scan_file(name, path, options)
-            for name, path in named.items()
-        ]
+        """One TaskScan a file or numbered series of files, by task name. SourceError where two have one name."""
+        files = sorted({Path(path) for path in files})
+        wrong = _hdf5.tried(files)
+
+        def scanned(name: str, path: Path) -> TaskScan:
+            if path in wrong:
+                return TaskScan(None, (), (_rejection(name, EpisodeRef(str(path), -1, 0, 0), wrong[path]),))
+            return _scan_file(name, path, options)
+
+        series = numbered(files) if options.files == "auto" else {}
+        scans, alone = [], set(files)
+        for name, paths in series.items():
+            one = merged(name, {path: scanned(name, path) for path in paths})
+            if one is not None:
+                scans.append(one)
+                alone -= set(paths)
+        scans += [scanned(name, path) for name, path in by_task(alone, task_name).items()]
+        return sorted(scans, key=_name_of)
 
     def parts(self, file: str) -> list[Path]:
         """The file itself."""
@@ -157,16 +174,8 @@ def task_name(path: Path) -> str:
     return _downloads().get(path.stem, path.stem)
 
 
-def episode_stops(terminals: np.ndarray, timeouts: np.ndarray | None, limit: int | None) -> list[int]:
-    """Row after each episode's last one, ascending, the final one is N. terminals, timeouts: (N,) bool;
-    `limit` is the time limit in timesteps, used where timeouts is None."""
-    ends = terminals if timeouts is None else terminals | timeouts
-    stops = [int(row) + 1 for row in np.flatnonzero(ends)]
-    if not stops or stops[-1] < len(ends):
-        stops.append(len(ends))
-    if timeouts is not None or limit is None:
-        limit = LONGEST
-    return [row for start, stop in pairwise([0, *stops]) for row in [*range(start + limit, stop, limit), stop]]
+def _name_of(scan: TaskScan) -> str:
+    return scan.task.name if scan.task else scan.rejected[0].task
 
 
 class _Log:
@@ -186,8 +195,41 @@ class _Log:
             self.fields["goal"] = self.arrays[GOAL]
 
     def flags(self, key: str, rows: slice = ALL) -> np.ndarray | None:
-        """Whether 'terminals' or 'timeouts' are set, bool; None where the file has no such key."""
+        """Which rows of one of FLAGS are set, bool; None where the file has no such key."""
         return self.arrays[key][rows].reshape(-1).astype(bool, copy=False) if key in self.arrays else None
+
+    def split(self, limit: int | None) -> Split:
+        """Where its episodes end. EpisodeError where nothing tells."""
+        key = "timeouts" if "timeouts" in self.arrays or "episode_terminals" not in self.arrays else "episode_terminals"
+        terminals = self.flags("terminals")
+        assert terminals is not None  # a required key
+        try:
+            return split(terminals, self.flags(key), limit, self, key)
+        except ValueError as error:
+            raise EpisodeError("no time limit", str(error)) from None
+
+    def seams(self) -> np.ndarray | None:
+        """Rows after which the next one is not what they led to; see `_oddities.Evidence`."""
+        now, after = self.arrays["observations"], self.arrays.get("next_observations")
+        return None if after is None else differing(_pieces(now), _pieces(after), len(now))
+
+    def jumps(self) -> np.ndarray | None:
+        """Distance of each row from the next one; see `_oddities.Evidence`."""
+        rows = self.arrays["observations"]
+        return None if rows.dtype == np.uint8 else distances(lambda: _pieces(rows), len(rows))
+
+    @cached_property
+    def unit(self) -> bool:
+        """Whether pictures that are stored as floats lie in [0, 1], by the first rows."""
+        rows = self.arrays["observations"]
+        return rows.dtype.kind == "f" and float(np.nanmax(next(_pieces(rows)))) <= 1.0
+
+    def layout(self, shape: tuple[int, ...]) -> PictureLayout | None:
+        """How a row of observations is a picture of that shape; of its own where () is given, None where it is none."""
+        stored = self.arrays["observations"].shape[1:]
+        if shape and len(stored) == 1:
+            return PictureLayout(stored, (shape[0], shape[1], shape[2]), unit=self.unit)
+        return picture_layout(stored, self.arrays["observations"].dtype)
 
     def actions(self, ref: EpisodeRef, task: TaskSpec) -> np.ndarray:
         """(T, A) float32; discrete ones (T,) int64, of several values (T, A)."""
@@ -209,7 +251,7 @@ class _Log:
 
     def _checked(self) -> dict[str, Rows]:
         arrays: dict[str, Rows] = {}
-        for key in (*REQUIRED, "timeouts", GOAL):
+        for key in (*REQUIRED, *OPTIONAL):
             dataset = _hdf5.dataset(self.file, *key.split("/"))
             if dataset is None and key in REQUIRED:
                 raise EpisodeError(
@@ -218,10 +260,20 @@ class _Log:
             if dataset is None or (key == GOAL and not _is_goal(dataset)):
                 continue
             shape, dtype, rows = dataset.shape, dataset.dtype, len(arrays["observations"]) if arrays else len(dataset)
+            if key == "next_observations":
+                if (shape, dtype.kind) == (arrays["observations"].shape, arrays["observations"].dtype.kind):
+                    arrays[key] = Rows(dataset)
+                continue
             matrix = key in ("observations", "actions", GOAL)
             discrete = key == "actions" and dtype.kind in "iu"
-            if dtype.kind not in ("f" if matrix else "fiub") and not discrete:
+            picture = key == "observations" and dtype == np.uint8 and len(shape) > 1
+            if dtype.kind not in ("f" if matrix else "fiub") and not discrete and not picture:
                 raise EpisodeError("wrong dtype", f"'{key}' is {dtype}; record it as float32")
+            if picture and len(shape) > 2:
+                if picture_layout(shape[1:], dtype) is None or math.prod(shape[1:]) > PIECE:
+                    raise EpisodeError("wrong shape", f"'{key}' is {shape}; expected pictures (N, H, W, C)")
+                arrays[key] = Rows(dataset)
+                continue
             matrix = matrix and not (discrete and len(shape) == 1)
             if matrix and (len(shape) != 2 or not 0 < shape[1] <= WIDEST):
                 raise EpisodeError("wrong shape", f"'{key}' is {shape}, expected (N, size)")
@@ -250,31 +302,53 @@ def _scan_file(name: str, path: Path, options: Options) -> TaskScan:
             limit = options.max_episode_steps or (known.max_episode_steps if known else None)
             if limit is None and environment is not None:
                 limit = suite_of_id(environment.id).time_limit(environment.id)
-            terminals, timeouts = log.flags("terminals"), log.flags("timeouts")
-            assert terminals is not None  # a required key
-            if limit is None and timeouts is None:
-                raise EpisodeError("no time limit", "no 'timeouts', and no known time limit; give --max-episode-steps")
-            bounds = list(pairwise([0, *episode_stops(terminals, timeouts, limit)]))
-            totals = log.totals(bounds)
-            action, warnings = _action(log, environment, options, known is not None)
+            shape = options.picture_shape or (CARLA if known and name.startswith("carla") else ())
+            fields, warnings = _fields(log, shape)
+            ends = log.split(limit)
+            totals = log.totals(ends.bounds)
+            action, more = action_space(log.arrays["actions"], log.file.attrs, environment, options, known is not None)
     except EpisodeError as error:
         return TaskScan(None, (), (_rejection(name, EpisodeRef(str(path), -1, 0, 0), error),))
-    fields = tuple(FieldSpec(key, "continuous", rows.shape[1:]) for key, rows in sorted(log.fields.items()))
     score = simulators.reference(environment) if environment else None
     if known and environment == known.environment:
         score = known.score
-    longest = max(stop - start for start, stop in bounds)
+    longest = max(stop - start for start, stop in ends.bounds)
     task = TaskSpec(name, D4RL.name, fields, action, environment, score, limit or longest)
-    refs = tuple(EpisodeRef(str(path), n, *bound, total) for n, (bound, total) in enumerate(zip(bounds, totals)))
-    warnings += environment_warnings(environment)
-    return TaskScan(task, refs, warnings=tuple(f"{name}: {line}" for line in warnings))
+    each = zip(ends.bounds, totals, ends.ends)
+    return TaskScan(
+        task,
+        tuple(EpisodeRef(str(path), n, *bound, total, end) for n, (bound, total, end) in enumerate(each)),
+        warnings=tuple(f"{name}: {line}" for line in (*ends.warnings, *warnings, *more)),
+        notes=tuple(f"{name}: {line}" for line in (*ends.notes, *environment_warnings(environment))),
+    )
 
 
-def _action(
-    log: _Log, environment: EnvironmentSpec | None, options: Options, known: bool
-) -> tuple[ActionSpec, tuple[str, ...]]:
-    given = (options.action_low, options.action_high) if options.action_low else None
-    return action_space(log.arrays["actions"], log.file.attrs, environment, given or (KNOWN if known else None))
+def _fields(log: _Log, shape: tuple[int, ...]) -> tuple[tuple[FieldSpec, ...], tuple[str, ...]]:
+    """Fields of the observation, and warnings. `shape`: of flattened pictures, () where the rows are none."""
+    rows = log.arrays["observations"]
+    size = math.prod(rows.shape[1:])
+    fields = {key: FieldSpec(key, "continuous", own.shape[1:]) for key, own in log.fields.items()}
+    layout = log.layout(shape)
+    warnings: tuple[str, ...] = ()
+    if shape and len(rows.shape) == 2 and math.prod(shape) != size:
+        raise EpisodeError("wrong shape", f"--picture-shape {shape} has {math.prod(shape)} values, a row {size}")
+    if layout is not None:
+        fields["observation"] = image_field("observation", layout.shape)
+    elif size > FLATTENED or rows.dtype == np.uint8:
+        squares = [" ".join(map(str, one)) for one in flattened_shapes(size)]
+        remedy = f"--picture-shape {' or '.join(squares) if squares else 'H W C'} if they are flattened pictures"
+        line = f"a row of 'observations' is {size:,} numbers of {rows.dtype}, as many tokens a timestep; give {remedy}"
+        if rows.dtype == np.uint8:
+            raise EpisodeError("wrong dtype", f"{line}, or record numbers as float32")
+        warnings = (line,)
+    return tuple(field for _, field in sorted(fields.items())), warnings
+
+
+def _pieces(rows: Rows) -> Iterator[np.ndarray]:
+    """All rows (n, ...), a bounded number at a time."""
+    step = max(1, PIECE // max(1, math.prod(rows.shape[1:]) * rows.dtype.itemsize))
+    for start in range(0, len(rows), step):
+        yield rows[start : start + step]
 
 
 def _environment(own: str | None, known: EnvironmentSpec | None, options: Options) -> EnvironmentSpec | None:
@@ -285,23 +359,21 @@ def _environment(own: str | None, known: EnvironmentSpec | None, options: Option
 
 
 def _read_episode(log: _Log, task: TaskSpec, ref: EpisodeRef) -> RawEpisode | Rejection:
-    def rows(array: Rows) -> np.ndarray:
-        return _float32(array[ref.start : ref.stop])
+    specs = {spec.key: spec for spec in task.observation}
+
+    def values(key: str, array: Rows) -> np.ndarray:
+        spec, rows = specs[key], array[ref.start : ref.stop]
+        return as_pictures(rows, key, log.layout(spec.shape)) if spec.kind == "image" else _float32(rows)
 
     last = slice(ref.stop - 1, ref.stop)
     try:
         with damage():
-            terminated, timeout = bool(log.flags("terminals", last)), log.flags("timeouts", last)
-            if timeout is None:
-                truncated = not terminated and ref.timesteps == task.max_episode_steps
-            else:
-                truncated = bool(timeout)
             return RawEpisode(
-                observation={key: rows(array) for key, array in log.fields.items()},
+                observation={key: values(key, array) for key, array in log.fields.items() if key in specs},
                 action=log.actions(ref, task),
-                reward=rows(log.arrays["rewards"]).reshape(-1),
-                terminated=terminated,
-                truncated=truncated,
+                reward=_float32(log.arrays["rewards"][ref.start : ref.stop]).reshape(-1),
+                terminated=bool(log.flags("terminals", last)),
+                truncated=bool(log.flags("timeouts", last)),  # `end` of the ref counts more
                 file=log.path.name,
                 position=ref.position,
                 row=ref.start,

@@ -1,10 +1,11 @@
 """The range of actions in D4RL's layout, which its files do not state.
 
-option, else attributes of the file, else the environment, else [-1, 1] -> ActionSpec; a warning where values leave it
+option, else attributes of the file, else the environment -> what is declared -> etl.sources._ranges -> ActionSpec
 
-Discrete actions are integers (N,) or (N, 1). Their number of choices is the environment's, or what the log shows.
+Discrete actions are integers (N,) or (N, 1), or floats of an environment that takes integers. Their number of choices
+is the environment's, or what the log shows.
 
-Invariant: actions are clipped to a range only where the range is known, or the user is warned of the share.
+Invariant: actions are clipped to a range only where the range is known; see etl/sources/_ranges.py.
 """
 
 from __future__ import annotations
@@ -17,31 +18,45 @@ from typing import Any
 import numpy as np
 
 import simulators
+from etl.sources import ActionOptions
 from etl.sources._hdf5 import AGAIN, DAMAGE, Rows
+from etl.sources._ranges import Seen, action_spec, seen
 from schemas.episode import ActionSpec, EnvironmentSpec, EpisodeError
 from simulators.spaces import CHOICES
 
 PIECE = 2**16  # rows at a time
-Bounds = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def action_space(
-    actions: Rows, attributes: Mapping[str, Any], environment: EnvironmentSpec | None, given: Bounds | None
+    actions: Rows,
+    attributes: Mapping[str, Any],
+    environment: EnvironmentSpec | None,
+    options: ActionOptions,
+    published: bool = False,
 ) -> tuple[ActionSpec, tuple[str, ...]]:
-    """The action space of a log and warnings. `given`: low and high of the command line. EpisodeError where they do
-    not fit the log."""
+    """The action space of a log and warnings. `published`: one of D4RL's own, whose range is [-1, 1]. EpisodeError
+    where options do not fit the log."""
     size = actions.shape[1] if len(actions.shape) > 1 else 1
     own = _environments(environment, size) if environment else None
+    if own is not None and own.size != size:
+        own = None
     if actions.dtype.kind in "iu":
         return _discrete(actions, size, own), ()
-    bounds = given or _attributes(attributes, size)
-    if bounds:
-        if {len(bounds[0]), len(bounds[1])} - {1, size}:
-            raise EpisodeError("wrong shape", f"bounds {bounds} for actions of {size} values; give one or {size} each")
-        return ActionSpec.continuous(*bounds, size), ()
-    if own is not None and own.kind == "continuous" and own.size == size:
-        return own, ()
-    return ActionSpec.continuous(-1.0, 1.0, size), _beyond(actions)
+    if own is not None and own.kind == "discrete":
+        found = seen(_pieces(actions), size)
+        if found is not None and found.whole and _holds(own, found):
+            return own, ()
+        raise EpisodeError("wrong dtype", f"'actions' are fractions, {environment.id if environment else ''} takes "
+                           f"{own.choices} choices; give the --environment that was logged")  # fmt: skip
+    declared = _attributes(attributes, size)
+    if declared is None:
+        declared = ActionSpec.continuous(-1.0, 1.0, size) if published else own
+    return action_spec(size, options, declared, _pieces(actions))
+
+
+def _holds(space: ActionSpec, found: Seen) -> bool:
+    low, high = np.array(space.start), np.array(space.start) + np.array(space.choices) - 1
+    return bool((found.low >= low).all() and (found.high <= high).all())
 
 
 def _discrete(actions: Rows, size: int, own: ActionSpec | None) -> ActionSpec:
@@ -59,14 +74,14 @@ def _discrete(actions: Rows, size: int, own: ActionSpec | None) -> ActionSpec:
     return ActionSpec.discrete(tuple(map(int, choices)), tuple(map(int, start)), size)
 
 
-def _attributes(attributes: Mapping[str, Any], size: int) -> Bounds | None:
+def _attributes(attributes: Mapping[str, Any], size: int) -> ActionSpec | None:
     """What etl.record notes; nothing where it makes no sense."""
     try:
         low, high = (np.ravel(attributes[key]).astype(float) for key in ("action_low", "action_high"))
     except (KeyError, ValueError, TypeError, OSError):
         return None
     fits = low.shape == high.shape == (size,) and np.isfinite([low, high]).all() and (low < high).all()
-    return (tuple(low.tolist()), tuple(high.tolist())) if fits else None
+    return ActionSpec.continuous(low.tolist(), high.tolist()) if fits else None
 
 
 def _environments(environment: EnvironmentSpec, size: int) -> ActionSpec | None:
@@ -89,19 +104,6 @@ def _of(suite: str, id: str, kwargs: str) -> ActionSpec | None:
         return None
     finally:
         env.close()
-
-
-def _beyond(actions: Rows) -> tuple[str, ...]:
-    """A warning where many values lie outside [-1, 1]."""
-    outside, highest = 0, 0.0
-    for piece in _pieces(actions):
-        size = np.abs(piece[np.isfinite(piece)])
-        outside, highest = outside + int((size > 1.001).sum()), max(highest, float(size.max(initial=0.0)))
-    share = outside / (len(actions) * (actions.shape[1] if len(actions.shape) > 1 else 1))
-    if share < 0.001:
-        return ()
-    problem = f"{share:.1%} of its action values lie outside [-1, 1], up to ±{highest:g}, and are clipped"
-    return (f"{problem}: no environment says their range; give --action-low and --action-high, or --environment",)
 
 
 def _pieces(actions: Rows) -> Iterator[np.ndarray]:

@@ -6,7 +6,8 @@ ID/data/main_data.hdf5   episode_N/: observations (T+1, ...), actions (T, ...), 
 
 Dict and Tuple spaces are groups ('_index_0' for a tuple's first): their arrays become fields with keys such as
 'achieved_goal' or 'a/0', in the order of the path. `scan` reads metadata and rewards; `read` opens one episode's
-group at a time; how the bytes are read is in etl/sources/minari/disk.py. Minari's 'arrow' and 'parquet' are not read.
+group at a time. How the bytes are read is in etl/sources/minari/disk.py; Minari's Arrow and Parquet files, one an
+episode, are read by tables.py.
 
 Invariant: a field is a function of its own space (`field`), its array of that and the stored rows (`values`).
 """
@@ -30,9 +31,9 @@ from gymnasium import spaces
 
 import simulators
 from etl.sources import (
+    ActionOptions,
     EpisodeRef,
     Known,
-    LogOptions,
     LogWriter,
     Recognition,
     Rejection,
@@ -44,9 +45,12 @@ from etl.sources import (
     by_task,
     environment_warnings,
 )
+from etl.sources._pictures import as_pictures
+from etl.sources._ranges import action_spec
 from etl.sources.minari import disk
 from etl.sources.minari.disk import AGAIN, DATA, METADATA, TIMESTEP_VALUES, Leaf, damage
 from etl.sources.minari.download import DEFAULT, address, d4rl_environments, download
+from etl.sources.minari.tables import SUFFIXES, Tables
 from etl.sources.minari.writer import MinariWriter
 from schemas.episode import ActionSpec, EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, ScoreReference, TaskSpec
 from schemas.layout import layout_of
@@ -54,14 +58,16 @@ from schemas.ranges import require
 from simulators import spaces as rules
 from simulators.registry import environment as environment_of_id
 from simulators.registry import suite_of_id
+from simulators.spaces import SpaceError
 
+FLAGS_SAMPLED = 64  # episodes whose flags are looked at by `scan`
 MISSING_LISTED = 10_000  # groups that the metadata counts and the file lacks: beyond, one line for all
 PASSIVE_WRAPPERS = {"OrderEnforcing", "PassiveEnvChecker", "RecordEpisodeStatistics", "RecordVideo", "TimeLimit"}
 _EPISODE = re.compile(r"episode_(0|[1-9]\d{0,8})")
 
 
 @dataclass(frozen=True)
-class Options(LogOptions):
+class Options(ActionOptions):
     """What the command line says about Minari datasets."""
 
     text_tokens: int = 16
@@ -114,12 +120,13 @@ class Minari:
     def scan(self, files: list[Path], options: Options) -> list[TaskScan]:
         """One TaskScan a dataset, by task name. SourceError where two datasets have one name."""
         named = by_task(files, task_name)
-        wrong = _hdf5.tried(named.values())
+        wrong = _hdf5.tried(path for path in named.values() if path.name != METADATA)
         return [self._scan_dataset(name, path, wrong.get(path), options) for name, path in named.items()]
 
     def parts(self, file: str) -> list[Path]:
-        """The HDF5 file and its metadata."""
-        return [Path(file), Path(file).with_name(METADATA)]
+        """The HDF5 file, or that of an episode, and the dataset's metadata."""
+        path = Path(file)
+        return [path, (path.parent if path.suffix in SUFFIXES else path).with_name(METADATA)]
 
     def read(self, task: TaskSpec, refs: Iterable[EpisodeRef]) -> Iterator[RawEpisode | Rejection]:
         """Episodes in the order of refs: float32, integers from 0, images (T, H, W, C) uint8, text (T,) strings."""
@@ -128,7 +135,7 @@ class Minari:
             try:
                 about = disk.metadata(path)
                 leaves, action = disk.observation_leaves(about), disk.space_of(about, "action_space")
-                file = _hdf5.opened(path)
+                file = disk.opened(path)
             except EpisodeError as error:
                 yield from (_rejection(task.name, path, ref.position, ref.start, error) for ref in group)
                 continue
@@ -146,15 +153,26 @@ class Minari:
         if spec.kind == "text":
             return stored
         if spec.kind == "image":
-            return stored.reshape(len(stored), *spec.shape)
+            return as_pictures(stored, spec.key, rules.picture_of(space))
         return disk.float32(stored) if spec.kind == "continuous" else disk.integers(spec.key, space, stored)
 
-    def action(self, space: spaces.Space) -> ActionSpec:
-        """The action space. SpaceError where it has no bounds or holds more than one array."""
+    def action(
+        self, space: spaces.Space, options: Options, pieces: Iterable[np.ndarray]
+    ) -> tuple[ActionSpec, tuple[str, ...]]:
+        """The action space, and warnings; `pieces`: all real-valued actions, where it does not say their range.
+        SpaceError where it holds more than one array."""
         size = math.prod(rules.shape_of(space))
         if size > TIMESTEP_VALUES:
             raise EpisodeError("unsupported space", f"an action has {size} values; up to {TIMESTEP_VALUES} can be read")
-        return rules.action(space)
+        try:
+            declared = rules.action(space)
+        except SpaceError as error:
+            if error.reason != "unbounded action":
+                raise
+            declared = None
+        return (
+            action_spec(size, options, declared, pieces) if rules.is_real(space) and size else (rules.action(space), ())
+        )
 
     def environment(self, about: dict[str, Any], options: Options) -> tuple[EnvironmentSpec | None, int | None]:
         """Where to evaluate, and its time limit: the command line's, else the metadata's eval_env_spec, else its
@@ -180,20 +198,23 @@ class Minari:
                 raise wrong
             fields = self._fields(about, options)
             with damage("corrupt metadata"):
-                action = self.action(disk.space_of(about, "action_space"))
-            with damage(), _hdf5.opened(path) as file:
-                refs, rejected = _scan_episodes(file, name, path, about.get("total_episodes"))
-            with damage("corrupt metadata"):
+                moved = disk.space_of(about, "action_space")
                 environment, limit = self.environment(about, options)
+            with damage(), disk.opened(path) as file:
+                refs, rejected = _scan_episodes(file, name, path, about.get("total_episodes"))
+                action, warnings = self.action(moved, options, _all_actions(file, moved, refs))
+                warnings += _odd_flags(file, refs, options.max_episode_steps or limit)
+            with damage("corrupt metadata"):
                 score = _score(about, environment)
-            limit = limit or options.max_episode_steps or max((ref.timesteps for ref in refs), default=1)
+            limit = options.max_episode_steps or limit or max((ref.timesteps for ref in refs), default=1)
             task = TaskSpec(name, self.name, fields, action, environment, score, limit)
             with damage("unsupported space"):
                 layout_of(task)
         except EpisodeError as error:
             return TaskScan(None, (), (_rejection(name, path, -1, 0, error),))
-        warnings = tuple(f"{name}: {line}" for line in environment_warnings(environment))
-        return TaskScan(task, tuple(refs), tuple(rejected), warnings=warnings)
+        lines = (tuple(f"{name}: {line}" for line in own) for own in (warnings, environment_warnings(environment)))
+        warnings, notes = lines
+        return TaskScan(task, tuple(refs), tuple(rejected), warnings=warnings, notes=notes)
 
     def _fields(self, about: dict[str, Any], options: Options) -> tuple[FieldSpec, ...]:
         with damage("corrupt metadata"):
@@ -208,7 +229,7 @@ class Minari:
         return fields
 
     def _read_episode(
-        self, file: h5py.File, task: TaskSpec, leaves: list[Leaf], action: spaces.Space, ref: EpisodeRef
+        self, file: h5py.File | Tables, task: TaskSpec, leaves: list[Leaf], action: spaces.Space, ref: EpisodeRef
     ) -> RawEpisode | Rejection:
         assert task.action is not None
         specs, T, size = {spec.key: spec for spec in task.observation}, ref.timesteps, task.action.size
@@ -252,19 +273,22 @@ def task_name(path: Path) -> str:
 
 
 def _datasets_below(root: Path) -> list[Path]:
-    """main_data.hdf5 of every folder 'data' that holds it or a metadata.json, hidden folders and links to folders
-    left out. `root` may be such a folder, whatever its name, or the file itself."""
+    """`disk.place` of every folder 'data' that holds one or a metadata.json, hidden folders and links to folders left
+    out. `root` may be such a folder, whatever its name, or the file itself."""
     if root.is_file():
-        return [root.with_name(DATA)] if root.name in (DATA, METADATA) else []
+        return [disk.place(root.parent)] if root.name in (DATA, METADATA) else []
     found = []
     for folder, below, files in os.walk(root):
         below[:] = [name for name in below if not name.startswith(".")]
         if (Path(folder).name == "data" or Path(folder) == root) and {METADATA, DATA} & set(files):
-            found.append(Path(folder) / DATA)
+            found.append(disk.place(Path(folder)))
+            below.clear()
     return sorted(found)
 
 
-def _scan_episodes(file: h5py.File, name: str, path: Path, counted: Any) -> tuple[list[EpisodeRef], list[Rejection]]:
+def _scan_episodes(
+    file: h5py.File | Tables, name: str, path: Path, counted: Any
+) -> tuple[list[EpisodeRef], list[Rejection]]:
     """Episodes by number; those that the metadata counts and the file lacks are rejected."""
     numbers = {int(match[1]) for key in file if (match := _EPISODE.fullmatch(key))}
     count = counted if isinstance(counted, int) and counted >= 0 else max(numbers, default=-1) + 1
@@ -293,9 +317,45 @@ def _scan_episodes(file: h5py.File, name: str, path: Path, counted: Any) -> tupl
         except EpisodeError as error:
             rejected.append(_rejection(name, path, number, row, error))
             continue
-        refs.append(EpisodeRef(str(path), number, row, row + len(values), total if math.isfinite(total) else None))
+        place = str(disk.file_of(file, path, number))
+        refs.append(EpisodeRef(place, number, row, row + len(values), total if math.isfinite(total) else None))
         row += len(values)
     return refs, rejected
+
+
+def _all_actions(file: h5py.File | Tables, space: spaces.Space, refs: list[EpisodeRef]) -> Iterator[np.ndarray]:
+    """Actions (T, ...) of all episodes but damaged ones, which become rejections when they are read."""
+    for ref in refs:
+        try:
+            with damage():
+                group, T = disk.episode_group(file, ref.position), ref.timesteps
+                stored = disk.rows_of(group, ("actions",), space, T, T, math.prod(rules.shape_of(space)))
+        except EpisodeError:
+            continue
+        yield stored.reshape(T, -1)
+
+
+def _odd_flags(file: h5py.File | Tables, refs: list[EpisodeRef], limit: int | None) -> tuple[str, ...]:
+    """Warnings of episodes beyond the limit, and of ends inside an episode, by a sample of the episodes."""
+    warnings: tuple[str, ...] = ()
+    long = [ref.timesteps for ref in refs if limit and ref.timesteps > limit]
+    if long:
+        line = f"{len(long)} of {len(refs)} episodes are longer than the limit of {limit:,} (up to {max(long):,} rows)"
+        warnings += (f"{line}: they may be several, or give --max-episode-steps {max(long)}",)
+    inside = 0
+    sample = refs[:: max(1, len(refs) // FLAGS_SAMPLED)]
+    for ref in sample:
+        try:
+            with damage():
+                group = disk.episode_group(file, ref.position)
+                flags = [disk.column(group, key, ref.timesteps)[:-1] for key in ("terminations", "truncations")]
+        except EpisodeError:
+            continue
+        inside += any(values.any() for values in flags)
+    if inside:
+        line = f"{inside} of {len(sample)} episodes looked at have terminations or truncations before their last row"
+        warnings += (f"{line}: they are read to their last row; cut them there if they end there",)
+    return warnings
 
 
 def _id(spec: dict[str, Any]) -> str:
@@ -323,8 +383,8 @@ def _score(about: dict[str, Any], environment: EnvironmentSpec | None) -> ScoreR
 
 
 def _label(task: str, path: Path) -> str:
-    """All files have one name: the task tells them apart."""
-    return f"{task}/{path.name}"
+    """All files have one name: the task tells them apart, of a file per episode its folder too."""
+    return f"{task}/{path.parent.name}/{path.name}" if path.suffix in SUFFIXES else f"{task}/{path.name}"
 
 
 def _rejection(task: str, path: Path, position: int, row: int, error: EpisodeError) -> Rejection:
