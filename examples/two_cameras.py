@@ -137,8 +137,8 @@ def record(folder, episodes):
             ended = terminated or truncated
             frame = {f"observation.images.{name}": picture for name, picture in observation["images"].items()}
             frame |= {"observation.state": observation["state"], "action": action, "task": observation["task"]}
-            frame |= {"next.reward": np.float32([reward]), "next.done": np.array([ended])}
-            dataset.add_frame(frame | {"next.success": np.array([terminated and reward > 0])})
+            frame |= {"next.reward": np.array([reward], np.float32), "next.done": np.array([ended])}
+            dataset.add_frame(frame | {"next.success": np.array([bool(reward)])})
             observation = following
         dataset.save_episode()
     dataset.finalize()

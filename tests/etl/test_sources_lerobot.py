@@ -88,7 +88,7 @@ def wrist(rows, data, name):
 def test_every_value_comes_back(written, version):
     truth = np.load(written / f"{version}.npz")
     scan, read = episodes(written / version)
-    assert scan.task.name == version and len(read) == 4 and not scan.rejected and not scan.warnings
+    assert scan.task.name == version and len(read) == 4 and not (scan.rejected or scan.warnings or scan.notes)
     kinds = {spec.key: (spec.kind, spec.shape) for spec in scan.task.observation}
     assert kinds == {
         "state": ("continuous", (3,)),
@@ -160,13 +160,13 @@ def test_an_instruction_may_be_a_task(written):
 
 
 def test_what_is_observed_can_be_chosen(written, copy):
-    scan, read = episodes(written / "v21", observations=("observation.state", "observation.images.wrist"))
+    scan, read = episodes(written / "v21", observation_keys=("observation.state", "observation.images.wrist"))
     assert {spec.key for spec in scan.task.observation} == {"state", "images/wrist", "task"}
-    assert scan.warnings == (
-        "v21: not read: observation.grid, observation.images.front; --observations names what to read",
+    assert scan.notes == (
+        "v21: not read: observation.grid, observation.images.front; --observation-keys names what to read",
     )
     assert set(read[0].observation) == {"state", "images/wrist", "task"}
-    (scan,) = scanned(written / "v21", observations=("observation.torque",))
+    (scan,) = scanned(written / "v21", observation_keys=("observation.torque",))
     assert scan.task is None and "there are observation.grid" in scan.rejected[0].detail
 
 
@@ -176,7 +176,7 @@ def test_ranges_of_actions_are_the_options_or_without_statistics_the_datas(writt
     folder = copy("v30")
     (folder / "meta/stats.json").unlink()
     (own,), (data,) = scanned(written / "v30"), scanned(folder)
-    assert data.task.action == own.task.action and "no statistics of actions" in data.warnings[0]
+    assert data.task.action == own.task.action and "no statistics of actions" in data.notes[0]
     (folder / "meta/stats.json").write_text("[damaged")
     assert scanned(folder)[0].task.action == own.task.action
     (scan,) = scanned(written / "v30", action_low=(-1.0,) * 3, action_high=(1.0,) * 3)
@@ -189,7 +189,7 @@ def test_a_dimension_that_never_changes_is_said(copy):
         columns(path, lambda arrays: arrays.update(action=pa.array([[0.5, 3.0]] * len(arrays["action"]))))
     (folder / "meta/episodes_stats.jsonl").unlink()
     scan, read = episodes(folder)
-    assert "dimensions 0, 1 of the action never change" in scan.warnings[1]
+    assert "dimensions 0, 1 of the action never change" in scan.notes[1]
     assert all(not isinstance(episode, Rejection) for episode in read)
     assert scan.task.action.low[0] < 0.5 < scan.task.action.high[0]
 
@@ -200,7 +200,7 @@ def test_without_rewards_and_flags_it_is_said_and_episodes_end_with_their_record
     change(folder, features={k: v for k, v in about["features"].items() if not k.startswith("next.")} | {})
     columns(folder / "data/chunk-000/file-000.parquet", lambda a: [a.pop(k) for k in list(a) if k.startswith("next.")])
     scan, read = episodes(folder)
-    assert scan.warnings == ("v30: there is no next.reward: rewards and returns are 0",)
+    assert scan.notes == ("v30: there is no next.reward: rewards and returns are 0",)
     assert all((ref.total, e.terminated, e.truncated, e.reward.any()) == (None, False, True, False)
                for ref, e in zip(scan.episodes, read))  # fmt: skip
 
