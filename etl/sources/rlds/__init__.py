@@ -163,11 +163,9 @@ class _File(Log):
             return error
 
     def _stored(self, given: Given, pictures: bool) -> StoredEpisode:
-        parts = [given.numbers(leaf) for leaf in self.actions]
-        steps = len(parts[0])
-        flat = [part.reshape(len(part), -1) for part in parts if len(part) == steps]
-        if len(flat) < len(parts):
-            raise EpisodeError("wrong length", f"the arrays of the action have {[len(part) for part in parts]} rows")
+        flag = next((key for key in ("is_last", "is_first") if key in self.leaves and given.has(key)), None)
+        steps = len(given.numbers(self.leaves[flag] if flag else self.actions[0]))
+        flat = [given.numbers(leaf, steps).reshape(steps, -1) for leaf in self.actions]
         action = flat[0] if len(flat) == 1 else np.concatenate([part.astype(np.float32) for part in flat], axis=1)
         last, terminal = self._flag(given, "is_last", steps), self._flag(given, "is_terminal", steps)
         T = steps - 1 if last else steps
@@ -207,7 +205,7 @@ class _File(Log):
         return bool(leaf and given.has(key) and given.numbers(leaf, steps).reshape(steps, -1)[-1].any())
 
     def _names(self, leaves: list[Leaf]) -> set[str]:
-        keys = [leaf.key for leaf in (*leaves, *self.actions)] + ["reward", "is_last", "is_terminal"]
+        keys = [leaf.key for leaf in (*leaves, *self.actions)] + ["reward", "is_first", "is_last", "is_terminal"]
         return {STEPS + key + end for key in keys for end in ("", FLAT, LENGTHS)}
 
     def _notes(self, path: Path, odd: list[Leaf]) -> tuple[str, ...]:
