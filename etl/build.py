@@ -1,6 +1,6 @@
-"""`python -m etl.build --source d4rl`: logs to a dataset of shards.
+"""`python -m etl.build --input LOGS`: logs to a dataset of shards.
 
-resolve files -> scan -> filter -> plan -> Beam pipeline (progress by finished shards) -> gather -> summary
+recognise source -> resolve files -> scan -> filter -> plan -> Beam pipeline (progress by shards) -> gather -> summary
 
 Exit status 0 when a dataset was made or already stood there; 1, with one line that
 names file and remedy, when nothing useful could be made.
@@ -54,8 +54,8 @@ class Options:
     Beam's own flags pass through: --runner, --direct_num_workers, --flink_master and so on.
     """
 
-    source: str = "d4rl"
-    """Log format: d4rl (HDF5 files), minari, atari (DQN-Replay folders), babyai, text, or one of your own."""
+    source: str | None = None
+    """Log format: d4rl, minari, atari, lerobot, rlds, ... or one of your own; by default what the input looks like."""
     input: Annotated[str | None, tyro.conf.arg(aliases=["-i"])] = None
     """A file or a folder of logs, or the fsspec URL of one (s3://bucket/logs). Without it, --dataset is downloaded."""
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
@@ -90,12 +90,18 @@ class Options:
     config: tyro.conf.OmitArgPrefixes[BuildConfig] = field(default_factory=BuildConfig)
     scan: tyro.conf.Suppress[Any] = None
     """Options of the source, a `sources.load(source).options`; its defaults where None. Flat on the command line."""
+    evidence: tyro.conf.Suppress[str] = ""
+    """Why the source was chosen, where `with_source` chose it."""
 
 
 def build(options: Options, beam_arguments: list[str], console: Console) -> Manifest:
     """Make the dataset. DatasetError or SourceError name what is wrong."""
     plugins.load(options.imports)
+    options = with_source(options, console)
+    assert options.source is not None
     source = sources.load(options.source)
+    if options.evidence:
+        console.print(f"{options.input}: read as {source.name} ({options.evidence})", highlight=False, soft_wrap=True)
     scan_options = options.scan or source.options()
     _check(options, scan_options)
     output = (options.output or f"data/shards/{options.source}").removeprefix("file://")
@@ -145,6 +151,18 @@ def _with_size(scan: TaskScan) -> TaskScan:
     return replace(scan, notes=(*scan.notes, f"{scan.task.name}: {line}")) if scan.task and line else scan
 
 
+def with_source(options: Options, console: Console) -> Options:
+    """The options with a source: the one given, or what the input looks like, or else the one that knows the dataset.
+    SourceError where that is none or several."""
+    if options.source is not None:
+        return options
+    if options.input:
+        place, _ = _place(options, console)
+        source, evidence = sources.recognise(place)
+        return replace(options, source=source.name, evidence=evidence)
+    return replace(options, source=sources.of_dataset(options.dataset, _cache(options)))
+
+
 def _check(options: Options, scan: Any) -> None:
     """ValueError names the first option whose value makes no sense."""
     config, filter = options.config, options.config.filter
@@ -176,17 +194,23 @@ def _check(options: Options, scan: Any) -> None:
 
 def _inputs(options: Options, source: Source, console: Console) -> tuple[list[Path], dict[str, str]]:
     """Files to read, and where those that were fetched came from."""
-    cache = options.cache.expanduser().absolute()
-    origins: dict[str, str] = {}
-    place: Path | None = None
+    place, origins = _place(options, console) if options.input else (None, {})
+    return source.resolve(place, options.dataset, _cache(options)), origins
+
+
+def _place(options: Options, console: Console) -> tuple[Path, dict[str, str]]:
+    """The input on this machine, fetched where it is a URL, and where its files came from."""
     given = (options.input or "").removeprefix("file://")
     if is_url(given):
-        place, origins = remote.fetch(given, cache, console)
-    elif given:
-        place = Path(given).absolute()  # a worker may stand in another folder
-        if not place.exists():
-            raise SourceError(f"{place}: no such file or folder; give --input an existing one")
-    return source.resolve(place, options.dataset, cache), origins
+        return remote.fetch(given, _cache(options), console)
+    place = Path(given).absolute()  # a worker may stand in another folder
+    if not place.exists():
+        raise SourceError(f"{place}: no such file or folder; give --input an existing one")
+    return place, {}
+
+
+def _cache(options: Options) -> Path:
+    return options.cache.expanduser().absolute()
 
 
 def _links(given: str | None) -> list[str]:
@@ -262,13 +286,19 @@ def _why_nothing(scans: list[TaskScan]) -> str:
     return f"the filters left out all of its {filtered} episodes" if filtered else "it holds no episode"
 
 
-def parsed(arguments: list[str]) -> tuple[Options, list[str]]:
+def parsed(arguments: list[str], console: Console | None = None) -> tuple[Options, list[str]]:
     """The options of a command line, those of its source among them, and what is left for Beam. ValueError for an
-    option of another source."""
+    option of another source; SourceError where no source is given and none fits the input."""
     plugins.load_early(arguments)
-    flag = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    flag.add_argument("--source", default=Options.source)
-    source = sources.load(flag.parse_known_args(arguments)[0].source)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flags in (("--source",), ("--input", "-i"), ("--dataset",), ("--cache",)):
+        early.add_argument(*flags)
+    given = {name: value for name, value in vars(early.parse_known_args(arguments)[0]).items() if value is not None}
+    if "cache" in given:
+        given["cache"] = Path(given["cache"])
+    chosen = with_source(Options(**given), console or Console(stderr=True))
+    assert chosen.source is not None
+    source = sources.load(chosen.source)
     kind: Any = tyro.conf.OmitArgPrefixes[source.options]  # type: ignore[misc,name-defined]
     flat: Any = make_dataclass(
         "Options", [("scan", kind, field(default_factory=source.options))], bases=(Options,), frozen=True
@@ -280,7 +310,7 @@ def parsed(arguments: list[str]) -> tuple[Options, list[str]]:
         if owners:
             whose = f"--{name.replace('_', '-')} is an option of source {' and '.join(owners)}"
             raise ValueError(f"{whose}; source {source.name} does not know it: leave it out")
-    return options, rest
+    return replace(options, source=chosen.source, evidence=chosen.evidence), rest
 
 
 def beam_flags(arguments: list[str], workers: int) -> list[str]:
@@ -322,11 +352,11 @@ def main() -> int:
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # what fails is raised too
     options = Options()
     try:
-        options, rest = parsed(sys.argv[1:])
+        options, rest = parsed(sys.argv[1:], console)
         flags = beam_flags(rest, options.workers)
         if options.list:
             wide = Console(width=None if sys.stdout.isatty() else 300)  # names and addresses are copied from it
-            summary.datasets(sources.load(options.source), options.cache.expanduser(), wide)
+            summary.datasets(sources.load(str(options.source)), options.cache.expanduser(), wide)
             return 0
         manifest = build(options, flags, console)
     except (SourceError, ValueError, OSError) as error:

@@ -72,7 +72,7 @@ def build(
     Args:
         input: a file or folder of logs, or its fsspec URL; None downloads `dataset=NAME`.
         output: dataset folder or URL to write. One that already holds this dataset is kept.
-        source: log format: minari, d4rl, atari, babyai, text or a plug-in's; by default what the input looks like.
+        source: log format: minari, d4rl, lerobot, ... or a plug-in's; by default what the input looks like.
         beam_arguments: Beam's own flags, such as ['--runner=FlinkRunner'].
         progress: show a progress bar on stderr.
         options: the command's other options, with underscores: held_out_share=0.1, expert_share=0.8, overwrite=True,
@@ -98,9 +98,14 @@ def build(
     from shards.folder import Folder
     from simulators import plugins
 
-    name = source or detect_source(input)
-    places: dict[str, Any] = {"source": name, "input": input and os.fspath(input), "output": os.fspath(output)}
     plugins.load(options.get("imports", ()))
+    console = Console(stderr=True, quiet=not progress)
+    cache = Path(options.get("cache", command.Options.cache))
+    place = os.fspath(input) if input else None
+    asked = command.Options(source, place, dataset=options.get("dataset"), cache=cache)
+    chosen = command.with_source(asked, console)
+    name, evidence = str(chosen.source), chosen.evidence
+    places: dict[str, Any] = {"source": name, "input": chosen.input, "output": os.fspath(output), "evidence": evidence}
     scan_options = sources.load(name).options
     # the dataclasses that the command's options are fields of
     homes: dict[type, dict[str, Any]] = {
@@ -123,34 +128,12 @@ def build(
         config=config, scan=scan_options(**homes[scan_options]), **places, **homes[command.Options]
     )
     flags = command.beam_flags(list(beam_arguments), chosen.workers)
-    manifest = command.build(chosen, flags, Console(stderr=True, quiet=not progress))
+    manifest = command.build(chosen, flags, console)
     odd = oddities.load(Folder(str(chosen.output)))
     doubts = [(task, line) for task, own in odd.items() for line in own.warnings]
     for task, loss in doubts + summary.losses(manifest):
         warnings.warn(f"{task}: {loss}", stacklevel=2)
     return Dataset(str(chosen.output), manifest)
-
-
-def detect_source(input: str | os.PathLike[str] | None) -> str:
-    """The log format of a local folder or file, by its names. ValueError where no format fits."""
-    if input is None or "://" in os.fspath(input):
-        raise ValueError("source: give the log format, such as source='d4rl', for a download or a URL")
-    place = Path(input)
-    if not place.exists():
-        raise ValueError(f"{place}: no such file or folder; give an existing one")
-    files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
-    names = {path.name for path in files}
-    if {"main_data.hdf5", "metadata.json"} & names:
-        about = [path.read_text(errors="replace") for path in files if path.name == "metadata.json"]
-        return "babyai" if about and all("BabyAI-" in text for text in about) else "minari"
-    if any(name.startswith("$store$_") for name in names):
-        return "atari"
-    endings = {path.suffix for path in files}
-    if endings & {".hdf5", ".h5"}:
-        return "d4rl"
-    if endings & {".txt", ".jsonl", ".parquet"}:
-        return "text"
-    raise ValueError(f"{place}: holds no log of a known format; give source, and see python -m etl.build --help")
 
 
 class Stream:

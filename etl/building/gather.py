@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import numpy as np
@@ -90,7 +91,10 @@ def gather(
     for row, (task, start) in enumerate(zip(columns["task"], columns["start"])):
         if start == 0:
             firsts[task].append(row)
-    columns["held_out"] = _held_out(columns, used, firsts, config.held_out_share)
+    marked = {
+        (shard.task.name, n): mark for shard in plan for n, mark in enumerate(shard.held_out, shard.first_episode)
+    }
+    columns["held_out"] = _held_out(columns, used, firsts, config.held_out_share, marked)
     index = _ordered(columns)
     shards = [asdict(record.shard) for record in records]
     vocabulary = by_name(config.vocabulary)
@@ -165,17 +169,25 @@ def _first(rejected: list[Rejection]) -> str:
     return f"first of {len(rejected)} rejections: {first.file}: {first.reason}: {first.detail}"
 
 
-def _held_out(columns: dict[str, list], tasks: list[str], firsts: list[list[int]], share: float) -> list[bool]:
-    """By a hash of task and place in the source, so that adding data moves no episode between splits. `firsts`: rows
-    of the index where an episode begins, for each task."""
+def _held_out(
+    columns: dict[str, list],
+    tasks: list[str],
+    firsts: list[list[int]],
+    share: float,
+    marked: Mapping[tuple[str, int], bool | None],
+) -> list[bool]:
+    """As the logs mark them, else by a hash of task and place in the source, so that adding data moves no episode
+    between splits. `firsts`: rows of the index where an episode begins, for each task."""
     chosen: set[tuple[int, int]] = set()
     for task, rows in enumerate(firsts):
         marks: dict[int, int] = {}
         for row in rows:
             place = f"{tasks[task]}/{columns['file'][row]}/{columns['position'][row]}"
-            marks[columns["episode"][row]] = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big")
+            mark = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big")
+            said = marked.get((tasks[task], columns["episode"][row]))
+            marks[columns["episode"][row]] = mark if said is None else -1 if said else 2**64
         own = {episode for episode, mark in marks.items() if mark < share * 2**64}
-        if share > 0 and len(marks) > 1 and not own:
+        if share > 0 and len(marks) > 1 and not own and min(marks.values()) < 2**64:
             own = {min(marks, key=lambda episode: marks[episode])}
         if len(own) == len(marks):
             own.discard(max(marks, key=lambda episode: marks[episode]))

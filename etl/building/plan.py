@@ -67,7 +67,8 @@ class ShardPlan:
     `text_model`: sha256 of the SentencePiece model, where the task holds text. `first_episode`: ordinal in the task of
     the shard's first. `files`: source files. `refs`: one (ordinal of its file, position, first row, row after the last,
     `EpisodeRef.end`) per episode. `stamps`: one (path, bytes, time of the last change in ns) per file that is read.
-    `origins`: path -> address of each file that was fetched from elsewhere.
+    `origins`: path -> address of each file that was fetched from elsewhere. `held_out`: one mark per episode, empty
+    where the logs have none.
     """
 
     __pydantic_config__ = STRICT
@@ -81,6 +82,7 @@ class ShardPlan:
     refs: tuple[tuple[int, int, int, int, str], ...]
     stamps: tuple[tuple[str, int, int], ...]
     origins: dict[str, str]
+    held_out: tuple[bool | None, ...] = ()
 
     @property
     def episodes(self) -> list[EpisodeRef]:
@@ -150,6 +152,7 @@ def make_plan(
                     refs=tuple((number_of_file[r.file], r.position, r.start, r.stop, r.end) for r in refs),
                     stamps=tuple((str(part), *_stamp(part)) for part in parts),
                     origins={str(p): origins[str(p)] for p in parts if origins and str(p) in origins},
+                    held_out=() if all(r.held_out is None for r in refs) else tuple(r.held_out for r in refs),
                 )
             )
             first += len(refs)
@@ -195,8 +198,18 @@ def manifest_config(plan: list[ShardPlan], config: BuildConfig) -> dict[str, Any
     about = {"source": plan[0].source, "text_model": sorted({shard.text_model or "" for shard in plan})}
     tasks = {shard.task.name: shard.task for shard in plan}
     about["tasks"] = upgrade.digest_of_tasks(map(asdict, tasks.values()))
+    if keys := sorted({_named_keys(shard.source, file) for shard in plan for file in shard.files} - {""}):
+        about["keys"] = keys
+    if marks := [[shard.task.name, shard.first_episode, shard.held_out] for shard in plan if shard.held_out]:
+        about["held_out"] = hashlib.sha256(json.dumps(marks).encode()).hexdigest()
     given = asdict(config)
     for name in ("image_size", "frame_stack"):  # older manifests have none
         value = given.pop(name)
         given |= {name: list(value) if isinstance(value, tuple) else value} if value is not None else {}
     return given | about | {"inputs": inputs_of(plan)}
+
+
+def _named_keys(source: str, file: str) -> str:
+    """What a ref's file says after its path: the names that the user gave to a source's keys."""
+    own = str(sources.load(source).parts(file)[0])
+    return file.removeprefix(own) if file.startswith(own) else ""

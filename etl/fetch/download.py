@@ -16,7 +16,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -50,8 +50,9 @@ class _Retry(Exception):
     """The attempt failed in a way that another one may not."""
 
 
-def fetch(url: str, cache: Path, sha256: str | None = None) -> Path:
-    """The file behind `url` in the folder `cache`, downloaded unless it is there. `sha256`: 64 hex digits it must have.
+def fetch(url: str, cache: Path, sha256: str | None = None, headers: Mapping[str, str] | None = None) -> Path:
+    """The file behind `url` in the folder `cache`, downloaded unless it is there. `sha256`: 64 hex digits it must have;
+    `headers`: for the server, such as a token.
 
     SourceError, one line with file and remedy: no network, refused by the server, wrong checksum, cached file changed.
     """
@@ -65,7 +66,7 @@ def fetch(url: str, cache: Path, sha256: str | None = None) -> Path:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise SourceError(f"{part}: another process is downloading it; run again when it is done") from error
-        _download(_mirrored(url), path, file)
+        _download(_mirrored(url), path, file, headers or {})
         file.flush()
         os.fsync(file.fileno())
         digest = sha256_of(part)
@@ -93,14 +94,14 @@ def _checked(path: Path, sha256: str | None) -> Path:
     return path
 
 
-def _download(url: str, path: Path, file: BinaryIO) -> None:
+def _download(url: str, path: Path, file: BinaryIO, headers: Mapping[str, str]) -> None:
     """Fill `file` (open for appending) up to its last byte."""
     failures = 0
     with _progress(path.name) as (bar, task):
         while True:
             before = file.tell()
             try:
-                _attempt(url, path, file, lambda done, total: bar.update(task, completed=done, total=total))
+                _attempt(url, path, file, headers, lambda done, total: bar.update(task, completed=done, total=total))
                 return
             except (_Retry, *INTERRUPTIONS) as error:
                 failures = 1 if file.tell() > before else failures + 1
@@ -113,12 +114,14 @@ def _download(url: str, path: Path, file: BinaryIO) -> None:
             time.sleep(BACKOFF_SECONDS * 2 ** (failures - 1))
 
 
-def _attempt(url: str, path: Path, file: BinaryIO, report: Callable[[int, int | None], None]) -> None:
+def _attempt(
+    url: str, path: Path, file: BinaryIO, own: Mapping[str, str], report: Callable[[int, int | None], None]
+) -> None:
     """One request, resuming where `file` ends if the server still holds the same bytes."""
     validator = _validator(path)
     if file.tell() and not validator.is_file():
         _restart(file)  # nothing says which version of the file these bytes were
-    headers = {"Accept-Encoding": "identity"}
+    headers = {**own, "Accept-Encoding": "identity"}
     if file.tell():
         headers |= {"Range": f"bytes={file.tell()}-", "If-Range": validator.read_text()}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:

@@ -5,6 +5,7 @@ registered by --import, entry points `gato.sources`, etl/sources/* -> Source by 
 A source is an object of the `Source` protocol; a module or folder here defines one as `SOURCE`:
 
     SOURCE.options                                  dataclass of what the command line says about its logs
+    SOURCE.recognise(input)                         why a file or folder is of its format, or None; by names and keys
     files = SOURCE.resolve(input, dataset, cache)   paths on disk, downloading where there is no input
     scans = SOURCE.scan(files, options)             tasks and where each episode lies; reads lengths, not payloads
     SOURCE.known(cache)                             datasets that can be asked for by name, for --list
@@ -32,11 +33,13 @@ from typing import Any, Literal, NamedTuple, Protocol
 import gymnasium
 
 import simulators
+from etl.sources._recognition import Recognition, seen
 from schemas.episode import Document, EnvironmentSpec, EpisodeError, RawEpisode, TaskSpec
 from schemas.ranges import require
 from simulators.rollout import Step
 
 ENTRY_POINTS = "gato.sources"
+DEFAULT = "d4rl"
 STALE = "stale rows"  # reason of a rejection: rows that are no episode's
 ENDS = ("terminated", "truncated", "cut")  # by the environment, by its time limit, by the log
 
@@ -47,8 +50,9 @@ class SourceError(ValueError):
 
 class EpisodeRef(NamedTuple):
     """Rows [start, stop) of `file` (a full path), the `position`-th episode in it (of a text document: its place in
-    bytes). `total`: its raw return, None where its log has no rewards or they cannot be read. `end`: how it ended,
-    where `scan` knows that better than the rows themselves: one of ENDS."""
+    bytes). `total`: its raw return, None where its log has no rewards or they cannot be read. `held_out`: what the log
+    itself says of it; None leaves it to a hash. `end`: how it ended, where `scan` knows that better than the rows
+    themselves: one of ENDS."""
 
     file: str
     position: int
@@ -56,6 +60,7 @@ class EpisodeRef(NamedTuple):
     stop: int
     total: float | None = None
     end: str = ""
+    held_out: bool | None = None
 
     @property
     def timesteps(self) -> int:
@@ -177,6 +182,11 @@ class Source(Protocol):
 
     def known(self, cache: Path) -> list[Known]: ...
 
+    def recognise(self, input: Path) -> Recognition | None:
+        """Why the input is of this format; None where it is not. Looks at names and a few files' keys, reads no
+        payload, and raises nothing for foreign or damaged files. May be missing: such a source has to be named."""
+        ...
+
     def resolve(self, input: Path | None, dataset: str | None, cache: Path) -> list[Path]: ...
 
     def scan(self, files: list[Path], options: Any) -> list[TaskScan]: ...
@@ -215,6 +225,45 @@ def load(name: str) -> Source:
         detail = f"{type(error).__name__}: {error}"
         raise SourceError(f"entry point {name} = {point.value} of {ENTRY_POINTS} cannot be loaded ({detail}); "
                           "repair or uninstall its package") from error  # fmt: skip
+
+
+def recognise(input: Path) -> tuple[Source, str]:
+    """The source whose format a file or folder is of, and the evidence. SourceError where none fits, with what was
+    seen, or where several fit equally well."""
+    found: list[tuple[Source, Recognition]] = []
+    for source in map(load, names()):
+        recognition = source.recognise(input) if hasattr(source, "recognise") else None
+        if recognition is not None:
+            found.append((source, recognition))
+    if not found:
+        formats = "".join(f"\n  {name}: {_about(load(name))}" for name in names())
+        remedy = f"give --source if it is one of these, or write your own (docs/your-data.md):{formats}"
+        raise SourceError(f"{input}: holds no log of a known format ({seen(input)}); {remedy}")
+    highest = max(recognition.certainty for _, recognition in found)
+    best = [(source, recognition) for source, recognition in found if recognition.certainty == highest]
+    if len(best) > 1:
+        reasons = " and ".join(f"{source.name} ({recognition.evidence})" for source, recognition in best)
+        raise SourceError(f"{input}: looks like {reasons}; give --source, or --input a folder of one format")
+    return best[0][0], best[0][1].evidence
+
+
+def of_dataset(dataset: str | None, cache: Path) -> str:
+    """The name of the source that knows a dataset by that name; d4rl where nothing is asked for. SourceError where
+    several do, or none knows a name with a slash, which d4rl's have not."""
+    if dataset is None:
+        return DEFAULT
+    found = [name for name in names() if dataset in {one.id for one in load(name).known(cache)}]
+    if len(found) > 1:
+        raise SourceError(f"dataset '{dataset}' is known to sources {' and '.join(found)}; give --source")
+    if not found and "/" in dataset:
+        remedy = "give --source, such as --source lerobot for a repository of the Hugging Face hub"
+        raise SourceError(f"no source lists dataset '{dataset}'; {remedy}")
+    return found[0] if found else DEFAULT
+
+
+def _about(source: Source) -> str:
+    lines = (type(source).__doc__ or source.name).strip().splitlines()
+    return lines[0].split(". ")[0].removeprefix("Source of ").rstrip(".")
 
 
 def owners(option: str) -> list[str]:

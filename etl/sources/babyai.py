@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from etl.sources import Known, SourceError, TaskScan
-from etl.sources.minari import Minari, disk
+from etl.sources import Known, Recognition, SourceError, TaskScan, _recognition
+from etl.sources.minari import Minari, disk, is_babyai
 from etl.sources.minari.writer import MinariWriter
 from schemas.episode import EpisodeError, FieldSpec
 from simulators.suite import SimulatorError
@@ -38,7 +38,7 @@ class BabyAIWriter(MinariWriter):
 
 
 class BabyAI(Minari):
-    """Source of BabyAI logs in Minari's format."""
+    """Source of BabyAI's logs in Minari's format, their symbols drawn as pictures."""
 
     name = "babyai"
     writer = BabyAIWriter
@@ -47,6 +47,11 @@ class BabyAI(Minari):
     def known(self, cache: Path) -> list[Known]:
         """What was downloaded; Minari lists a group 'minigrid/BabyAI-LEVEL' for each level."""
         return [one for one in super().known(cache) if re.search(r"(?i)babyai|minigrid", one.id)]
+
+    def recognise(self, input: Path) -> Recognition | None:
+        """By the level that a Minari dataset names."""
+        marks = disk.marks(input)
+        return Recognition(f"{marks[0][0]} of BabyAI", _recognition.MARK) if is_babyai(marks) else None
 
     def scan(self, files: list[Path], options: Any) -> list[TaskScan]:
         """As Minari's. SourceError where minigrid, which draws the pictures, is missing."""

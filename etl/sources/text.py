@@ -24,7 +24,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from etl.sources import EpisodeRef, Known, NoOptions, Rejection, SourceError, TaskScan, _packed
+from etl.sources import (
+    EpisodeRef,
+    Known,
+    NoOptions,
+    Recognition,
+    Rejection,
+    SourceError,
+    TaskScan,
+    _packed,
+    _recognition,
+)
 from schemas.episode import Document, FieldSpec, TaskSpec
 
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "plain", ".md": "plain"}
@@ -42,7 +52,7 @@ class Options(NoOptions):
 
 
 class Text:
-    """Source of text documents."""
+    """Source of text documents in .jsonl, .parquet, .txt and .md files."""
 
     name = "text"
     default_dataset = ""
@@ -52,6 +62,26 @@ class Text:
     def known(self, cache: Path) -> list[Known]:
         """None: texts are the user's own."""
         return []
+
+    def recognise(self, input: Path) -> Recognition | None:
+        """By the endings of all or most files. A Parquet file counts where it has a column of strings, a .json file
+        where its first line has a "text"."""
+        files = _recognition.files_below(input)
+        texts = [path for path in files if path.suffix in SUFFIXES]
+        lines = _recognition.first_with(texts, ".json")
+        if not all(isinstance(_parsed(_recognition.first_line(path), "text"), str) for path in lines):
+            return None
+        tables = [path for path in texts if SUFFIXES[path.suffix] == "parquet"][: _recognition.FEW]
+        schemas = [schema for schema in map(_recognition.parquet_schema, tables) if schema is not None]
+        strings = [any(pa.types.is_string(c.type) or pa.types.is_large_string(c.type) for c in s) for s in schemas]
+        if 2 * len(texts) <= len(files) or (tables and not any(strings)):
+            return None
+        endings = ", ".join(sorted({path.suffix for path in texts}))
+        certain = len(texts) == len(files) and all("text" in schema.names for schema in schemas)
+        return Recognition(
+            f"{len(texts)} of {len(files)} files end in {endings}",
+            _recognition.LAYOUT if certain else _recognition.FALLBACK,
+        )
 
     def resolve(self, input: Path | None, dataset: str | None, cache: Path) -> list[Path]:
         """The input file, or all text files below the input folder. SourceError where there is none."""

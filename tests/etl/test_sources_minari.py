@@ -394,8 +394,6 @@ def test_unusable_files_are_rejected_and_others_go_on(tmp_path):
     (no_data / "data" / "main_data.hdf5").unlink()
     edit(no_data / "data" / "main_data.hdf5", dataset_id="no-data")
     (broken / "data" / "metadata.json").write_text("{" * 100_000)
-    arrow = write(spaces.Discrete(3), dataset="arrow-v0", data_format="arrow")
-    assert arrow in SOURCE.resolve(tmp_path, None, tmp_path)
     scans = SOURCE.scan(SOURCE.resolve(tmp_path, None, tmp_path), OPTIONS)
     assert [len(s.episodes) for s in scans if s.task] == [3]
     assert {s.rejected[0].task: s.rejected[0].reason for s in scans if s.rejected} == {
@@ -405,7 +403,6 @@ def test_unusable_files_are_rejected_and_others_go_on(tmp_path):
         "no-metadata": "missing file",
         "no-data": "missing file",
         "broken": "corrupt metadata",
-        "arrow-v0": "not HDF5",
     }
 
 

@@ -38,7 +38,18 @@ from urllib.parse import quote
 import numpy as np
 
 from etl.fetch.download import fetch
-from etl.sources import STALE, EpisodeRef, Known, NoOptions, Rejection, SourceError, TaskScan, _catalogue
+from etl.sources import (
+    STALE,
+    EpisodeRef,
+    Known,
+    NoOptions,
+    Recognition,
+    Rejection,
+    SourceError,
+    TaskScan,
+    _catalogue,
+    _recognition,
+)
 from etl.sources._catalogue import Game
 from etl.sources.atari.checkpoint import AGAIN, ARRAYS, STORE, Checkpoint, number_of, opened, parts
 from etl.sources.atari.writer import ReplayWriter
@@ -90,6 +101,11 @@ class Atari:
                     Known(f"{game.name}/1", f"ALE/{game.name}-v5", where, file.parent if file.is_file() else None)
                 )
         return rows
+
+    def recognise(self, input: Path) -> Recognition | None:
+        """By the names that Dopamine gives its arrays."""
+        found = [path for path in _recognition.files_below(input) if STORE.fullmatch(path.name)]
+        return Recognition(_recognition.below(input, found[0]), _recognition.MARK) if found else None
 
     def resolve(self, input: Path | None, dataset: str | None, cache: Path) -> list[Path]:
         """The action file of each checkpoint at or below the input, by game, run and number; `dataset` (GAME/RUN or

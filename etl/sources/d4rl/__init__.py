@@ -33,11 +33,13 @@ from etl.sources import (
     ActionOptions,
     EpisodeRef,
     Known,
+    Recognition,
     Rejection,
     SourceError,
     TaskScan,
     _catalogue,
     _hdf5,
+    _recognition,
     by_task,
     environment_warnings,
 )
@@ -96,6 +98,14 @@ class D4RL:
             environment = one.environment.id if one.environment else "-"
             rows.append(Known(one.id, environment, one.url, file if file.is_file() else None))
         return rows
+
+    def recognise(self, input: Path) -> Recognition | None:
+        """By the keys of an HDF5 file."""
+        for path in _recognition.first_with(_recognition.files_below(input), *SUFFIXES):
+            if set(REQUIRED) <= set(_recognition.hdf5_keys(path)):
+                where = _recognition.below(input, path)
+                return Recognition(f"{where} has keys {', '.join(REQUIRED)}", _recognition.LAYOUT)
+        return None
 
     def resolve(self, input: Path | None, dataset: str | None, cache: Path) -> list[Path]:
         """The input file, or all HDF5 files below the input folder (`dataset` picks one of them), sorted;

@@ -6,7 +6,8 @@ ID/data/main_data.hdf5   episode_N/: observations (T+1, ...), actions (T, ...), 
 
 Dict and Tuple spaces are groups ('_index_0' for a tuple's first): their arrays become fields with keys such as
 'achieved_goal' or 'a/0', in the order of the path. `scan` reads metadata and rewards; `read` opens one episode's
-group at a time; how the bytes are read is in etl/sources/minari/disk.py. Minari's 'arrow' and 'parquet' are not read.
+group at a time. How the bytes are read is in etl/sources/minari/disk.py; Minari's Arrow and Parquet files, one an
+episode, are read by tables.py.
 
 Invariant: a field is a function of its own space (`field`), its array of that and the stored rows (`values`).
 """
@@ -34,11 +35,13 @@ from etl.sources import (
     EpisodeRef,
     Known,
     LogWriter,
+    Recognition,
     Rejection,
     SourceError,
     TaskScan,
     _catalogue,
     _hdf5,
+    _recognition,
     by_task,
     environment_warnings,
 )
@@ -47,6 +50,7 @@ from etl.sources._ranges import action_spec
 from etl.sources.minari import disk
 from etl.sources.minari.disk import AGAIN, DATA, METADATA, TIMESTEP_VALUES, Leaf, damage
 from etl.sources.minari.download import DEFAULT, address, d4rl_environments, download
+from etl.sources.minari.tables import SUFFIXES, Tables
 from etl.sources.minari.writer import MinariWriter
 from schemas.episode import ActionSpec, EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, ScoreReference, TaskSpec
 from schemas.layout import layout_of
@@ -89,6 +93,14 @@ class Minari:
         table = dict.fromkeys(sorted(cached), "-") | d4rl_environments()
         return [Known(name, environment, address(name), cached.get(name)) for name, environment in table.items()]
 
+    def recognise(self, input: Path) -> Recognition | None:
+        """By a metadata.json with spaces. BabyAI's logs are left to the source that draws their pictures."""
+        marks = disk.marks(input)
+        if not marks:
+            return None
+        evidence, _ = marks[0]
+        return Recognition(evidence, _recognition.LAYOUT if is_babyai(marks) else _recognition.MARK)
+
     def resolve(self, input: Path | None, dataset: str | None, cache: Path) -> list[Path]:
         """The main_data.hdf5 of each dataset at or below the input, sorted; `dataset` (an id such as
         D4RL/hopper/medium-v0) picks one. Without an input, `dataset` is downloaded. SourceError where there is none."""
@@ -108,12 +120,13 @@ class Minari:
     def scan(self, files: list[Path], options: Options) -> list[TaskScan]:
         """One TaskScan a dataset, by task name. SourceError where two datasets have one name."""
         named = by_task(files, task_name)
-        wrong = _hdf5.tried(named.values())
+        wrong = _hdf5.tried(path for path in named.values() if path.name != METADATA)
         return [self._scan_dataset(name, path, wrong.get(path), options) for name, path in named.items()]
 
     def parts(self, file: str) -> list[Path]:
-        """The HDF5 file and its metadata."""
-        return [Path(file), Path(file).with_name(METADATA)]
+        """The HDF5 file, or that of an episode, and the dataset's metadata."""
+        path = Path(file)
+        return [path, (path.parent if path.suffix in SUFFIXES else path).with_name(METADATA)]
 
     def read(self, task: TaskSpec, refs: Iterable[EpisodeRef]) -> Iterator[RawEpisode | Rejection]:
         """Episodes in the order of refs: float32, integers from 0, images (T, H, W, C) uint8, text (T,) strings."""
@@ -122,7 +135,7 @@ class Minari:
             try:
                 about = disk.metadata(path)
                 leaves, action = disk.observation_leaves(about), disk.space_of(about, "action_space")
-                file = _hdf5.opened(path)
+                file = disk.opened(path)
             except EpisodeError as error:
                 yield from (_rejection(task.name, path, ref.position, ref.start, error) for ref in group)
                 continue
@@ -187,7 +200,7 @@ class Minari:
             with damage("corrupt metadata"):
                 moved = disk.space_of(about, "action_space")
                 environment, limit = self.environment(about, options)
-            with damage(), _hdf5.opened(path) as file:
+            with damage(), disk.opened(path) as file:
                 refs, rejected = _scan_episodes(file, name, path, about.get("total_episodes"))
                 action, warnings = self.action(moved, options, _all_actions(file, moved, refs))
                 refs, more = _odd_flags(file, refs, options.max_episode_steps or limit)
@@ -217,7 +230,7 @@ class Minari:
         return fields
 
     def _read_episode(
-        self, file: h5py.File, task: TaskSpec, leaves: list[Leaf], action: spaces.Space, ref: EpisodeRef
+        self, file: h5py.File | Tables, task: TaskSpec, leaves: list[Leaf], action: spaces.Space, ref: EpisodeRef
     ) -> RawEpisode | Rejection:
         assert task.action is not None
         specs, T, size = {spec.key: spec for spec in task.observation}, ref.timesteps, task.action.size
@@ -250,25 +263,33 @@ class Minari:
 SOURCE = Minari()
 
 
+def is_babyai(marks: list[tuple[str, dict[str, Any]]]) -> bool:
+    """Whether all of `disk.marks` are logs of BabyAI's levels."""
+    return bool(marks) and all("BabyAI-" in json.dumps(about) for _, about in marks)
+
+
 def task_name(path: Path) -> str:
     """D4RL/hopper/medium-v0 -> D4RL-hopper-medium-v0."""
     return disk.dataset_id(path).replace("/", "-")
 
 
 def _datasets_below(root: Path) -> list[Path]:
-    """main_data.hdf5 of every folder 'data' that holds it or a metadata.json, hidden folders and links to folders
-    left out. `root` may be such a folder, whatever its name, or the file itself."""
+    """`disk.place` of every folder 'data' that holds one or a metadata.json, hidden folders and links to folders left
+    out. `root` may be such a folder, whatever its name, or the file itself."""
     if root.is_file():
-        return [root.with_name(DATA)] if root.name in (DATA, METADATA) else []
+        return [disk.place(root.parent)] if root.name in (DATA, METADATA) else []
     found = []
     for folder, below, files in os.walk(root):
         below[:] = [name for name in below if not name.startswith(".")]
         if (Path(folder).name == "data" or Path(folder) == root) and {METADATA, DATA} & set(files):
-            found.append(Path(folder) / DATA)
+            found.append(disk.place(Path(folder)))
+            below.clear()
     return sorted(found)
 
 
-def _scan_episodes(file: h5py.File, name: str, path: Path, counted: Any) -> tuple[list[EpisodeRef], list[Rejection]]:
+def _scan_episodes(
+    file: h5py.File | Tables, name: str, path: Path, counted: Any
+) -> tuple[list[EpisodeRef], list[Rejection]]:
     """Episodes by number; those that the metadata counts and the file lacks are rejected."""
     numbers = {int(match[1]) for key in file if (match := _EPISODE.fullmatch(key))}
     count = counted if isinstance(counted, int) and counted >= 0 else max(numbers, default=-1) + 1
@@ -297,12 +318,13 @@ def _scan_episodes(file: h5py.File, name: str, path: Path, counted: Any) -> tupl
         except EpisodeError as error:
             rejected.append(_rejection(name, path, number, row, error))
             continue
-        refs.append(EpisodeRef(str(path), number, row, row + len(values), total if math.isfinite(total) else None))
+        place = str(disk.file_of(file, path, number))
+        refs.append(EpisodeRef(place, number, row, row + len(values), total if math.isfinite(total) else None))
         row += len(values)
     return refs, rejected
 
 
-def _all_actions(file: h5py.File, space: spaces.Space, refs: list[EpisodeRef]) -> Iterator[np.ndarray]:
+def _all_actions(file: h5py.File | Tables, space: spaces.Space, refs: list[EpisodeRef]) -> Iterator[np.ndarray]:
     """Actions (T, ...) of all episodes but damaged ones, which become rejections when they are read."""
     for ref in refs:
         try:
@@ -314,7 +336,9 @@ def _all_actions(file: h5py.File, space: spaces.Space, refs: list[EpisodeRef]) -
         yield stored.reshape(T, -1)
 
 
-def _odd_flags(file: h5py.File, refs: list[EpisodeRef], limit: int | None) -> tuple[list[EpisodeRef], tuple[str, ...]]:
+def _odd_flags(
+    file: h5py.File | Tables, refs: list[EpisodeRef], limit: int | None
+) -> tuple[list[EpisodeRef], tuple[str, ...]]:
     """Warnings of episodes beyond the limit, of ends inside an episode and of none at all, by a sample of them. Where
     none has a flag at its end, those of the limit's length end by it."""
     warnings: tuple[str, ...] = ()
@@ -372,8 +396,8 @@ def _score(about: dict[str, Any], environment: EnvironmentSpec | None) -> ScoreR
 
 
 def _label(task: str, path: Path) -> str:
-    """All files have one name: the task tells them apart."""
-    return f"{task}/{path.name}"
+    """All files have one name: the task tells them apart, of a file per episode its folder too."""
+    return f"{task}/{path.parent.name}/{path.name}" if path.suffix in SUFFIXES else f"{task}/{path.name}"
 
 
 def _rejection(task: str, path: Path, position: int, row: int, error: EpisodeError) -> Rejection:

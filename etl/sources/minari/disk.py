@@ -26,7 +26,8 @@ from gymnasium import spaces
 from minari.serialization import deserialize_space
 from PIL import Image
 
-from etl.sources import _hdf5
+from etl.sources import _hdf5, _recognition
+from etl.sources.minari.tables import FORMATS, SUFFIXES, Episode, Tables
 from schemas.episode import EpisodeError
 from simulators import spaces as rules
 from simulators.spaces import Leaf, SpaceError, is_picture, shape_of
@@ -49,19 +50,39 @@ def is_id(name: str) -> bool:
     return _ID.fullmatch(name) is not None
 
 
+def marks(input: Path) -> list[tuple[str, dict[str, Any]]]:
+    """What shows that Minari wrote a file or folder: (evidence, description) of a few metadata.json with spaces, else
+    the data file that has no other name."""
+    if input.is_file():
+        if input.name not in (METADATA, DATA):
+            return []
+        input = input.parent
+    files = _recognition.files_below(input)
+    found: list[tuple[str, dict[str, Any]]] = []
+    for path in [path for path in files if path.name == METADATA][: _recognition.FEW]:
+        about = _recognition.json_of(path)
+        if isinstance(about, dict) and {"observation_space", "action_space"} <= set(about):
+            form = str(about.get("data_format", "hdf5"))[:20]
+            found.append((f"{_recognition.below(input, path)} with spaces, data_format {form}", about))
+    if not found:
+        found += [(_recognition.below(input, path), {}) for path in files if path.name == DATA][:1]
+    return found
+
+
 def dataset_id(path: Path) -> str:
     """The id in the metadata beside a main_data.hdf5, else the name of the dataset's folder."""
     try:
         name = metadata(path).get("dataset_id")
     except EpisodeError:
         name = None
+    path = path.parent if path.suffix in SUFFIXES else path
     folder = path.parents[1] if path.parent.name == "data" else path.parent
     return name if isinstance(name, str) and is_id(name) else re.sub(r"[^\w-]", "-", folder.name)
 
 
 def metadata(path: Path) -> dict[str, Any]:
     """What the metadata.json beside a main_data.hdf5 holds."""
-    path = path.with_name(METADATA)
+    path = (path.parent if path.suffix in SUFFIXES else path).with_name(METADATA)
     try:
         if path.exists() and not path.is_file():
             raise EpisodeError("missing file", f"{path.name} is no file; {AGAIN}")
@@ -74,9 +95,33 @@ def metadata(path: Path) -> dict[str, Any]:
     if not isinstance(about, dict):
         raise EpisodeError("corrupt metadata", f"{path.name} of {size} bytes holds no description; {AGAIN}")
     form = str(about.get("data_format", "hdf5"))[:20]
-    if form != "hdf5":
-        raise EpisodeError("not HDF5", f"data_format is '{form}'; write the dataset again with data_format='hdf5'")
+    if form not in ("hdf5", *FORMATS):
+        remedy = f"write the dataset again as hdf5, {' or '.join(FORMATS)}"
+        raise EpisodeError("unknown format", f"data_format is '{form}'; {remedy}")
     return about
+
+
+def place(folder: Path) -> Path:
+    """What stands for a dataset: its main_data.hdf5; where it has none, its metadata.json, episodes beside it."""
+    path = folder / DATA
+    try:
+        tables = not path.exists() and metadata(path).get("data_format") in FORMATS
+    except EpisodeError:
+        tables = False
+    return folder / METADATA if tables else path
+
+
+def opened(path: Path) -> h5py.File | Tables:
+    """The episodes of a dataset, by what stands for it or by the file of one. EpisodeError says what is wrong."""
+    if path.suffix in SUFFIXES or path.name == METADATA:
+        folder = path.parents[1] if path.suffix in SUFFIXES else path.parent
+        return Tables(folder, str(metadata(path).get("data_format")))
+    return _hdf5.opened(path)
+
+
+def file_of(file: h5py.File | Tables, path: Path, number: int) -> Path:
+    """The file that an episode lies in."""
+    return file.file(number) if isinstance(file, Tables) else path
 
 
 def space_of(about: dict[str, Any], key: str) -> spaces.Space:
@@ -139,7 +184,9 @@ def brief(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def episode_group(file: h5py.File, number: int) -> h5py.Group:
+def episode_group(file: h5py.File | Tables, number: int) -> h5py.Group | Episode:
+    if isinstance(file, Tables):
+        return file.episode(number)
     name = f"episode_{number}"
     group = file[name] if _hdf5.holds(file, name) else None
     if not isinstance(group, h5py.Group):
@@ -147,8 +194,10 @@ def episode_group(file: h5py.File, number: int) -> h5py.Group:
     return group
 
 
-def column(group: h5py.Group, key: str, rows: int | None = None) -> np.ndarray:
+def column(group: h5py.Group | Episode, key: str, rows: int | None = None) -> np.ndarray:
     """rewards, terminations or truncations: (T,), of `rows` rows where given, never empty."""
+    if isinstance(group, Episode):
+        return group.column(key, rows)
     node = _node(group, (key,))
     if node.dtype.kind not in "fiub":
         raise EpisodeError("wrong dtype", f"'{key}' is {node.dtype}; {AGAIN}")
@@ -163,8 +212,12 @@ def column(group: h5py.Group, key: str, rows: int | None = None) -> np.ndarray:
     return _hdf5.Rows(node)[:].reshape(-1)
 
 
-def rows_of(group: h5py.Group, path: tuple[str, ...], space: spaces.Space, T: int, rows: int, width: int) -> np.ndarray:
+def rows_of(
+    group: h5py.Group | Episode, path: tuple[str, ...], space: spaces.Space, T: int, rows: int, width: int
+) -> np.ndarray:
     """The first T of a dataset's `rows` rows. `width`: values of a timestep in the field that it becomes."""
+    if isinstance(group, Episode):
+        return group.rows_of(path, space, T, width)
     node, name, shape, picture = _node(group, path), "/".join(path), shape_of(space), is_picture(space)
     if node.shape[0] != rows:
         raise EpisodeError("wrong length", f"'{name}' has {node.shape[0]} rows, expected {rows}; {AGAIN}")
@@ -174,9 +227,9 @@ def rows_of(group: h5py.Group, path: tuple[str, ...], space: spaces.Space, T: in
     if isinstance(space, spaces.Text):
         return _strings(node, name, T)
     if coded and node.ndim == 1 and h5py.check_vlen_dtype(node.dtype) == np.uint8:
-        return np.stack([_jpeg(code.tobytes(), shape, name) for code in _hdf5.values(node, T)])
+        return np.stack([jpeg(code.tobytes(), shape, name) for code in _hdf5.values(node, T)])
     if coded and node.ndim == 2 and shape != node.shape[1:] and node.dtype == np.uint8:
-        return np.stack([_jpeg(code.tobytes(), shape, name) for code in _hdf5.Rows(node)[:T]])
+        return np.stack([jpeg(code.tobytes(), shape, name) for code in _hdf5.Rows(node)[:T]])
     if node.dtype.kind not in ("f" if is_float(space) else "iub") or (coded and node.dtype != np.uint8):
         raise EpisodeError("wrong dtype", f"'{name}' is {node.dtype}, its space {space.dtype}")
     if node.shape[1:] != shape and math.prod(shape) * math.prod(node.shape[1:]) != 1:
@@ -204,7 +257,7 @@ def _strings(node: h5py.Dataset, name: str, T: int) -> np.ndarray:
     return np.array(lines, np.str_)
 
 
-def _jpeg(code: bytes, shape: tuple[int, ...], name: str) -> np.ndarray:
+def jpeg(code: bytes, shape: tuple[int, ...], name: str) -> np.ndarray:
     with damage("corrupt JPEG"), Image.open(io.BytesIO(code), formats=["JPEG"]) as image:
         stored = (image.height, image.width, len(image.getbands()))
         if stored != (*shape[:2], shape[2] if len(shape) == 3 else 1):

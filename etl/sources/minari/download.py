@@ -40,7 +40,7 @@ def download(dataset: str, cache: Path) -> Path:
     target, partial = cache / dataset, cache / ".partial" / dataset.replace("/", "-")
     path = target / "data" / DATA
     if path.with_name(METADATA).is_file():
-        return path
+        return disk.place(path.parent)
     if target.exists():
         raise SourceError(f"{target}: not a whole Minari dataset; delete it to download it again")
     import minari
@@ -63,7 +63,7 @@ def download(dataset: str, cache: Path) -> Path:
         else:
             os.environ["MINARI_DATASETS_PATH"] = before
     shutil.rmtree(partial, ignore_errors=True)
-    return path
+    return disk.place(path.parent)
 
 
 def _hint(dataset: str) -> str:

@@ -1,0 +1,331 @@
+"""TFRecord files of tf.train.Example, read without TensorFlow.
+
+file (plain or gzip) -> frames: length u64, its masked CRC-32C, data, the data's -> `Records`
+data -> protobuf's wire format: Features.feature, a map of name to one list -> {name: array}
+
+Lists of floats are views of the record, lists of integers are decoded by numpy, strings and pictures are slices.
+
+Invariant: a record is given whole and with a right checksum, or an EpisodeError says which one is damaged; nothing is
+allocated that the file's own bytes do not fill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from etl.sources import _gzip
+from schemas.episode import EpisodeError
+
+AGAIN = "download or write the file again"
+RECORD_BYTES = 2**31  # protobuf's own limit
+HEADER, FOOTER = 12, 4
+POLYNOMIAL, MASK_DELTA = 0x82F63B78, 0xA282EAD8
+LANES = 2**10  # of a long record's checksum, computed side by side
+LONG = 2**12  # bytes from which that pays
+VARINT_BYTES = 10
+Values = np.ndarray | list[bytes]
+
+
+class Records:
+    """The records of one file, in order or by their offset. EpisodeError ('truncated TFRecord', 'corrupt TFRecord',
+    'missing file') names the byte."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.size = path.stat().st_size
+            with open(path, "rb") as file:
+                head = file.read(HEADER)
+            self.gzip = head[:2] == b"\x1f\x8b" and not _is_header(head)
+            self.file: Any = _gzip.Gunzip(path) if self.gzip else open(path, "rb")  # noqa: SIM115
+        except OSError as error:
+            raise EpisodeError("missing file", f"{path.name} cannot be opened ({error.strerror}); {AGAIN}") from None
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.file.close()
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        """(offset, data) of each record. A damaged one ends the iteration: where the next begins is unknown."""
+        at = 0
+        self._seek(0)
+        while (length := self._header(at)) is not None:
+            yield at, self._data(at, length)
+            at += HEADER + length + FOOTER
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """(offset, length) of each record, by headers alone: the data are skipped."""
+        at = 0
+        self._seek(0)
+        while (length := self._header(at)) is not None:
+            at, before = at + HEADER + length + FOOTER, at
+            if not self.gzip and at > self.size:
+                raise self._truncated(before)
+            yield before, length
+            self._seek(at)
+
+    def read(self, offset: int, check: bool = True) -> bytes:
+        """The record that begins at that byte. `check`: its checksum, which a scan may leave to the reading."""
+        self._seek(offset)
+        length = self._header(offset)
+        if length is None:
+            raise self._truncated(offset)
+        return self._data(offset, length, check)
+
+    def _header(self, at: int) -> int | None:
+        """Length of the record whose header comes next; None at the end of the file."""
+        head = self._bytes(HEADER)
+        if not head:
+            return None
+        if len(head) < HEADER:
+            raise self._truncated(at)
+        if not _is_header(head):
+            raise EpisodeError("corrupt TFRecord", f"{self.path.name}: no record begins at byte {at}; {AGAIN}")
+        length = int.from_bytes(head[:8], "little")
+        if length > RECORD_BYTES:
+            raise EpisodeError("too large", f"{self.path.name}: a record of {length} bytes; store shorter episodes")
+        if not self.gzip and at + HEADER + length + FOOTER > self.size:
+            raise self._truncated(at)
+        return length
+
+    def _data(self, at: int, length: int, check: bool = True) -> bytes:
+        data, stored = self._bytes(length), self._bytes(FOOTER)
+        if len(data) < length or len(stored) < FOOTER:
+            raise self._truncated(at)
+        if check and masked_crc32c(data) != int.from_bytes(stored, "little"):
+            where = f"{self.path.name}: the record at byte {at} does not match its checksum"
+            raise EpisodeError("corrupt TFRecord", f"{where}; {AGAIN}")
+        return data
+
+    def _bytes(self, count: int) -> bytes:
+        try:
+            return self.file.read(count)
+        except _gzip.DAMAGE as error:
+            raise EpisodeError("corrupt gzip", f"{self.path.name}: {error}; {AGAIN}") from None
+
+    def _seek(self, at: int) -> None:
+        try:
+            self.file.seek(at)
+        except _gzip.DAMAGE as error:
+            raise EpisodeError("corrupt gzip", f"{self.path.name}: {error}; {AGAIN}") from None
+
+    def _truncated(self, at: int) -> EpisodeError:
+        return EpisodeError("truncated TFRecord", f"{self.path.name} ends in the record at byte {at}; {AGAIN}")
+
+
+def is_tfrecord(path: Path) -> bool:
+    """Whether the file begins with a record, packed with gzip or not. Never raises."""
+    try:
+        with Records(path) as records:
+            return _is_header(records._bytes(HEADER))
+    except (EpisodeError, OSError):
+        return False
+
+
+def frame(data: bytes) -> bytes:
+    """One record as it is written."""
+    length = len(data).to_bytes(8, "little")
+    return b"".join((length, _masked(length), data, _masked(data)))
+
+
+def example(data: bytes, wanted: Container[str] | None = None) -> dict[str, Values]:
+    """The features of a tf.train.Example: float32 (N,), int64 (N,) or a list of bytes each; an unset one is an empty
+    list. `wanted`: only these names. EpisodeError ('corrupt Example') for bytes that are none."""
+    found: dict[str, Values] = {}
+    for number, features in _fields(data, 0, len(data)):
+        if number == 1:
+            for tag, entry in _fields(data, *_span(features)):
+                if tag == 1:
+                    name, feature = _entry(data, *_span(entry))
+                    if wanted is None or name in wanted:
+                        found[name] = [] if feature is None else _values(data, *feature)
+    return found
+
+
+def _entry(data: bytes, start: int, stop: int) -> tuple[str, tuple[int, int] | None]:
+    name, feature = "", None
+    for number, value in _fields(data, start, stop):
+        if number == 1:
+            try:
+                name = data[slice(*_span(value))].decode()
+            except UnicodeDecodeError:
+                raise _wrong() from None
+        elif number == 2:
+            feature = _span(value)
+    return name, feature
+
+
+def _values(data: bytes, start: int, stop: int) -> Values:
+    """A Feature: bytes_list 1, float_list 2, int64_list 3; each holds `value` 1, packed or one by one."""
+    kind, found = 0, (0, 0)
+    for number, value in _fields(data, start, stop):
+        if number in (1, 2, 3):
+            kind, found = number, _span(value)
+    if kind in (0, 1):
+        return [data[slice(*_span(value))] for number, value in _fields(data, *found) if number == 1]
+    dtype: type = np.float32 if kind == 2 else np.int64
+    parts: list[np.ndarray] = []
+    for number, value in _fields(data, *found):
+        if number != 1:
+            continue
+        if isinstance(value, tuple):
+            first, last = value
+            if kind == 2 and (last - first) % 4:
+                raise _wrong()
+            packed = np.frombuffer(data, np.uint8, last - first, first)
+            parts.append(packed.view("<f4") if kind == 2 else _varints(packed))
+        elif kind == 2:
+            parts.append(np.array([value], np.uint32).view("<f4"))
+        else:
+            parts.append(np.array([value], np.uint64).view(np.int64))
+    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype), *parts])
+
+
+def _fields(data: bytes, start: int, stop: int) -> Iterator[tuple[int, int | tuple[int, int]]]:
+    """(number, value) of each field of a message: an integer, or the (start, stop) of bytes."""
+    at = start
+    while at < stop:
+        tag, at = _varint(data, at, stop)
+        wire = tag & 7
+        if wire == 0:
+            value, at = _varint(data, at, stop)
+            yield tag >> 3, value
+            continue
+        if wire == 2:
+            size, at = _varint(data, at, stop)
+        else:
+            size = {1: 8, 5: 4}.get(wire, -1)
+        if size < 0 or at + size > stop:
+            raise _wrong()
+        yield tag >> 3, (at, at + size) if wire == 2 else int.from_bytes(data[at : at + size], "little")
+        at += size
+
+
+def _varint(data: bytes, at: int, stop: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 7 * VARINT_BYTES, 7):
+        if at >= stop:
+            break
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value & (2**64 - 1), at
+    raise _wrong()
+
+
+def _varints(packed: np.ndarray) -> np.ndarray:
+    """All of a packed list, (N,) int64."""
+    last = packed < 128
+    if last.all():
+        return packed.astype(np.int64)
+    stops = np.flatnonzero(last)
+    starts = np.concatenate([[0], stops[:-1] + 1]) if len(stops) else stops
+    if not last[-1] or (stops - starts).max() >= VARINT_BYTES:
+        raise _wrong()
+    place = np.arange(len(packed)) - np.repeat(starts, stops - starts + 1)
+    shifted = (packed & 127).astype(np.uint64) << (7 * place).astype(np.uint64)
+    return np.add.reduceat(shifted, starts).view(np.int64)
+
+
+def _span(value: int | tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(value, tuple):
+        raise _wrong()
+    return value
+
+
+def _wrong() -> EpisodeError:
+    return EpisodeError("corrupt Example", f"a record is no tf.train.Example; {AGAIN}")
+
+
+def masked_crc32c(data: bytes) -> int:
+    """The checksum that TFRecord stores."""
+    crc = crc32c(data)
+    return ((crc >> 15 | crc << 17) + MASK_DELTA) & 0xFFFFFFFF
+
+
+def crc32c(data: bytes) -> int:
+    """CRC-32C (Castagnoli). A long record is split into lanes that are computed side by side, two bytes a step; the
+    checksum is linear, so that neighbours join by moving the left one on by the right one's length."""
+    if len(data) < LONG:
+        return _serial(data, 0xFFFFFFFF) ^ 0xFFFFFFFF
+    head = len(data) % (2 * LANES)
+    start = _serial(data[:head], 0xFFFFFFFF)
+    steps = np.ascontiguousarray(np.frombuffer(data, "<u2", offset=head).reshape(LANES, -1).T)
+    crc = np.zeros(LANES, np.uint32)
+    crc[0] = start
+    table = _table16()
+    for step in steps:
+        crc = table.take(crc & 0xFFFF ^ step) ^ crc >> np.uint32(16)
+    length = 2 * len(steps)
+    while len(crc) > 1:
+        crc = _moved(crc[::2], length) ^ crc[1::2]
+        length *= 2
+    return int(crc[0]) ^ 0xFFFFFFFF
+
+
+def _serial(data: bytes, crc: int) -> int:
+    table = _table8()
+    for byte in data:
+        crc = table[(crc ^ byte) & 255] ^ crc >> 8
+    return crc
+
+
+def _is_header(head: bytes) -> bool:
+    return len(head) == HEADER and _masked(head[:8]) == head[8:]
+
+
+def _masked(data: bytes) -> bytes:
+    return masked_crc32c(data).to_bytes(4, "little")
+
+
+@cache
+def _table8() -> list[int]:
+    table = []
+    for crc in range(256):
+        for _ in range(8):
+            crc = crc >> 1 ^ (POLYNOMIAL if crc & 1 else 0)
+        table.append(crc)
+    return table
+
+
+@cache
+def _table16() -> np.ndarray:
+    """(65536,) uint32: what two bytes leave."""
+    table = np.array(_table8(), np.uint32)
+    low = table[np.arange(2**16) & 255]
+    return table[(low ^ np.arange(2**16) >> 8) & 255] ^ low >> np.uint32(8)
+
+
+def _moved(crc: np.ndarray, zeros: int) -> np.ndarray:
+    """What each checksum becomes after so many bytes of zero."""
+    columns = _shift(zeros)
+    out = np.zeros_like(crc)
+    for bit, column in enumerate(columns):
+        out ^= np.where(crc >> np.uint32(bit) & np.uint32(1), np.uint32(column), np.uint32(0))
+    return out
+
+
+@cache
+def _shift(zeros: int) -> tuple[int, ...]:
+    """Images of the 32 bits after so many bytes of zero, by squaring."""
+    if zeros == 1:
+        return tuple(_serial(b"\0", 1 << bit) for bit in range(32))
+    half = _shift(zeros // 2)
+    twice = tuple(_apply(half, column) for column in half)
+    return tuple(_serial(b"\0", column) for column in twice) if zeros % 2 else twice
+
+
+def _apply(columns: tuple[int, ...], crc: int) -> int:
+    out = 0
+    for bit, column in enumerate(columns):
+        if crc >> bit & 1:
+            out ^= column
+    return out

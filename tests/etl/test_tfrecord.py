@@ -1,0 +1,142 @@
+"""TFRecord and tf.train.Example: against protobuf's own messages and the published check value of CRC-32C."""
+
+import gzip
+
+import numpy as np
+import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+from etl.sources._tfrecord import LANES, Records, _serial, crc32c, example, frame, is_tfrecord
+from schemas.episode import EpisodeError
+
+
+def example_class():
+    """tf.train.Example, its descriptor built here from tensorflow/core/example/{example,feature}.proto."""
+    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="t", syntax="proto3")
+    kinds = {"BytesList": 12, "FloatList": 2, "Int64List": 3}
+    for name, kind in kinds.items():
+        file.message_type.add(name=name).field.add(name="value", number=1, type=kind, label=3)
+    feature = file.message_type.add(name="Feature")
+    feature.oneof_decl.add(name="kind")
+    for number, name in enumerate(kinds, start=1):
+        key = name.replace("List", "_list").lower()
+        feature.field.add(name=key, number=number, type=11, label=1, type_name=f".t.{name}", oneof_index=0)
+    features = file.message_type.add(name="Features")
+    entry = features.nested_type.add(name="FeatureEntry")
+    entry.options.map_entry = True
+    entry.field.add(name="key", number=1, type=9, label=1)
+    entry.field.add(name="value", number=2, type=11, label=1, type_name=".t.Feature")
+    features.field.add(name="feature", number=1, type=11, label=3, type_name=".t.Features.FeatureEntry")
+    whole = file.message_type.add(name="Example")
+    whole.field.add(name="features", number=1, type=11, label=1, type_name=".t.Features")
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("t.Example"))
+
+
+Example = example_class()
+
+
+def written(**features):
+    """The bytes that protobuf makes of {name: list}."""
+    message = Example()
+    for name, values in features.items():
+        feature = message.features.feature[name]
+        if len(values) and isinstance(values[0], bytes):
+            feature.bytes_list.value.extend(values)
+        elif np.asarray(values).dtype.kind == "f":
+            feature.float_list.value.extend(values)
+        else:
+            feature.int64_list.value.extend(values)
+    return message.SerializeToString(deterministic=True)
+
+
+INTEGERS = [0, 1, 127, 128, -1, 2**63 - 1, -(2**63), 300]
+FEATURES = {"a": [1.5, -2.25, np.inf], "b": INTEGERS, "c": [b"", b"x" * 300, b"\0\xff"], "steps/reward": [0.1]}
+
+
+def test_crc32c_is_the_published_one_in_every_length():
+    assert crc32c(b"123456789") == 0xE3069283  # RFC 3720's check value
+    assert crc32c(bytes(32)) == 0x8A9136AA
+    data = np.random.default_rng(0).integers(0, 256, 9 * LANES, np.uint8).tobytes()
+    for length in (0, 1, 4095, 4096, 4097, 2 * LANES * 3, 9 * LANES - 1, 9 * LANES):
+        assert crc32c(data[:length]) == _serial(data[:length], 0xFFFFFFFF) ^ 0xFFFFFFFF
+
+
+def test_examples_equal_protobuf():
+    found = example(written(**FEATURES))
+    assert sorted(found) == sorted(FEATURES)
+    assert found["a"].dtype == np.float32 and found["a"].tolist() == FEATURES["a"]
+    assert found["b"].dtype == np.int64 and found["b"].tolist() == INTEGERS
+    assert found["c"] == FEATURES["c"]
+    assert list(example(written(**FEATURES), {"a"})) == ["a"]
+
+
+def test_lists_that_are_not_packed_and_features_without_a_kind():
+    message = Example()
+    message.features.feature["nothing"].SetInParent()
+    message.features.feature["none"].float_list.SetInParent()
+    found = example(message.SerializeToString())
+    assert found["nothing"] == [] and found["none"].shape == (0,)
+    floats = delimited(1, delimited(2, b"\x0d\0\0\x80\x3f" + b"\x0d\0\0\0\x40"))  # one tag a value
+    integers = delimited(1, b"f") + delimited(2, delimited(3, b"\x08\x05\x08\xac\x02"))
+    assert example(delimited(1, delimited(1, delimited(1, b"g") + delimited(2, floats[2:]))))["g"].tolist() == [
+        1.0,
+        2.0,
+    ]
+    assert example(delimited(1, delimited(1, integers)))["f"].tolist() == [5, 300]
+
+
+def delimited(number, data):
+    return bytes([number << 3 | 2, len(data)]) + data
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_records_in_order_and_by_offset(tmp_path, packed):
+    records = [written(**FEATURES), b"", bytes(10_000), b"last"]
+    data = b"".join(map(frame, records))
+    path = tmp_path / "a.tfrecord"
+    path.write_bytes(gzip.compress(data) if packed else data)
+    assert is_tfrecord(path)
+    with Records(path) as file:
+        found = list(file)
+        assert [data for _, data in found] == records
+        assert list(file.places()) == [(at, len(data)) for at, data in found]
+        assert [file.read(at) for at, _ in reversed(found)] == records[::-1]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_damage_is_named(tmp_path, packed):
+    data = frame(b"first") + frame(bytes(9000))
+    path = tmp_path / "a.tfrecord"
+
+    def read(damaged):
+        path.write_bytes(gzip.compress(damaged) if packed else damaged)
+        with Records(path) as file:
+            return list(file)
+
+    for cut in (5, 15, len(data) - 1):
+        with pytest.raises(EpisodeError, match=r"truncated TFRecord.*a\.tfrecord ends in the record at byte"):
+            read(data[:cut])
+    for place, what in ((0, "no record begins at byte 0"), (14, "at byte 0 does not match"), (5000, "at byte 21 ")):
+        flipped = bytearray(data)
+        flipped[place] ^= 4
+        with pytest.raises(EpisodeError, match=f"corrupt TFRecord.*{what}"):
+            read(bytes(flipped))
+    path.write_bytes(gzip.compress(data)[:30])
+    assert not is_tfrecord(tmp_path / "missing")
+    with Records(path) as file, pytest.raises(EpisodeError, match="corrupt gzip"):
+        list(file)
+
+
+def test_random_bytes_are_no_example_or_one():
+    rng = np.random.default_rng(0)
+    good = written(**FEATURES)
+    for _ in range(3000):
+        data = bytearray(good)
+        for place in rng.integers(0, len(data), rng.integers(1, 4)):
+            data[place] = rng.integers(0, 256)
+        try:
+            example(bytes(data[: rng.integers(0, len(data) + 1)]))
+        except EpisodeError as error:
+            assert error.reason == "corrupt Example"
