@@ -71,13 +71,13 @@ class Records:
             yield before, length
             self._seek(at)
 
-    def read(self, offset: int) -> bytes:
-        """The record that begins at that byte."""
+    def read(self, offset: int, check: bool = True) -> bytes:
+        """The record that begins at that byte. `check`: its checksum, which a scan may leave to the reading."""
         self._seek(offset)
         length = self._header(offset)
         if length is None:
             raise self._truncated(offset)
-        return self._data(offset, length)
+        return self._data(offset, length, check)
 
     def _header(self, at: int) -> int | None:
         """Length of the record whose header comes next; None at the end of the file."""
@@ -95,11 +95,11 @@ class Records:
             raise self._truncated(at)
         return length
 
-    def _data(self, at: int, length: int) -> bytes:
-        data, check = self._bytes(length), self._bytes(FOOTER)
-        if len(data) < length or len(check) < FOOTER:
+    def _data(self, at: int, length: int, check: bool = True) -> bytes:
+        data, stored = self._bytes(length), self._bytes(FOOTER)
+        if len(data) < length or len(stored) < FOOTER:
             raise self._truncated(at)
-        if masked_crc32c(data) != int.from_bytes(check, "little"):
+        if check and masked_crc32c(data) != int.from_bytes(stored, "little"):
             where = f"{self.path.name}: the record at byte {at} does not match its checksum"
             raise EpisodeError("corrupt TFRecord", f"{where}; {AGAIN}")
         return data

@@ -1,6 +1,6 @@
 """From a LeRobot dataset's features to the fields and actions of a task, and the options that choose among them.
 
-features, statistics, options -> FieldSpecs ('state', 'images/front', 'task'), ActionSpec, warnings
+features, statistics, options -> FieldSpecs ('state', 'images/front', 'task'), ActionSpec, notes
 
 Observed are all features called observation.*, all cameras and 'state'. The action is 'action' (or 'actions'), else all
 action.* by name. Its range is that of the options, else of the statistics, else of the data itself.
@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 from gymnasium import spaces
 
-from etl.sources import LogOptions
+from etl.sources import _ranges
+from etl.sources._arrays import ArrayOptions
 from etl.sources.lerobot import metadata, table
 from etl.sources.lerobot.metadata import AGAIN, INFO, Dataset, Feature
 from etl.sources.lerobot.video import require_av
 from schemas.episode import ActionSpec, EpisodeError, FieldSpec
-from schemas.ranges import require
 from simulators import spaces as rules
+from simulators.picture_layout import SMALLEST_PICTURE
 
 INSTRUCTION = "task"  # key of the text field
 MOST_VALUES = 65_536  # of a timestep, pictures apart
@@ -32,29 +33,12 @@ NUMBER = re.compile(r"u?int\d+|float\d+")
 
 
 @dataclass(frozen=True)
-class Options(LogOptions):
-    """What the command line says about LeRobot datasets."""
+class Options(ArrayOptions):
+    """What the command line says about LeRobot datasets. Observation keys are features (observation.state); by default
+    all that are called observation.*, and all cameras."""
 
-    action_low: tuple[float, ...] = ()
-    """Lowest value of an action, one for all dimensions or one each; of the dataset's statistics where not given."""
-    action_high: tuple[float, ...] = ()
-    """Highest value of an action."""
-    observations: tuple[str, ...] = ()
-    """Features to observe, by name (observation.state); all that are called observation.*, and all cameras, where not
-    given."""
-    text_tokens: int = 16
-    """Tokens of the instruction in each timestep; a longer one is cut, and counted."""
     task_per_instruction: bool = False
     """Make a task of each instruction; otherwise the dataset is one task."""
-
-    def check(self) -> None:
-        super().check()
-        require("text-tokens", self.text_tokens, 1, 2**15)
-        if len(self.action_low) != len(self.action_high) or any(
-            not a < b for a, b in zip(self.action_low, self.action_high)
-        ):
-            given = f"--action-low {self.action_low} and --action-high {self.action_high}"
-            raise ValueError(f"{given}: give as many of both, each low below its high")
 
 
 def observable(feature: Feature) -> bool:
@@ -64,16 +48,16 @@ def observable(feature: Feature) -> bool:
 def fields_of(dataset: Dataset, options: Options) -> tuple[tuple[FieldSpec, ...], tuple[str, ...]]:
     """The observation's fields, and what the user should know of them."""
     named = {name: one for name, one in dataset.features.items() if observable(one)}
-    unknown = set(options.observations) - set(named)
+    unknown = set(options.observation_keys) - set(named)
     if unknown:
         known = ", ".join(sorted(named)) or "none"
         raise EpisodeError("missing key", f"no feature '{min(unknown)}' to observe; there are {known}")
-    if options.observations:
-        chosen = {name: named[name] for name in options.observations}
+    if options.observation_keys:
+        chosen = {name: named[name] for name in options.observation_keys}
     else:
         chosen = {n: f for n, f in named.items() if n.startswith("observation.") or f.picture or n == "state"}
         chosen = {n: f for n, f in chosen.items() if not f.depth and f.dtype not in ("string", "language")}
-    fields, warnings = [], []
+    fields, notes = [], []
     for feature in chosen.values():
         fields.append(_field(dataset, feature))
         if feature.dtype == "video":
@@ -83,13 +67,13 @@ def fields_of(dataset: Dataset, options: Options) -> tuple[tuple[FieldSpec, ...]
     width = sum(math.prod(spec.shape) for spec in fields if spec.kind != "image")
     if not chosen or width > MOST_VALUES:
         detail = f"{len(chosen)} features of {width} values a timestep; 1 to {MOST_VALUES} values can be read"
-        raise EpisodeError("unsupported space", f"{detail}: name some with --observations")
+        raise EpisodeError("unsupported space", f"{detail}: name some with --observation-keys")
     keys = [spec.key for spec in fields]
     if len(set(keys)) < len(keys):
-        raise EpisodeError("unsupported space", "two features have one key; name one with --observations")
+        raise EpisodeError("unsupported space", "two features have one key; name one with --observation-keys")
     if left := sorted(set(named) - set(chosen)):
-        warnings.append(f"not read: {', '.join(left)}; --observations names what to read")
-    return tuple(fields), tuple(warnings)
+        notes.append(f"not read: {', '.join(left)}; --observation-keys names what to read")
+    return tuple(fields), tuple(notes)
 
 
 def _field(dataset: Dataset, feature: Feature) -> FieldSpec:
@@ -99,14 +83,14 @@ def _field(dataset: Dataset, feature: Feature) -> FieldSpec:
             raise EpisodeError(
                 "unsupported space", f"'{feature.name}' is a picture of {shape}; 1 or 3 channels are read"
             )
-        if min(shape[:2]) < rules.SMALLEST_PICTURE or math.prod(shape) > 2**26:
+        if min(shape[:2]) < SMALLEST_PICTURE or math.prod(shape) > 2**26:
             raise EpisodeError("unsupported space", f"'{feature.name}' is a picture of {shape}")
         return rules.field(key, spaces.Box(0, 255, shape, np.uint8))
     if feature.dtype == "bool":
         return FieldSpec(key, "discrete", shape, (2,))
     if not NUMBER.fullmatch(feature.dtype):
         detail = f"'{feature.name}' is {feature.dtype}; numbers, image and video are read"
-        raise EpisodeError("unsupported space", f"{detail}: name others with --observations")
+        raise EpisodeError("unsupported space", f"{detail}: name others with --observation-keys")
     if "int" in feature.dtype and (bounds := dataset.span([feature.name])) is not None:
         low, high = bounds
         if low.min() >= 0 and high.max() < rules.CHOICES:
@@ -131,14 +115,13 @@ def action_space(dataset: Dataset, paths: list[Path], options: Options) -> tuple
     size, discrete = sum(math.prod(one.shape) for one in features), all("int" in one.dtype for one in features)
     if any(not NUMBER.fullmatch(one.dtype) for one in features) or size > MOST_VALUES:
         raise EpisodeError("unsupported space", f"actions are {[one.dtype for one in features]} of {size} values")
-    if options.action_low:
-        if len(options.action_low) not in (1, size):
-            raise EpisodeError("wrong shape", f"{len(options.action_low)} bounds for actions of {size} values")
-        return ActionSpec.continuous(options.action_low, options.action_high, size), ()
-    bounds, warnings = dataset.span([one.name for one in features]), []
-    if bounds is None:
+    if given := _ranges.given_bounds(options, size):
+        return ActionSpec.continuous(*given, size), ()
+    bounds, notes = dataset.span([one.name for one in features]), []
+    if bounds is None or options.action_bounds == "log":
         bounds = table.span(paths, features)
-        warnings.append("no statistics of actions: their ranges are those of the data")
+        if options.action_bounds != "log":
+            notes.append("no statistics of actions: their ranges are those of the data")
     low, high = bounds
     if discrete:
         start = np.minimum(low, 0).astype(np.int64)
@@ -146,10 +129,10 @@ def action_space(dataset: Dataset, paths: list[Path], options: Options) -> tuple
         if choices.max() > rules.CHOICES:
             remedy = "give --action-low and --action-high to read them as real numbers"
             raise EpisodeError("too many choices", f"integer actions span [{low.min():g}, {high.max():g}]: {remedy}")
-        return ActionSpec.discrete(tuple(map(int, choices)), tuple(map(int, start)), size), tuple(warnings)
+        return ActionSpec.discrete(tuple(map(int, choices)), tuple(map(int, start)), size), tuple(notes)
     still = np.flatnonzero(low == high)
     if len(still):
-        warnings.append(f"dimensions {', '.join(map(str, still[:8]))} of the action never change")
+        notes.append(f"dimensions {', '.join(map(str, still[:8]))} of the action never change")
         reach = np.maximum(np.abs(low), 1.0) * 1e-3
         low, high = np.where(low == high, low - reach, low), np.where(low == high, high + reach, high)
-    return ActionSpec.continuous(low.tolist(), high.tolist(), size), tuple(warnings)
+    return ActionSpec.continuous(low.tolist(), high.tolist(), size), tuple(notes)

@@ -26,7 +26,7 @@ MISSING_LISTED = 10_000  # episodes of the metadata that the data lacks: beyond,
 def scan_dataset(name: str, root: Path, options: Options) -> list[TaskScan]:
     try:
         dataset = metadata.load(root)
-        fields, warnings = fields_of(dataset, options)
+        fields, notes = fields_of(dataset, options)
         paths = sorted((root / "data").glob("**/*.parquet"))
         if not paths:
             raise EpisodeError("missing file", f"no Parquet file in data; {AGAIN}")
@@ -43,19 +43,19 @@ def scan_dataset(name: str, root: Path, options: Options) -> list[TaskScan]:
         instructions = dataset.instructions if options.task_per_instruction else {}
     except EpisodeError as error:
         return [TaskScan(None, (), (rejection(name, root / INFO, -1, 0, error),))]
-    warnings += (*more, *environment_warnings(spec))
+    notes += (*more, *environment_warnings(spec))
     if "next.reward" not in dataset.features:
-        warnings += ("there is no next.reward: rewards and returns are 0",)
-    lines = tuple(f"{name}: {line}" for line in warnings)
+        notes += ("there is no next.reward: rewards and returns are 0",)
+    lines = tuple(f"{name}: {line}" for line in notes)
     if not options.task_per_instruction:
-        return [TaskScan(task, tuple(refs), tuple(rejected), warnings=lines)]
+        return [TaskScan(task, tuple(refs), tuple(rejected), notes=lines)]
     scans, used = [], set()
     for index in sorted({tasks[ref.position] for ref in refs}, key=lambda index: -1 if index is None else index):
         own = f"{name}-{_slug(instructions.get(-1 if index is None else index, '')) or index}"
         own = own if own not in used else f"{own}-{index}"
         used.add(own)
         mine = tuple(ref for ref in refs if tasks[ref.position] == index)
-        scans.append(TaskScan(replace(task, name=own), mine, tuple(rejected), warnings=lines))
+        scans.append(TaskScan(replace(task, name=own), mine, tuple(rejected), notes=lines))
         rejected, lines = [], ()  # with the first task
     return scans
 

@@ -8,7 +8,6 @@ EpisodeError says what is wrong.
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Iterator
@@ -19,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
-from PIL import Image
 
+from etl.sources import _pictures
 from etl.sources.lerobot.metadata import AGAIN, DAMAGE, Feature, damage
 from schemas.episode import EpisodeError
 
@@ -28,7 +27,6 @@ CORRUPT = "corrupt Parquet"
 BAND = 256  # rows
 SCAN_BAND = 2**16  # rows of a few narrow columns
 EPISODE_BYTES = 2**32  # of one column, unpacked
-PICTURE_DAMAGE: tuple[type[Exception], ...] = (*DAMAGE, SyntaxError, Image.DecompressionBombError)
 
 
 class Run(NamedTuple):
@@ -143,20 +141,17 @@ def pictures(rows: pa.Table, feature: Feature, root: Path) -> np.ndarray:
     T = len(rows)
     if T * math.prod(feature.shape) > EPISODE_BYTES:
         raise EpisodeError("too large", f"'{feature.name}' has {T} pictures of {feature.shape}")
-    out = np.empty((T, *feature.shape), np.uint8)
+    height, width, channels = feature.shape
+    picture = height, width, channels
+    out = np.empty((T, *picture), np.uint8)
     for row, cell in enumerate(rows[feature.name]):
         cell = cell.as_py()
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         try:
             if not isinstance(data, bytes):
                 data = _beside(root, cell.get("path") if isinstance(cell, dict) else None)
-            with Image.open(io.BytesIO(data), formats=["PNG", "JPEG"]) as image:
-                shape = (image.height, image.width, len(image.getbands()))
-                if shape != feature.shape:
-                    detail = f"'{feature.name}' shows {shape} at timestep {row}, info.json says {feature.shape}"
-                    raise EpisodeError("wrong shape", f"{detail}; {AGAIN}")
-                out[row] = np.asarray(image).reshape(shape)
-        except PICTURE_DAMAGE as error:
+            out[row] = _pictures.decode(data, f"{feature.name} at timestep {row}", picture)
+        except DAMAGE as error:
             if isinstance(error, EpisodeError):
                 raise
             why = " ".join(str(error).split())[:120]
@@ -194,7 +189,7 @@ def _flat(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
             column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
-    while pa.types.is_nested(column.type):
+    while pa.types.is_nested(column.type) and not column.null_count:
         if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
                 or pa.types.is_fixed_size_list(column.type)):  # fmt: skip
             raise EpisodeError("wrong dtype", f"a column of {str(column.type)[:80]}, no numbers; {AGAIN}")
