@@ -148,16 +148,17 @@ class _ShardWork:
     def _episode(self, number: int, episode: RawEpisode) -> None:
         task, T = self.task, episode.timesteps
         encoded = self.tokenizer.encode_observation(episode.observation)
-        actions, outside = self.tokenizer.encode_action(episode.action)
+        actions, outside = np.empty((T, 0), np.uint16), 0
+        if task.action is not None:
+            actions, outside = self.tokenizer.encode_action(episode.action)
         self.clipped, self.outside, self.cut = (
             self.clipped + encoded.clipped,
             self.outside + outside,
             self.cut + encoded.cut,
         )
-        members: dict[str, np.ndarray] = {
-            "tokens": np.concatenate([encoded.tokens, actions], axis=1),
-            "reward": episode.reward.astype(np.float32, copy=False),
-        }
+        members: dict[str, np.ndarray] = {"tokens": np.concatenate([encoded.tokens, actions], axis=1)}
+        if task.action is not None:
+            members["reward"] = episode.reward.astype(np.float32, copy=False)
         if encoded.patches is not None:
             members["patches"] = encoded.patches
         raw = continuous_values(task, episode.observation)
