@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import baselines, control, etl, scale, stream, trainer
+from benchmarks import baselines, control, etl, scale, sources, stream, trainer
 from benchmarks.etl import pair as timed
 from schemas.vocabulary import DISJOINT
 from shards.stream import Stream, StreamConfig
@@ -58,6 +58,7 @@ def main() -> None:
         scale.grow(folder / "grown")
         bench_loss(folder)
         control.run(folder / "control", None, [], Path("results/control.svg"), REPEATS)
+        sources.run(folder / "sources")
         baselines.run()
 
 

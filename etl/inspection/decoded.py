@@ -299,10 +299,13 @@ class TaskView:
 
     def _strip(self, rows: np.ndarray, first: int) -> list[tuple[int, str, np.ndarray]]:
         data = self.dataset
-        members = (data.tokens, data.reward, data.patches)
-        tokens, rewards, patches = (self._read(rows, member, first, first + STRIP) for member in members)
+        tokens, patches = (self._read(rows, member, first, first + STRIP) for member in (data.tokens, data.patches))
         frames = canvas(self.layout, patches)
-        done = [f"action {self._action(own)}, reward {reward:.3g}" for own, reward in zip(tokens, rewards)]
+        if self.task.action:
+            rewards = self._read(rows, data.reward, first, first + STRIP)
+            done = [f"action {self._action(own)}, reward {reward:.3g}" for own, reward in zip(tokens, rewards)]
+        else:
+            done = [self._text(own[: self.layout.text], None)[1] for own in tokens]
         return list(zip(range(first, first + STRIP), done, frames))
 
     def _legal(self, stored: np.ndarray) -> np.ndarray:

@@ -106,8 +106,9 @@ def _episodes(source: Source, scan: TaskScan) -> list[Rejection]:
                 result.check(task)
             except EpisodeError:
                 continue
-            observed, played = tokenizer.encode_observation(result.observation), tokenizer.encode_action(result.action)
-            _require(len(observed.tokens) == len(played[0]) == result.timesteps, "not one row of tokens a timestep")
+            rows = [tokenizer.encode_observation(result.observation).tokens]
+            rows += [tokenizer.encode_action(result.action)[0]] if task.action else []
+            _require({len(own) for own in rows} == {result.timesteps}, "not one row of tokens a timestep")
     return [result for result in results if isinstance(result, Rejection)]
 
 

@@ -1,0 +1,251 @@
+"""`python -m benchmarks.sources`: the build of each log format against its floor.
+
+logs in the format's own layout, made here -> build; the same files read by the lightest library, and the same bytes
+written
+
+The floor reads every episode's arrays once, with h5py, numpy, pyarrow or Pillow, and writes what the build writes, made
+as durable. One core for each side.
+
+Invariant: both sides of a pair read the same files and write the same files, in this run.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+from PIL import Image
+
+from benchmarks.etl import build_once, one_core, pair
+from schemas.files import atomic_write
+
+REPEATS = 3
+EPISODES, T = 200, 200
+SIDE = 64
+CAMERAS = ("agentview_image", "eye_in_hand_image")
+
+
+def pictures(rng: np.random.Generator, count: int, channels: int = 3) -> np.ndarray:
+    """(count, SIDE, SIDE, channels) uint8 that pack as pictures of a simulator do."""
+    small = rng.integers(0, 256, (count, SIDE // 8, SIDE // 8, channels), np.uint8)
+    return small.repeat(8, axis=1).repeat(8, axis=2)
+
+
+def write_robomimic(folder: Path, rng: np.random.Generator) -> int:
+    with h5py.File(folder / "lift.hdf5", "w") as file:
+        for number in range(EPISODES // 4):
+            demo = file.create_group(f"data/demo_{number}")
+            demo.attrs["num_samples"] = T
+            demo["actions"], demo["rewards"] = rng.uniform(-1, 1, (T, 7)), rng.normal(size=T)
+            demo["dones"], demo["obs/pos"] = (np.arange(T) == T - 1).astype(int), rng.normal(size=(T, 9))
+            for name in CAMERAS:
+                demo.create_dataset(f"obs/{name}", data=pictures(rng, T), compression="gzip")
+        file["data"].attrs["env_args"] = json.dumps({"env_name": "Lift"})
+    return EPISODES // 4 * T
+
+
+def read_robomimic(folder: Path) -> None:
+    with h5py.File(folder / "lift.hdf5") as file:
+        for demo in file["data"].values():
+            for key in ("actions", "rewards", "dones", "obs/pos", *(f"obs/{name}" for name in CAMERAS)):
+                demo[key][()]
+
+
+def write_d3rlpy(folder: Path, rng: np.random.Generator) -> int:
+    with h5py.File(folder / "log.h5", "w") as file:
+        for number in range(EPISODES):
+            file[f"observations_{number}"] = rng.normal(size=(T, 17)).astype(np.float32)
+            file[f"actions_{number}"] = rng.uniform(-1, 1, (T, 6)).astype(np.float32)
+            file[f"rewards_{number}"] = rng.normal(size=(T, 1)).astype(np.float32)
+            file[f"terminated_{number}"] = True
+        file["num_episodes"], file["version"] = EPISODES, "2.1"
+    return EPISODES * T
+
+
+def read_d3rlpy(folder: Path) -> None:
+    with h5py.File(folder / "log.h5") as file:
+        for number in range(int(file["num_episodes"][()])):
+            for key in ("observations", "actions", "rewards", "terminated"):
+                file[f"{key}_{number}"][()]
+
+
+def write_maniskill(folder: Path, rng: np.random.Generator) -> int:
+    listed = []
+    with h5py.File(folder / "trajectory.h5", "w") as file:
+        for number in range(EPISODES // 4):
+            group = file.create_group(f"traj_{number}")
+            group["actions"], group["rewards"] = rng.uniform(-1, 1, (T, 7)).astype(np.float32), np.zeros(T, np.float32)
+            group["terminated"], group["truncated"] = np.arange(T) == T - 1, np.zeros(T, bool)
+            group["obs/agent/qpos"] = rng.normal(size=(T + 1, 9)).astype(np.float32)
+            frames = pictures(rng, T + 1)
+            group.create_dataset("obs/rgb", data=frames, compression="gzip", compression_opts=5)
+            listed.append({"episode_id": number, "elapsed_steps": T})
+    about = {"env_info": {"env_id": "PickCube-v1", "max_episode_steps": T}, "episodes": listed}
+    (folder / "trajectory.json").write_text(json.dumps(about))
+    return EPISODES // 4 * T
+
+
+def read_maniskill(folder: Path) -> None:
+    with h5py.File(folder / "trajectory.h5") as file:
+        for group in file.values():
+            for key in ("actions", "rewards", "terminated", "truncated", "obs/agent/qpos", "obs/rgb"):
+                group[key][()]
+
+
+def write_hdf5(folder: Path, rng: np.random.Generator) -> int:
+    for number in range(EPISODES // 4):
+        with h5py.File(folder / f"episode_{number}.hdf5", "w") as file:
+            file["action"], file["observations/qpos"] = rng.normal(size=(T, 14)), rng.normal(size=(T, 14))
+            frames = pictures(rng, T)
+            file.create_dataset("observations/images/top", data=frames, chunks=(1, SIDE, SIDE, 3))
+    return EPISODES // 4 * T
+
+
+def read_hdf5(folder: Path) -> None:
+    for path in sorted(folder.glob("*.hdf5")):
+        with h5py.File(path) as file:
+            for key in ("action", "observations/qpos", "observations/images/top"):
+                file[key][()]
+
+
+def write_npz(folder: Path, rng: np.random.Generator) -> int:
+    for number in range(EPISODES // 4):
+        arrays = {"image": pictures(rng, T + 1), "action": rng.uniform(-1, 1, (T + 1, 6)), "reward": np.zeros(T + 1)}
+        flags = {"is_first": np.arange(T + 1) == 0, "is_last": np.arange(T + 1) == T}
+        np.savez_compressed(folder / f"{number}.npz", **arrays, **flags)
+    return EPISODES // 4 * T
+
+
+def read_npz(folder: Path) -> None:
+    for path in sorted(folder.glob("*.npz")):
+        with np.load(path) as file:
+            for key in file:
+                file[key]
+
+
+def write_vintix(folder: Path, rng: np.random.Generator) -> int:
+    rows, each = EPISODES * T, 10_000
+    with h5py.File(folder / "trajectories_0000.h5", "w") as file:
+        for first in range(0, rows, each):
+            group = file.create_group(f"{first}-{first + each - 1}")
+            group["proprio_observation"], group["action"] = rng.normal(size=(each, 27)), rng.uniform(-1, 1, (each, 8))
+            group["reward"], group["step_num"] = rng.normal(size=each), np.arange(first, first + each) % T
+    return rows
+
+
+def read_vintix(folder: Path) -> None:
+    with h5py.File(folder / "trajectories_0000.h5") as file:
+        for group in file.values():
+            for key in ("proprio_observation", "action", "reward", "step_num"):
+                group[key][()]
+
+
+def write_jat(folder: Path, rng: np.random.Generator) -> int:
+    rows = [
+        {
+            "image_observations": [{"bytes": png(frame), "path": None} for frame in pictures(rng, T, 4)],
+            "discrete_actions": rng.integers(0, 6, T).tolist(),
+            "rewards": rng.normal(size=T).tolist(),
+        }
+        for _ in range(EPISODES // 4)
+    ]
+    pa.parquet.write_table(pa.Table.from_pylist(rows), folder / "train-00000-of-00001.parquet", row_group_size=10)
+    return EPISODES // 4 * T
+
+
+def read_jat(folder: Path) -> None:
+    file = pa.parquet.ParquetFile(folder / "train-00000-of-00001.parquet")
+    for batch in file.iter_batches(1):
+        for code in batch.column("image_observations").flatten().field("bytes"):
+            np.asarray(Image.open(io.BytesIO(code.as_py())))
+
+
+def write_imagetext(folder: Path, rng: np.random.Generator) -> int:
+    count = EPISODES * T // 10
+    with tarfile.open(folder / "00000.tar", "w") as archive:
+        for number, frame in enumerate(pictures(rng, count)):
+            for ending, data in (("png", png(frame)), ("txt", f"caption number {number}".encode())):
+                member = tarfile.TarInfo(f"{number:08d}.{ending}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    return count
+
+
+def read_imagetext(folder: Path) -> None:
+    with tarfile.open(folder / "00000.tar") as archive:
+        for member in archive:
+            data = archive.extractfile(member)
+            assert data is not None
+            if member.name.endswith(".png"):
+                np.asarray(Image.open(data).resize((128, 128), Image.Resampling.BILINEAR))
+            else:
+                data.read().decode()
+
+
+def png(frame: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+Write, Read = Callable[[Path, np.random.Generator], int], Callable[[Path], None]
+FORMATS: dict[str, tuple[str, Write, Read]] = {
+    "robomimic": ("robomimic", write_robomimic, read_robomimic),
+    "d3rlpy": ("d3rlpy", write_d3rlpy, read_d3rlpy),
+    "maniskill": ("maniskill", write_maniskill, read_maniskill),
+    "hdf5, ALOHA": ("hdf5", write_hdf5, read_hdf5),
+    "hdf5, npz": ("hdf5", write_npz, read_npz),
+    "vintix": ("vintix", write_vintix, read_vintix),
+    "jat": ("jat", write_jat, read_jat),
+    "imagetext": ("imagetext", write_imagetext, read_imagetext),
+}
+
+
+def bench(name: str, folder: Path) -> None:
+    """One format's build against its floor."""
+    source, write, read = FORMATS[name]
+    logs, output = folder / "logs", folder / "shards"
+    logs.mkdir(parents=True)
+    count = write(logs, np.random.default_rng(0))
+    build_once(source, logs, output)
+    contents = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+
+    def build() -> None:
+        shutil.rmtree(output)
+        build_once(source, logs, output)
+
+    def floor() -> None:
+        shutil.rmtree(folder / "floor", ignore_errors=True)
+        read(logs)
+        for file, data in contents.items():
+            with atomic_write(folder / "floor" / file) as out:
+                out.write(data)
+
+    with one_core():
+        pair(f"etl: {name} build / read and write only", build, floor, "timesteps/s", count, REPEATS)
+    shutil.rmtree(folder)
+
+
+def run(folder: Path, names: list[str] | None = None) -> None:
+    """All of them, or some; `folder` is for scratch files, some 500 MB at a time."""
+    for number, name in enumerate(names or list(FORMATS)):
+        bench(name, folder / str(number))
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        run(Path(name), sys.argv[1:] or None)
+
+
+if __name__ == "__main__":
+    main()
