@@ -30,7 +30,7 @@ from etl import sources
 from etl.building import filters, oddities, pipeline, summary
 from etl.fetch import remote
 from etl.building.gather import gather
-from etl.building.plan import BuildConfig, ShardPlan, make_plan, manifest_config, with_pictures
+from etl.building.plan import BuildConfig, ShardPlan, given_options, make_plan, manifest_config, with_pictures
 from etl.sources import Source, SourceError, TaskScan
 from etl.tokenizers import text as texts
 from schemas.dataset import MANIFEST_NAME, TEXT_MODEL_NAME, DatasetError, Manifest, parse_manifest
@@ -104,6 +104,7 @@ def build(options: Options, beam_arguments: list[str], console: Console) -> Mani
         console.print(f"{options.input}: read as {source.name} ({options.evidence})", highlight=False, soft_wrap=True)
     scan_options = options.scan or source.options()
     _check(options, scan_options)
+    options = replace(options, config=replace(options.config, source_options=given_options(scan_options)))
     output = (options.output or f"data/shards/{options.source}").removeprefix("file://")
     folder = Folder(output if is_url(output) else Path(output).absolute())  # a worker may stand in another folder
     if folder.local is not None:
@@ -259,7 +260,10 @@ def _existing_dataset(options: Options, folder: Folder, plan: list[ShardPlan], c
         if options.overwrite:
             return None
         raise
-    if existing.config == manifest_config(plan, options.config) and not _newer(plan, folder):
+    config = manifest_config(plan, options.config)
+    if "source_options" not in existing.config and _before_source_options(folder):
+        config.pop("source_options", None)
+    if existing.config == config and not _newer(plan, folder):
         damaged = pipeline.damaged_file(folder, existing)
         if damaged is None:
             console.print(f"{folder}: already built from these files with these options", highlight=False)
@@ -268,6 +272,11 @@ def _existing_dataset(options: Options, folder: Folder, plan: list[ShardPlan], c
     elif not options.overwrite:
         raise DatasetError(f"{folder}: holds another dataset; give another --output, or --overwrite to replace it")
     return None
+
+
+def _before_source_options(folder: Folder) -> bool:
+    """Whether a version made the dataset that kept no options of its source: one without oddities beside it."""
+    return folder.read(oddities.NAME) is None
 
 
 def _newer(plan: list[ShardPlan], folder: Folder) -> bool:

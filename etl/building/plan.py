@@ -53,6 +53,8 @@ class BuildConfig:
     where not given."""
     frame_stack: int | None = None
     """Pictures are so many stacked frames, the oldest first: only the newest becomes tokens."""
+    source_options: tyro.conf.Suppress[dict[str, Any]] = field(default_factory=dict)
+    """The source's options that are not at their defaults; the build fills them in."""
     filter: tyro.conf.OmitArgPrefixes[Filter] = field(default_factory=Filter)
 
     def __post_init__(self) -> None:
@@ -159,6 +161,14 @@ def make_plan(
     return plan
 
 
+def given_options(options: Any) -> dict[str, Any]:
+    """The fields of a source's options that are not at their defaults, as JSON has them."""
+    default = type(options)()
+    changed = {one.name: getattr(options, one.name) for one in fields(options)}
+    changed = {name: value for name, value in changed.items() if value != getattr(default, name)}
+    return json.loads(json.dumps(changed, default=str))
+
+
 def with_pictures(scan: TaskScan, config: BuildConfig) -> TaskScan:
     """The scan with the pictures of its task as the options say. ValueError where they do not fit."""
     if scan.task is None or (config.image_size is None and config.frame_stack is None):
@@ -203,9 +213,9 @@ def manifest_config(plan: list[ShardPlan], config: BuildConfig) -> dict[str, Any
     if marks := [[shard.task.name, shard.first_episode, shard.held_out] for shard in plan if shard.held_out]:
         about["held_out"] = hashlib.sha256(json.dumps(marks).encode()).hexdigest()
     given = asdict(config)
-    for name in ("image_size", "frame_stack"):  # older manifests have none
+    for name in ("image_size", "frame_stack", "source_options"):  # older manifests have none
         value = given.pop(name)
-        given |= {name: list(value) if isinstance(value, tuple) else value} if value is not None else {}
+        given |= {name: list(value) if isinstance(value, tuple) else value} if value else {}
     return given | about | {"inputs": inputs_of(plan)}
 
 

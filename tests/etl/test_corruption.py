@@ -220,7 +220,7 @@ D4RL_DAMAGE = {
     ("a.hdf5", 6): ("corrupt HDF5", lambda f: cut(f, "observations", ROWS, 6 * ROWS)),
     ("b.hdf5", 0): ("not finite", lambda f: poison(f, "observations", np.nan, 0)),
     ("c.hdf5", 19): ("not finite", lambda f: poison(f, "rewards", np.inf, -1)),
-    ("d.hdf5", 7): ("out of range", lambda f: poison(f, "actions", 11.0, 7 * ROWS + 3)),
+    ("d.hdf5", 7): ("out of range", lambda f: poison(f, "actions", 500.0, 7 * ROWS + 3)),
     ("e.hdf5", 8): ("duplicate", copy_of_5_at_8),
     ("f.hdf5", WHOLE): ("wrong length", lambda f: put(f, "rewards", f["rewards"][:-1])),
     ("g.hdf5", WHOLE): ("wrong dtype", lambda f: put(f, "observations", f["observations"][()].astype(np.int32))),

@@ -240,3 +240,23 @@ def test_pictures_in_rows_of_d4rl(tmp_path, first):
     path.write_bytes(data)
     results = list(sources.read(SOURCE, found.task, found.episodes))
     assert any(isinstance(one, Rejection) and one.reason == "corrupt HDF5" for one in results)
+
+
+def test_a_damaged_chunk_costs_its_episodes_where_seams_are_looked_for(tmp_path):
+    rng, lengths = np.random.default_rng(0), [300] * 10
+    whole, path = walk(rng, [301] * 10, 5), tmp_path / "log.hdf5"
+    ends = np.isin(np.arange(3010) % 301, [300])
+    now, after = whole[~ends], whole[1:][~ends[:-1]]
+    hdf5(path, lengths, rng, without=("timeouts",), observations=now, next_observations=after, env_id="Hopper-v4")
+    assert [ref.timesteps for ref in scanned(path).episodes] == lengths
+    with h5py.File(path, "a") as file:
+        del file["observations"]
+        node = file.create_dataset("observations", data=now, chunks=(100, 5), compression="gzip")
+        place = node.id.get_chunk_info(7)
+        assert place.chunk_offset == (700, 0)
+    data = bytearray(path.read_bytes())
+    data[place.byte_offset : place.byte_offset + 40] = bytes(40)
+    path.write_bytes(data)
+    found = scanned(path)
+    good = [one for one in sources.read(SOURCE, found.task, found.episodes) if not isinstance(one, Rejection)]
+    assert {(one.row, one.timesteps) for one in good} == {(300 * n, 300) for n in range(10) if n != 2}

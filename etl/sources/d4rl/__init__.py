@@ -19,12 +19,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
-import h5py
 import numpy as np
 
 import simulators
@@ -43,27 +42,19 @@ from etl.sources import (
     by_task,
     environment_warnings,
 )
-from etl.sources._hdf5 import AGAIN, Rows, damage
-from etl.sources._oddities import Split, differing, distances, split
-from etl.sources._pictures import PictureLayout, as_pictures, flattened_shapes, image_field, picture_layout
+from etl.sources._hdf5 import Rows, damage
+from etl.sources._pictures import as_pictures, flattened_shapes, image_field, picture_layout
 from etl.sources._series import merged, numbered
 from etl.sources.d4rl.actions import action_space
+from etl.sources.d4rl.log import Log, float32
 from etl.sources.d4rl.writer import D4RLWriter
 from schemas.episode import EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, TaskSpec
 from simulators.registry import environment as environment_of_id
 from simulators.registry import suite_of_id
 
 SUFFIXES = (".hdf5", ".h5")
-REQUIRED = ("observations", "actions", "rewards", "terminals")
-GOAL = "infos/goal"
-OPTIONAL = ("timeouts", "episode_terminals", "next_observations", GOAL)
-WIDEST = 2**16  # values a timestep: more is damage, and would not fit any context
-FLAGS = ("terminals", "timeouts", "episode_terminals")
-ALL = slice(None)
-PIECE = 2**24  # bytes of observations at a time
 CARLA = (48, 48, 3)  # of D4RL's own rows of bytes
 FLATTENED = 1024  # numbers in a row from which it is rather a picture
-MOST_ROWS = 2**24  # D4RL's longest have 2M: flags and rewards are held whole
 
 
 @dataclass(frozen=True)
@@ -150,7 +141,7 @@ class D4RL:
         action (T, A) float32."""
         for file, group in groupby(refs, key=lambda ref: ref.file):
             try:
-                log = _Log(Path(file))
+                log = Log(Path(file))
             except EpisodeError as error:
                 yield from (_rejection(task.name, ref, error) for ref in group)
                 continue
@@ -178,125 +169,10 @@ def _name_of(scan: TaskScan) -> str:
     return scan.task.name if scan.task else scan.rejected[0].task
 
 
-class _Log:
-    """One open file whose keys, dtypes and shapes were checked. EpisodeError says what is wrong with it."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.file = _hdf5.opened(path)
-        try:
-            with damage():
-                self.arrays = self._checked()
-        except EpisodeError:
-            self.file.close()
-            raise
-        self.fields = {"observation": self.arrays["observations"]}
-        if GOAL in self.arrays:
-            self.fields["goal"] = self.arrays[GOAL]
-
-    def flags(self, key: str, rows: slice = ALL) -> np.ndarray | None:
-        """Which rows of one of FLAGS are set, bool; None where the file has no such key."""
-        return self.arrays[key][rows].reshape(-1).astype(bool, copy=False) if key in self.arrays else None
-
-    def split(self, limit: int | None) -> Split:
-        """Where its episodes end. EpisodeError where nothing tells."""
-        key = "timeouts" if "timeouts" in self.arrays or "episode_terminals" not in self.arrays else "episode_terminals"
-        terminals = self.flags("terminals")
-        assert terminals is not None  # a required key
-        try:
-            return split(terminals, self.flags(key), limit, self, key)
-        except ValueError as error:
-            raise EpisodeError("no time limit", str(error)) from None
-
-    def seams(self) -> np.ndarray | None:
-        """Rows after which the next one is not what they led to; see `_oddities.Evidence`."""
-        now, after = self.arrays["observations"], self.arrays.get("next_observations")
-        return None if after is None else differing(_pieces(now), _pieces(after), len(now))
-
-    def jumps(self) -> np.ndarray | None:
-        """Distance of each row from the next one; see `_oddities.Evidence`."""
-        rows = self.arrays["observations"]
-        return None if rows.dtype == np.uint8 else distances(lambda: _pieces(rows), len(rows))
-
-    @cached_property
-    def unit(self) -> bool:
-        """Whether pictures that are stored as floats lie in [0, 1], by the first rows."""
-        rows = self.arrays["observations"]
-        return rows.dtype.kind == "f" and float(np.nanmax(next(_pieces(rows)))) <= 1.0
-
-    def layout(self, shape: tuple[int, ...]) -> PictureLayout | None:
-        """How a row of observations is a picture of that shape; of its own where () is given, None where it is none."""
-        stored = self.arrays["observations"].shape[1:]
-        if shape and len(stored) == 1:
-            return PictureLayout(stored, (shape[0], shape[1], shape[2]), unit=self.unit)
-        return picture_layout(stored, self.arrays["observations"].dtype)
-
-    def actions(self, ref: EpisodeRef, task: TaskSpec) -> np.ndarray:
-        """(T, A) float32; discrete ones (T,) int64, of several values (T, A)."""
-        values = self.arrays["actions"][ref.start : ref.stop]
-        assert task.action is not None
-        if task.action.kind == "continuous":
-            return _float32(values)
-        return values.astype(np.int64).reshape((-1,) if task.action.size == 1 else (-1, task.action.size))
-
-    def totals(self, bounds: list[tuple[int, int]]) -> list[float]:
-        """Raw return of each episode."""
-        rewards = self.arrays["rewards"][:].reshape(-1)
-        return np.add.reduceat(rewards, [start for start, _ in bounds], dtype=np.float64).tolist()
-
-    def environment(self) -> str | None:
-        """What the file itself says."""
-        name = self.file.attrs.get("env_id")
-        return name.decode() if isinstance(name, bytes) else name if isinstance(name, str) else None
-
-    def _checked(self) -> dict[str, Rows]:
-        arrays: dict[str, Rows] = {}
-        for key in (*REQUIRED, *OPTIONAL):
-            dataset = _hdf5.dataset(self.file, *key.split("/"))
-            if dataset is None and key in REQUIRED:
-                raise EpisodeError(
-                    "missing key", f"no dataset '{key}' in it; D4RL logs hold {', '.join(REQUIRED)} (and timeouts)"
-                )
-            if dataset is None or (key == GOAL and not _is_goal(dataset)):
-                continue
-            shape, dtype, rows = dataset.shape, dataset.dtype, len(arrays["observations"]) if arrays else len(dataset)
-            if key == "next_observations":
-                if (shape, dtype.kind) == (arrays["observations"].shape, arrays["observations"].dtype.kind):
-                    arrays[key] = Rows(dataset)
-                continue
-            matrix = key in ("observations", "actions", GOAL)
-            discrete = key == "actions" and dtype.kind in "iu"
-            picture = key == "observations" and dtype == np.uint8 and len(shape) > 1
-            if dtype.kind not in ("f" if matrix else "fiub") and not discrete and not picture:
-                raise EpisodeError("wrong dtype", f"'{key}' is {dtype}; record it as float32")
-            if picture and len(shape) > 2:
-                if picture_layout(shape[1:], dtype) is None or math.prod(shape[1:]) > PIECE:
-                    raise EpisodeError("wrong shape", f"'{key}' is {shape}; expected pictures (N, H, W, C)")
-                arrays[key] = Rows(dataset)
-                continue
-            matrix = matrix and not (discrete and len(shape) == 1)
-            if matrix and (len(shape) != 2 or not 0 < shape[1] <= WIDEST):
-                raise EpisodeError("wrong shape", f"'{key}' is {shape}, expected (N, size)")
-            if not matrix and shape[1:] not in ((), (1,)):
-                raise EpisodeError("wrong shape", f"'{key}' is {shape}, expected (N,) or (N, 1)")
-            if len(dataset) != rows:
-                raise EpisodeError("wrong length", f"'{key}' has {len(dataset)} rows, 'observations' {rows}; {AGAIN}")
-            if rows > MOST_ROWS:
-                raise EpisodeError("too large", f"{rows} rows, more than {MOST_ROWS}; split the file")
-            arrays[key] = Rows(dataset)
-        if len(arrays["observations"]) == 0:
-            raise EpisodeError("empty", f"no row in 'observations'; {AGAIN}")
-        return arrays
-
-
-def _is_goal(dataset: h5py.Dataset) -> bool:
-    return dataset.dtype.kind == "f" and dataset.ndim == 2 and 0 < dataset.shape[1] < WIDEST
-
-
 def _scan_file(name: str, path: Path, options: Options) -> TaskScan:
     known = _catalogue.d4rl_datasets().get(name)
     try:
-        log = _Log(path)
+        log = Log(path)
         with log.file, damage():
             environment = _environment(log.environment(), known.environment if known else None, options)
             limit = options.max_episode_steps or (known.max_episode_steps if known else None)
@@ -323,7 +199,7 @@ def _scan_file(name: str, path: Path, options: Options) -> TaskScan:
     )
 
 
-def _fields(log: _Log, shape: tuple[int, ...]) -> tuple[tuple[FieldSpec, ...], tuple[str, ...]]:
+def _fields(log: Log, shape: tuple[int, ...]) -> tuple[tuple[FieldSpec, ...], tuple[str, ...]]:
     """Fields of the observation, and warnings. `shape`: of flattened pictures, () where the rows are none."""
     rows = log.arrays["observations"]
     size = math.prod(rows.shape[1:])
@@ -344,13 +220,6 @@ def _fields(log: _Log, shape: tuple[int, ...]) -> tuple[tuple[FieldSpec, ...], t
     return tuple(field for _, field in sorted(fields.items())), warnings
 
 
-def _pieces(rows: Rows) -> Iterator[np.ndarray]:
-    """All rows (n, ...), a bounded number at a time."""
-    step = max(1, PIECE // max(1, math.prod(rows.shape[1:]) * rows.dtype.itemsize))
-    for start in range(0, len(rows), step):
-        yield rows[start : start + step]
-
-
 def _environment(own: str | None, known: EnvironmentSpec | None, options: Options) -> EnvironmentSpec | None:
     """What the command line says, else what the file says, else what the catalogue knows."""
     if options.environment or own:
@@ -358,12 +227,12 @@ def _environment(own: str | None, known: EnvironmentSpec | None, options: Option
     return known
 
 
-def _read_episode(log: _Log, task: TaskSpec, ref: EpisodeRef) -> RawEpisode | Rejection:
+def _read_episode(log: Log, task: TaskSpec, ref: EpisodeRef) -> RawEpisode | Rejection:
     specs = {spec.key: spec for spec in task.observation}
 
     def values(key: str, array: Rows) -> np.ndarray:
         spec, rows = specs[key], array[ref.start : ref.stop]
-        return as_pictures(rows, key, log.layout(spec.shape)) if spec.kind == "image" else _float32(rows)
+        return as_pictures(rows, key, log.layout(spec.shape)) if spec.kind == "image" else float32(rows)
 
     last = slice(ref.stop - 1, ref.stop)
     try:
@@ -371,7 +240,7 @@ def _read_episode(log: _Log, task: TaskSpec, ref: EpisodeRef) -> RawEpisode | Re
             return RawEpisode(
                 observation={key: values(key, array) for key, array in log.fields.items() if key in specs},
                 action=log.actions(ref, task),
-                reward=_float32(log.arrays["rewards"][ref.start : ref.stop]).reshape(-1),
+                reward=float32(log.arrays["rewards"][ref.start : ref.stop]).reshape(-1),
                 terminated=bool(log.flags("terminals", last)),
                 truncated=bool(log.flags("timeouts", last)),  # `end` of the ref counts more
                 file=log.path.name,
@@ -380,11 +249,6 @@ def _read_episode(log: _Log, task: TaskSpec, ref: EpisodeRef) -> RawEpisode | Re
             )
     except EpisodeError as error:
         return _rejection(task.name, ref, error)
-
-
-def _float32(values: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused as such
-        return values.astype(np.float32, copy=False)
 
 
 def _rejection(task: str, ref: EpisodeRef, error: EpisodeError) -> Rejection:
