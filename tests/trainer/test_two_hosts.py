@@ -44,15 +44,14 @@ def strike(hosts, fault, output, process):
     """Let a fault happen, and wait until no process of the run is left."""
     if fault == "ctrl-c":
         interrupt(process)
-    elif fault == "terminal closed":
-        interrupt(process, signal.SIGHUP)
     elif fault.startswith("host"):
         hosts.power_off(int(fault.split()[1]))
     elif fault == "rank killed":
         for rank in family(output)["rank"][-1:]:
             rank.kill()
-    elif fault == "launcher killed":
-        os.killpg(process.pid, signal.SIGKILL)  # pdsh too; its ssh sessions outlive it, and so does the run
+    elif fault in ("launcher killed", "terminal closed"):
+        # both end pdsh too; its ssh sessions outlive it, and so does the run
+        os.killpg(process.pid, signal.SIGKILL if fault == "launcher killed" else signal.SIGHUP)
         deadline, before = time.monotonic() + SECONDS_TO_END, latest_step(output)
         while latest_step(output) < before + 4:
             assert time.monotonic() < deadline, "the run ended, or stands still"
