@@ -61,8 +61,8 @@ def signal_on_parent_death(number: signal.Signals) -> None:
 
 def _launchers() -> tuple[int, ...]:
     """Process ids of the parents that the run depends on: the one that started this rank and, above DeepSpeed's process
-    for this machine, the `deepspeed` command, or the ssh session through which pdsh started it. Above torchrun and
-    mpirun is the user's shell, which may end while the run goes on."""
+    for this machine, the `deepspeed` command, or the ssh session through which pdsh started it (that outlives pdsh).
+    Above torchrun and mpirun is the user's shell, which may end while the run goes on."""
     found: list[int] = []
     with suppress(psutil.Error):
         process: psutil.Process | None = psutil.Process()
