@@ -1,4 +1,4 @@
-"""The figures of `benchmarks.gpu` as Markdown: a section for training, the patch embedder, control, kernels, failures.
+"""The figures of `benchmarks.gpu` as Markdown: checks, training, the patch embedder, control, kernels, failures.
 
 lines of figures.jsonl, the last one of each part -> README.md beside it
 """
@@ -15,23 +15,32 @@ Line = dict[str, Any]
 
 def written(lines: list[Line]) -> str:
     parts = {line["part"]: line for line in lines}
-    best, hardware = parts.get("ceilings", {}), dict.fromkeys(line["hardware"] for line in lines)
+    best, hardware = parts.get("checks", {}), dict.fromkeys(line["hardware"] for line in lines)
     text = [
         "# On an accelerator",
         "",
         "Written by `python -m benchmarks.gpu --shards CONTROL ATARI`. All figures, with ",
     ]
     text[-1] += f"the commit and the versions they were measured at, are in [{FIGURES}]({FIGURES})."
+    if any(line.get("rehearsal") for line in lines):
+        text += ["", "**A rehearsal at `tiny`: nothing here was measured at the sizes that are named.**"]
     text += ["", f"Hardware: {'; '.join(hardware)}.", ""]
-    if "tflops" in best:
+    if "best_tflops" in best:
         copied = best["terabytes_per_second"]
-        text += [f"Its best here: {best['tflops']:.4g} TFLOP/s (bfloat16 product), {copied:.2f} TB/s (copy).", ""]
-    sections = training(parts), embedder(lines), control(lines), kernels(lines), failures(lines)
+        text += [f"Its best here: {best['best_tflops']:.4g} TFLOP/s (bfloat16 product), {copied:.2f} TB/s (copy).", ""]
+    sections = checks(best), training(parts), embedder(lines), control(lines), kernels(lines), failures(lines)
     return "\n".join([*text, *(line for section in sections for line in section)])
 
 
+def checks(line: Line) -> list[str]:
+    """What was compared with its plain form, before anything was timed."""
+    named = ("attention", "head", "failed")
+    found = {what: value for what, value in line.items() if what.startswith(named) or what.endswith("as plain")}
+    return [f"Checks: {json.dumps(found)}", ""] if found else []
+
+
 def training(parts: dict[str, Line]) -> list[str]:
-    best, rows = parts.get("ceilings", {}).get("tflops"), []
+    best, rows = parts.get("checks", {}).get("best_tflops"), []
     for name, line in parts.items():
         if "tokens_per_second" not in line:
             continue
@@ -39,21 +48,28 @@ def training(parts: dict[str, Line]) -> list[str]:
         peers = [parts.get(peer, {}).get("tokens_per_second") for peer in (f"GPT-2 {size} ZeRO 1", f"bare loop {size}")]
         ours = name.startswith("train") and not name.endswith(("Atari", "offload")) and "micro-batch" not in name
         ratios = [f"{line['tokens_per_second'] / rate:.2f}" if ours and rate else "" for rate in peers]
+        shares = [f"{100 * line[key]:.1f}" if key in line else "" for key in ("mfu", "executed_mfu")]
         rows.append([
-            name,
+            name + (" (cut)" if "cut" in line else ""),
             line["form"],
             line["micro_batch"],
             f"{line['tokens_per_second']:,.0f}",
             f"{line['tflops']:.4g}",
-            f"{100 * line['tflops'] / best:.1f}" if best else "",
+            *shares,
+            f"{100 * line['executed_tflops'] / best:.1f}" if best else "",
             f"{line['step_ms']:.1f}",
             *ratios,
             f"{100 * line['wait_share']:.2f}" if "wait_share" in line else "",
             *(f"{line[key]:.1f}" if key in line else "" for key in ("peak_gigabytes", "expected_gigabytes")),
         ])  # fmt: skip
-    heads = ["part", "blocks", "micro-batch", "tokens/s", "TFLOP/s", "% of best", "step, ms", "/ GPT-2", "/ bare loop"]
-    said = "FLOP/s by Gato's convention for every row, GPT-2's too. --dry-run leaves out buckets and float32 gradients."
-    text = table("Training", [*heads, "wait on data, %", "peak GB", "GB by --dry-run"], rows)
+    heads = ["part", "blocks", "micro-batch", "tokens/s", "TFLOP/s", "MFU, %", "executed MFU, %", "executed, % of best"]
+    heads += ["step, ms", "/ GPT-2", "/ bare loop", "wait on data, %", "peak GB", "GB by --dry-run"]
+    said = (
+        "TFLOP/s and MFU by the usual convention, Gato's for every row, GPT-2's too; executed: Gato's products that "
+        "are computed, since the head sees supervised tokens alone and attention is causal. / GPT-2: with its blocks "
+        "in the form that its row names. --dry-run leaves out buckets and float32 gradients."
+    )
+    text = table("Training", heads, rows)
     return [*text, said, ""] if text else []
 
 
@@ -92,8 +108,12 @@ def kernels(lines: list[Line]) -> list[str]:
 
 
 def failures(lines: list[Line]) -> list[str]:
-    rows = [[line["part"], f"`{line['error'].strip().splitlines()[-1][:300]}`"] for line in lines if "error" in line]
+    rows = [[line["part"], f"`{last_line(line['error'])}`"] for line in lines if "error" in line]
     return table("Failed", ["part", "error"], rows)
+
+
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[-1][:300]
 
 
 def table(title: str, heads: list[str], rows: list[list[Any]]) -> list[str]:

@@ -1,8 +1,7 @@
 #!/bin/bash
 # sbatch deepspeed_configs/slurm.sh --recipe 1.18b-nodes [...]: one task a GPU, without hostfile or ssh.
-# An example: its way of starting ranks was tried with two on one CPU, the script itself on no cluster. It may be
-# requeued at any time: the run goes on from its last checkpoint, and SIGTERM, sent five minutes before the end of the
-# allocation, saves one.
+# Run so far with SLURM 22.05 on one machine without GPUs (docs/training.md). It may be requeued at any time: the run
+# resumes from its last checkpoint, and SIGTERM, sent five minutes before the end of the allocation, saves one.
 #SBATCH --job-name=gato
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
@@ -14,10 +13,10 @@
 set -euo pipefail
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=29500
+export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # a port per job: two may share a machine
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun no longer takes it from sbatch
 
-# What the deepspeed launcher would set, from what SLURM sets.
-srun --kill-on-bad-exit=1 bash -c '
-    export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
-    exec .venv/bin/python trainer/main.py "$@"
-' gato "$@"
+# trainer/main.py reads ranks and world size from what srun sets. The shell waits for it, so that SIGTERM ends no job
+# whose ranks are still saving.
+trap '' TERM
+srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" trainer/main.py "$@"

@@ -35,7 +35,8 @@ from etl.sources import Source, SourceError, TaskScan
 from etl.tokenizers import text as texts
 from schemas.dataset import MANIFEST_NAME, TEXT_MODEL_NAME, DatasetError, Manifest, parse_manifest
 from schemas.episode import Document
-from schemas.files import require_folder
+from schemas import terminal
+from schemas.files import full_disk, require_folder
 from schemas.layout import PATCH_SIZE, layout_of
 from schemas.vocabulary import by_name
 from shards.folder import Folder, is_url
@@ -113,12 +114,13 @@ def build(options: Options, beam_arguments: list[str], console: Console) -> Mani
     scans = [_with_size(scan) for scan in scans]
     text = _text_model(options, source, scans)
     plan = make_plan(options.source, scans, options.config, text.fingerprint if text else None, origins)
-    for kind, lines in (("warning", [scan.warnings for scan in scans]), ("note", [scan.notes for scan in scans])):
-        for line in (line for own in lines for line in own):
+    doubts = [*_links(options.input), *(line for scan in scans for line in scan.warnings)]
+    for kind, lines in (("warning", doubts), ("note", [line for scan in scans for line in scan.notes])):
+        for line in lines:
             console.print(f"[yellow]{kind}[/] {escape(line)}", highlight=False, soft_wrap=True)
     for rejection in (r for scan in scans for r in scan.rejected if r.position < 0):
         console.print(f"[yellow]rejected[/] {rejection.file}: {rejection.reason}: {rejection.detail}", highlight=False)
-    if options.strict and (doubts := [line for scan in scans for line in scan.warnings]):
+    if options.strict and doubts:
         more = f" (and {len(doubts) - 1} more)" if len(doubts) > 1 else ""
         raise DatasetError(f"--strict: {doubts[0]}{more}")
     if not plan:
@@ -127,6 +129,9 @@ def build(options: Options, beam_arguments: list[str], console: Console) -> Mani
     if existing is not None:
         summary.show_oddities(oddities.load(folder), console)
         return existing
+    if foreign := pipeline.foreign_files(folder):
+        shown = f"{len(foreign)} files that are no dataset's, such as {foreign[0]}, which stay"
+        console.print(f"[yellow]warning[/] {folder}: holds {shown}", highlight=False, soft_wrap=True)
     with pipeline.exclusive(folder):
         pipeline.remove_dataset(folder)
         if text is not None:
@@ -206,6 +211,20 @@ def _place(options: Options, console: Console) -> tuple[Path, dict[str, str]]:
 
 def _cache(options: Options) -> Path:
     return options.cache.expanduser().absolute()
+
+
+def _links(given: str | None) -> list[str]:
+    """A line where the input folder holds links to folders: they are not followed, since they may lead anywhere."""
+    place = Path((given or "").removeprefix("file://"))
+    if not given or is_url(given) or not place.is_dir():
+        return []
+    found = [Path(folder) / name for folder, below, _ in os.walk(place) for name in below]
+    links = sorted(str(path.relative_to(place)) for path in found if path.is_symlink())
+    if not links:
+        return []
+    more = f" and {len(links) - 3} more" if len(links) > 3 else ""
+    return [f"{place}: links to folders are not followed: {', '.join(links[:3])}{more}; copy them, or give each as "
+            "--input"]  # fmt: skip
 
 
 def _text_model(options: Options, source: Source, scans: list[TaskScan]) -> texts.TextTokenizer | None:
@@ -325,10 +344,13 @@ def _dask_flags(arguments: list[str]) -> list[str]:
     return [*arguments, f"--runner={DASK}"]  # the last one counts
 
 
+@terminal.command
 def main() -> int:
     # A copy of stderr: while Beam's worker processes run, stderr itself goes to a log file.
-    console = Console(file=os.fdopen(os.dup(2), "w"), width=None if sys.stderr.isatty() else 140)
+    copy: Any = terminal.LossyStream(os.fdopen(os.dup(2), "w"))
+    console = Console(file=copy, width=None if sys.stderr.isatty() else 140)
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # what fails is raised too
+    options = Options()
     try:
         options, rest = parsed(sys.argv[1:], console)
         flags = beam_flags(rest, options.workers)
@@ -338,13 +360,11 @@ def main() -> int:
             return 0
         manifest = build(options, flags, console)
     except (SourceError, ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in pipeline.FULL:
-            error = ValueError(pipeline.no_room(options.output or "the output folder", error))
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {full_disk(error, options.output or options.source) or error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("interrupted: no dataset yet; the same command again keeps the finished shards", file=sys.stderr)
-        return 130
+        return terminal.status_of(interrupt)
     summary.show(manifest, console)
     return 0
 

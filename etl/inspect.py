@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from etl.building import oddities
 from etl.inspection.decoded import InspectError, TaskView
 from etl.inspection.facts import Facts, facts, reasons_of
 from etl.inspection.figure import figure
@@ -31,6 +32,8 @@ from etl.sources import Rejection
 from etl.tokenizers.text import TextTokenizer
 from schemas.dataset import REJECTED_NAME
 from schemas.files import atomic_write
+from schemas.terminal import command
+from shards.folder import Folder
 from shards.reader import Dataset
 
 SHOWN_TASKS = 12  # on one page, where no task is named
@@ -62,7 +65,9 @@ def inspect(options: Options, console: Console) -> Path:
     output = options.output or Path("results") / f"inspect-{manifest.name}.html"
     model = manifest.text_model
     text = TextTokenizer(dataset.local(model.file), manifest.vocabulary) if model else None
-    views = [TaskView(dataset, number, text) for number in _chosen(options, [t.spec.name for t in manifest.tasks])]
+    names = [task.spec.name for task in manifest.tasks]
+    odd = oddities.load(Folder(options.dataset))
+    views = [TaskView(dataset, number, text, odd.get(names[number])) for number in _chosen(options, names)]
     looked = views[: 1 if output.suffix.lower() == ".png" else SHOWN_TASKS]
     steps = [view.timestep(options.episode, options.timestep) for view in looked]
     lines = dataset.local(manifest.rejected).read_text("utf-8").splitlines()
@@ -114,6 +119,7 @@ def _print_rejected(rejected: Sequence[Rejection], console: Console) -> None:
         console.print(Text("\n".join([first, *lines])), soft_wrap=True)
 
 
+@command
 def main() -> int:
     options = tyro.cli(Options, prog="python -m etl.inspect")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)

@@ -25,19 +25,24 @@ from rich.progress import Progress
 import simulators
 from etl import sources
 from schemas.episode import EnvironmentSpec
-from schemas.files import require_folder
+from schemas.files import full_disk, require_folder
+from schemas.terminal import command, status_of
 from simulators import plugins
 from simulators.experts import policies
 from simulators.policy import NoisyPolicy
 from simulators.rollout import Step, rollout
+
+DEFAULT = "Hopper-v4"
 
 
 @dataclass(frozen=True)
 class Options:
     """Record a log of a policy's play in a real simulator."""
 
-    environment: Annotated[str, tyro.conf.arg(aliases=["-e"])] = "Hopper-v4"
-    """gymnasium id with version, e.g. Hopper-v4 or ALE/Pong-v5; MODULE:Id for an environment of your own."""
+    environment: Annotated[str | None, tyro.conf.arg(aliases=["-e"])] = None
+    """gymnasium id with version, e.g. Hopper-v4 (the default) or ALE/Pong-v5; MODULE:Id for one of your own."""
+    suite: str | None = None
+    """In the place of --environment: every task of this suite whose expert is shipped, or of all suites ("all")."""
     policy: str = "expert"
     """expert (shipped), random, a policy file (.safetensors, .npz, or a Stable-Baselines3 .zip that you trust), or
     MODULE:FUNCTION of your own: FUNCTION(env) returns an object with act(observation, rng), or a function observation
@@ -46,13 +51,18 @@ class Options:
     """Module to import first, which registers environments or suites; may be given several times."""
     steps: int = 20_000
     """Timesteps. A last episode may take a tenth more to end, and is cut there otherwise, as in real logs."""
+    episodes: int | None = None
+    """Whole episodes, in the place of --steps."""
+    workers: int = 1
+    """Processes of --suite, one per log."""
     noise: float = 0.0
     """Standard deviation of Gaussian action noise; for discrete actions the probability of a random one."""
     temperature: float = 1.0
     """Of policies that sample their actions (A3C): what their logits are divided by; less is less noise."""
     seed: int = 0
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """Folder; data/logs/d4rl, data/logs/dqn_replay or data/logs/minari where not given."""
+    """Folder; data/logs/d4rl, data/logs/dqn_replay or data/logs/minari where not given. With --suite, the folder of
+    these three, and of recorded.json, which lists the logs."""
     level: str | None = None
     """Level in the file name of D4RL and Minari logs: expert, medium, ...; the policy's kind where not given."""
     run: int = 1
@@ -71,18 +81,39 @@ def play(options: Options, env: Any, policy: Any) -> Iterator[Step]:
         for step in rollout(noisy, [env], [seed], rng, before=lambda row, env: suite.state(env)):
             if step.error is not None:
                 problem = f"{type(step.error).__name__}: {step.error}"
-                raise simulators.SimulatorError(f"{options.environment}: episode {episode}: {problem}") from step.error
+                raise simulators.SimulatorError(
+                    f"{options.environment or DEFAULT}: episode {episode}: {problem}"
+                ) from step.error
             yield step
 
 
-def record(options: Options, console: Console) -> Path:
-    """Play and write the log; returns its path. SimulatorError or PolicyError say what does not fit."""
+@dataclass(frozen=True)
+class Recorded:
+    """A log that was written: where, how long, and the returns of its whole episodes, unclipped."""
+
+    path: Path
+    timesteps: int
+    returns: list[float]
+    cut: bool
+    """Its end cut the last episode."""
+
+    def __str__(self) -> str:
+        mean = f"{np.mean(self.returns):.1f} ± {np.std(self.returns):.1f}" if self.returns else "-"
+        cut = ", the last one cut by the log's end" if self.cut else ""
+        return f"{self.timesteps} timesteps, {len(self.returns)} whole episodes{cut}, return {mean} (unclipped)"
+
+
+def record(options: Options, console: Console, parent: Path | None = None) -> Recorded:
+    """Play and write the log, into `options.output` or the format's own folder (of its name within `parent`).
+    SimulatorError or PolicyError say what does not fit."""
     if options.steps < 1 or options.noise < 0 or not options.temperature > 0:
         raise ValueError("--steps must be at least 1, --noise not negative and --temperature positive")
+    if options.episodes is not None and options.episodes < 1:
+        raise ValueError("--episodes must be at least 1")
     if options.output is not None:
         require_folder("output", options.output)
     plugins.load(options.imports)
-    spec = simulators.environment_spec(options.environment)
+    spec = simulators.environment_spec(options.environment or DEFAULT)
     env = simulators.make(spec)
     try:
         policy = policies.load(options.policy, env, options.noise, options.temperature)
@@ -90,7 +121,8 @@ def record(options: Options, console: Console) -> Path:
     finally:
         env.close()
     suite = simulators.suite_named(spec.suite)
-    path = writer.path(options.output or Path(writer.folder), suite.log_name(spec.id), _level(options), options.run)
+    folder = options.output or (parent / Path(writer.folder).name if parent else Path(writer.folder))
+    path = writer.path(folder, suite.log_name(spec.id), _level(options), options.run)
     if path.exists() and not options.overwrite:
         raise ValueError(
             f"{path}: already there; give another --output, --level or --run, or --overwrite to replace it"
@@ -99,35 +131,37 @@ def record(options: Options, console: Console) -> Path:
     try:
         env = simulators.make(spec, inner=log.wrap)
         policy = policies.load(options.policy, env, options.noise, options.temperature)
-        summary = _write(options, env, policy, log, console)
+        done = _write(options, env, policy, log, console, path)
         log.close()
     finally:
         env.close()
         log.discard()
-    console.print(f"{path}: {summary}", highlight=False)
-    return path
+    console.print(f"{path}: {done}", highlight=False)
+    return done
 
 
-def _write(options: Options, env: Any, policy: Any, log: sources.LogWriter, console: Console) -> str:
-    """The steps of all episodes into the log; what was written, in words."""
-    returns, running, done, ended = [], 0.0, 0, False
+def _write(options: Options, env: Any, policy: Any, log: sources.LogWriter, console: Console, path: Path) -> Recorded:
+    """The steps of all episodes into the log."""
+    returns: list[float] = []
+    running, done, ended = 0.0, 0, False
     with Progress(console=console) as progress:
-        bar = progress.add_task(options.environment, total=options.steps)
+        bar = progress.add_task(options.environment or DEFAULT, total=options.episodes or options.steps)
         for step in play(options, env, policy):
             done += 1
             running += step.reward
             ended = step.ended
-            last = (done >= options.steps and ended) or done >= options.steps + options.steps // 10
             log.append(step)
             if ended:
                 returns.append(running)
                 running = 0.0
-            progress.update(bar, completed=done)
+            progress.update(bar, completed=len(returns) if options.episodes else done)
+            if options.episodes:
+                last = len(returns) == options.episodes
+            else:
+                last = (done >= options.steps and ended) or done >= options.steps + options.steps // 10
             if last:
                 break
-    mean = f"{np.mean(returns):.1f} ± {np.std(returns):.1f}" if returns else "-"
-    cut = "" if ended else ", the last one cut by the log's end"
-    return f"{done} timesteps, {len(returns)} whole episodes{cut}, return {mean} (unclipped)"
+    return Recorded(path, done, returns, cut=not ended)
 
 
 def _writer(env: Any) -> type[sources.LogWriter]:
@@ -147,17 +181,26 @@ def _level(options: Options) -> str:
     return options.level or Path(options.policy.rpartition(":")[2]).stem
 
 
+@command
 def main() -> int:
     options = tyro.cli(Options, prog="python -m etl.record")
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
     try:
-        record(options, console)
+        if options.suite is None:
+            record(options, console)
+        elif options.environment is not None:
+            raise ValueError("--environment and --suite together; give one of them")
+        else:
+            from etl.recording import record_suites
+
+            return 1 if record_suites(options, console) else 0
     except (simulators.SimulatorError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {full_disk(error, options.output or 'data/logs') or error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted: nothing was recorded", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        kept = "the same command keeps the logs that are whole" if options.suite else "nothing was recorded"
+        print(f"interrupted: {kept}", file=sys.stderr)
+        return status_of(interrupt)
     return 0
 
 

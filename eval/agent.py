@@ -42,6 +42,7 @@ from trainer.model.gato import Blocks
 from trainer.model.transformer import Cache
 
 ROWS = 4  # that a CPU's matrix products need to round as they do for more
+ALIGNMENT = 64  # a GPU's attention wants a multiple of it as number of slots; the last ones are never attended to
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,8 @@ class GatoAgent:
         with torch.inference_mode():
             roles, positions = (torch.from_numpy(x) for x in (self.layout.roles, self.layout.local_positions))
             self.local = model.local(roles.to(self.device), positions.to(self.device))
-            self.slot = torch.arange(self.slots, device=self.device)
+            cells = -(-self.slots // ALIGNMENT) * ALIGNMENT if self.device.type == "cuda" else self.slots
+            self.slot = torch.arange(cells, device=self.device)
             self.centres = torch.from_numpy(bin_centres(len(self.head))).to(self.device)
             self.patch_centres = torch.from_numpy(self.layout.patch_centres).to(self.device)
             self.roles, self.positions = roles.to(self.device), positions.to(self.device)
@@ -164,7 +166,7 @@ class GatoAgent:
             self._reset_timesteps(batch)
             return
         exact, K, A = self.config.window == "exact", self.layout.length, self.layout.action
-        self.cache = Cache(self.model.config, 1, self.slots, self.device, self.dtype)
+        self.cache = Cache(self.model.config, 1, len(self.slot), self.device, self.dtype)
         # embedded tokens of the window, by slot
         self.shown = torch.zeros(1, self.slots if exact else 0, self.model.config.width, device=self.device).to(
             self.dtype
@@ -323,7 +325,7 @@ class GatoAgent:
             held >= (last // self.layout.length - self.window + 1) * self.layout.length
         )
         mask = torch.zeros(seen.shape, device=self.device, dtype=self.dtype).masked_fill(
-            ~(seen & (held >= 0)), -torch.inf
+            ~(seen & (held >= 0) & (self.slot < self.slots)), -torch.inf
         )
         return numbers % self.slots, mask, self.model.rope(numbers)
 

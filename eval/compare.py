@@ -26,12 +26,14 @@ from rich.console import Console
 
 from eval import report, scores
 from eval.charts import Curves, read_metrics
-from eval.display import Display, lossy_console, open_closed_streams, say
+from eval.display import Display, lossy_console
 from eval.options import Options
 from eval.rows import save_rows
 from eval.runner import BASELINES, ComparisonRunner, JobResult
 from eval.workers import run_jobs
+from schemas.files import full_disk
 from schemas.result import to_table
+from schemas.terminal import command, status_of
 
 TITLE = "DT, TT and Gato compared"
 
@@ -105,22 +107,22 @@ def learning_curves(runner: ComparisonRunner) -> dict[str, Curves]:
     return curves
 
 
+@command
 def main() -> int:
     """The command; returns its exit status: 1 where nothing could be played."""
-    open_closed_streams()
     options = tyro.cli(Options, prog="python -m eval.compare")
     try:
         outcome = compare(options, lossy_console())
     except (ValueError, OSError) as error:
-        say(f"error: {error}", sys.stderr)
+        print(f"error: {full_disk(error, options.output) or error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        say("interrupted: the same command again keeps what was played", sys.stderr)
-        return 130
-    say(outcome.table, sys.stdout)
-    say(f"report: {outcome.report}", sys.stdout)
+    except KeyboardInterrupt as interrupt:
+        print("interrupted: the same command again keeps what was played", file=sys.stderr)
+        return status_of(interrupt)
+    print(outcome.table)
+    print(f"report: {outcome.report}")
     if outcome.error:
-        say(f"error: {outcome.error}", sys.stderr)
+        print(f"error: {outcome.error}", file=sys.stderr)
         return 1
     return 0
 

@@ -11,6 +11,7 @@ Invariant: a replay runs on the memory of its capture, so inputs keep their shap
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +25,11 @@ WARM_UPS = 3  # libraries choose kernels and take workspaces in the first calls,
 
 
 def compiled(model: Gato) -> Blocks:
-    """The model's blocks with their kernels merged; the model itself stays as it is."""
+    """The model's blocks with their kernels merged; the model itself stays as it is. On a GPU kernels are tried in
+    several shapes: products of a matrix and one vector, most of a timestep, depend on it."""
     torch._dynamo.config.recompile_limit = VARIANTS
-    return [torch.compile(block, dynamic=False) for block in model.blocks]
+    options: dict[str, Any] | None = {"coordinate_descent_tuning": True} if model.tokens.weight.is_cuda else None
+    return [torch.compile(block, dynamic=False, options=options) for block in model.blocks]
 
 
 class Replay:

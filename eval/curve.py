@@ -25,6 +25,7 @@ from eval.agent import AgentConfig, agent_for
 from eval.environments import play
 from schemas.dataset import DatasetError
 from schemas.files import atomic_write
+from schemas.terminal import command, status_of
 from schemas.vocabulary import VocabularyMismatch
 from shards.reader import Dataset, Store
 from shards.stream import find_datasets
@@ -93,6 +94,7 @@ def returns(folder: Path, options: Options, datasets: list[Dataset]) -> dict[str
     return metrics
 
 
+@command
 def main() -> int:
     """The command; its exit status."""
     options = tyro.cli(Options, prog="python -m eval.curve", description=__doc__.splitlines()[0])
@@ -118,9 +120,9 @@ def main() -> int:
     except (DatasetError, CheckpointError, VocabularyMismatch, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("interrupted: the same command resumes with the next export", file=sys.stderr)
-        return 130
+        return status_of(interrupt)
     return 0
 
 

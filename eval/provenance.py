@@ -12,6 +12,9 @@ import torch
 
 import simulators
 
+ROOT = Path(__file__).resolve().parent.parent
+NOTED = "carried/commit"
+
 
 def host(threads: int) -> dict[str, str]:
     """Columns `commit`, `versions` (JSON) and `hardware` of the result rows."""
@@ -19,11 +22,11 @@ def host(threads: int) -> dict[str, str]:
     return {"commit": commit(), "versions": json.dumps(versions, sort_keys=True), "hardware": hardware(threads)}
 
 
-def commit() -> str:
-    """Commit of the checkout; empty outside one and without git."""
-    root = Path(__file__).resolve().parent.parent
+def commit(root: Path = ROOT) -> str:
+    """Commit of the checkout `root`, or of a copy without git what benchmarks/carry.py noted beside it; else empty."""
     if not (root / ".git").exists():  # an installed package may lie in somebody else's checkout
-        return ""
+        noted = root / NOTED
+        return noted.read_text().strip() if noted.is_file() else ""
     command = ["git", "describe", "--always", "--dirty"]
     try:
         answer = subprocess.run(command, cwd=root, capture_output=True, text=True)

@@ -35,7 +35,12 @@ PUBLISHED = Path(__file__).with_name("published.json")
 COLUMNS = ("dt", "tt", "gato", "random", "behaviour")
 HEADER = ("Dataset", "Environment", *(LABELS[model] for model in COLUMNS))
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-SCORES = {"d4rl": "D4RL-normalised", "human": "human-normalised", "success": "success rate in %"}
+SCORES = {
+    "d4rl": "D4RL-normalised",
+    "human": "human-normalised",
+    "expert": "expert-normalised",
+    "success": "success rate in %",
+}
 
 
 @dataclass(frozen=True)
@@ -209,7 +214,12 @@ def _has_images(dataset: str, environment: str, tasks: Mapping[str, TaskSpec]) -
 
 def _caption(aggregates: Sequence[Aggregate], trained: set[str]) -> str:
     kinds = {one.score_kind for one in aggregates} - {""}
-    means = {"d4rl": "0: random, 100: expert", "human": "0: random, 100: human", "success": "100: all solved"}
+    means = {
+        "d4rl": "0: random, 100: expert",
+        "human": "0: random, 100: human",
+        "expert": "0: random, 100: expert",
+        "success": "100: all solved",
+    }
     each = [f"{SCORES.get(kind, kind)} ({means.get(kind, '100: reference')})" for kind in sorted(kinds)]
     score = f", score in brackets: {' or '.join(each)}" if kinds else ""
     over = "model seeds" if "seeds" in trained else "episodes of one model seed"

@@ -33,7 +33,7 @@ from eval.provenance import host
 from eval.rows import load_rows, save_rows
 from eval.ship import shipped_prompt
 from schemas.dataset import DatasetError
-from schemas.files import atomic_write, sha256_of
+from schemas.files import atomic_write, safe_name, sha256_of
 from schemas.result import EpisodeResult, from_table
 from shards.reader import Dataset, Store
 from shards.stream import find_datasets
@@ -118,7 +118,7 @@ class ComparisonRunner:
         """
         weights, protocol = self.weights(job, progress), self.protocol(job)
         stamp = sha256(f"{job.fingerprint}{weights}{protocol}{job.seed}".encode()).hexdigest()[:12]
-        part = self.options.output / "parts" / f"{job.name}-{stamp}.parquet"
+        part = self.options.output / "parts" / f"{safe_name(job.name)}-{stamp}.parquet"
         if part.is_file():
             kept = from_table(load_rows(part))
             # other simulators or libraries may give other returns
@@ -204,7 +204,7 @@ class ComparisonRunner:
     def baseline_folder(self, job: Job) -> Path:
         """Where a baseline is kept; the name contains a hash of data, settings and seed."""
         stamp = sha256(f"{job.fingerprint}{self._baseline_config(job)}{job.seed}".encode()).hexdigest()[:12]
-        return self.options.baselines / f"{job.name}-{stamp}"
+        return self.options.baselines / f"{safe_name(job.name)}-{stamp}"
 
     def _baseline_config(self, job: Job) -> Any:
         return getattr(BASELINES[job.model].Config, self.options.budget)(job.spec)
@@ -219,7 +219,7 @@ class ComparisonRunner:
 
     def picture(self, job: Job) -> Path:
         """The film of a model's first seed on a task."""
-        return self.options.output / "rollouts" / f"{job.spec.name}-{job.model}.gif"
+        return self.options.output / "rollouts" / f"{safe_name(job.spec.name)}-{job.model}.gif"
 
     def _policy(self, job: Job, progress: ProgressCallback) -> Policy:
         if job.model == "random":

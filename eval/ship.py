@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save
 from eval.agent import AgentConfig, Prompt, best_demonstration
 from schemas.dataset import DatasetError
 from schemas.files import atomic_write, sha256_of
+from schemas.terminal import command
 from schemas.vocabulary import VocabularyMismatch
 from shards.reader import Dataset, Store
 from shards.stream import find_datasets
@@ -91,6 +92,7 @@ def ship(options: Options) -> int:
     return sum(path.stat().st_size for path in options.output.iterdir() if path.is_file())
 
 
+@command
 def main() -> int:
     """The command; its exit status."""
     options = tyro.cli(Options, prog="python -m eval.ship", description=(__doc__ or "").splitlines()[0])

@@ -4,7 +4,8 @@
     parent ◀──pipe── (number, line of progress) ... (number, JobResult)
 
 Each worker has a pipe of its own and shares no lock, so a worker that dies or is killed at any moment leaves nobody
-waiting. Ctrl-C is a readable file descriptor while workers run: it interrupts no code at an arbitrary line.
+waiting. Ctrl-C and its like make a file descriptor readable while workers run: they interrupt no code at an arbitrary
+line.
 
 Invariant: every job gives one JobResult, and no worker outlives the parent.
 """
@@ -24,6 +25,7 @@ from typing import Any
 from eval.jobs import Job
 from eval.options import Options
 from eval.runner import ComparisonRunner, JobResult, ProgressCallback
+from schemas.terminal import ENDING
 
 SECONDS_TO_END = 5.0
 
@@ -48,7 +50,7 @@ def run_jobs(
 
     Raises:
         ChildProcessError: a worker was killed, or could not start.
-        KeyboardInterrupt: Ctrl-C; what was finished is on disk.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP; what was finished is on disk.
     """
     if processes == 1:
         for number, job in enumerate(runner.jobs):
@@ -58,9 +60,11 @@ def run_jobs(
         waiting = iter(range(len(runner.jobs)))
         busy = [worker for worker in workers if _next_job(worker, waiting)]
         while busy:
-            for ready in wait([interrupted, *busy]):
-                if not isinstance(ready, Connection):
-                    raise KeyboardInterrupt
+            readable = wait([interrupted, *busy])
+            if interrupted in readable:  # before a worker's end, which the same signal may have caused
+                raise KeyboardInterrupt(os.read(interrupted, 1)[0])
+            for ready in readable:
+                assert isinstance(ready, Connection)
                 number, outcome = _receive(ready)
                 if isinstance(outcome, str):
                     message(number, outcome)
@@ -100,18 +104,20 @@ def _killed() -> ChildProcessError:
 
 @contextmanager
 def _interrupts() -> Iterator[int]:
-    """A file descriptor that becomes readable at Ctrl-C, which raises nothing meanwhile. Outside the main thread, and
-    where Ctrl-C is ignored, it never does."""
+    """A file descriptor that a signal which would raise KeyboardInterrupt makes readable instead, by a byte with its
+    number. Outside the main thread, and for an ignored signal, nothing does."""
     readable, writable = os.pipe()
     os.set_blocking(writable, False)
-    main = threading.current_thread() is threading.main_thread()
-    ours = main and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-    before: Any = signal.signal(signal.SIGINT, lambda *_: os.write(writable, b"!")) if ours else None
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, *ENDING):
+            if callable(signal.getsignal(number)):
+                before[number] = signal.signal(number, lambda received, _: os.write(writable, bytes([received])))
     try:
         yield readable
     finally:
-        if ours:
-            signal.signal(signal.SIGINT, before)
+        for caught, handler in before.items():
+            signal.signal(caught, handler)
         os.close(readable)
         os.close(writable)
 
@@ -126,8 +132,8 @@ def _workers(options: Options, count: int) -> Iterator[list[Connection]]:
         for _ in range(count):
             parents, childs = context.Pipe()
             process = context.Process(target=_work, args=(options, childs))
-            # a terminal's Ctrl-C reaches children too; they inherit that it is blocked and leave it to the parent
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            # a terminal's signals reach children too; they inherit that these are blocked and leave them to the parent
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
             try:
                 process.start()
                 processes.append(process)

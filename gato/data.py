@@ -84,7 +84,8 @@ def build(
         OSError: the output cannot be written.
 
     Warns:
-        UserWarning: values were clipped, or texts cut; a line per task, as the command prints it.
+        UserWarning: something may be read wrongly, values were clipped, or texts cut; the lines that the command
+            prints.
     """
     level = logging.getLogger().level
     from etl import build as command  # sets the level of the root logger, for Beam's warnings at import
@@ -93,7 +94,8 @@ def build(
     from rich.console import Console
 
     from etl import sources
-    from etl.building import filters, summary
+    from etl.building import filters, oddities, summary
+    from shards.folder import Folder
     from simulators import plugins
 
     plugins.load(options.get("imports", ()))
@@ -127,7 +129,9 @@ def build(
     )
     flags = command.beam_flags(list(beam_arguments), chosen.workers)
     manifest = command.build(chosen, flags, console)
-    for task, loss in summary.losses(manifest):
+    odd = oddities.load(Folder(str(chosen.output)))
+    doubts = [(task, line) for task, own in odd.items() for line in own.warnings]
+    for task, loss in doubts + summary.losses(manifest):
         warnings.warn(f"{task}: {loss}", stacklevel=2)
     return Dataset(str(chosen.output), manifest)
 

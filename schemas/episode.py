@@ -73,8 +73,6 @@ class RawEpisode:
         T = self.timesteps
         if T == 0:
             raise EpisodeError("empty", "no timestep")
-        if task.action is None:
-            raise EpisodeError("wrong shape", "the task declares no action")
         _check_values("reward", self.reward, (T,), "f")
         for spec in task.observation:
             if spec.key not in self.observation:
@@ -85,6 +83,8 @@ class RawEpisode:
             if spec.kind == "discrete":
                 _check_choices(f"'{spec.key}'", values.reshape(T, -1), spec.start, spec.choices)
         action = task.action
+        if action is None:  # a caption's
+            return
         if action.kind == "continuous":
             _check_values("action", self.action, (T, action.size), "f")
             low, high = np.array(action.low), np.array(action.high)

@@ -5,8 +5,10 @@ temporary name in the same folder -> write -> flush -> fsync -> rename -> fsync 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +39,29 @@ def atomic_write(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
     if durable:
         sync_folder(path.parent)
+
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def full_disk(error: BaseException, folder: Path | str) -> str:
+    """The line for the user if an error says that the disk of `folder` is full, else ''. Libraries of C (HDF5) give
+    the system's words alone."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number not in FULL:
+        number = next((one for one in FULL if f"{os.strerror(one)}" in str(error)), None)
+    if number is None:
+        return ""
+    return f"{folder}: the disk is full ({os.strerror(number)}); make room, then run the same command to go on"
+
+
+def safe_name(name: str) -> str:
+    """A file's name for what data call `name`, which may hold '/' and '..': it stays in its folder. Names that differ
+    give names that differ; a plain one stays as it is."""
+    plain = re.sub(r"[^\w.-]", "_", name)
+    if plain == name and len(plain) <= 150 and plain.strip("."):
+        return name
+    return f"{plain[:150]}-{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:8]}"
 
 
 def require_folder(option: str, place: Path | str) -> None:

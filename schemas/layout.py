@@ -4,7 +4,8 @@
 
 A timestep is text, then patches (picture by picture, in raster order), then tensor tokens (row-major), then a
 separator, then actions. Fields of one kind are ordered by key, nested keys level by level; this is the one place that
-knows. Every timestep of a task has the same length K, so a sequence of one task is a regular (timestep, column) grid,
+knows. A task of pictures and texts without actions (captions) has its text last: what is predicted follows what it is
+about. Every timestep of a task has the same length K, so a sequence of one task is a regular (timestep, column) grid,
 and roles, positions and loss mask follow from the column alone. Only text, tensor and action tokens are stored;
 patches are stored as pixels. A text document is the degenerate layout K = 1: one text token per "timestep".
 
@@ -58,12 +59,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class TimestepLayout:
-    """Token counts of one timestep, and its pictures in order."""
+    """Token counts of one timestep, and its pictures in order. `captioned`: text comes after the pictures."""
 
     text: int
     pictures: tuple[Picture, ...]
     observation: int
     action: int
+    captioned: bool = False
 
     @property
     def patches(self) -> int:
@@ -101,8 +103,11 @@ class TimestepLayout:
     @cached_property
     def roles(self) -> np.ndarray:
         """Role of each column, uint8 (K,)."""
-        counts = [self.text, self.patches, self.observation, int(self.action > 0), self.action]
-        return np.repeat(np.array([TEXT, PATCH, OBSERVATION, SEPARATOR, ACTION], np.uint8), counts)
+        counts = {TEXT: self.text, PATCH: self.patches, OBSERVATION: self.observation}
+        counts |= {SEPARATOR: int(self.action > 0), ACTION: self.action}
+        order = [PATCH, TEXT] if self.captioned else [TEXT, PATCH]
+        order += [OBSERVATION, SEPARATOR, ACTION]
+        return np.repeat(np.array(order, np.uint8), [counts[role] for role in order])
 
     @cached_property
     def local_positions(self) -> np.ndarray:
@@ -117,7 +122,10 @@ class TimestepLayout:
     @cached_property
     def stored_blocks(self) -> list[tuple[int, int, int]]:
         """The stored tokens as blocks (first stored one, first column, width): text, observation, action."""
-        blocks = [(0, 0, self.text), (self.text, self.text + self.patches, self.observation)]
+        blocks = [
+            (0, self.patches if self.captioned else 0, self.text),
+            (self.text, self.text + self.patches, self.observation),
+        ]
         blocks.append((self.text + self.observation, self.length - self.action, self.action))
         return [block for block in blocks if block[2]]
 
@@ -227,7 +235,8 @@ def layout_of(task: TaskSpec) -> TimestepLayout:
             pictures += pictures_of(spec)
         else:
             observation += spec.size
-    return TimestepLayout(text, tuple(pictures), observation, task.action.size if task.action else 0)
+    captioned = task.action is None and text > 0 and len(pictures) > 0
+    return TimestepLayout(text, tuple(pictures), observation, task.action.size if task.action else 0, captioned)
 
 
 def members_of(task: TaskSpec) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -138,7 +138,7 @@ class ScoreReference:
     """Raw returns that a normalised score maps to 0 and 100: score = 100 (R - low) / (high - low)."""
 
     __pydantic_config__ = STRICT
-    kind: Literal["d4rl", "human"]
+    kind: Literal["d4rl", "human", "expert"]
     low: float
     high: float
 

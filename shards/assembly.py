@@ -67,7 +67,7 @@ class Assembly:
             batch.supervised[row, first_token] = False
             for number, token in zip(row.tolist(), first_token.tolist()):
                 batch.segments[number, token:] += 1
-            if layout.text and layout.action:
+            if layout.text and (layout.action or layout.captioned):
                 padding = self.timelines[int(task[rows[0]])].padding
                 batch.supervised[rows] &= (self.tables.roles[kind] != TEXT) | (batch.tokens[rows] != padding)
             silent = plan.silent[begin + rows]

@@ -75,7 +75,7 @@ class Loader(Iterator[list[Batch]]):
         self._plans: dict[int, Plan] = {}
         self._planning = threading.Lock()
         self._waited, self._since, self._tokens, self._padding = 0.0, time.monotonic(), 0, 0
-        with_text = [t for t in stream.timelines if t.layout.text and t.layout.action]
+        with_text = [t for t in stream.timelines if t.layout.text and (t.layout.action or t.layout.captioned)]
         self._paddings = sorted({timeline.padding for timeline in with_text if timeline.padding >= 0})
         self._remote = any(dataset.place.local is None for dataset in stream.datasets)
         self._closed = threading.Event()

@@ -27,6 +27,7 @@ from rich.progress import track
 
 from schemas.dataset import INDEX_NAME, MEMBERS, DatasetError
 from schemas.layout import members_of
+from schemas.terminal import command
 from schemas.vocabulary import VocabularyMismatch
 from shards.reader import Dataset
 from shards.writer import BLOCK, npy_header, sample_key, tar_header
@@ -175,6 +176,7 @@ def _says(dataset: Dataset, number: int, at: int, what: str) -> str:
     return f"{path}: byte {at}: {what}; refused, rebuild the dataset"
 
 
+@command
 def main() -> int:
     options = tyro.cli(Options, prog="python -m shards.verify")
     if not options.folders:

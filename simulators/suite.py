@@ -69,8 +69,10 @@ class Suite:
         return None
 
     def reference(self, id: str) -> ScoreReference | None:
-        """The returns of random and expert play that a score is normalised by."""
-        return None
+        """The returns of random and expert play that a score is normalised by; those in scores.json."""
+        from simulators import scores  # which asks the suites
+
+        return scores.reference(id)
 
     def score(self, episode_return: float, reference: ScoreReference | None) -> tuple[float, str] | None:
         """Score and its kind where returns are not normalised by a reference; None where they are."""
@@ -79,6 +81,18 @@ class Suite:
     def clips_rewards(self, source: str) -> bool:
         """Whether logs of that source hold rewards clipped to ±1."""
         return False
+
+    def tasks(self) -> tuple[str, ...]:
+        """Ids whose expert is shipped, the newest version of each. SimulatorError names the package to install."""
+        if not self.experts:
+            return ()
+        self.register()
+        newest: dict[str, tuple[int, str]] = {}
+        for id in gymnasium.registry:
+            name, _, version = id.rpartition("-v")
+            if id.startswith(tuple(self.experts)) and version.isdigit():
+                newest[name] = max(newest.get(name, (-1, "")), (int(version), id))
+        return tuple(sorted(id for _, id in newest.values()))
 
     def register(self) -> None:
         """Import what provides the ids. SimulatorError names the package to install."""

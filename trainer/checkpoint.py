@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -35,14 +36,25 @@ from schemas import upgrade
 from schemas.episode import STRICT, TaskSpec
 from schemas.files import atomic_write, sha256_of, sync_folder, temporary_name
 from schemas.vocabulary import Vocabulary
+from shards.cache import Cache
+from shards.folder import Folder, digest_of
 from trainer.model import Gato, ModelConfig
 
 CHECKPOINT_VERSION = 2
+PART = re.compile(r"part-\d{5,9}\.safetensors")
+MODEL, TENSORS, PROMPTS = "model.json", "weights.safetensors", "prompts.safetensors"
 EXPORT_VERSION = 2  # 1: tasks as in datasets of schema 3
 
 
 class CheckpointError(ValueError):
     """A checkpoint or export cannot be used; the message names the file and the remedy."""
+
+
+class MissingPart(CheckpointError):
+    """A part of a checkpoint is not in its folder; it may lie on the machine whose rank wrote it."""
+
+
+COPY = "if that rank ran on another machine, copy the file from there"
 
 
 @dataclass(frozen=True)
@@ -140,10 +152,14 @@ def latest(folder: Path) -> Record | None:
         CheckpointError: there are checkpoints and none is intact.
     """
     faults: list[str] = []
+    remedy = "start again with another --run.output"
     for path in sorted(folder.glob("step-*.json"), reverse=True):
         try:
             record = _parse(path)
             _check(folder / record.tag, record)
+        except MissingPart as error:
+            faults.append(str(error))
+            remedy = "copy the missing part, then run the same command"
         except CheckpointError as error:
             faults.append(str(error))
         else:
@@ -151,7 +167,8 @@ def latest(folder: Path) -> Record | None:
                 print(f"warning: {fault}; resuming from {record.tag} instead", flush=True)
             return record
     if faults:
-        raise CheckpointError(f"{faults[0]}; no other checkpoint is intact: start again with another --run.output")
+        missing = next((fault for fault in faults if fault.endswith(COPY)), faults[0])
+        raise CheckpointError(f"{missing}; no other checkpoint is intact: {remedy}")
     if (folder / "latest.json").is_file():
         raise CheckpointError(f"{folder}: checkpoints of an older version of this package; give another --run.output")
     return None
@@ -162,7 +179,9 @@ def _parse(path: Path) -> Record:
     try:
         raw = json.loads(path.read_bytes())
         if raw["sha256"] == _digest(raw["record"]):
-            return _RECORD.validate_python(raw["record"])
+            record = _RECORD.validate_python(raw["record"])
+            if all(PART.fullmatch(name) for name in record.files):  # no path out of the folder
+                return record
     except (ValueError, KeyError, TypeError):  # JSON's, Unicode's and pydantic's errors are ValueErrors
         pass
     raise CheckpointError(f"{path}: damaged")
@@ -187,7 +206,8 @@ def _check(root: Path, record: Record) -> None:
     for name, digest in record.files.items():
         path = root / name
         if not path.is_file():
-            raise CheckpointError(f"{path}: missing from the checkpoint")
+            rank = int(name[5:].split(".")[0])
+            raise MissingPart(f"{path}: the part of rank {rank} is missing; {COPY}")
         if sha256_of(path) != digest:
             raise CheckpointError(f"{path}: sha256 differs from the checkpoint's record, the file is damaged")
 
@@ -208,7 +228,8 @@ def tensor_reader(folder: Path, record: Record) -> Callable[[str], Tensor]:
 @dataclass(frozen=True)
 class TrainingInfo:
     """How an export's weights were trained. `global_batch`: sequences per step; `held_out_loss`: nats per token, if the
-    export was made for its score; `start_from`: sha256 of the weights that a fine-tuning run started with."""
+    export was made for its score; `start_from`: sha256 of the weights that a fine-tuning run started with; `loss`: the
+    settings of its loss by name, None in an export from before 2026-11-28."""
 
     recipe: str = ""
     steps: int = 0
@@ -216,6 +237,7 @@ class TrainingInfo:
     seed: int = 0
     held_out_loss: float | None = None
     start_from: str | None = None
+    loss: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -298,3 +320,31 @@ def load_export(folder: Path, vocabulary: Vocabulary | None = None) -> tuple[Gat
     found["tokens.weight"] = torch.nn.functional.pad(found["tokens.weight"], (0, 0, info.first_id, 0))
     model.load_state_dict(found)
     return model.eval(), info
+
+
+def download_export(url: str, cache: Cache) -> Path:
+    """A local copy of a remote export, its folder named by the hash of model.json. CheckpointError where there is none,
+    or a file of another hash than model.json names; DatasetError where the store does not answer."""
+    url = url.removesuffix(f"/{MODEL}")
+    place = Folder(url)
+    body = cache.read(place, MODEL)
+    if body is None:
+        raise CheckpointError(f"{url}: no {MODEL} there; give the URL of an export folder")
+    try:
+        parsed = json.loads(body)
+        wanted = {TENSORS: parsed["weights_sha256"], PROMPTS: parsed.get("prompts_sha256", "")}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{url}/{MODEL}: not an export ({error}); give the URL of an export folder") from None
+    folder = cache.folder.parent / "models" / digest_of(body)
+    target = Folder(folder)
+    for name, digest in wanted.items():
+        path = folder / name
+        if not digest or (path.is_file() and sha256_of(path) == digest):
+            continue
+        data = cache.read(place, name)
+        if data is None or digest_of(data) != digest:
+            problem = "is missing" if data is None else f"has another sha256 than {MODEL} names"
+            raise CheckpointError(f"{url}/{name}: {problem}; upload the export again")
+        target.write(name, data)
+    target.write(MODEL, body)
+    return folder

@@ -86,7 +86,7 @@ class RunConfig:
 
     output: Path = Path("runs/gato")
     start_from: str = ""
-    """An export (RUN/export) to fine-tune: a new run starts with its weights and its model's shape."""
+    """An export (RUN/export) or its URL to fine-tune: a new run starts with its weights and its model's shape."""
     resume: Literal["auto", "never"] = "auto"
     """auto: the same command run again resumes from the last checkpoint; never: refuse a folder with checkpoints."""
     log_every: int = 10
@@ -225,6 +225,24 @@ def check(config: TrainConfig, world: int) -> None:
             f"--data.global-batch {data.global_batch}: must be a multiple of processes x --data.micro-batch, "
             f"{world} x {data.micro_batch}"
         )
+
+
+def remarks(config: TrainConfig) -> list[str]:
+    """Settings that are possible and yet hardly meant, a line each."""
+    optimiser, found = config.optimiser, []
+    if optimiser.schedule == "cosine" and config.steps != optimiser.decay_steps:
+        short = config.steps < optimiser.decay_steps
+        what = "the learning rate will not have decayed" if short else "its last steps have the lowest learning rate"
+        found.append(
+            f"--steps {config.steps} is not --optimiser.decay-steps {optimiser.decay_steps}: {what}; give both the "
+            "same number unless this is meant"
+        )
+    if config.steps < optimiser.warmup_steps:
+        found.append(
+            f"--steps {config.steps} ends within --optimiser.warmup-steps {optimiser.warmup_steps}, before the "
+            "learning rate's peak"
+        )
+    return found
 
 
 def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:

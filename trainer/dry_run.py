@@ -1,4 +1,4 @@
-"""What a run will need: parameters, memory per device, FLOPs, days. Arithmetic only; nothing is run.
+"""What a run will need: parameters, memory per device, FLOPs, days, data. Arithmetic only; nothing is run.
 
     TrainConfig, vocabulary, world size -> shapes on the `meta` device -> bytes and FLOPs (Estimate) -> tables
 
@@ -19,9 +19,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from schemas.dataset import DatasetError
 from schemas.vocabulary import Vocabulary
-from trainer.config import TrainConfig
+from shards.reader import Store
+from shards.stream import Stream
+from trainer.config import TrainConfig, remarks
 from trainer.engine import zero_config
+from trainer.inputs import find_folders, longest_timestep
 from trainer.loss import LossConfig, action_ids
 from trainer.model import Gato, ModelConfig
 
@@ -104,7 +108,7 @@ def estimate(
 
 
 def lower_precision(body: dict[str, Any]) -> bool:
-    """Whether a DeepSpeed configuration computes in two bytes."""
+    """Whether a DeepSpeed configuration keeps its weights in two bytes."""
     return bool(body.get("bf16", {}).get("enabled"))
 
 
@@ -164,6 +168,35 @@ def head_bytes(config: LossConfig, vocabulary: Vocabulary, width: int, supervise
     return ids * (rows + (width if config.chunk else 0)) * e
 
 
+def checkpoint_bytes(config: TrainConfig, parameters: int) -> tuple[int, int]:
+    """Bytes of a checkpoint (weights and both moments in float32), and of all that a run keeps, one being written
+    included."""
+    one = 12 * parameters
+    return one, one * (config.run.keep_last + config.run.keep_best + 1)
+
+
+def show_data(config: TrainConfig, console: Console) -> None:
+    """Print what the run would read: each task's timestep and epochs, and bytes in host memory. DatasetError where a
+    dataset cannot be opened."""
+    data, longest = config.data, longest_timestep(config)
+    stream = Stream(find_folders(data), data.stream, config.seed, False, "size", data.on_bad_shard, Store(data.cache))
+    table = Table(title=f"data: epochs in {config.steps:,} steps of {data.global_batch} sequences")
+    for column in ("task", "tokens per timestep", "fits", "timesteps", "epochs"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    seen = stream.sampler.seen(config.steps * data.global_batch).tolist()
+    for name, timeline, count in zip(stream.tasks, stream.timelines, seen):
+        fits = "yes" if timeline.layout.length <= longest else f"no, at most {longest}"
+        row = (f"{timeline.layout.length:,}", fits, f"{timeline.total:,}", f"{count / timeline.windows:,.2f}")
+        table.add_row(name, *row)
+    console.print(table)
+    mapped = sum(task.bytes for dataset in stream.datasets for task in dataset.manifest.tasks)
+    index = sum(dataset.index.nbytes for dataset in stream.datasets)
+    console.print(
+        f"host memory: {index / 1e6:,.1f} MB of index per process; {mapped / 1e6:,.1f} MB of shards are mapped, which "
+        "the processes of a machine share and the system takes back when memory is short"
+    )
+
+
 def show(name: str, config: TrainConfig, vocabulary: Vocabulary, world: int, tflops: float) -> None:
     """Print tables of the estimate. `tflops`: peak TFLOP/s of one device in bfloat16."""
     found, console = estimate(config, vocabulary, world), Console()
@@ -194,8 +227,18 @@ def show(name: str, config: TrainConfig, vocabulary: Vocabulary, world: int, tfl
     required = found.required_rate()
     times.add_row(f"{STEPS:,} steps in {DAYS:g} days", f"{required:,.0f}", f"{found.days(required):,.2f}")
     console.print(times)
+    one, kept = checkpoint_bytes(config, found.counts["total"])
+    console.print(f"checkpoint: {one / 1e6:,.1f} MB; up to {kept / 1e6:,.1f} MB of disk with those that are kept")
     console.print(
         f"activations: a micro-batch of 80x64 frames, loss on {found.supervised_share:.0%} of the tokens, in float32 a "
         "mask in every block. Not counted: what activation checkpointing saves, buckets of the reduction (500 million "
         "numbers by default), the float32 gradients of an update, fragments, the CUDA context"
     )
+    for line in remarks(config):
+        console.print(f"warning: {line}", soft_wrap=True, highlight=False)
+    try:
+        show_data(config, console)
+    except DatasetError as error:
+        if config.data.folders:
+            raise
+        console.print(f"data: not shown: {error}", soft_wrap=True, highlight=False)

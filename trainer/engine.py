@@ -17,14 +17,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -34,17 +35,20 @@ from deepspeed.utils import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import deepspeed_configs
 from shards.batch import Batch
 from shards.sampler import random
-from trainer import states
+from trainer import deepspeed_file, states
 from trainer.config import OptimiserConfig, TrainConfig
+from trainer.deepspeed_file import CONFIGS, config_names
 from trainer.loss import Objective
-from trainer.model import Gato, ModelConfig
+from trainer.model import Gato, ModelConfig, segments
 from trainer.optimiser import make_optimiser
+from trainer.ranks import complete_environment, on_rank_0
+from trainer.tail import Tail
 
-CONFIGS = resources.files(deepspeed_configs)
-T = TypeVar("T")
+# what DeepSpeed raises for a configuration that it cannot use
+REFUSALS = (ValueError, KeyError, TypeError, AttributeError, AssertionError, NotImplementedError, ImportError,
+            DeepSpeedConfigError, ZeRORuntimeException)  # fmt: skip
 ACCESS = states.PartitionedAccess(
     safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_fp32_param, safe_set_full_optimizer_state
 )
@@ -67,14 +71,19 @@ def start(local_rank: int, patience_minutes: float) -> torch.device:
     for another one longer than `patience_minutes` (0: half an hour) give up.
 
     Raises:
-        ValueError: no launcher started this process.
+        ValueError: nothing started this process as a rank.
     """
-    if not {"RANK", "OMPI_COMM_WORLD_RANK"} & set(os.environ):
-        raise ValueError("training needs its launcher: deepspeed trainer/main.py ... in a checkout, or gato-train ...")
+    complete_environment(os.environ)
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(
+            "training needs its launcher: deepspeed trainer/main.py ... in a checkout, or gato-train ... "
+            f"(torchrun, mpirun and srun work too); not set: {', '.join(missing)}"
+        )
+    os.environ.setdefault("LOCAL_RANK", str(max(local_rank, 0)))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", max(local_rank, 0)))
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
@@ -83,23 +92,8 @@ def start(local_rank: int, patience_minutes: float) -> torch.device:
         # For inference only; it would compile for half a minute on every CPU.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=patience_minutes or 30)
-    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False, auto_mpi_discovery=False)
     return device
-
-
-def broadcast_from_rank0(function: Callable[[], T]) -> T:
-    """Call `function` on rank 0 alone and return its result on every rank. Its ValueError or OSError is raised on every
-    rank too. Collective."""
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = function()
-        except (ValueError, OSError) as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
 
 
 @dataclass(frozen=True)
@@ -125,21 +119,32 @@ class Engine:
         optimiser = make_optimiser(model, config.optimiser)
         objective = Objective(model, config.loss, continuous, text)
         prepare_blocks(model, config.compile, config.activation_checkpointing)
-        self.engine, self.optimiser = wrap(objective, optimiser, body)
+        decide_attention(device, config)
+        deepspeed_file.require_precision(config.deepspeed, body, device.type)
+        try:
+            self.engine, self.optimiser = wrap(objective, optimiser, body)
+        except REFUSALS as error:
+            raise deepspeed_file.refused(config.deepspeed, error) from error
         if self.engine.zero_optimization_partition_weights():
             # the head is the embedding table, used outside the module that owns it
             deepspeed.zero.register_external_parameter(objective, model.tokens.weight)
         self.stage: int = self.engine.zero_optimization_stage()
         if self.stage in (1, 2):
-            self.optimiser.check_grad_overflow = True  # DeepSpeed checks in float16 and bfloat16 only
+            if self.engine.zero_cpu_offload():
+                self.optimiser.check_grad_overflow = True  # DeepSpeed checks in float16 and bfloat16 only
+            else:
+                Tail(self.optimiser, config.optimiser.gradient_clip)
         states.allocate_optimiser_states(self.engine)
 
     def train_step(self, step: int, batches: list[Batch], stop: bool) -> StepResult:
         """One optimiser step on this rank's micro-batches. `stop`: whether this rank was asked to end. Collective."""
         own = sum(len(batch.predict_index) for batch in batches)
         totals = torch.tensor([own, float(stop)], dtype=torch.float64, device=self.device)
-        dist.all_reduce(totals)
-        supervised = max(1, int(totals[0]))
+        # DeepSpeed divides by world size and by accumulation steps; the mean is over tokens.
+        scale: float | torch.Tensor = self.world * len(batches) / max(1, own)
+        if self.world > 1:
+            dist.all_reduce(totals)
+            scale = (self.world * len(batches) / totals[0].clamp(min=1.0)).float()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.config.optimiser)
         summed = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -147,14 +152,14 @@ class Engine:
         for batch in batches:
             loss = self.loss(batch)
             summed += loss.detach()
-            # DeepSpeed divides by world size and by accumulation steps; the mean is over tokens.
-            self.engine.backward(loss * (self.world * len(batches) / supervised))
+            self.engine.backward(loss * scale)
             norm = self._clip() if self.engine.is_gradient_accumulation_boundary() else None
             self.engine.step()
         dist.all_reduce(summed)
+        # the first value that the host asks a GPU for: all of the step is queued by then
         norm = float(self.engine.get_global_grad_norm() if norm is None else norm)
-        loss_ = float(summed) / supervised
-        return StepResult(loss_, supervised, norm, math.isfinite(norm), bool(totals[1]))
+        supervised = max(1, int(totals[0]))
+        return StepResult(float(summed) / supervised, supervised, norm, math.isfinite(norm), bool(totals[1]))
 
     def _clip(self) -> float | None:
         """At ZeRO 0, where DeepSpeed does not report it: the norm of the reduced gradients, which are then clipped. If
@@ -221,6 +226,18 @@ class Engine:
         return {key.rpartition("/")[0]: value for key, value in found.items()} if self.rank == 0 else None
 
 
+def decide_attention(device: torch.device, config: TrainConfig) -> None:
+    """Let a GPU decide which kernel attends within segments, the same one on all ranks. Collective."""
+    if device.type == "cuda" and config.model.sequence == "tokens":
+        model, length = config.model, config.data.stream.sequence_length
+
+        def measure() -> str:
+            segments.decide(device, model.heads, model.head_size, length, config.data.micro_batch)
+            return segments.in_use()
+
+        segments.use(on_rank_0(measure))
+
+
 def wrap(module: nn.Module, optimiser: torch.optim.Optimizer, body: dict[str, Any]) -> tuple[Any, Any]:
     """DeepSpeed's engine around a module, and its optimiser, for a configuration as `zero_config` makes it."""
     engine, wrapped, *_ = deepspeed.initialize(model=module, optimizer=optimiser, config=body)
@@ -262,7 +279,8 @@ def zero_config(config: TrainConfig, world: int) -> dict[str, Any]:
     Raises:
         ValueError: the file contradicts a setting, or two settings exclude each other.
     """
-    body, data = read_config(config.deepspeed), config.data
+    raw, data = read_config(config.deepspeed), config.data
+    body = deepspeed_file.complete_offload(deepspeed_file.resolve_auto(raw, torch.cuda.is_available())[0])
     stage = body.get("zero_optimization", {}).get("stage", 0)
     if config.compile and stage == 3:
         raise ValueError(
@@ -270,10 +288,10 @@ def zero_config(config: TrainConfig, world: int) -> dict[str, Any]:
         )
     if stage and config.optimiser.matrices == "muon":
         raise ValueError("--optimiser.matrices muon updates whole matrices, which ZeRO 1 to 3 split; "
-                         "use adamw, or a configuration of stage 0 such as --deepspeed zero0_cpu")  # fmt: skip
+                         "use adamw, or a configuration of stage 0: --deepspeed zero0, on a CPU zero0_cpu")  # fmt: skip
     if stage and config.optimiser.bins == "smooth":
         raise ValueError("--optimiser.bins smooth moves rows of the table together, which ZeRO 1 to 3 cut up; "
-                         "use rows, or a configuration of stage 0 such as --deepspeed zero0_cpu")  # fmt: skip
+                         "use rows, or a configuration of stage 0: --deepspeed zero0, on a CPU zero0_cpu")  # fmt: skip
     ours = {
         "train_batch_size": (data.global_batch, "--data.global-batch"),
         "train_micro_batch_size_per_gpu": (data.micro_batch, "--data.micro-batch"),
@@ -299,13 +317,8 @@ def read_config(name: str) -> dict[str, Any]:
         known = ", ".join(config_names())
         raise ValueError(f"no DeepSpeed configuration '{name}'; known: {known}, or give a path to a .json file")
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        return deepspeed_file.require_shape(name, json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}: not JSON ({error}); correct it, or name one of {', '.join(config_names())}"
         ) from None
-
-
-def config_names() -> list[str]:
-    """Names of the configurations in deepspeed_configs/, sorted."""
-    return sorted(path.name.removesuffix(".json") for path in CONFIGS.iterdir() if path.name.endswith(".json"))

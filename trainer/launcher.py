@@ -1,7 +1,7 @@
 """`gato-train`: the real `deepspeed` launcher on this package's training command, wherever it is installed.
 
     gato-train --num_gpus 2 --recipe tiny  ->  checked  ->  deepspeed --num_gpus 2 .../trainer/main.py --recipe tiny
-    Ctrl-C, SIGTERM -> the ranks: they save and end -> the launcher ends -> this process ends
+    Ctrl-C, SIGTERM, SIGHUP -> the ranks: they save and end -> the launcher ends -> this process ends
 
 Invariant: this process outlives the training; if it is killed itself, the launcher gets SIGTERM (Linux) and the ranks
 save and end.
@@ -22,6 +22,7 @@ from types import FrameType
 
 import psutil
 
+from schemas.terminal import ignored, protect_streams
 from trainer.lifecycle import signal_on_parent_death
 
 MAIN = Path(__file__).resolve().with_name("main.py")
@@ -110,8 +111,9 @@ def supervise(command: list[str]) -> int:
         for launcher in started:
             stop_ranks(launcher)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or not ignored(number):
+            signal.signal(number, stop)
     prepare = partial(signal_on_parent_death, signal.SIGTERM)
     # a group of its own: a terminal's Ctrl-C would end the launcher before its ranks have saved
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=prepare)
@@ -145,6 +147,7 @@ def _is_rank(process: psutil.Process) -> bool:
 def main(arguments: Sequence[str] | None = None, end_with_parent: bool = False) -> int:
     """The console script; its exit status. `end_with_parent`: get SIGTERM when the process that started this one dies
     (Linux)."""
+    protect_streams()
     if end_with_parent:
         signal_on_parent_death(signal.SIGTERM)
     try:

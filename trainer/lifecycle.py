@@ -1,6 +1,6 @@
 """Ends that lose nothing: a signal, a launcher that died, a second run in the same folder, a rank that hangs.
 
-    SIGTERM, SIGINT, a dead launcher -> StopRequest -> the loop ends between two steps, after a checkpoint
+    SIGTERM, SIGINT, SIGHUP, a dead launcher -> StopRequest -> the loop ends between two steps, after a checkpoint
 
 Invariant: a run stops only after a saved checkpoint, and one folder has at most one run at a time.
 """
@@ -20,23 +20,28 @@ from types import FrameType
 
 import psutil
 
+from schemas.terminal import ignored
+
 WAIT_SECONDS = 120.0  # for an earlier run in the same folder to end
 PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
-    """Whether this rank was asked to end: by SIGTERM, by SIGINT, or because its launcher died.
+    """Whether this rank was asked to end: by SIGTERM, SIGINT or SIGHUP (unless it is ignored, as under nohup), or
+    because its launcher died.
 
     A launcher that is killed leaves its ranks behind. The kernel signals a rank when its parent dies (Linux); the
-    parent's own parent, the `deepspeed` command, is checked here."""
+    parent's own parent is checked here, where it is the `deepspeed` command. Under other launchers it is the user's
+    shell, which may end while the run goes on."""
 
     def __init__(self) -> None:
         self._signalled = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-        self._launched = "LOCAL_RANK" in os.environ  # set by deepspeed, torchrun and the like
-        if self._launched:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or not ignored(number):
+                signal.signal(number, self._on_signal)
+        if "LOCAL_RANK" in os.environ:  # set by deepspeed, torchrun and the like
             signal_on_parent_death(signal.SIGTERM)
+        self._launched = _by_deepspeed()
         self._parents = _parents()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -53,6 +58,14 @@ def signal_on_parent_death(number: signal.Signals) -> None:
     """Get this signal when the process that started this one ends (Linux; does nothing elsewhere)."""
     if hasattr(ctypes.CDLL(None), "prctl"):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
+def _by_deepspeed() -> bool:
+    """Whether the parent is DeepSpeed's process for one machine, whose own parent started the run."""
+    try:
+        return "deepspeed.launcher.launch" in psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return False
 
 
 def _parents() -> tuple[int, int]:
@@ -90,9 +103,10 @@ def exclusive_run(folder: Path, wait_seconds: float = WAIT_SECONDS) -> Iterator[
 
 
 def restart_watchdog(minutes: float) -> None:
-    """End the process, with the stacks of its threads, unless this is called again within `minutes`: a rank that
-    hangs, or waits for one that does, must not hold its machines for days. 0 switches the watchdog off."""
+    """End the process, with the stacks of its threads, unless this is called again within `minutes` and a quarter: a
+    rank that hangs must not hold its machines for days. One that waits for another rank gives up after `minutes`, with
+    a line (`engine.start`). 0 switches the watchdog off."""
     if minutes > 0:
-        faulthandler.dump_traceback_later(minutes * 60, exit=True)
+        faulthandler.dump_traceback_later(1.25 * minutes * 60, exit=True)
     else:
         faulthandler.cancel_dump_traceback_later()

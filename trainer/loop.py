@@ -16,6 +16,7 @@ import math
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,15 +24,17 @@ import torch.distributed as dist
 from schemas.dataset import DatasetError
 from schemas.files import atomic_write
 from shards.loader import Loader
-from trainer import checkpoint
-from trainer.config import TrainConfig, differences, resume_critical, to_dict
-from trainer.engine import Engine, StepResult, broadcast_from_rank0, learning_rate
+from trainer import agreement, checkpoint
+from trainer.config import TrainConfig, differences, remarks, resume_critical, to_dict
+from trainer.deepspeed_file import precision, resolve_auto
+from trainer.engine import Engine, StepResult, learning_rate, read_config, zero_config
 from trainer.heldout import evaluate
-from trainer.inputs import load_initial_model, open_streams, recipe_model
+from trainer.inputs import adopted, load_initial_model, open_streams, recipe_of
 from trainer.lifecycle import StopRequest, exclusive_run, restart_watchdog
 from trainer.loss import targets_of
 from trainer.metrics import MetricsWriter
 from trainer.model import Gato
+from trainer.ranks import on_every_rank, on_rank_0
 
 STANDARDISE = 512  # sequences whose observations say where a new model's places start
 
@@ -44,20 +47,35 @@ def train(recipe: str, config: TrainConfig, device: torch.device, stop: StopRequ
         OSError: the last checkpoint or the export cannot be written.
     """
     with ExitStack() as resources:
-        broadcast_from_rank0(lambda: resources.enter_context(exclusive_run(config.run.output)))
+        on_rank_0(lambda: resources.enter_context(exclusive_run(config.run.output)))
+        body = on_every_rank(lambda: read_config(config.deepspeed))
+        agreement.require_same_program(config, body)
+        agreement.require_same_folder(config.run.output)
+        if dist.get_rank() == 0:
+            announce_device(config, body, device)
         run = Run(recipe, config, device)
         resources.callback(run.close)
         run.run_steps(stop)
+
+
+def announce_device(config: TrainConfig, body: dict[str, Any], device: torch.device) -> None:
+    """Print where and in which precision this run computes, and how "auto" in the DeepSpeed file was understood."""
+    used, remarks = zero_config(config, dist.get_world_size()), resolve_auto(body, device.type == "cuda")[1]
+    stage = used.get("zero_optimization", {}).get("stage", 0)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    shared = f"{dist.get_world_size()} process(es) on {name}, {precision(used)}, ZeRO {stage} ({config.deepspeed})"
+    print("\n".join([shared, *(f"{config.deepspeed}: {line}" for line in remarks)]), flush=True)
 
 
 class Run:
     """Streams, engine, metrics of one run, and what happens between its steps."""
 
     def __init__(self, recipe: str, config: TrainConfig, device: torch.device):
-        config, initial = load_initial_model(recipe, config)
+        config, initial = on_every_rank(lambda: load_initial_model(recipe, config))
         self.recipe, self.config, self.device = recipe, config, device
         self.folder = config.run.output / "checkpoints"
-        self.stream, self.held_out = open_streams(config)
+        self.stream, self.held_out = on_every_rank(lambda: open_streams(config))
+        agreement.require_same_data(self.stream)
         if initial is not None:
             self.stream.vocabulary.require(initial[1].vocabulary_fingerprint, config.run.start_from)
         self.initial_sha256 = initial[1].weights_sha256 if initial else None
@@ -68,15 +86,16 @@ class Run:
                 f"--model.sequence timesteps: task '{mixed[0]}' predicts text within a timestep, which it shows; "
                 "leave it out by --data.stream.tasks, or use tokens"
             )
-        model = Gato(config.model, self.stream.vocabulary).initialise(config.seed)
-        record = broadcast_from_rank0(self._checkpoint_to_resume)
+        with device:
+            model = Gato(config.model, self.stream.vocabulary).initialise(config.seed)
+        record = on_rank_0(self._checkpoint_to_resume)
         if record is not None:
-            read = checkpoint.tensor_reader(self.folder, record)
+            read = on_every_rank(lambda: checkpoint.tensor_reader(self.folder, record))
             model.load_state_dict({name: read(f"{name}/weight") for name, _ in model.named_parameters()})
         elif initial is not None:
             model.load_state_dict(initial[0].state_dict())
         elif model.by_timesteps:
-            model.standardise(self.stream.batch(0, STANDARDISE).to("cpu"))
+            model.standardise(self.stream.batch(0, STANDARDISE).to(device))
         # before the engine: under ZeRO 3 its parameters are empty
         self.counts, self.flops = model.parameter_counts(), model.flops_per_token(config.data.stream.sequence_length)
         self.engine = Engine(model, config, device, *targets_of(self.stream))
@@ -124,22 +143,24 @@ class Run:
         with atomic_write(self.config.run.output / "config.json") as file:
             file.write(json.dumps({"recipe": self.recipe} | to_dict(self.config), indent=1).encode())
         counts = ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in self.counts.items())
-        ranks = f"{self.engine.world} process(es) on {self.device}, ZeRO {self.engine.stage}"
-        print(f"parameters: {counts}; tasks: {', '.join(self.stream.tasks)}; {ranks}", flush=True)
+        print(f"parameters: {counts}; tasks: {', '.join(self.stream.tasks)}", flush=True)
         if record is not None:
             before = f"{record.world_size} process(es), ZeRO {record.zero_stage}"
             print(f"resuming at step {record.step} (saved by {before})", flush=True)
         elif self.initial_sha256:
             print(f"starting from the weights of {self.config.run.start_from}", flush=True)
-            usual, own = asdict(recipe_model(self.recipe)), asdict(self.config.model)
+            own, usual = adopted(self.config), adopted(recipe_of(self.recipe))
             if others := [f"{name} {own[name]} (recipe {usual[name]})" for name in own if own[name] != usual[name]]:
-                print(f"its shape is not the recipe's: {', '.join(others)}", flush=True)
+                print(f"from it, or from the command line, and not the recipe's: {', '.join(others)}", flush=True)
+        for line in remarks(self.config):
+            print(f"warning: {line}", flush=True)
 
     def run_steps(self, stop: StopRequest) -> None:
         """Take all remaining steps, or as many as are taken before a stop is requested; then export."""
         config, ended = self.config, False
         self._start_time = self._interval_start = time.monotonic()
         self._interval_step, self._losses = self.step, list[float]()
+        tokens = config.data.global_batch * config.data.stream.sequence_length
         if self.step == 0 and self._is_evaluation_step():
             self._write(self._evaluate())
         while self.step < config.steps and not ended:
@@ -152,6 +173,8 @@ class Run:
             metrics = self._training_metrics(result) if last or self.step % config.run.log_every == 0 else {}
             if self.held_out and (last or self._is_evaluation_step()):
                 metrics |= self._evaluate()
+            if self.metrics and "train/tokens_per_second" in metrics:
+                self.metrics.progress(self.step, metrics, tokens)
             self._write(metrics)
             loss = metrics.get("held_out/loss")
             if (last or self.step % config.run.save_every == 0) and not self._save(loss) and last:
@@ -207,11 +230,8 @@ class Run:
             metrics["train/loss"] = sum(self._losses) / len(self._losses)
         if math.isfinite(result.gradient_norm):
             metrics["train/gradient_norm"] = result.gradient_norm
-        text = f"loss {metrics.get('train/loss', math.nan):.4f}  {rate:,.0f} tokens/s"
         if peak := self.metrics.peak_flops(self.device):
             metrics["train/mfu"] = rate * self.flops / (peak * self.engine.world)
-            text += f"  MFU {100 * metrics['train/mfu']:.1f} %"
-        self.metrics.progress(self.step, f"{text}  data wait {100 * metrics['data/wait_share']:.1f} %")
         self._interval_start, self._interval_step, self._losses = now, self.step, []
         return metrics
 
@@ -238,7 +258,7 @@ class Run:
         """Save a checkpoint of this step. False, with a warning, if it cannot be written; older ones stay then.
         Collective."""
         engine, tag = self.engine, checkpoint.tag_of(self.step)
-        broadcast_from_rank0(lambda: checkpoint.discard(self.folder, tag))
+        on_rank_0(lambda: checkpoint.discard(self.folder, tag))
         tensors = engine.tensors()
         try:
             name, digest, fault = *checkpoint.write_part(self.folder / tag, engine.rank, tensors), ""
@@ -272,7 +292,7 @@ class Run:
             print(f"warning: step {self.step} not saved: {fault}; make room, older checkpoints stay", flush=True)
             return False
 
-        return broadcast_from_rank0(publish)
+        return on_rank_0(publish)
 
     def _export(self, name: str, score: float | None = None) -> None:
         """Weights and what is needed to use them, in a folder of the run. Collective."""
@@ -297,6 +317,7 @@ class Run:
                 seed=config.seed,
                 held_out_loss=score,
                 start_from=self.initial_sha256,
+                loss=asdict(config.loss),
             ),
         )
         try:

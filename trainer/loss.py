@@ -75,38 +75,48 @@ def cross_entropy(logits: Tensor, neighbours: Tensor, weights: Tensor) -> Tensor
 
 
 def strided_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, first: int, stride: int, soft_bins: float
+    hidden: Tensor, weight: Tensor, targets: Tensor, first: Tensor | int, stride: int, soft_bins: float
 ) -> Tensor:
     """Sum over rows of the cross-entropy of bins first, first + stride, ... against a Gaussian around the targets (N,),
-    counted from the first bin, with all bins' rows `weight`."""
-    bins = torch.arange(first, len(weight), stride, device=hidden.device)
-    weights = torch.softmax(-0.5 * ((bins - targets[:, None]) / soft_bins) ** 2, dim=1)
-    logits = functional.linear(hidden, weight[first::stride]).float()
+    counted from the first bin, with all bins' rows `weight`. `first` () in [0, stride) stays on the device."""
+    count = len(weight)
+    bins = first + torch.arange(0, count, stride, device=hidden.device)
+    logits = functional.linear(hidden, weight.index_select(0, bins.clamp(max=count - 1))).float()
+    near = -0.5 * ((bins - targets[:, None]) / soft_bins) ** 2
+    if count % stride:  # the last bin may lie beyond the range
+        near, logits = (x.masked_fill(bins >= count, -1e9) for x in (near, logits))
+    weights = torch.softmax(near, dim=1)
     return (logits.logsumexp(dim=1) - (weights * logits).sum(dim=1)).sum()
 
 
+def aligned(size: int) -> int:
+    """Rows of the head that are multiplied for `size` ids: a GPU's kernels are slow at other than multiples of 64."""
+    return -(-size // 64) * 64
+
+
 class FusedCrossEntropy(torch.autograd.Function):
-    """Sum over rows of cross_entropy(hidden @ weight.T, ...), gradients computed in the forward pass."""
+    """Sum over rows of cross_entropy(hidden @ weight[:size].T, ...), gradients computed in the forward pass."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, neighbours: Tensor, weights: Tensor, size: int, chunk: int
     ) -> Tensor:
-        rows, table = len(hidden), weight[:size]
+        rows = len(hidden)
         hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.zeros_like(weight)
-        buffer = torch.empty(min(chunk, rows), size, dtype=hidden.dtype, device=hidden.device)
+        buffer = torch.empty(min(chunk, rows), len(weight), dtype=hidden.dtype, device=hidden.device)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for first in range(0, rows, chunk):
             part = slice(first, min(first + chunk, rows))
-            logits = torch.mm(hidden[part], table.T, out=buffer[: part.stop - first])
+            logits = torch.mm(hidden[part], weight.T, out=buffer[: part.stop - first])
+            logits[:, size:] = -torch.inf
             peak = logits.amax(dim=1, keepdim=True)
             near = logits.gather(1, neighbours[part]).float()
             mass = logits.sub_(peak).exp_().sum(dim=1, keepdim=True, dtype=torch.float32)
             total += (mass.log() + peak.float()).sum() - (weights[part] * near).sum()
             gradient = logits.div_(mass.to(logits.dtype))
             gradient.scatter_add_(1, neighbours[part], -weights[part].to(logits.dtype))
-            torch.mm(gradient, table, out=hidden_gradient[part])
-            weight_gradient[:size].addmm_(gradient.T, hidden[part])
+            torch.mm(gradient, weight, out=hidden_gradient[part])
+            weight_gradient.addmm_(gradient.T, hidden[part])
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         return total
 
@@ -144,7 +154,7 @@ class Objective(nn.Module):
         total = hidden.new_zeros((), dtype=torch.float32)
         if self.config.stride > 1:
             rows, stride = self.gato.tokens.weight[ids.start : ids.stop], self.config.stride
-            first = int(batch.tokens.sum()) % stride  # any number that the batch alone decides
+            first = batch.tokens.sum() % stride  # any number that the batch alone decides
             bins = targets[ordered] - ids.start
             total = strided_cross_entropy(hidden[ordered], rows, bins, first, stride, self.config.soft_bins)
             hidden, targets, ordered = hidden[~ordered], targets[~ordered], ordered[~ordered]
@@ -152,11 +162,14 @@ class Objective(nn.Module):
                 return total
         neighbours, weights = soft_targets(targets, ordered, ids, self.config.soft_bins)
         neighbours = neighbours - self.ids.start
-        weight = self.gato.tokens.weight[self.ids.start : self.ids.stop]
         if self.config.chunk == 0:
+            weight = self.gato.tokens.weight[self.ids.start : self.ids.stop]
             return total + cross_entropy(functional.linear(hidden, weight), neighbours, weights).sum()
+        weight = self.gato.tokens.weight[self.ids.start : self.ids.start + aligned(self.ids.size)]
         if torch.is_autocast_enabled(hidden.device.type):
-            weight = weight.to(hidden.dtype)
+            # norms give float32 there, and the head's products below are not among those that autocast converts
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
         return total + FusedCrossEntropy.apply(hidden, weight, neighbours, weights, self.ids.size, self.config.chunk)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -24,43 +25,52 @@ import torch.distributed as dist
 
 from schemas.dataset import DatasetError
 from schemas.ranges import require
+from schemas.terminal import protect_streams
 from schemas.vocabulary import DISJOINT, VocabularyMismatch
 from trainer import dry_run, engine
 from trainer.arguments import parse
 from trainer.config import check
-from trainer.inputs import load_initial_model
+from trainer.inputs import for_this_machine, load_initial_model
 from trainer.lifecycle import StopRequest
 from trainer.loop import train
+from trainer.ranks import complete_environment, lost, process_rank
 
 
 def main() -> int:
     """The command; its exit status."""
+    protect_streams()
     faulthandler.enable()  # a mapped shard that is truncated while it is read ends the process: print where
-    stop = StopRequest()
     try:
+        complete_environment(os.environ)
+        stop = StopRequest()
         asked, config = parse(sys.argv[1:])
         if asked.dry_run:
             require("world", asked.world, 1, 2**20)
             require("tflops", asked.tflops, 1e-3, 1e9)
         check(config, asked.world if asked.dry_run else int(os.environ.get("WORLD_SIZE", "1")))
         if asked.dry_run:
-            dry_run.show(asked.recipe, load_initial_model(asked.recipe, config)[0], DISJOINT, asked.world, asked.tflops)
+            config, _ = load_initial_model(asked.recipe, config)
+            dry_run.show(asked.recipe, config, DISJOINT, asked.world, asked.tflops)
             return 0
+        config = for_this_machine(asked.recipe, config)
         device = engine.start(asked.local_rank, config.run.patience_minutes)
         train(asked.recipe, config, device, stop)
     except (DatasetError, VocabularyMismatch, ValueError, OSError) as error:
-        rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+        rank = process_rank()
         print(f"rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)
         return 1
-    except dist.DistError as error:
-        remedy = "a rank was lost; run the same command to resume from the last checkpoint"
+    except RuntimeError as error:
+        if not lost(error):
+            raise
+        line = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0])  # without gloo's source file
+        line = line.partition(". This is typically")[0]
+        remedy = "a rank was lost or does not answer; run the same command to resume from the last checkpoint"
         if isinstance(error, dist.DistNetworkError):
             remedy = "another training may hold the port: give deepspeed --master_port another number"
-        print(f"error: {str(error).splitlines()[0]}; {remedy}", file=sys.stderr)
+        print(f"error: rank {process_rank()}: {line}; {remedy}", file=sys.stderr)
         return 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():  # after an error the other ranks may be gone
+        dist.destroy_process_group()
     return 0
 
 

@@ -9,6 +9,8 @@ checkpoint and appends to the rest.
 from __future__ import annotations
 
 import logging
+import math
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -45,7 +47,7 @@ class MetricsWriter:
     def __init__(self, config: RunConfig, step: int, steps: int):
         folder = config.output
         folder.mkdir(parents=True, exist_ok=True)
-        self.peak_tflops = config.peak_tflops
+        self.peak_tflops, self.steps, self.held_out = config.peak_tflops, steps, math.nan
         self.wandb = _wandb_run(config.wandb, folder) if config.wandb else None
         path = folder / "metrics.jsonl"
         kept = [line for line in read_lines(path) if line.step <= step]
@@ -60,11 +62,14 @@ class MetricsWriter:
         self.task = self.bar.add_task("starting", total=steps, completed=step)
         self.bar.start()
 
-    def progress(self, step: int, text: str) -> None:
-        """Move the bar to `step`; without a terminal, print the line instead."""
+    def progress(self, step: int, metrics: dict[str, float], tokens: int) -> None:
+        """Move the bar to `step`, of `tokens` tokens each; without a terminal, print a line instead."""
+        self.held_out = metrics.get("held_out/loss", self.held_out)
+        text = words(metrics, self.held_out)
         self.bar.update(self.task, completed=step, description=text)
         if not self.bar.console.is_terminal:
-            print(f"step {step}: {text}", flush=True)
+            left = timedelta(seconds=round((self.steps - step) * tokens / metrics["train/tokens_per_second"]))
+            print(f"step {step}: {text}  {left} left of {self.steps} steps", flush=True)
 
     def peak_flops(self, device: torch.device) -> float:
         """Peak FLOP/s of a device, as configured or known by name; 0 if neither."""
@@ -77,6 +82,7 @@ class MetricsWriter:
         line = MetricsLine(step, tokens, round(self.seconds_before + seconds, 3), metrics)
         self.file.write(line.to_json() + "\n")
         self.file.flush()
+        self.held_out = metrics.get("held_out/loss", self.held_out)
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
         if self.wandb is not None:
@@ -89,6 +95,20 @@ class MetricsWriter:
         self.board.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def words(metrics: dict[str, float], held_out: float) -> str:
+    """A step's metrics in a line. `held_out`: the last evaluation's loss, NaN before the first."""
+    parts = [f"loss {metrics.get('train/loss', math.nan):.4f}"]
+    if not math.isnan(held_out):
+        parts.append(f"held-out {held_out:.4f}")
+    if epochs := [value for name, value in metrics.items() if name.startswith("data/epochs/")]:
+        least, most = f"{min(epochs):.2f}", f"{max(epochs):.2f}"
+        parts.append(f"epochs {least}" + (f" to {most}" if most != least else ""))
+    parts.append(f"{metrics['train/tokens_per_second']:,.0f} tokens/s")
+    if "train/mfu" in metrics:
+        parts.append(f"MFU {100 * metrics['train/mfu']:.1f} %")
+    return "  ".join([*parts, f"data wait {100 * metrics['data/wait_share']:.1f} %"])
 
 
 def _wandb_run(project: str, folder: Path) -> Any:

@@ -70,12 +70,13 @@ class Columns:
 
 @dataclass(frozen=True)
 class TaskOddities:
-    """`lengths`: (least, median, most) timesteps of an episode. `logged`: what the source warned of or noted; `found`:
-    what showed in the values that were written."""
+    """`lengths`: (least, median, most) timesteps of an episode. `warnings`, `notes`: the source's; `found`: what showed
+    in the values that were written."""
 
     __pydantic_config__ = STRICT
     lengths: tuple[float, float, float]
-    logged: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     found: tuple[str, ...] = ()
 
 
@@ -93,9 +94,9 @@ def task_oddities(
     """What is odd about one task. `lengths`: timesteps of each episode; `rejected`: all of the dataset's."""
     task, own = summary.spec, [one for one in rejected if one.task == summary.spec.name]
     found = [*_of_episodes(summary, lengths, own, held_out_share), *_of_columns(summary, columns)]
-    logged = tuple(line.removeprefix(f"{task.name}: ") for line in (*scan.warnings, *scan.notes))
+    warnings, notes = (tuple(ln.removeprefix(f"{task.name}: ") for ln in own) for own in (scan.warnings, scan.notes))
     least, middle, most = min(lengths), float(np.median(lengths)), max(lengths)
-    return TaskOddities((float(least), middle, float(most)), logged, tuple(found))
+    return TaskOddities((float(least), middle, float(most)), warnings, notes, tuple(found))
 
 
 def write(folder: Folder, found: dict[str, TaskOddities]) -> None:

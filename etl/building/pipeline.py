@@ -11,7 +11,6 @@ Invariant: when `run` returns every shard of the plan has been written; when it 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import re
@@ -20,6 +19,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 import apache_beam as beam
@@ -31,14 +31,25 @@ from etl.building.heartbeat import Watch, WorkerLost
 from etl.building.plan import ShardPlan
 from etl.building.shard import BUILD_FOLDER, write_shard
 from etl.sources import SourceError
-from schemas.dataset import MANIFEST_NAME, SHARDS_NAME, DatasetError, Manifest, parse_shards
+from schemas.dataset import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    REJECTED_NAME,
+    SHARDS_NAME,
+    TEXT_MODEL_NAME,
+    DatasetError,
+    Manifest,
+    parse_shards,
+)
 from shards.folder import Folder
 from shards.writer import shard_name
 from simulators import plugins
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ATTEMPTS = 3  # of a build whose own worker processes die
+OWN_NAMES = (MANIFEST_NAME, INDEX_NAME, SHARDS_NAME, REJECTED_NAME, TEXT_MODEL_NAME, oddities.NAME, "shard-*.tar")
+NO_PROXY = "no_grpc_proxy"
 BEAM_THREADS = ("run_worker", "wait_until_finish_read")
+OWN_ERROR = re.compile(r"(?:RuntimeError: )?(?:[\w.]+\.)?(?:DatasetError|SourceError): (.*)")
 LOOK_SECONDS = (0.25, 2.0)  # between looks into a local folder, into a remote one
 
 
@@ -53,19 +64,7 @@ class WriteShard(beam.DoFn):
         plugins.load(self.imports)
 
     def process(self, plan: bytes) -> Iterator[int]:
-        try:
-            number = write_shard(ShardPlan.from_bytes(plan), self.place).number
-        except OSError as error:
-            if error.errno in FULL:
-                raise DatasetError(no_room(self.place, error)) from None
-            raise
-        yield number
-
-
-def no_room(place: str, error: OSError) -> str:
-    """What to say where a disk, a quota or a limit on a file's size ended the build."""
-    why = error.strerror or "no room"
-    return f"{place}: no room to write ({why}); make room, and give the same command again: finished shards are kept"
+        yield write_shard(ShardPlan.from_bytes(plan), self.place).number
 
 
 def run(
@@ -77,7 +76,7 @@ def run(
 ) -> None:
     """Write every shard of the plan with the chosen Beam runner; blocks until all are written. DatasetError where
     workers were lost and the build could not recover by itself."""
-    without_proxy()
+    _reach_own_workers()
     options = PipelineOptions(beam_arguments, save_main_session=False)
     own_workers = options.view_as(DirectOptions).direct_running_mode == "multi_processing"
     loopback = folder.local is not None and _external_here(options.view_as(PortableOptions))
@@ -89,8 +88,6 @@ def run(
         except RuntimeError as error:  # Beam wraps whatever a DoFn raises
             if "KeyboardInterrupt" in str(error):
                 raise KeyboardInterrupt from None
-            if (cause := _cause(error)).startswith((DatasetError.__name__, SourceError.__name__)):
-                raise DatasetError(cause.split(": ", 1)[1]) from None
             raise
         return
     log = (folder.local or Path(tempfile.gettempdir())) / BUILD_FOLDER / "workers.log"
@@ -110,8 +107,17 @@ def run(
         except (DatasetError, SourceError):
             raise
         except Exception as error:  # each runner has exceptions of its own (gRPC's, Dask's)
+            if own := OWN_ERROR.fullmatch(_cause(error)):
+                raise DatasetError(own.group(1)) from None
             where = f"; see {log}" if own_workers else ""
             raise DatasetError(f"{folder}: the runner failed: {_cause(error)}{where}") from error
+
+
+def _reach_own_workers() -> None:
+    """gRPC asks the proxy of the environment for localhost too, unless it is excepted; Beam's processes talk to each
+    other there."""
+    excepted = [os.environ.get(NO_PROXY) or os.environ.get("no_proxy", "")]
+    os.environ[NO_PROXY] = ",".join([*filter(None, excepted), "localhost", "127.0.0.1", "::1"])
 
 
 def _external_here(options: PortableOptions) -> bool:
@@ -125,17 +131,8 @@ def _cause(error: Exception) -> str:
     """The telling line of an exception: gRPC's details, or the last one, since Beam packs a worker's exception with
     its traceback into its own."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    line = next((line for line in lines if line.startswith("details = ")), lines[-1])
-    line = re.sub(r" \[while running .*", "", line)
-    return re.sub(r"^(?:\w+\.)+(?=\w+: )", "", line)[:400]
-
-
-def without_proxy() -> None:
-    """Beam's workers talk to this machine: gRPC must not send that to a proxy that the environment names."""
-    key = "no_grpc_proxy"  # gRPC reads it in small letters alone
-    own = os.environ.get(key) or os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    here = ("localhost", "127.0.0.1", "[::1]")
-    os.environ[key] = ",".join([*filter(None, [own]), *(name for name in here if name not in own.split(","))])
+    cause = next((line for line in lines if line.startswith("details = ")), lines[-1])
+    return cause.partition(" [while running")[0][:600]
 
 
 def _write(plan: list[ShardPlan], folder: Folder, options: PipelineOptions, imports: tuple[str, ...]) -> None:
@@ -244,6 +241,12 @@ def damaged_file(folder: Folder, manifest: Manifest) -> str | None:
         if not folder.holds(shard.name, shard.bytes, shard.sha256):
             return shard.name
     return None
+
+
+def foreign_files(folder: Folder) -> list[str]:
+    """Names in the folder that no build made."""
+    own = (*OWN_NAMES, BUILD_FOLDER, ".*.tmp")
+    return [name for name in folder.names("*") if not any(fnmatch(name, pattern) for pattern in own)]
 
 
 def remove_dataset(folder: Folder) -> None:

@@ -174,9 +174,9 @@ def with_pictures(scan: TaskScan, config: BuildConfig) -> TaskScan:
 
 
 def _bytes_of_timestep(task: TaskSpec) -> float:
-    if task.action is None:
-        return 0.5  # a document's place is counted in bytes, some four of which make a token of two
     layout = layout_of(task)
+    if task.action is None:  # a document's place is counted in bytes, some four of which make a token of two
+        return 2 * layout.stored + layout.patch_bytes if layout.captioned else 0.5
     values = sum(spec.size for spec in task.observation if spec.kind == "continuous")
     values += task.action.size if task.action.kind == "continuous" else 0
     return 2 * layout.stored + layout.patch_bytes + 4 + 4 * values

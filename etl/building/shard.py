@@ -29,6 +29,7 @@ from etl.tokenizers.text import TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer
 from schemas.dataset import INDEX_SCHEMA, TEXT_MODEL_NAME, DatasetError, SampleMeta, Shard
 from schemas.episode import Document, RawEpisode
+from schemas.files import full_disk
 from schemas.layout import continuous_values
 from schemas.task import STRICT
 from schemas.vocabulary import by_name
@@ -88,9 +89,14 @@ def write_shard(plan: ShardPlan, place: str) -> ShardRecord:
     with Heartbeat(folder, name):
         for path, url in plan.origins.items():
             remote.ensure(Path(path), url)
-        record = _ShardWork(plan, folder).write()
-        # a record that is lost costs its shard's work, and one whose shard was lost does not match it
-        folder.write(record_name(plan.number), record.to_json(), durable=False)
+        try:
+            record = _ShardWork(plan, folder).write()
+            # a record that is lost costs its shard's work, and one whose shard was lost does not match it
+            folder.write(record_name(plan.number), record.to_json(), durable=False)
+        except OSError as error:
+            if full := full_disk(error, place):
+                raise DatasetError(full) from None  # one that Beam passes on as it is
+            raise
     return record
 
 
@@ -142,16 +148,17 @@ class _ShardWork:
     def _episode(self, number: int, episode: RawEpisode) -> None:
         task, T = self.task, episode.timesteps
         encoded = self.tokenizer.encode_observation(episode.observation)
-        actions, outside = self.tokenizer.encode_action(episode.action)
+        actions, outside = np.empty((T, 0), np.uint16), 0
+        if task.action is not None:
+            actions, outside = self.tokenizer.encode_action(episode.action)
         self.clipped, self.outside, self.cut = (
             self.clipped + encoded.clipped,
             self.outside + outside,
             self.cut + encoded.cut,
         )
-        members: dict[str, np.ndarray] = {
-            "tokens": np.concatenate([encoded.tokens, actions], axis=1),
-            "reward": episode.reward.astype(np.float32, copy=False),
-        }
+        members: dict[str, np.ndarray] = {"tokens": np.concatenate([encoded.tokens, actions], axis=1)}
+        if task.action is not None:
+            members["reward"] = episode.reward.astype(np.float32, copy=False)
         if encoded.patches is not None:
             members["patches"] = encoded.patches
         raw = continuous_values(task, episode.observation)

@@ -12,12 +12,14 @@ column is counted and marked, never decoded.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
+from etl.building.oddities import TaskOddities
 from etl.inspection.canvas import canvas
 from etl.tokenizers import continuous
 from etl.tokenizers.text import TextTokenizer
@@ -30,6 +32,7 @@ SAMPLE = 200_000  # timesteps per task that the survey looks at
 BLOCK = 1 << 14  # of them at a time
 SLACK = 1e-3  # half-bins: a log may be float64, what is kept beside the tokens is float32
 STRIP = 8  # consecutive frames
+EPISODES = 5000  # whose instructions are read
 AROUND = 120  # text tokens on either side of the chosen one
 
 
@@ -143,7 +146,8 @@ class Timestep:
 class TaskView:
     """Everything about one task that the outputs show: made from the manifest, then `survey` and `timestep`."""
 
-    def __init__(self, dataset: Dataset, number: int, text: TextTokenizer | None):
+    def __init__(self, dataset: Dataset, number: int, text: TextTokenizer | None, oddities: TaskOddities | None = None):
+        self.oddities = oddities
         self.dataset, self.number, self.text = dataset, number, text
         self.summary, self.layout = dataset.manifest.tasks[number], dataset.layouts[number]
         self.task, self.vocabulary = self.summary.spec, dataset.manifest.vocabulary
@@ -185,6 +189,20 @@ class TaskView:
         column, rows = self.dataset.column, self.rows
         complete = (column("start")[rows] == 0) & (column("terminated")[rows] | column("truncated")[rows])
         return column("episode_return")[rows[complete]] if self.task.action else np.empty(0)
+
+    @cached_property
+    def instructions(self) -> Counter[str]:
+        """How many episodes begin with which text, over at most EPISODES of them; empty where a task is documents."""
+        found: Counter[str] = Counter()
+        if self.text is None or not self.layout.text or self.task.action is None:
+            return found
+        first = self.rows[self.dataset.column("start")[self.rows] == 0]
+        for row in first[:: -(-len(first) // EPISODES)]:
+            stored = self._legal(self.dataset.tokens(row)[0])[None, : self.layout.text + self.layout.observation]
+            values = self.tokenizer.decode_observation(stored)
+            lines = [str(values[spec.key][0]) for spec in self.tokenizer.fields if spec.kind == "text"]
+            found[" / ".join(lines)] += 1
+        return found
 
     def survey(self) -> None:
         """Count bins, and compare raw values, over every n-th timestep of all episodes."""

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from textwrap import shorten
 
+from etl.building.oddities import TaskOddities
 from etl.inspection.decoded import TaskView, share
 from etl.sources import Rejection
-from schemas.layout import ROLE_NAMES, picture_size
+from schemas.layout import ROLE_NAMES, picture_size, pictures_of
 from schemas.task import ActionSpec, FieldSpec
 
 Facts = list[tuple[str, str]]  # what, in words
+LISTED, SHOWN = 4, 60  # instructions, and characters of each
 
 
 def facts(view: TaskView, rejected: Sequence[Rejection]) -> Facts:
@@ -22,7 +25,12 @@ def facts(view: TaskView, rejected: Sequence[Rejection]) -> Facts:
     whole = f"{s.episodes - s.cut_episodes:,} whole, {s.cut_episodes:,} cut by their log's end"
     counts = (layout.text, layout.patches, layout.observation, int(layout.action > 0), layout.action)
     parts = [f"{count} {role}" for role, count in zip(ROLE_NAMES[1:], counts) if count]
-    fields = [f"{f.key}: {f.kind} {'x'.join(map(str, f.shape)) or 1}{_fitted(f)}" for f in view.tokenizer.fields]
+    fields = [
+        f"{f.key}: {f.kind} {'x'.join(map(str, f.shape)) or 1}{_fitted(f)}"
+        for f in view.tokenizer.fields
+        if f.kind != "image"
+    ]
+    cameras = [_camera(f) for f in view.tokenizer.fields if f.kind == "image"]
     values = s.timesteps * sum(d.kind == "continuous" and d.role == "observation" for d in view.dimensions)
     actions = s.timesteps * (layout.action if action and action.kind == "continuous" else 0)
     reasons = reasons_of([line for line in rejected if line.task == view.task.name])
@@ -33,7 +41,8 @@ def facts(view: TaskView, rejected: Sequence[Rejection]) -> Facts:
         ("size", f"{s.timesteps:,} timesteps, {s.tokens:,} tokens, {s.bytes:,} bytes ({s.bytes / 2**20:.1f} MiB)"),
         ("returns", _quantiles(s.returns)),
         ("a timestep", f"{' + '.join(parts)}" + (f" = {layout.length} tokens" if layout.length > 1 else " token")),
-        ("observation", "; ".join(fields)),
+        *([("cameras", "; ".join(cameras))] if cameras else []),
+        *([("observation", "; ".join(fields))] if fields else []),
         ("action space", "none" if action is None else _space(action)),
         ("environment", f"{environment.id} ({environment.suite})" if environment else "none"),
         ("clipped", "; ".join(
@@ -43,11 +52,32 @@ def facts(view: TaskView, rejected: Sequence[Rejection]) -> Facts:
             ) if total) or "no continuous values"),
         ("vocabulary", f"{view.vocabulary.name}, fingerprint {view.vocabulary.fingerprint[:16]}"),
     ]  # fmt: skip
-    return found + ([("texts cut", f"{s.cut_texts:,} at {layout.text} tokens")] if s.cut_texts else [])
+    more = [("texts cut", f"{s.cut_texts:,} at {layout.text} tokens")] if s.cut_texts else []
+    if texts := view.instructions:
+        listed = ", ".join(f"'{shorten(text, SHOWN)}' ({count:,})" for text, count in texts.most_common(LISTED))
+        rest = f" and {len(texts) - LISTED:,} more" if len(texts) > LISTED else ""
+        more.append(("instructions", f"{listed}{rest}; at the first timestep of {sum(texts.values()):,} episodes"))
+    return found + more + _odd(view.oddities)
+
+
+def _odd(oddities: TaskOddities | None) -> Facts:
+    """What the build found odd, a line each."""
+    if oddities is None:
+        return []
+    least, middle, most = (f"{n:,.0f}" if n == int(n) else f"{n:,.1f}" for n in oddities.lengths)
+    lines: Facts = [("lengths", f"min {least}, median {middle}, max {most} timesteps")]
+    return lines + [("odd", line) for line in (*oddities.warnings, *oddities.notes, *oddities.found)]
 
 
 def reasons_of(rejected: Sequence[Rejection]) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in Counter(line.reason for line in rejected).most_common())
+
+
+def _camera(field: FieldSpec) -> str:
+    """One camera: its size in the log, what becomes of it, and its patches."""
+    patches = sum(picture.patches for picture in pictures_of(field))
+    size = "x".join(map(str, field.shape))
+    return f"{field.key}: image {size}{_fitted(field)}, {patches} patches"
 
 
 def _fitted(field: FieldSpec) -> str:

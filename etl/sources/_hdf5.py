@@ -100,6 +100,11 @@ def damage() -> Iterator[None]:
 
 def corrupt(why: str) -> EpisodeError:
     """What to say of a file or a dataset whose bytes make no sense, `why` of h5py's or our own."""
+    if "unable to lock file" in why:
+        return EpisodeError("locked HDF5", "another process has it open for writing; wait until it has closed the file")
+    if "already open for write" in why or "consistency flags" in why:
+        remedy = "let its writer close it; if the writer was killed, repair a copy by h5clear -s"
+        return EpisodeError("unfinished HDF5", f"it was not closed after writing; {remedy}")
     reason = "truncated HDF5" if "truncated file" in why else "corrupt HDF5"
     return EpisodeError(reason, f"{' '.join(why.split())[:200]}; {AGAIN}")
 

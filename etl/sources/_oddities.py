@@ -272,4 +272,4 @@ def _steps(observations: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
 
 def _differ(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
     near = np.isclose(expected, found, rtol=TOLERANCE, atol=TOLERANCE * TOLERANCE, equal_nan=True)
-    return ~near.reshape(len(near), -1).all(axis=1)
+    return ~near.all(axis=tuple(range(1, near.ndim)))

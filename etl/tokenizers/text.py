@@ -56,10 +56,12 @@ class TextTokenizer:
             pieces = (pieces + [self.processor.unk_id()] * length)[:length]
         return (np.array(pieces, np.int64) + self.ids.start).astype(np.uint16)
 
-    def encode_lines(self, lines: np.ndarray, length: int) -> tuple[np.ndarray, int]:
-        """Strings (T,) to tokens uint16 (T, length), and how many strings were cut. Equal lines cost once."""
+    def encode_lines(self, lines: np.ndarray, length: int, end: bool = False) -> tuple[np.ndarray, int]:
+        """Strings (T,) to tokens uint16 (T, length), and how many strings were cut. Equal lines cost once. `end`: each
+        is followed by the model's end-of-text piece, if it has one."""
         unique, inverse = np.unique(lines, return_inverse=True)
-        pieces = [self.processor.encode(str(line)) for line in unique]
+        last = [self.processor.eos_id()] if end and self.processor.eos_id() >= 0 else []
+        pieces = [self.processor.encode(str(line)) + last for line in unique]
         cut = np.array([len(p) > length for p in pieces], bool)
         padded = [(p + [self.processor.unk_id()] * length)[:length] for p in pieces]
         return (np.array(padded, np.int64) + self.ids.start).astype(np.uint16)[inverse], int(cut[inverse].sum())

@@ -70,7 +70,7 @@ class TimestepTokenizer:
                 tokens = discrete.encode(flat, self.vocabulary.observation_discrete, spec.start, spec.choices)
             else:
                 assert self.text is not None
-                tokens, short = self.text.encode_lines(flat[:, 0], spec.shape[0])
+                tokens, short = self.text.encode_lines(flat[:, 0], spec.shape[0], end=self.layout.captioned)
                 cut += short
             columns.append(tokens)
         T = len(next(iter(observation.values())))

@@ -48,7 +48,7 @@ class MuJoCo(Suite):
         return (low, high) if id in environments() else None
 
     def reference(self, id: str) -> ScoreReference | None:
-        return body_reference(id)
+        return body_reference(id) or super().reference(id)
 
     def build(self, environment: EnvironmentSpec, render: bool) -> gymnasium.Env:
         self.require(environment.id)

@@ -359,6 +359,28 @@ def test_actions_that_the_environment_clips(tmp_path, rng, made):
     assert f"{clipped / 8000:.1%} of its action values lie beyond their range and are clipped" in built.said
 
 
+def test_minaris_flags_that_are_odd(tmp_path, rng, made):
+    def episodes(**flags):
+        about = {"actions": rng.integers(0, 3, 20), "rewards": rng.random(20)}
+        return [{"observations": walk(rng, [21], 3), **about, **flags} for _ in range(4)]
+
+    seen, unset = box(-np.inf, np.inf, (3,), "float64"), {"truncations": np.zeros(20, bool)}
+    minari(tmp_path / "in" / "never", episodes(**unset), seen, THREE)
+    built = made("minari")
+    assert built.manifest.tasks[0].cut_episodes == 4 and "none of 4 episodes looked at has terminations" in built.said
+    built = made("minari", "--max-episode-steps", "20", "--overwrite")
+    assert built.manifest.tasks[0].cut_episodes == 0 and "warning" not in built.said
+    assert (
+        "4 of 4 episodes are longer than the limit of 15"
+        in made("minari", "--max-episode-steps", "15", "--overwrite").said
+    )
+    minari(tmp_path / "more" / "inside", episodes(terminations=np.arange(20) % 7 == 6), seen, THREE)
+    with pytest.raises(
+        DatasetError, match="--strict: .*4 of 4 episodes looked at have terminations or truncations before"
+    ):
+        made("minari", "--strict", "--overwrite", place="more")
+
+
 def test_one_range_for_all_joints_wastes_bins(tmp_path, rng, made):
     joints = (rng.uniform(-1, 1, (400, 3)) * [1, 0.02, 0.5]).astype(np.float32)
     hdf5(tmp_path / "in" / "arm.hdf5", [100] * 4, rng, actions=joints)
@@ -483,6 +505,18 @@ def test_numbered_files_of_several_episodes_stay_tasks(tmp_path, rng, made):
     for number in range(3):
         hdf5(tmp_path / "in" / f"run_{number}.hdf5", [20, 30], rng)
     assert [task.spec.name for task in made("d4rl").manifest.tasks] == ["run_0", "run_1", "run_2"]
+
+
+def test_links_to_folders_are_said(tmp_path, rng, made):
+    hdf5(tmp_path / "in" / "log.hdf5", [20, 30], rng)
+    hdf5(tmp_path / "elsewhere" / "other.hdf5", [20, 30], rng)
+    (tmp_path / "in" / "more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "in" / "file.hdf5").symlink_to(tmp_path / "elsewhere" / "other.hdf5")
+    with pytest.raises(DatasetError, match="--strict: .*links to folders are not followed: more"):
+        made("d4rl", "--strict")
+    built = made("d4rl")
+    assert "links to folders are not followed: more" in built.said
+    assert [task.spec.name for task in built.manifest.tasks] == ["file", "log"]
 
 
 # what is said, and kept

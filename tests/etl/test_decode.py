@@ -173,7 +173,7 @@ def minari_discrete(folder):
 def babyai(folder):
     """The bot's own play, recorded."""
     options = RecordOptions("BabyAI-UnlockPickup-v0", steps=60, output=folder)
-    place = record(options, Console(file=io.StringIO()))
+    place = record(options, Console(file=io.StringIO())).path
 
     def pick(own, T):
         pictures = np.pad(gridworld.draw(own["image"][:T]), ((0, 0), (0, 8), (0, 8), (0, 0)))

@@ -20,7 +20,7 @@ QUIET = Console(quiet=True)
 
 
 def recorded(folder: Path, **options) -> Path:
-    return record.record(record.Options(output=folder, **options), QUIET)
+    return record.record(record.Options(output=folder, **options), QUIET).path
 
 
 def load_d4rl(path: Path) -> dict[str, np.ndarray]:

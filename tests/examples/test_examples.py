@@ -78,7 +78,7 @@ def test_own_environment_from_record_to_table(tmp_path):
 def test_a_plain_id_counts_with_the_modules_import(tmp_path):
     module = "examples.own_environment"
     options = record.Options("CameraReach-v0", f"{module}:expert", (module,), steps=20, output=tmp_path)
-    assert record.record(options, Console(quiet=True)) == tmp_path / "camerareach/expert-v0"
+    assert record.record(options, Console(quiet=True)).path == tmp_path / "camerareach/expert-v0"
 
 
 @pytest.fixture

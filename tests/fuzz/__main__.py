@@ -181,7 +181,11 @@ def main() -> int:
     if options.replay is not None:
         return replay(options.replay)
     found = 0
-    for name in sources.names() if options.source == "all" else [sources.load(options.source).name]:
+    for name in (
+        [name for name in sources.names() if name in seeds.SEEDS]
+        if options.source == "all"
+        else [sources.load(options.source).name]
+    ):
         if name not in seeds.SEEDS:
             print(f"{name}: skipped, tests/fuzz/seeds.py has no seed for it")
             continue

@@ -33,7 +33,7 @@ def on_the_path(monkeypatch):
 
 
 def recorded(folder: Path, **options) -> Path:
-    return record.record(record.Options(output=folder, **options), Console(quiet=True))
+    return record.record(record.Options(output=folder, **options), Console(quiet=True)).path
 
 
 def task_of(source: str, folder: Path, **options):

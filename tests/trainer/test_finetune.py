@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import sys
 from dataclasses import asdict, replace
 
@@ -10,13 +11,16 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from eval.exports import find_export
 from schemas.dataset import DatasetError
 from schemas.vocabulary import DISJOINT
+from shards.cache import CacheConfig
 from shards.stream import Stream, StreamConfig
-from tests.trainer.launch import errors, finish, losses, train
-from trainer.checkpoint import export, load_export
+from tests.trainer.launch import errors, finish, launcher, losses, train
+from trainer.checkpoint import CheckpointError, export, load_export
 from trainer.config import resume_critical
 from trainer.engine import branch_scales, learning_rate
+from trainer.inputs import load_initial_model
 from trainer.model import Gato, ModelConfig
 from trainer.recipes import RECIPES
 
@@ -161,3 +165,38 @@ def test_the_recipe_is_the_papers():
     config = RECIPES["finetune"]
     assert {learning_rate(step, config.optimiser) for step in (0, 1, 1000, 10**6)} == {1e-5}
     assert (config.data.global_batch, config.model.dropout) == (64, 0.1)
+
+
+@pytest.mark.process
+def test_sequence_length_loss_and_precision_come_from_the_export_and_the_machine(hopper, tmp_path):
+    """The shipped export, as a user without a GPU gives it; what the command line says otherwise counts."""
+    start = find_export("tiny")
+    words = ("--recipe", "finetune", "--data.folders", str(hopper), "--steps", "1", "--data.global-batch", "2",
+             "--data.micro-batch", "2", "--run.start-from", str(start), "--run.evaluate-sequences", "2")  # fmt: skip
+    done = finish([*launcher(), "trainer/main.py", *words, "--run.output", str(tmp_path / "a")])
+    assert done.returncode == 0, done.stderr
+    first = next(line for line in done.stdout.splitlines() if "process(es)" in line)
+    assert first == "1 process(es) on cpu, float32, ZeRO 1 (zero1_cpu)"
+    tiny = RECIPES["tiny"]
+    info = load_export(tmp_path / "a" / "export")[1]
+    assert info.sequence_length == tiny.data.stream.sequence_length and info.training.loss is not None
+    assert {**info.training.loss, "chunk": 0} == {**asdict(tiny.loss), "chunk": 0}
+    assert "sequence_length 256 (recipe 1024)" in done.stdout and "loss.soft_bins 24.0 (recipe 0.0)" in done.stdout
+    own = ("--data.stream.sequence-length", "120", "--loss.soft-bins", "8", "--deepspeed", "zero0_cpu")
+    done = finish([*launcher(), "trainer/main.py", *words, *own, "--run.output", str(tmp_path / "b")])
+    info = load_export(tmp_path / "b" / "export")[1]
+    assert info.sequence_length == 120 and info.training.loss["soft_bins"] == 8 and "ZeRO 0" in done.stdout
+
+
+@pytest.mark.process
+def test_an_export_behind_a_url_is_verified(exported, tmp_path):
+    config = RECIPES["finetune"]
+    cache = replace(config.data, cache=CacheConfig(folder=tmp_path / "cache" / "shards"))
+    config = replace(config, data=cache, run=replace(config.run, start_from=f"file://{exported}/model.json"))
+    _, initial = load_initial_model("finetune", config)
+    assert initial is not None and initial[1].weights_sha256 == load_export(exported)[1].weights_sha256
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    (copy / "weights.safetensors").write_bytes((copy / "weights.safetensors").read_bytes()[:-1] + b"x")
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(CheckpointError, match="weights.safetensors: has another sha256 than model.json names"):
+        load_initial_model("finetune", replace(config, run=replace(config.run, start_from=f"file://{copy}")))

@@ -67,8 +67,9 @@ class Gato(nn.Module):
         return self.config.sequence == "timesteps"
 
     def initialise(self, seed: int) -> Gato:
-        """GPT-2's start: normal 0.02, residual outputs by 1 / sqrt(2 blocks), zero biases. A function of the seed."""
-        generator = torch.Generator().manual_seed(seed)
+        """GPT-2's start: normal 0.02, residual outputs by 1 / sqrt(2 blocks), zero biases. A function of the seed and
+        of the kind of device that holds the model."""
+        generator = torch.Generator(self.tokens.weight.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 nn.init.constant_(parameter, float("norm" in name and name.endswith("weight")))
@@ -93,11 +94,11 @@ class Gato(nn.Module):
     def _smooth_bins(self, generator: torch.Generator) -> None:
         """Bins of a continuous value start close to their neighbours: random mixtures of sines and cosines
         of the bin's centre, periods from the whole range down to 16 bins, plus a tenth as much independent noise."""
-        count = self.vocabulary.bins
-        centres = torch.as_tensor(bin_centres(count), dtype=torch.float32)
-        frequencies = torch.logspace(0, math.log2(count / 16), 16, base=2.0) * math.pi
+        count, device = self.vocabulary.bins, self.tokens.weight.device
+        centres = torch.as_tensor(bin_centres(count), dtype=torch.float32, device=device)
+        frequencies = torch.logspace(0, math.log2(count / 16), 16, base=2.0, device=device) * math.pi
         waves = torch.cat([(centres[:, None] * frequencies).sin(), (centres[:, None] * frequencies).cos()], dim=1)
-        mixture = torch.randn(waves.shape[1], self.config.width, generator=generator)
+        mixture = torch.randn(waves.shape[1], self.config.width, generator=generator, device=device)
         smooth = waves @ mixture * (0.02 / 4.0)
         starts = {self.vocabulary.observation_continuous.start, self.vocabulary.action_continuous.start}
         for start in sorted(starts):

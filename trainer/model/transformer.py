@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainer.model import segments
 from trainer.model.presets import ModelConfig
 
 
@@ -72,6 +73,9 @@ class Attention(nn.Module):
             q, k, v = q[:held], keys_BHSD, values_BHSD
         if mask is not None and mask.dtype == torch.int32:
             y_BHTD = segment_attention(q, k, v, mask)
+        elif cache is not None and T == 1 and q.is_cuda:
+            assert mask is not None
+            y_BHTD = one_query_attention(q, k, v, mask)
         else:
             y_BHTD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
         y_BTW = y_BHTD.transpose(1, 2).flatten(2)
@@ -149,14 +153,19 @@ def flash_serves(x: Tensor) -> bool:
 
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Causal attention (B, H, T, D) within the segments that begin at `cu_seqlens` (S,) int32 of the flattened (B T):
-    the same function as a `causal_segment_mask`, by FlashAttention's kernel for sequences of varying length, which
-    reads no mask and skips what one would hide. The operator is the same in all releases of torch from 2.10 on; its
-    public wrapper, torch.nn.attention.varlen, is not."""
+    the same function as a `causal_segment_mask`, by a kernel for sequences of varying length (see
+    trainer/model/segments.py), which reads no mask and skips what one would hide."""
     B, _, T, _ = v.shape
     # rotary angles in float32 make float32 of q and k under autocast
     q, k, v = (x.to(v.dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-    y = torch.ops.aten._flash_attention_forward(q, k, v, cu_seqlens, cu_seqlens, T, T, 0.0, True, False)[0]
-    return y.unflatten(0, (B, T)).transpose(1, 2)
+    return segments.attend(q, k, v, cu_seqlens, T).unflatten(0, (B, T)).transpose(1, 2)
+
+
+def one_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention (B, H, 1, D) of one query to S keys by plain products: with a mask, a GPU's kernels give all keys of a
+    head to one of its processors, and leave most of them idle."""
+    scores = (q @ k.transpose(2, 3)).float() * q.shape[-1] ** -0.5 + mask.float()
+    return scores.softmax(dim=-1).to(v.dtype) @ v
 
 
 def causal_segment_mask(segments: Tensor) -> Tensor:

@@ -203,7 +203,8 @@ class Minari:
             with damage(), disk.opened(path) as file:
                 refs, rejected = _scan_episodes(file, name, path, about.get("total_episodes"))
                 action, warnings = self.action(moved, options, _all_actions(file, moved, refs))
-                warnings += _odd_flags(file, refs, options.max_episode_steps or limit)
+                refs, more = _odd_flags(file, refs, options.max_episode_steps or limit)
+                warnings += more
             with damage("corrupt metadata"):
                 score = _score(about, environment)
             limit = options.max_episode_steps or limit or max((ref.timesteps for ref in refs), default=1)
@@ -335,27 +336,39 @@ def _all_actions(file: h5py.File | Tables, space: spaces.Space, refs: list[Episo
         yield stored.reshape(T, -1)
 
 
-def _odd_flags(file: h5py.File | Tables, refs: list[EpisodeRef], limit: int | None) -> tuple[str, ...]:
-    """Warnings of episodes beyond the limit, and of ends inside an episode, by a sample of the episodes."""
+def _odd_flags(
+    file: h5py.File | Tables, refs: list[EpisodeRef], limit: int | None
+) -> tuple[list[EpisodeRef], tuple[str, ...]]:
+    """Warnings of episodes beyond the limit, of ends inside an episode and of none at all, by a sample of them. Where
+    none has a flag at its end, those of the limit's length end by it."""
     warnings: tuple[str, ...] = ()
     long = [ref.timesteps for ref in refs if limit and ref.timesteps > limit]
     if long:
         line = f"{len(long)} of {len(refs)} episodes are longer than the limit of {limit:,} (up to {max(long):,} rows)"
         warnings += (f"{line}: they may be several, or give --max-episode-steps {max(long)}",)
-    inside = 0
-    sample = refs[:: max(1, len(refs) // FLAGS_SAMPLED)]
-    for ref in sample:
+    inside, ended, looked = 0, 0, 0
+    for ref in refs[:: max(1, len(refs) // FLAGS_SAMPLED)]:
         try:
             with damage():
                 group = disk.episode_group(file, ref.position)
-                flags = [disk.column(group, key, ref.timesteps)[:-1] for key in ("terminations", "truncations")]
+                flags = [disk.column(group, key, ref.timesteps) for key in ("terminations", "truncations")]
         except EpisodeError:
             continue
-        inside += any(values.any() for values in flags)
+        looked += 1
+        inside += any(values[:-1].any() for values in flags)
+        ended += any(values[-1] for values in flags)
     if inside:
-        line = f"{inside} of {len(sample)} episodes looked at have terminations or truncations before their last row"
+        line = f"{inside} of {looked} episodes looked at have terminations or truncations before their last row"
         warnings += (f"{line}: they are read to their last row; cut them there if they end there",)
-    return warnings
+    if looked and not ended:
+        refs = [ref._replace(end="truncated") if ref.timesteps == limit else ref for ref in refs]
+        cut = sum(not ref.end for ref in refs)
+        line = f"none of {looked} episodes looked at has terminations or truncations set at its end"
+        remedy = "set them, or give --max-episode-steps"
+        warnings += (
+            (f"{line}: {cut} of {len(refs)} count as cut by the log, without a return; {remedy}",) if cut else ()
+        )
+    return refs, warnings
 
 
 def _id(spec: dict[str, Any]) -> str:

@@ -1,0 +1,171 @@
+"""Many logs by one command: every task of a suite whose expert is shipped, in parallel, each in its own format.
+
+    --suite NAME or all -> ids with an expert -> one process per log -> OUTPUT/{d4rl,minari,dqn_replay}/...
+                        -> OUTPUT/recorded.json: per log its episodes, timesteps, returns, seconds, digest
+
+The same command again records what is missing. A log that fails, or a suite that is not installed, is named, and the
+others go on.
+
+Invariant: a log's bytes are a function of its id and the options, whatever else is recorded and by how many workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+import simulators
+from etl.record import Options, Recorded, record
+from schemas.files import atomic_write, sha256_of
+from simulators import plugins, scores
+from simulators.registry import all_suites
+
+TABLE = "recorded.json"
+DEFAULT_FOLDER = Path("data/logs")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One log in recorded.json. `path` is relative to it; returns are of whole episodes, unclipped."""
+
+    path: str
+    suite: str
+    episodes: int
+    timesteps: int
+    mean_return: float
+    std_return: float
+    seconds: float
+    bytes: int
+    sha256: str
+    asked: dict[str, object]
+    """What decided the log's bytes: episodes or steps, seed, noise, policy."""
+
+
+def record_suites(options: Options, console: Console) -> int:
+    """Record what is missing of the asked suites; the number of logs that failed. SimulatorError for a suite that
+    does not exist, ValueError where a log was recorded with other options."""
+    output = (options.output or DEFAULT_FOLDER).absolute()
+    todo = _tasks(options.suite or "all", console)
+    rows = _table(output)
+    asked = _asked(options)
+    for id in todo:
+        if id in rows and rows[id].asked != asked and not options.overwrite:
+            raise ValueError(f"{output / TABLE}: {id} was recorded with {rows[id].asked}; give another --output, the "
+                             "same options, or --overwrite")  # fmt: skip
+    present = [id for id in todo if id in rows and (output / rows[id].path).exists() and not options.overwrite]
+    missing = [id for id in todo if id not in present]
+    console.print(_announcement(options, len(present), missing), highlight=False)
+    failed = 0
+    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool, Progress(console=console) as progress:
+        bar = progress.add_task("logs", total=len(missing))
+        jobs = {pool.submit(_one, replace(options, environment=id, suite=None), output): id for id in missing}
+        for job in as_completed(jobs):
+            progress.advance(bar)
+            id = jobs[job]
+            try:
+                rows[id] = job.result()
+            except (simulators.SimulatorError, ValueError, OSError) as error:
+                failed += 1
+                console.print(f"[red]failed[/] {id}: {error}", highlight=False)
+                continue
+            _write_table(output, rows)
+            row = rows[id]
+            line = f"{row.episodes} episodes, {row.timesteps} timesteps, return {row.mean_return:.1f}"
+            console.print(f"{id}: {line} ± {row.std_return:.1f}", highlight=False)
+    done = [rows[id] for id in todo if id in rows]
+    size = sum(row.bytes for row in done) / 1e6
+    console.print(f"{output}: {len(done)} logs, {sum(row.timesteps for row in done):,} timesteps, {size:,.0f} MB; "
+                  f"{failed} failed", highlight=False)  # fmt: skip
+    return failed
+
+
+def _tasks(name: str, console: Console) -> list[str]:
+    """Ids of the suite, or of all that are installed; those that are not are named."""
+    suites = all_suites().values() if name == "all" else [simulators.suite_named(name)]
+    found: list[str] = []
+    for suite in suites:
+        try:
+            found += suite.tasks()
+        except simulators.SimulatorError as error:
+            if name != "all":
+                raise
+            console.print(f"[yellow]left out[/] {error}", highlight=False)
+    if not found:
+        having = ", ".join(suite.name for suite in all_suites().values() if suite.experts)
+        raise simulators.SimulatorError(f"--suite {name}: no expert is shipped for it; there are experts of {having}")
+    return found
+
+
+def _announcement(options: Options, present: int, missing: list[str]) -> str:
+    measured = [scores.table()[id] for id in missing if id in scores.table()]
+    line = f"{len(missing)} logs to record" + (f", {present} are there" if present else "")
+    if options.episodes and measured and len(measured) == len(missing):
+        minutes = sum(score.seconds for score in measured) * options.episodes / 60 / options.workers
+        line += f"; about {minutes:.0f} minutes with {options.workers} processes at this project's measured rates"
+    return line
+
+
+def _asked(options: Options) -> dict[str, object]:
+    names = ("policy", "episodes", "steps", "noise", "temperature", "seed")
+    asked = {name: getattr(options, name) for name in names}
+    if options.episodes is not None:
+        asked.pop("steps")
+    return asked
+
+
+def _one(options: Options, output: Path) -> Row:
+    """Record one log, in a process of its own."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    plugins.load(options.imports)
+    begun = time.process_time()
+    done: Recorded = record(replace(options, output=None), Console(quiet=True), parent=output)
+    size, digest = _measure(done.path)
+    return Row(
+        path=str(done.path.relative_to(output)),
+        suite=simulators.suite_of_id(options.environment or "").name,
+        episodes=len(done.returns),
+        timesteps=done.timesteps,
+        mean_return=round(float(np.mean(done.returns)), 4),
+        std_return=round(float(np.std(done.returns)), 4),
+        seconds=round(time.process_time() - begun, 2),
+        bytes=size,
+        sha256=digest,
+        asked=_asked(options),
+    )
+
+
+def _measure(path: Path) -> tuple[int, str]:
+    """Bytes and digest of a log: of its file, or of all files of its folder."""
+    if path.is_file():
+        return path.stat().st_size, sha256_of(path)
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    total = hashlib.sha256()
+    for file in files:
+        total.update(f"{file.relative_to(path).as_posix()}\0{sha256_of(file)}\n".encode())
+    return sum(file.stat().st_size for file in files), total.hexdigest()
+
+
+def _table(output: Path) -> dict[str, Row]:
+    path = output / TABLE
+    if not path.is_file():
+        return {}
+    try:
+        return {id: Row(**row) for id, row in json.loads(path.read_text()).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a table of recorded logs ({error}); give another --output") from None
+
+
+def _write_table(output: Path, rows: dict[str, Row]) -> None:
+    with atomic_write(output / TABLE) as file:
+        lines = (f"{json.dumps(id)}: {json.dumps(asdict(row))}" for id, row in sorted(rows.items()))
+        file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())

@@ -1,0 +1,276 @@
+"""Pictures with captions in WebDataset tars, as img2dataset writes them: the paper's third kind of data.
+
+KEY.jpg | .png  the picture       KEY.txt  the caption, or KEY.json with it under --caption-key ("caption")
+    -> a timestep of its own: the picture's patches, then the caption's tokens and an end; no action
+
+A picture is resized to --picture-size, a caption cut or padded to --caption-tokens. The caption is the target and the
+picture is input: schemas/layout.py puts patches before text where a task has no action, and loss falls on text alone,
+its padding left out. A folder of tars is one task. `scan` reads headers; `read` goes through a tar once.
+
+Invariant: pairs come in the order of the sorted tars and their members; one without a picture, without a caption or
+with a damaged one is a rejection.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import parse_qsl, urlencode
+
+import numpy as np
+from PIL import Image
+
+from etl.sources import (
+    EpisodeRef,
+    Known,
+    NoOptions,
+    Recognition,
+    Rejection,
+    SourceError,
+    TaskScan,
+    _pictures,
+    _recognition,
+)
+from etl.sources._arrays import KEYS, files_below, path_of, rejection
+from schemas.episode import EpisodeError, FieldSpec, RawEpisode, TaskSpec
+from schemas.layout import PATCH_SIZE
+from schemas.ranges import require
+
+PICTURES, TEXT, JSON = ("jpg", "jpeg", "png"), "txt", "json"
+PICTURE, CAPTION = "picture", "caption"
+MEMBER_BYTES = 2**26
+AGAIN = "download or pack the tar again"
+DAMAGE: tuple[type[Exception], ...] = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError)
+
+
+@dataclass(frozen=True)
+class Options(NoOptions):
+    """What the command line says about pictures with captions."""
+
+    picture_size: tuple[int, int] = (128, 128)
+    """Height and width in pixels, multiples of 16, that every picture is resized to."""
+    caption_tokens: int = 32
+    """Tokens of a caption, its end among them; longer ones are cut, and counted."""
+    caption_key: str = "caption"
+    """Key of the caption in a .json member, where there is no .txt."""
+
+    def check(self) -> None:
+        require("caption-tokens", self.caption_tokens, 2, 2**13)
+        for side in self.picture_size:
+            if side % PATCH_SIZE or not PATCH_SIZE <= side <= 2**12:
+                raise ValueError(f"--picture-size {self.picture_size}: give multiples of {PATCH_SIZE}")
+
+
+class Pair(NamedTuple):
+    """Where the members of one sample lie in a tar: (first byte, bytes); None where there is none."""
+
+    key: str
+    picture: tuple[int, int] | None
+    text: tuple[int, int] | None
+    about: tuple[int, int] | None
+
+
+class ImageText:
+    """Source of pictures with captions (WebDataset of img2dataset)."""
+
+    name = "imagetext"
+    default_dataset = ""
+    options = Options
+    writer = None
+
+    def known(self, cache: Path) -> list[Known]:
+        """None: img2dataset downloads from lists of addresses."""
+        return []
+
+    def recognise(self, input: Path) -> Recognition | None:
+        """By the endings of a tar's first members."""
+        for path in _recognition.first_with(_recognition.files_below(input), ".tar"):
+            try:
+                first = next(_pairs(path), None)
+            except EpisodeError:
+                continue
+            if first and first.picture and (first.text or first.about):
+                where = _recognition.below(input, path)
+                return Recognition(f"{where} holds pictures with captions, such as {first.key[:60]}", 1)
+        return None
+
+    def resolve(self, input: Path | None, dataset: str | None, cache: Path) -> list[Path]:
+        """The input tar, or all tars below the input folder, sorted. SourceError where there is none."""
+        if input is None:
+            raise SourceError("source imagetext downloads nothing itself; run img2dataset with --output_format "
+                              "webdataset, and give --input its folder")  # fmt: skip
+        if dataset is not None:
+            raise SourceError("source imagetext knows no --dataset; give --input the file or folder you want")
+        found = [input] if input.is_file() else sorted(p for p in files_below(input) if p.suffix == ".tar")
+        if not found:
+            raise SourceError(f"{input}: no .tar in it; give --input img2dataset's folder")
+        return found
+
+    def scan(self, files: list[Path], options: Options) -> list[TaskScan]:
+        """One TaskScan of all tars, named after their folder or the only one."""
+        files = sorted(map(Path, files))
+        folder = Path(os.path.commonpath([path.parent for path in files])).name
+        name = f"imagetext-{files[0].stem if len(files) == 1 else folder}"
+        fields = (
+            FieldSpec(PICTURE, "image", (*options.picture_size, 3), resized=options.picture_size),
+            FieldSpec(CAPTION, "text", (options.caption_tokens,)),
+        )
+        refs: list[EpisodeRef] = []
+        rejected: list[Rejection] = []
+        for path in files:
+            named = options.caption_key != Options.caption_key
+            place = f"{path}{KEYS}{urlencode({'caption_key': options.caption_key})}" if named else str(path)
+            position = -1
+            try:
+                for position, _ in enumerate(_pairs(path)):
+                    refs.append(EpisodeRef(place, position, position, position + 1))
+            except EpisodeError as error:
+                rejected.append(rejection(name, path.name, position + 1 if position >= 0 else -1, 0, error))
+        task = TaskSpec(name, self.name, fields, None, max_episode_steps=1) if refs else None
+        return [TaskScan(task, tuple(refs), tuple(rejected))]
+
+    def parts(self, file: str) -> list[Path]:
+        """The tar itself."""
+        return [path_of(file)]
+
+    def read(self, task: TaskSpec, refs: Iterable[EpisodeRef]) -> Iterator[RawEpisode | Rejection]:
+        """Pairs in the order of refs: one timestep each, 'picture' (1, H, W, 3) uint8 and 'caption' (1,)."""
+        height, width, _ = next(spec.shape for spec in task.observation if spec.key == PICTURE)
+        for place, group in groupby(refs, key=lambda ref: ref.file):
+            path, key = path_of(place), dict(parse_qsl(place.partition(KEYS)[2])).get("caption_key", "caption")
+            own = list(group)
+            for ref, found in zip(own, _wanted(path, own), strict=True):
+                try:
+                    if isinstance(found, EpisodeError):
+                        raise found
+                    with open(path, "rb") as file:
+                        yield _read(found, file, key, (height, width), path.name, ref)
+                except EpisodeError as error:
+                    yield rejection(task.name, path.name, ref.position, ref.start, error)
+                except OSError as error:
+                    gone = EpisodeError("missing file", f"{path.name} cannot be opened ({error.strerror}); {AGAIN}")
+                    yield rejection(task.name, path.name, ref.position, ref.start, gone)
+
+
+SOURCE = ImageText()
+
+
+def _pairs(path: Path) -> Iterator[Pair]:
+    """The samples of a tar: successive members of one name up to its first dot. EpisodeError ('corrupt tar') where
+    its headers make no sense, or its end is missing."""
+    try:
+        size = path.stat().st_size
+        with tarfile.open(path, "r:") as archive:
+            for key, members in groupby(_members(archive, size), key=lambda member: member[0]):
+                at = {ending: place for _, ending, place in members}
+                picture = next((at[ending] for ending in PICTURES if ending in at), None)
+                yield Pair(key, picture, at.get(TEXT), at.get(JSON))
+    except EpisodeError:
+        raise
+    except DAMAGE as error:
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise EpisodeError("corrupt tar", f"{path.name}: {why}; {AGAIN}") from error
+
+
+def _members(archive: tarfile.TarFile, size: int) -> Iterator[tuple[str, str, tuple[int, int]]]:
+    for member in archive:
+        archive.members = []  # type: ignore[attr-defined]  # or it remembers all of them
+        if not member.isreg() or member.sparse is not None:
+            continue
+        folder, _, base = member.name.rpartition("/")
+        stem, dot, ending = base.partition(".")
+        if member.offset_data + member.size > size:
+            raise EpisodeError("truncated tar", f"it ends in {member.name[:100]}; {AGAIN}")
+        if dot and stem and not base.startswith("."):
+            yield f"{folder}/{stem}" if folder else stem, ending.lower(), (member.offset_data, member.size)
+
+
+def _wanted(path: Path, refs: list[EpisodeRef]) -> Iterator[Pair | EpisodeError]:
+    """The pair of each ref."""
+    pairs, at = enumerate(_pairs(path)), -1
+    wrong: EpisodeError | None = None
+    for ref in refs:
+        if ref.position <= at:
+            pairs, at = enumerate(_pairs(path)), -1
+        found: Pair | EpisodeError | None = None
+        try:
+            while at < ref.position:
+                at, pair = next(pairs, (ref.position, None))
+                found = pair
+        except EpisodeError as error:
+            wrong = error
+        yield found or wrong or EpisodeError("missing key", f"no {ref.position}-th sample in it; {AGAIN}")
+
+
+def _read(
+    pair: Pair, file: io.BufferedReader, caption_key: str, size: tuple[int, int], label: str, ref: EpisodeRef
+) -> RawEpisode:
+    if pair.picture is None:
+        raise EpisodeError("missing key", f"sample {pair.key} has no picture ({', '.join(PICTURES)})")
+    if pair.text is not None:
+        caption = _decoded(_bytes(file, pair.text, pair.key), pair.key)
+    elif pair.about is not None:
+        caption = _of_json(_bytes(file, pair.about, pair.key), caption_key, pair.key)
+    else:
+        raise EpisodeError("missing key", f"sample {pair.key} has no caption (.{TEXT} or .{JSON})")
+    if not caption.strip():
+        raise EpisodeError("empty", f"sample {pair.key} has a caption without text")
+    frame = _pictures.decode(_bytes(file, pair.picture, pair.key), pair.key)
+    picture = _fitted(frame, size)[None]
+    observation = {PICTURE: picture, CAPTION: np.array([caption.strip()], np.str_)}
+    nothing = np.zeros((1, 0), np.float32), np.zeros(1, np.float32)
+    return RawEpisode(observation, *nothing, True, False, label, ref.position, ref.start)
+
+
+def _fitted(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, C) of any size and 1 to 4 channels to (*size, 3) uint8; what is transparent is seen against white."""
+    if frame.shape[2] in (2, 4):
+        share = frame[..., -1:].astype(np.uint32)
+        frame = ((frame[..., :-1] * share + 255 * (255 - share) + 127) // 255).astype(np.uint8)
+    colours = np.repeat(frame, 3, axis=2) if frame.shape[2] == 1 else frame
+    if colours.shape[:2] == size:
+        return colours
+    image = Image.fromarray(colours).resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    return np.asarray(image, np.uint8)
+
+
+def _bytes(file: io.BufferedReader, place: tuple[int, int], key: str) -> bytes:
+    start, count = place
+    if count > MEMBER_BYTES:
+        raise EpisodeError("too large", f"sample {key} has a member of {count} bytes; shrink it")
+    file.seek(start)
+    data = file.read(count)
+    if len(data) < count:
+        raise EpisodeError("truncated tar", f"it ends in sample {key}; {AGAIN}")
+    return data
+
+
+def _decoded(data: bytes, key: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise EpisodeError("not UTF-8", f"caption of sample {key}: {error.reason}; save it as UTF-8") from None
+
+
+def _of_json(data: bytes, caption_key: str, key: str) -> str:
+    try:
+        about = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise EpisodeError("not JSON", f"sample {key}: {str(error)[:120]}; {AGAIN}") from None
+    caption = about.get(caption_key) if isinstance(about, dict) else None
+    if not isinstance(caption, str):
+        names = ", ".join(str(name)[:40] for name in list(about)[:8]) if isinstance(about, dict) else "no object"
+        raise EpisodeError("missing key", f"sample {key} has no text under '{caption_key}' (there is {names}); name "
+                           "the key with --caption-key")  # fmt: skip
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise EpisodeError("not UTF-8", f"caption of sample {key}: {error.reason}") from None
+    return caption

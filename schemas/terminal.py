@@ -1,0 +1,136 @@
+"""What a command shares with its terminal: streams whose reader may go away, and signals that ask it to end.
+
+    stdout, stderr -> LossyStream: written as long as somebody reads, dropped after that
+    SIGTERM, SIGHUP (unless it is ignored, as under nohup) -> KeyboardInterrupt, as by Ctrl-C
+
+Invariant: a closed stdout or stderr ends no command and changes no result.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, TextIO
+
+ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+
+class LossyStream:
+    """A text stream that drops what nobody can read any more."""
+
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            if self.stream is not None:
+                self.stream.write(text)
+        except (OSError, ValueError):
+            self._drop()
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        try:
+            if self.stream is not None:
+                self.stream.flush()
+        except (OSError, ValueError):
+            self._drop()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def _drop(self) -> None:
+        """Point the file descriptor at nothing: Python flushes it again when it ends, and would fail then; libraries
+        that write to it themselves go on too."""
+        try:
+            assert self.stream is not None
+            descriptor, nothing = self.stream.fileno(), os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, descriptor)
+            os.close(nothing)
+        except (OSError, ValueError):
+            self.stream = None
+
+
+def open_closed_streams() -> None:
+    """Point stdin, stdout and stderr at nothing where they are closed: else the next file that is opened takes their
+    place, and libraries write into it."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            if nothing != descriptor:
+                os.dup2(nothing, descriptor)
+                os.close(nothing)
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, open(descriptor, "r" if name == "stdin" else "w"))  # noqa: SIM115
+
+
+def protect_streams() -> None:
+    """Make sys.stdout and sys.stderr lossy for the rest of this process."""
+    open_closed_streams()
+    for name in ("stdout", "stderr"):
+        if not isinstance(getattr(sys, name), LossyStream):
+            setattr(sys, name, LossyStream(getattr(sys, name)))
+
+
+def ignored(number: signal.Signals) -> bool:
+    """Whether this process was started so that it ignores a signal, as nohup does with SIGHUP."""
+    return signal.getsignal(number) is signal.SIG_IGN
+
+
+def status_of(interrupt: KeyboardInterrupt) -> int:
+    """The exit status after an interrupt: 128 + the signal, as shells have it."""
+    number = interrupt.args[0] if interrupt.args and isinstance(interrupt.args[0], int) else signal.SIGINT
+    return 128 + number
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)
+
+
+@contextmanager
+def _ending_signals() -> Iterator[None]:
+    """While the block runs, the signals that ask a process to end raise KeyboardInterrupt. In the main thread only;
+    elsewhere they stay as they are."""
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        # a handler that somebody else has set stays
+        for number in ENDING:
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def command(main: Callable[[], int]) -> Callable[[], int]:
+    """The `main` of a command, made safe: its streams lossy, SIGTERM and SIGHUP like Ctrl-C. An interrupt that `main`
+    does not handle itself ends it with one line."""
+
+    @functools.wraps(main)
+    def run() -> int:
+        usual = sys.stdout, sys.stderr
+        protect_streams()
+        try:
+            with _ending_signals():
+                return main()
+        except KeyboardInterrupt as interrupt:
+            print("interrupted", file=sys.stderr)
+            return status_of(interrupt)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            sys.stdout, sys.stderr = usual[0] or sys.stdout, usual[1] or sys.stderr
+
+    return run

@@ -1,0 +1,76 @@
+"""A build in surroundings that users have: a full disk, a proxy, other people's files, a log that is being written."""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+
+import h5py
+import pytest
+
+from shards.reader import Dataset
+from tests.commands import run
+from tests.trainer.launch import ROOT
+
+
+def build(logs, output, *extra):
+    return ("etl.build", "--source", "d4rl", "--input", logs, "--output", output, *map(str, extra))
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(logs, hopper, tmp_path, workers):
+    """The kernel refuses files beyond a size, as a full disk does; the shards are larger."""
+    words = [sys.executable, "-m", *map(str, build(logs / "d4rl", tmp_path, "--workers", workers))]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)))  # fmt: skip
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert (
+        last == f"error: {tmp_path}: the disk is full (File too large); make room, then run the same command to go on"
+    )
+    run(*build(logs / "d4rl", tmp_path, "--workers", workers))
+    assert Dataset(tmp_path, "full").manifest.tasks == Dataset(hopper).manifest.tasks
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("names", [("http_proxy",), ("https_proxy",), ("http_proxy", "https_proxy", "grpc_proxy")])
+def test_a_proxy_does_not_cut_off_the_workers(logs, tmp_path, names):
+    usual = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    environment = usual | dict.fromkeys(names, "http://127.0.0.1:9")
+    done = run(*build(logs / "d4rl", tmp_path, "--workers", 2), env=environment)
+    assert "attempt" not in done.stderr and Dataset(tmp_path).manifest.tasks
+
+
+def test_other_peoples_files_are_named_and_stay(logs, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    done = run(*build(logs / "d4rl", tmp_path))
+    assert f"{tmp_path}: holds 1 files that are no dataset's, such as notes.txt, which stay" in done.stderr
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    again = run(*build(logs / "d4rl", tmp_path, "--overwrite", "--shard-megabytes", 1))
+    assert again.stderr.count("notes.txt") == 1 and "shard-" not in again.stderr
+
+
+def test_a_log_that_is_being_written_is_called_that(logs, tmp_path):
+    copy = shutil.copy(next((logs / "d4rl").glob("*.hdf5")), tmp_path)
+    with h5py.File(copy, "r+"):
+        done = run(*build(tmp_path, tmp_path / "shards"), check=False)
+    assert done.returncode == 1 and "locked HDF5" in done.stderr, done.stderr
+    assert "another process has it open for writing; wait" in " ".join(done.stderr.split())
+    run(*build(tmp_path, tmp_path / "shards"))
+
+
+def test_a_log_whose_writer_was_killed_is_called_that(logs, tmp_path):
+    """libhdf5's mark of a file that is open for writing, as a killed writer of its newer format leaves it."""
+    script = f"""
+import h5py, os
+file = h5py.File({str(tmp_path / "body.hdf5")!r}, "w", libver="latest")
+file["observations"] = [[1.0]]
+file.swmr_mode = True
+file.flush()
+os._exit(9)
+"""
+    subprocess.run(["/usr/bin/env", sys.executable, "-c", script])
+    done = run(*build(tmp_path, tmp_path / "shards"), check=False)
+    assert done.returncode == 1 and "unfinished HDF5" in done.stderr and "h5clear" in done.stderr, done.stderr

@@ -1,0 +1,78 @@
+"""Suites with an expert each: what they register, that seeds decide episodes, that experts play well."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import simulators
+from simulators import scores
+from simulators.experts import policies
+from simulators.registry import all_suites
+
+
+def played(env, policy, seed: int) -> tuple[np.ndarray, float, bool]:
+    """Observations of one episode, its return, and whether the simulator called it a success."""
+    observation, _ = env.reset(seed=seed)
+    policy.reset(1)
+    seen, total, success = [observation["observation"]], 0.0, False
+    while True:
+        batch = {key: value[None] for key, value in observation.items()}
+        action = policy.act(batch, np.zeros(1), np.ones(1, bool), np.random.default_rng(0))[0]
+        observation, reward, terminated, truncated, info = env.step(action)
+        seen.append(observation["observation"])
+        total, success = total + float(reward), success or bool(info.get("success"))
+        if terminated or truncated:
+            return np.stack(seen), total, success
+
+
+def test_tasks_are_the_newest_versions_that_an_expert_plays():
+    tasks = {suite.name: suite.tasks() for suite in all_suites().values()}
+    assert len(tasks["metaworld"]) == 50 and "Meta-World/reach-v3" in tasks["metaworld"]
+    assert "Taxi-v4" in tasks["classic"] and "Taxi-v3" not in tasks["classic"]
+    assert tasks["mujoco"] == ("Hopper-v5",) and tasks["gymnasium"] == ()
+    assert len(tasks["minigrid"]) == 91 and not any("Carrying" in id for id in tasks["minigrid"])
+    assert sum(map(len, tasks.values())) >= 150
+    for name, ids in tasks.items():
+        assert {simulators.suite_of_id(id).name for id in ids} <= {name}
+
+
+def test_a_meta_world_episode_is_a_function_of_its_seed():
+    spec = simulators.environment_spec("Meta-World/drawer-open-v3")
+    one, other = simulators.make(spec), simulators.make(spec)
+    first = [played(one, policies.load("expert", one), seed) for seed in (3, 4)]
+    again = played(other, policies.load("expert", other), 4)
+    np.testing.assert_array_equal(first[1][0], again[0])
+    assert first[0][2] and first[1][2] and not np.array_equal(first[0][0], first[1][0])
+    assert first[0][0].shape == (201, 39) and first[0][0].dtype == np.float32
+    assert simulators.suite_of_id(spec.id).time_limit(spec.id) == 200
+    assert simulators.frame(one).ndim == 3
+
+
+def test_scripted_actions_stay_in_the_range_that_the_simulator_uses():
+    env = simulators.make(simulators.environment_spec("Meta-World/handle-pull-side-v3"))
+    expert = policies.load("expert", env)
+    observation, _ = env.reset(seed=0)
+    expert.reset(1)
+    batch = {key: value[None] for key, value in observation.items()}
+    action = expert.act(batch, np.zeros(1), np.ones(1, bool), np.random.default_rng(0))
+    assert action.dtype == np.float32 and np.abs(action).max() == 1.0
+
+
+@pytest.mark.parametrize(
+    "id, least",
+    [("CartPole-v1", 500), ("MountainCarContinuous-v0", 90), ("CliffWalking-v1", -13), ("LunarLander-v3", 100)],
+)
+def test_experts_play_well(id, least):
+    env = simulators.make(simulators.environment_spec(id))
+    assert played(env, policies.load("expert", env), 0)[1] >= least
+
+
+def test_scores_are_of_the_tasks_and_normalise_them():
+    for id, row in scores.table().items():
+        assert row.expert > row.random, id
+        suite = simulators.suite_of_id(id)
+        assert set(row.versions) == set(suite.distributions)
+    reference = simulators.reference(simulators.environment("CartPole-v1"))
+    assert (reference.kind, reference.high) == ("expert", 500)
+    assert simulators.reference(simulators.environment("Hopper-v5")).kind == "d4rl"

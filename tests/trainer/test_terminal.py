@@ -1,0 +1,94 @@
+"""What happens to a terminal does not happen to a run: closed pipes, tee killed by Ctrl-C, SIGHUP, nohup."""
+
+import os
+import signal
+import subprocess
+
+import pytest
+
+from tests import warm
+from tests.trainer.launch import ROOT, command, family, latest_step, losses, nobody_left, train
+from trainer.checkpoint import load_export
+from trainer.lifecycle import StopRequest
+
+pytestmark = pytest.mark.process
+
+
+def start(output, data, *, steps, nohup=False):
+    """A run in a session of its own, both streams in one pipe."""
+    line = command(output, data, processes=2, steps=steps)
+    popen = subprocess.Popen if nohup else warm.Popen
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return popen(["nohup", *line] if nohup else line, cwd=ROOT, start_new_session=True, **pipes)
+
+
+def await_step(process, number):
+    for line in process.stdout:
+        if line.startswith("step ") and int(line.split()[1].strip(":")) >= number:
+            return
+
+
+def test_a_reader_that_ends_changes_nothing(hopper, tmp_path):
+    process = start(tmp_path / "read", [hopper], steps=8)
+    await_step(process, 1)
+    process.stdout.close()
+    process.wait(200)
+    assert nobody_left(tmp_path / "read") and latest_step(tmp_path / "read") == 8
+    assert load_export(tmp_path / "read" / "export")[1].step == 8
+    train(tmp_path / "whole", [hopper], processes=2, steps=8)
+    assert losses(tmp_path / "read") == losses(tmp_path / "whole")
+
+
+def test_ctrl_c_of_a_run_whose_reader_it_kills_first(hopper, tmp_path):
+    """As with `deepspeed ... 2>&1 | tee log`."""
+    process = start(tmp_path, [hopper], steps=100_000)
+    await_step(process, 3)
+    process.stdout.close()
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(200)
+    assert nobody_left(tmp_path)
+    step = latest_step(tmp_path)
+    assert step >= 3 and load_export(tmp_path / "export")[1].step == step
+
+
+def test_a_closed_terminal_is_a_request_to_end(hopper, tmp_path):
+    process = start(tmp_path, [hopper], steps=100_000)
+    await_step(process, 3)
+    process.stdout.close()
+    os.killpg(process.pid, signal.SIGHUP)
+    process.wait(200)
+    assert nobody_left(tmp_path)
+    step = latest_step(tmp_path)
+    assert step >= 3 and load_export(tmp_path / "export")[1].step == step
+    assert f"resuming at step {step}" in train(tmp_path, [hopper], steps=step + 1).stdout
+
+
+def test_nohup_outlives_the_terminal(hopper, tmp_path):
+    process = start(tmp_path, [hopper], steps=100_000, nohup=True)
+    try:
+        await_step(process, 3)
+        os.killpg(process.pid, signal.SIGHUP)
+        await_step(process, 8)
+        assert process.poll() is None and len(family(tmp_path)["rank"]) == 2
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate(timeout=200)
+        assert nobody_left(tmp_path) and latest_step(tmp_path) >= 8
+    finally:
+        for one in sum(family(tmp_path).values(), []):
+            one.kill()
+
+
+def test_a_shell_that_ends_is_no_launcher_that_died(monkeypatch):
+    """Under torchrun or mpirun the parent's parent is the user's shell: nothing to end for."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    monkeypatch.setattr("trainer.lifecycle.signal_on_parent_death", lambda number: None)
+    try:
+        stop = StopRequest()
+        monkeypatch.setattr("trainer.lifecycle._parents", lambda: (os.getppid(), 1))
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.requested
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
