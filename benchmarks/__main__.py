@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import baselines, control, etl, scale, sources, stream, trainer
+from benchmarks import baselines, control, etl, robots, scale, sources, stream, trainer
 from benchmarks.etl import pair as timed
 from schemas.vocabulary import DISJOINT
 from shards.stream import Stream, StreamConfig
@@ -52,6 +52,7 @@ def main() -> None:
         command("etl.record", "-e", "Hopper-v4", "--steps", "10000", "-o", folder / "d4rl")
         command("etl.build", "--source", "d4rl", "-i", folder / "d4rl", "-o", folder / "shards")
         etl.run(folder / "etl")
+        robots.run(folder / "robots")
         stream.run(folder / "stream", stream.peers_python(Path(".venv-peers")))
         trainer.run(folder / "trainer", stream.peers_python(Path(".venv-transformers"), trainer.REQUIREMENTS))
         scale.open_many(folder / "many")
