@@ -230,13 +230,17 @@ class Engine:
 
 
 def decide_attention(device: torch.device, config: TrainConfig) -> None:
-    """Let a GPU decide which kernel attends within segments, the same one on all ranks. Collective."""
+    """Let a GPU decide which kernel attends within segments, the same one on all ranks, unless the environment does.
+    Collective."""
     if device.type == "cuda" and config.model.sequence == "tokens":
-        model, length = config.model, config.data.stream.sequence_length
+        model, data = config.model, config.data
 
         def measure() -> str:
-            segments.decide(device, model.heads, model.head_size, length, config.data.micro_batch)
-            return segments.in_use()
+            if not (name := segments.named(model.head_size)):
+                shape = model.heads, model.head_size, data.stream.sequence_length, data.micro_batch
+                segments.decide(device, *shape, compiled=config.compile)
+                name = segments.in_use()
+            return name
 
         segments.use(broadcast_from_rank0(measure))
 

@@ -131,6 +131,14 @@ def test_the_kernel_is_decided_by_what_is_right_and_fast(monkeypatch):
     segments.use("flash")
 
 
+@pytest.mark.parametrize(
+    ("given", "names"), [("", ["", ""]), ("flash", ["flash"] * 2), ("=flash,128=cudnn", ["cudnn", "flash"])]
+)
+def test_the_environment_may_name_the_kernel(given, names, monkeypatch):
+    monkeypatch.setenv("GATO_ATTENTION", given)
+    assert [segments.named(size) for size in (128, 32)] == names
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels need a GPU")
 @pytest.mark.parametrize(("heads", "head_size"), [(16, 128), (24, 32)])
 def test_attention_by_segments_is_the_masked_one_on_a_gpu(heads, head_size):
