@@ -25,6 +25,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -136,7 +137,7 @@ class Engine:
             if self.engine.zero_cpu_offload():
                 self.optimiser.check_grad_overflow = True  # DeepSpeed checks in float16 and bfloat16 only
             else:
-                Tail(self.optimiser, config.optimiser.gradient_clip)
+                Tail(self.optimiser, config.optimiser.gradient_clip, all_gather_dp_groups)
         states.allocate_optimiser_states(self.engine)
 
     def train_step(self, step: int, batches: list[Batch], stop: bool) -> StepResult:
