@@ -37,11 +37,10 @@ set -euo pipefail
 root=$(pwd) place=${CARRIED_PLACE:-/tmp/carried} python=${CARRIED_PYTHON:-python3}
 mkdir -p "$place/shards"
 $python -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$place/site" \\
-    carried/wheels/*.whl &
-for archive in carried/shards/*.tar.xz; do tar -xJf "$archive" -C "$place/shards" & done
-wait
+    carried/wheels/*.whl & jobs=$!
+for archive in carried/shards/*.tar.xz; do $python -m tarfile -e "$archive" "$place/shards" & jobs="$jobs $!"; done
+for job in $jobs; do wait "$job"; done
 export PYTHONPATH="$root:$place/site" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false MUJOCO_GL=egl
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 out=${OUT:-$root/results/gpu} plan=$1
 shift
 shards=("$place"/shards/*)

@@ -129,9 +129,7 @@ def bare_step(config: TrainConfig, stream: Stream, steps: list[list[Batch]]) -> 
         gato = Gato(config.model, stream.vocabulary).initialise(0).train()
     objective = Objective(gato, config.loss, *targets_of(stream)).to(DEVICE)
     engine.prepare_blocks(gato, GPU, False)
-    if GPU:
-        model, data = config.model, config.data
-        segments.decide(DEVICE, model.heads, model.head_size, data.stream.sequence_length, data.micro_batch)
+    segments.use(segments.named(config.model.head_size) or "flash")
     optimiser = make_optimiser(gato, config.optimiser)
 
     def step(n: int) -> None:
@@ -176,6 +174,7 @@ def gpt2(size: str, shards: list[str]) -> Figures:
     eager = counted(config, stream, steps, timed(step, 2.0, 2, 4))
     found = keep(eager | {"form": "eager"})
     if GPU:
+        torch._dynamo.config.recompile_limit = 64  # beyond it blocks would run eagerly without a word
         for block in peer.transformer.h:
             block.compile(dynamic=False)
         timed(step, 0.0, 1, 1)

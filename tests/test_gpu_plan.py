@@ -8,7 +8,7 @@ import time
 import pytest
 
 from benchmarks import carry, gpu
-from benchmarks.gpu import FIGURES, Part, Worker, done, known, plan, rehearsal, sorted_out
+from benchmarks.gpu import FIGURES, Part, Worker, attention_of, done, known, plan, rehearsal, sorted_out
 from benchmarks.gpu_control import CACHE_GIGABYTES, agent_of, fits
 from benchmarks.gpu_results import RATE, tokens_per_second, training
 from benchmarks.gpu_tables import written
@@ -92,6 +92,12 @@ def test_a_part_that_is_cut_or_fails_leaves_what_it_had(monkeypatch, end, expect
     found = Worker(Part("a", "train", "tiny", [], 1.0)).figures(5.0 if "sleep" in end else 50.0)
     assert time.monotonic() - begun < 50 and {key: found.get(key) for key in expected} == expected
     assert ("no memory" in found.get("error", "")) == ("raise" in end)
+
+
+def test_later_parts_attend_by_the_kernels_that_the_checks_chose():
+    line = {"part": "checks", "hardware": "H100", "attention, 16 heads of 128": {"chosen": "cudnn"}}
+    assert attention_of([line], "H100") == "=flash,128=cudnn"
+    assert attention_of([line], "a CPU") == attention_of([], "H100") == "=flash"
 
 
 def test_ratios_are_of_equal_sides_and_both_shares_of_the_peak_are_printed():

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -133,7 +134,7 @@ class Engine:
             if self.engine.zero_cpu_offload():
                 self.optimiser.check_grad_overflow = True  # DeepSpeed checks in float16 and bfloat16 only
             else:
-                Tail(self.optimiser, config.optimiser.gradient_clip)
+                Tail(self.optimiser, config.optimiser.gradient_clip, all_gather_dp_groups)
         states.allocate_optimiser_states(self.engine)
 
     def train_step(self, step: int, batches: list[Batch], stop: bool) -> StepResult:
@@ -227,13 +228,17 @@ class Engine:
 
 
 def decide_attention(device: torch.device, config: TrainConfig) -> None:
-    """Let a GPU decide which kernel attends within segments, the same one on all ranks. Collective."""
+    """Let a GPU decide which kernel attends within segments, the same one on all ranks, unless the environment does.
+    Collective."""
     if device.type == "cuda" and config.model.sequence == "tokens":
-        model, length = config.model, config.data.stream.sequence_length
+        model, data = config.model, config.data
 
         def measure() -> str:
-            segments.decide(device, model.heads, model.head_size, length, config.data.micro_batch)
-            return segments.in_use()
+            if not (name := segments.named(model.head_size)):
+                shape = model.heads, model.head_size, data.stream.sequence_length, data.micro_batch
+                segments.decide(device, *shape, compiled=config.compile)
+                name = segments.in_use()
+            return name
 
         segments.use(on_rank_0(measure))
 

@@ -12,11 +12,11 @@ changes nothing, on every rank alike.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.utils import all_gather_dp_groups
 from torch import Tensor
 
 CLIP_EPSILON = 1e-6
@@ -45,10 +45,10 @@ def flat_gradient(gradients: list[Tensor], like: Tensor) -> Tensor:
 
 class Tail:
     """Replaces the `step` of DeepSpeed's optimiser of ZeRO 1 and 2 without offload. `limit`: the norm that gradients
-    are clipped to; 0 for none."""
+    are clipped to; 0 for none. `all_gather`: DeepSpeed's function that gives every rank the others' weights."""
 
-    def __init__(self, zero: Any, limit: float):
-        self.zero, self.limit = zero, limit
+    def __init__(self, zero: Any, limit: float, all_gather: Callable[..., None]):
+        self.zero, self.limit, self.all_gather = zero, limit, all_gather
         zero.check_grad_overflow = False  # the norm finds it
         zero.step = self.step
         if dist.get_world_size(zero.dp_process_group) == 1 and not zero.partition_gradients:
@@ -77,7 +77,7 @@ class Tail:
             master, partitions = zero.single_partition_of_fp32_groups[i], zero.parallel_partitioned_bit16_groups[i]
             master.grad = None
             partitions[dist.get_rank(group=zero.real_dp_process_group[i])].copy_(master)
-        all_gather_dp_groups(
+        self.all_gather(
             groups_flat=zero.bit16_groups_flat,
             partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
             dp_process_group=zero.real_dp_process_group,

@@ -31,7 +31,7 @@ class NoValues(TorchDispatchMode):
 class Theirs:
     """DeepSpeed's own end of a step."""
 
-    def __init__(self, zero, limit):
+    def __init__(self, zero, limit, all_gather):
         zero.check_grad_overflow = True
 
 

@@ -1,6 +1,7 @@
 """What a GPU will run, verified without one: on fake and meta tensors, or with the form that a GPU takes chosen here.
 Tests that need a GPU make their own data: no simulator, no Beam."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import h5py
@@ -46,16 +47,28 @@ def made(B: int = 4, L: int = 96, places: int = 12, packed: bool = True) -> Batc
 
 
 class Products(TorchDispatchMode):
-    """Types of the operands of matrix products."""
+    """Types of the operands of matrix products; those of attention apart, which is decomposed without a GPU."""
 
     def __init__(self):
         super().__init__()
         self.types: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
             self.types |= {x.dtype for x in args if isinstance(x, torch.Tensor)}
         return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def autocast(device):
+    """torch.autocast, which refuses a GPU that is not there."""
+    torch.set_autocast_enabled(device, True)
+    torch.set_autocast_dtype(device, torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+        torch.set_autocast_enabled(device, False)
 
 
 BUILT = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="fake tensors of a GPU need torch's CUDA build")
@@ -67,7 +80,7 @@ def test_under_autocast_every_matrix_product_is_in_bfloat16(device):
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
         objective = Objective(Gato(SMALL, DISJOINT), LossConfig(soft_bins=3.0), [True], text=True)
         batch = made(packed=False).to(device)
-        with Products() as products, torch.autocast(device, torch.bfloat16):
+        with Products() as products, autocast(device):
             loss = objective(batch)
         assert loss.dtype == torch.float32 and products.types == {torch.bfloat16}
 
@@ -129,6 +142,14 @@ def test_the_kernel_is_decided_by_what_is_right_and_fast(monkeypatch):
         took = segments.decide(device, 2, 16, length, sequences)
         assert segments.in_use() == chosen and (took["cudnn"] < float("inf")) == (cudnn is masked)
     segments.use("flash")
+
+
+@pytest.mark.parametrize(
+    ("given", "names"), [("", ["", ""]), ("flash", ["flash"] * 2), ("=flash,128=cudnn", ["cudnn", "flash"])]
+)
+def test_the_environment_may_name_the_kernel(given, names, monkeypatch):
+    monkeypatch.setenv("GATO_ATTENTION", given)
+    assert [segments.named(size) for size in (128, 32)] == names
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels need a GPU")

@@ -11,6 +11,7 @@ Invariant: a candidate that fails, or differs from the mask, is never used; with
 from __future__ import annotations
 
 import importlib.util
+import os
 import time
 from collections.abc import Callable
 
@@ -65,10 +66,19 @@ def in_use() -> str:
     return _used
 
 
-def decide(device: torch.device, heads: int, head_size: int, length: int, sequences: int) -> dict[str, float]:
-    """Try the candidates on segments like a batch's of `sequences` x `length` tokens, and use the fastest of those
-    that are right. Milliseconds of each, forward and backward; inf for one that failed or differs. Waits for the
-    device."""
+def named(head_size: int) -> str:
+    """The kernel that the environment names, GATO_ATTENTION="flash" or "128=cudnn,32=flash" by size of the heads;
+    empty if it names none."""
+    parts = dict(part.rpartition("=")[::2] for part in os.environ.get("GATO_ATTENTION", "").split(","))
+    return parts.get(str(head_size), parts.get("", ""))
+
+
+def decide(
+    device: torch.device, heads: int, head_size: int, length: int, sequences: int, compiled: bool = False
+) -> dict[str, float]:
+    """Try the candidates, `compiled` or not, on segments like a batch's of `sequences` x `length` tokens, and use the
+    fastest of those that are right. Milliseconds of each, forward and backward; inf for one that failed or differs.
+    Waits for the device."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (sequences * length, heads, head_size)
     q, k, v, upstream = (torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) for _ in range(4))
@@ -79,9 +89,10 @@ def decide(device: torch.device, heads: int, head_size: int, length: int, sequen
     for name in candidates():
         try:
             use(name)
+            form = torch.compile(attend, dynamic=False) if compiled else attend
 
-            def work() -> list[Tensor]:
-                return gradients(lambda q, k, v: attend(q, k, v, cu_seqlens, length), q, k, v, upstream)
+            def work(form: Kernel = form) -> list[Tensor]:
+                return gradients(lambda q, k, v: form(q, k, v, cu_seqlens, length), q, k, v, upstream)
 
             right = all(difference(mine[few], other) < TOLERANCE for mine, other in zip(work(), plain))
             found[name] = milliseconds(work, device) if right else float("inf")

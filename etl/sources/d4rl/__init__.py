@@ -46,7 +46,7 @@ from etl.sources._hdf5 import Rows, damage
 from etl.sources._pictures import as_pictures, flattened_shapes, image_field, picture_layout
 from etl.sources._series import merged, numbered
 from etl.sources.d4rl.actions import action_space
-from etl.sources.d4rl.log import Log, float32
+from etl.sources.d4rl.log import REQUIRED, Log, float32
 from etl.sources.d4rl.writer import D4RLWriter
 from schemas.episode import EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, TaskSpec
 from simulators.registry import environment as environment_of_id
