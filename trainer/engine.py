@@ -41,10 +41,10 @@ from shards.sampler import random
 from trainer import deepspeed_file, states
 from trainer.config import OptimiserConfig, TrainConfig
 from trainer.deepspeed_file import CONFIGS, config_names
+from trainer.distributed.ranks import complete_environment, on_rank_0
 from trainer.loss import Objective
 from trainer.model import Gato, ModelConfig, segments
 from trainer.optimiser import make_optimiser
-from trainer.ranks import complete_environment, on_rank_0
 from trainer.tail import Tail
 
 # what DeepSpeed raises for a configuration that it cannot use

@@ -24,9 +24,11 @@ import torch.distributed as dist
 from schemas.dataset import DatasetError
 from schemas.files import atomic_write
 from shards.loader import Loader
-from trainer import agreement, checkpoint
+from trainer import checkpoint
 from trainer.config import TrainConfig, differences, remarks, resume_critical, to_dict
 from trainer.deepspeed_file import precision, resolve_auto
+from trainer.distributed import agreement
+from trainer.distributed.ranks import on_every_rank, on_rank_0
 from trainer.engine import Engine, StepResult, learning_rate, read_config, zero_config
 from trainer.heldout import evaluate
 from trainer.inputs import adopted, load_initial_model, open_streams, recipe_of
@@ -34,7 +36,6 @@ from trainer.lifecycle import StopRequest, exclusive_run, restart_watchdog
 from trainer.loss import targets_of
 from trainer.metrics import MetricsWriter
 from trainer.model import Gato
-from trainer.ranks import on_every_rank, on_rank_0
 
 STANDARDISE = 512  # sequences whose observations say where a new model's places start
 

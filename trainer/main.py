@@ -31,10 +31,10 @@ from schemas.vocabulary import DISJOINT, VocabularyMismatch
 from trainer import dry_run, engine
 from trainer.arguments import parse
 from trainer.config import check
+from trainer.distributed.ranks import complete_environment, lost, out_of_memory, process_rank
 from trainer.inputs import for_this_machine, load_initial_model
 from trainer.lifecycle import StopRequest
 from trainer.loop import train
-from trainer.ranks import complete_environment, lost, out_of_memory, process_rank
 
 
 def main() -> int:

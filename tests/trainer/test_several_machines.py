@@ -12,7 +12,7 @@ import pytest
 from tests import warm
 from tests.trainer.launch import ROOT, SMALL, family, latest_step, train
 from trainer.checkpoint import CheckpointError, latest
-from trainer.ranks import complete_environment
+from trainer.distributed.ranks import complete_environment
 
 pytestmark = pytest.mark.process
 

@@ -22,8 +22,8 @@ import torch.distributed as dist
 
 import trainer
 from shards.stream import Stream
-from trainer import ranks
 from trainer.config import TrainConfig, differences, to_dict
+from trainer.distributed import ranks
 
 SOURCES = ("schemas", "shards", "trainer")  # what decides a run's numbers
 SECONDS_TO_APPEAR = 10.0  # a new file on a network file system, for another machine
