@@ -114,7 +114,7 @@ def build(options: Options, beam_arguments: list[str], console: Console) -> Mani
     scans = [filters.apply(source, scan, options.config.filter) for scan in found]
     scans = [_with_size(scan) for scan in scans]
     text = _text_model(options, source, scans)
-    plan = make_plan(options.source, scans, options.config, text.fingerprint if text else None, origins)
+    plan = make_plan(source.name, scans, options.config, text.fingerprint if text else None, origins)
     doubts = [*_links(options.input), *(line for scan in scans for line in scan.warnings)]
     for kind, lines in (("warning", doubts), ("note", [line for scan in scans for line in scan.notes])):
         for line in lines:
@@ -369,7 +369,7 @@ def main() -> int:
             return 0
         manifest = build(options, flags, console)
     except (SourceError, ValueError, OSError) as error:
-        print(f"error: {full_disk(error, options.output or options.source) or error}", file=sys.stderr)
+        print(f"error: {full_disk(error, options.output or f"data/shards/{options.source}") or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         print("interrupted: no dataset yet; the same command again keeps the finished shards", file=sys.stderr)

@@ -19,6 +19,7 @@ from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import tyro
 from rich.console import Console
@@ -26,7 +27,7 @@ from rich.console import Console
 import simulators
 from schemas.episode import ScoreReference
 from schemas.files import atomic_write
-from simulators.policy import EpisodeRng
+from simulators.policy import EpisodeRng, Policy
 from simulators.registry import all_suites
 
 PATH = Path(__file__).resolve().parent / "suites" / "scores.json"
@@ -102,7 +103,7 @@ def measure(id: str, episodes: int, seed: int) -> Score:
     )
 
 
-def _play(env, policy, seed: int) -> tuple[float, int]:
+def _play(env: gymnasium.Env, policy: Policy, seed: int) -> tuple[float, int]:
     """Return and length of one episode. Raises what the simulator raises."""
     from simulators.rollout import rollout
 

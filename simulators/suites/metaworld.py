@@ -28,7 +28,7 @@ class MetaWorld(Suite):
     module = "metaworld"
     extra = "metaworld"
     distributions = ("metaworld", "mujoco", "gymnasium")
-    experts = {PREFIX: lambda env: Script(env.unwrapped.task)}
+    experts = {PREFIX: lambda env: Script(env)}
 
     def owns(self, id: str) -> bool:
         return id.startswith(PREFIX)
@@ -65,11 +65,12 @@ class Sawyer(gymnasium.Env):
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
 
         self.task, self.render_mode = task, render_mode
-        self.env: Any = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{task}-goal-observable"](seed=0)
+        make: Any = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{task}-goal-observable"]
+        self.env = make(seed=0)
         self.env._freeze_rand_vec, self.env.seeded_rand_vec = False, True  # it has no public way to say so
         self.start = self.env.get_env_state()
         self.model, self.data, self.action_space = self.env.model, self.env.data, self.env.action_space
-        space = self.env.observation_space
+        space: Any = self.env.observation_space
         self.observation_space = gymnasium.spaces.Box(space.low, space.high, dtype=np.float32)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
@@ -93,10 +94,11 @@ class Script:
 
     algorithm = "scripted"
 
-    def __init__(self, task: str):
+    def __init__(self, env: gymnasium.Env):
         from metaworld.policies import ENV_POLICY_MAP
 
-        self.make = ENV_POLICY_MAP[task]
+        task: Any = env.unwrapped
+        self.make: Any = ENV_POLICY_MAP[task.task]
 
     def reset(self) -> None:
         self.policy = self.make()
