@@ -369,7 +369,8 @@ def main() -> int:
             return 0
         manifest = build(options, flags, console)
     except (SourceError, ValueError, OSError) as error:
-        print(f"error: {full_disk(error, options.output or f"data/shards/{options.source}") or error}", file=sys.stderr)
+        place = options.output or f"data/shards/{options.source}"
+        print(f"error: {full_disk(error, place) or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         print("interrupted: no dataset yet; the same command again keeps the finished shards", file=sys.stderr)
