@@ -56,13 +56,13 @@ TINY_TABLE = replace(
 TINY_TIMESTEPS = replace(
     TINY_TABLE,
     steps=3_000,
-    model=replace(TINY.model, sequence="timesteps", blocks=2),
-    loss=replace(TINY.loss, stride=8),
+    model=replace(TINY.model, sequence="timesteps", blocks=2, values=True, returns=True),
+    loss=replace(TINY.loss, stride=8, discrete=8.0),
     optimiser=replace(TINY_TABLE.optimiser, bins="smooth", decay_steps=3_000, final_lr_share=0.02),
     data=DataConfig(
-        global_batch=64,
-        micro_batch=64,
-        stream=StreamConfig(sequence_length=192, prompt_probability=0.5, prompt_loss=False),
+        global_batch=96,
+        micro_batch=96,
+        stream=StreamConfig(sequence_length=264, prompt_probability=0.0),
     ),
     run=replace(TINY_TABLE.run, output=Path("runs/tiny-timesteps")),
 )

@@ -18,6 +18,7 @@ from trainer.loss import LossConfig, Objective, select, strided_cross_entropy
 from trainer.model import Gato, ModelConfig
 from trainer.model.transformer import causal_segment_mask
 from trainer.optimiser import make_optimiser
+from trainer.scales import observation_scales
 
 SMALL = ModelConfig(
     blocks=2, heads=2, width=32, feed_forward=64, head_size=16, patch_channels=16, rotary="token", sequence="timesteps"
@@ -34,18 +35,20 @@ def stream(hopper, pong):
 @pytest.fixture(scope="module")
 def model(stream):
     model = Gato(SMALL, DISJOINT).initialise(0).eval()
-    model.standardise(stream.batch(0, 64).to("cpu"))
+    model.standardise(observation_scales(stream, 64))
     return model
 
 
 @torch.no_grad()
-def test_values_are_standardised_place_by_place(stream, model):
-    batch = stream.batch(0, 64).to("cpu")
+def test_values_are_standardised_column_by_column(stream, model):
+    batch, task = stream.batch(0, 64).to("cpu"), next(n for n, name in enumerate(stream.tasks) if "hopper" in name)
     values = continuous.decode_observation(batch.tokens.numpy().clip(32000, 33023).astype(np.uint16), DISJOINT)
     for place in range(11):
         at = ((batch.positions == place) & (batch.roles == OBSERVATION)).numpy()
-        shown = values[at] * float(model.spreads.weight[place, 0]) + float(model.spreads.weight[place, 1])
+        factor, move = model.spreads[task, place].tolist()
+        shown = values[at] * factor + move
         assert abs(shown.mean()) < 1e-3 and shown.std() == pytest.approx(1, abs=1e-3)
+    assert model.spreads[1 - task].unique(dim=0).tolist() == [[1.0, 0.0]]  # pictures have no such column
 
 
 def plain(model, batch):
@@ -69,7 +72,7 @@ def plain(model, batch):
                     if 32000 <= batch.tokens[row, place] < 33024:
                         token = batch.tokens[row, place].numpy().astype(np.uint16)
                         value = continuous.decode_observation(token, DISJOINT)
-                        factor, move = model.spreads.weight[index]
+                        factor, move = model.spreads[batch.tasks[row], index]
                         total = total + (float(value) * factor + move).clamp(-10, 10) * model.slopes.weight[index]
             elements.append(total)
         mask = causal_segment_mask(batch.segments[row, begins][None])
@@ -117,8 +120,11 @@ def test_play_is_training(hopper, model, prompt):
     """An agent's logits are those of a training sequence of the same timesteps, prompt and all."""
     dataset = Dataset(hopper)
     spec, vocabulary = dataset.manifest.tasks[0].spec, dataset.manifest.vocabulary
-    fingerprint = vocabulary.fingerprint
-    info = ExportInfo("gato.model", 1, SMALL, vocabulary, fingerprint, LENGTH, 0, (spec,), {}, TrainingInfo())
+    fingerprint, scales = vocabulary.fingerprint, observation_scales(Stream([hopper], StreamConfig(LENGTH), 0), 64)
+    model.standardise(scales)
+    info = ExportInfo(
+        "gato.model", 1, SMALL, vocabulary, fingerprint, LENGTH, 0, (spec,), {}, TrainingInfo(), observations=scales
+    )
     options = AgentConfig(prompt=prompt, decoding="greedy", prompt_share=0.34)
     agent = GatoAgent(model, info, spec, options, demonstration(dataset, 0, options))
     config = StreamConfig(sequence_length=LENGTH, prompt_probability=0.0)
@@ -147,8 +153,11 @@ def test_play_is_training(hopper, model, prompt):
 def test_an_episode_is_played_alike_alone_and_among_others(hopper, model):
     dataset = Dataset(hopper)
     spec, vocabulary = dataset.manifest.tasks[0].spec, dataset.manifest.vocabulary
-    fingerprint = vocabulary.fingerprint
-    info = ExportInfo("gato.model", 1, SMALL, vocabulary, fingerprint, LENGTH, 0, (spec,), {}, TrainingInfo())
+    fingerprint, scales = vocabulary.fingerprint, observation_scales(Stream([hopper], StreamConfig(LENGTH), 0), 64)
+    model.standardise(scales)
+    info = ExportInfo(
+        "gato.model", 1, SMALL, vocabulary, fingerprint, LENGTH, 0, (spec,), {}, TrainingInfo(), observations=scales
+    )
     options = AgentConfig(prompt="end")
     rng = np.random.default_rng(0)
     seen = [{"observation": rng.normal(size=(5, 11)).astype(np.float32)} for _ in range(9)]
