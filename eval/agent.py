@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from etl.tokenizers.text import TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer
 from eval.cuda_graph import Replay, compiled
+from schemas.dataset import ObservationScale, ReturnScale
 from schemas.episode import TaskSpec
 from schemas.layout import SEPARATOR
 from schemas.vocabulary import bin_centres
@@ -40,6 +41,8 @@ from trainer.checkpoint import ExportInfo
 from trainer.model import Gato
 from trainer.model.gato import Blocks
 from trainer.model.transformer import Cache
+
+Scale = TypeVar("Scale", ObservationScale, ReturnScale)
 
 ROWS = 4  # that a CPU's matrix products need to round as they do for more
 
@@ -96,6 +99,12 @@ def prompted(config: AgentConfig, info: ExportInfo, task: TaskSpec) -> AgentConf
         return config
     shared = any(other.name != task.name and other.environment == task.environment for other in info.tasks)
     return replace(config, prompt="end" if shared and not info.model.returns else "none")
+
+
+def _scale_of(scales: dict[str, Scale], info: ExportInfo, task: TaskSpec) -> Scale | None:
+    """The scale of a task, or of another one of its environment; None where the model was trained on neither."""
+    shared = [other.name for other in info.tasks if task.environment and other.environment == task.environment]
+    return next((scales[name] for name in (task.name, *shared) if name in scales), None)
 
 
 def best_demonstration(dataset: Dataset, task: int, prompt: Literal["auto", "end", "start"]) -> Prompt:
@@ -169,18 +178,19 @@ class GatoAgent:
 
     def _spread(self, info: ExportInfo, task: TaskSpec) -> Tensor:
         """(K, 2): what standardises values in each column of the task's timestep."""
-        if task.name not in info.observations:
+        scale = _scale_of(info.observations, info, task)
+        if scale is None:
             known = ", ".join(info.observations)
             raise ValueError(
                 f"task '{task.name}': this model has no scale of its observations, only those of {known}; train it on "
                 "the task"
             )
-        spread = self.model.spread_of(info.observations[task.name]).to(self.device)
+        spread = self.model.spread_of(scale).to(self.device)
         return spread[self.positions.long().clamp(max=len(spread) - 1)]
 
     def _asked(self, info: ExportInfo, task: TaskSpec) -> Tensor | None:
         """(W,): what the return that is asked for adds to each timestep; None where the model reads none."""
-        scale = info.returns.get(task.name)
+        scale = _scale_of(info.returns, info, task)
         if self.config.asked_return is not None and (not self.model.config.returns or scale is None):
             raise ValueError(f"--agent.asked-return: this model was not trained with returns of task '{task.name}'")
         if not self.model.config.returns or scale is None:
