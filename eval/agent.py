@@ -103,8 +103,11 @@ def prompted(config: AgentConfig, info: ExportInfo, task: TaskSpec) -> AgentConf
 
 def _scale_of(scales: dict[str, Scale], info: ExportInfo, task: TaskSpec) -> Scale | None:
     """The scale of a task, or of another one of its environment; None where the model was trained on neither."""
-    shared = [other.name for other in info.tasks if task.environment and other.environment == task.environment]
-    return next((scales[name] for name in (task.name, *shared) if name in scales), None)
+    alike: list[str] = [
+        other.name for other in info.tasks if task.environment and other.environment == task.environment
+    ]
+    found = [scales[name] for name in [task.name, *alike] if name in scales]
+    return found[0] if found else None
 
 
 def best_demonstration(dataset: Dataset, task: int, prompt: Literal["auto", "end", "start"]) -> Prompt:

@@ -239,9 +239,8 @@ def test_an_export_keeps_its_scales(hopper, stream, model, tmp_path):
     export(tmp_path / "now", dict(model.state_dict()), info)
     again, read = load_export(tmp_path / "now")
     assert (read.observations, read.returns) == (info.observations, info.returns)
-    assert torch.equal(
-        GatoAgent(again, read, spec, AgentConfig()).spread, GatoAgent(model, info, spec, AgentConfig()).spread
-    )
+    before, after = GatoAgent(model, info, spec, AgentConfig()), GatoAgent(again, read, spec, AgentConfig())
+    assert torch.equal(before.spread, after.spread) and torch.equal(before.asked, after.asked)
     export(tmp_path / "older", dict(model.state_dict()), replace(info, version=2))
     with pytest.raises(CheckpointError, match="train again"):
         load_export(tmp_path / "older")
