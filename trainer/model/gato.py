@@ -130,7 +130,8 @@ class Gato(nn.Module):
 
     def asked_for(self, returns: Tensor) -> Tensor:
         """(..., W): what standardised returns (...) add to the separators of their timesteps."""
-        return (returns.clamp(-LARGEST, LARGEST)[..., None] * self.asked.weight[0]).to(self.asked.weight.dtype)
+        direction = self.asked(torch.zeros((), dtype=torch.int64, device=returns.device))
+        return returns.clamp(-LARGEST, LARGEST)[..., None].to(direction.dtype) * direction
 
     def scaled(self, x: Tensor, tokens: Tensor, positions: Tensor, shown: Tensor, spread: Tensor) -> Tensor:
         """What `tokens` (...), embedded as x (..., W), at `positions` (...) of their timestep give to its element;
