@@ -47,10 +47,12 @@ class LossConfig:
     """Rows of logits in memory at a time; 0 for all at once (the plain form)."""
 
 
-def select(gato: Gato, batch: Batch, branch_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def select(
+    gato: Gato, batch: Batch, branch_scale: Tensor | None = None, table: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For every supervised position p: hidden states (N, W) at p - 1, targets (N,) int64 at p, index in the timestep
     (N,) of p, and tasks (N,)."""
-    hidden, places = gato(batch, branch_scale, batch.predict_index), batch.predict_index.long()
+    hidden, places = gato(batch, branch_scale, batch.predict_index, table), batch.predict_index.long()
     targets, positions = (values.flatten()[places + 1] for values in (batch.tokens, batch.positions))
     return hidden, targets.long(), positions, batch.tasks[places // batch.tokens.shape[1]]
 
@@ -146,11 +148,15 @@ class Objective(nn.Module):
         self.gato, self.config = gato, config
         whole = text or config.softmax == "vocabulary"
         self.ids = IdRange(0, gato.vocabulary.size) if whole else action_ids(gato.vocabulary)
+        # text's rows, 15 of 16 that a table has, get no gradient to be made, added and measured where there is no text
+        above = min(action_ids(gato.vocabulary).start, gato.vocabulary.observation_discrete.start)
+        self.first = gato.vocabulary.text.stop if not whole and above >= gato.vocabulary.text.stop else 0
         self.continuous: Tensor
         self.register_buffer("continuous", torch.tensor(continuous), persistent=False)
 
     def forward(self, batch: Batch, branch_scale: Tensor | None = None) -> Tensor:
-        hidden, targets, positions, tasks = select(self.gato, batch, branch_scale)
+        table = self.gato.tokens.weight[self.first :]
+        hidden, targets, positions, tasks = select(self.gato, batch, branch_scale, table if self.first else None)
         ids = self.gato.vocabulary.action_continuous
         ordered = self.continuous[tasks] & (targets >= ids.start) & (targets < ids.stop)
         total = hidden.new_zeros((), dtype=torch.float32)
@@ -158,25 +164,25 @@ class Objective(nn.Module):
             errors = self.gato.values_at(hidden, positions).float() - centre_of(targets, ids)
             total = total + self.config.squared * (errors.square() * ordered).sum()
         if self.config.stride > 1:
-            rows, stride = self.gato.tokens.weight[ids.start : ids.stop], self.config.stride
+            rows, stride = table[ids.start - self.first : ids.stop - self.first], self.config.stride
             first = int(batch.tokens.sum()) % stride  # any number that the batch alone decides
             bins = targets[ordered] - ids.start
             total = total + strided_cross_entropy(hidden[ordered], rows, bins, first, stride, self.config.soft_bins)
         elif self.config.discrete != 1:
-            total = total + self._whole(hidden[ordered], targets[ordered], ordered[ordered])
+            total = total + self._whole(table, hidden[ordered], targets[ordered], ordered[ordered])
         else:
-            return total + self._whole(hidden, targets, ordered)
+            return total + self._whole(table, hidden, targets, ordered)
         rest = ~ordered
-        return total + self.config.discrete * self._whole(hidden[rest], targets[rest], ordered[rest])
+        return total + self.config.discrete * self._whole(table, hidden[rest], targets[rest], ordered[rest])
 
-    def _whole(self, hidden: Tensor, targets: Tensor, ordered: Tensor) -> Tensor:
+    def _whole(self, table: Tensor, hidden: Tensor, targets: Tensor, ordered: Tensor) -> Tensor:
         """Summed cross-entropy over all ids."""
         if not len(targets):
             return hidden.sum() * 0
         ids = self.gato.vocabulary.action_continuous
         neighbours, weights = soft_targets(targets, ordered, ids, self.config.soft_bins)
         neighbours = neighbours - self.ids.start
-        weight = self.gato.tokens.weight[self.ids.start : self.ids.stop]
+        weight = table[self.ids.start - self.first : self.ids.stop - self.first]
         if self.config.chunk == 0:
             return cross_entropy(functional.linear(hidden, weight), neighbours, weights).sum()
         if torch.is_autocast_enabled(hidden.device.type):

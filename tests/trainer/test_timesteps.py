@@ -276,3 +276,19 @@ def test_a_strided_loss_learns_what_the_whole_one_does(stream):
             optimiser.zero_grad()
         losses[stride] = [whole(stream.batch(first, 16).to("cpu")).item() for first in (0, 400)]
     assert losses[8] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.parametrize("sequence", ["timesteps", "tokens"])
+def test_leaving_out_text_rows_changes_no_gradient(stream, sequence):
+    model = Gato(replace(SMALL, sequence=sequence), DISJOINT).initialise(0)
+    if sequence == "timesteps":
+        model.standardise(observation_scales(stream, 64))
+    objective = Objective(model, LossConfig(soft_bins=8.0, softmax="targets"), stream_kinds(stream), text=False)
+    found = []
+    for first in (objective.first, 0):
+        objective.first = first
+        model.zero_grad()
+        loss = objective(stream.batch(0, 8).to("cpu"))
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    assert first == 0 < DISJOINT.text.stop and all(map(torch.equal, *found))

@@ -110,9 +110,12 @@ class Gato(nn.Module):
             rows = self.tokens.weight[start : start + count]
             rows.copy_(smooth.to(rows) + rows * 0.1)
 
-    def embed(self, batch: Batch) -> Tensor:
+    def embed(self, batch: Batch, table: Tensor | None = None) -> Tensor:
         """(B, L, W): token, or patch, plus local position (paper §2.2, appendix C.3)."""
-        x = self.tokens(batch.tokens.int())
+        if table is None:
+            x = self.tokens(batch.tokens.int())
+        else:  # patches and padding have id 0, whatever it shows
+            x = F.embedding((batch.tokens.int() - len(self.tokens.weight) + len(table)).clamp(min=0), table)
         # also where a batch has no patches: every rank must make the same gradients, or their reduction jams
         embedded = self.patches(batch.patches, batch.patch_positions).to(x.dtype)
         x = x.flatten(0, 1).index_copy(0, batch.patch_index.long(), embedded).view_as(x)
@@ -178,29 +181,38 @@ class Gato(nn.Module):
             return None
         return rope_cos_sin(places, self.config.head_size, self.tokens.weight.dtype)
 
-    def forward(self, batch: Batch, branch_scale: Tensor | None = None, predict_index: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        batch: Batch,
+        branch_scale: Tensor | None = None,
+        predict_index: Tensor | None = None,
+        table: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states (B, L, W) after the last norm, or (N, W) of the places `predict_index` (N,) int32 of the
         flattened (B L) alone, which saves work in the last block. `branch_scale` (B, blocks, 2, 1 or W) scales the
-        residual branches, for stochastic depth and dropout. Nothing here depends on a tensor's values, so a GPU's
-        host never waits."""
+        residual branches, for stochastic depth and dropout. `table`: the last rows of the embedding table, where a
+        batch has no other ids; sharing them with the head saves gradients of all rows. Nothing here depends on a
+        tensor's values, so a GPU's host never waits."""
         if self.by_timesteps:
             assert predict_index is not None
-            return self._timesteps(batch, branch_scale, predict_index)
-        x = self.embed(batch)
+            return self._timesteps(batch, branch_scale, predict_index, table)
+        x = self.embed(batch, table)
         # one segment a sequence needs no mask: the plain causal kernel is the same function, faster
         mask = None
         if batch.packed:
             mask = batch.cu_seqlens if flash_serves(x) else causal_segment_mask(batch.segments)
         return self.through(x, mask, branch_scale, predict_index)
 
-    def _timesteps(self, batch: Batch, branch_scale: Tensor | None, predict_index: Tensor) -> Tensor:
+    def _timesteps(
+        self, batch: Batch, branch_scale: Tensor | None, predict_index: Tensor, table: Tensor | None
+    ) -> Tensor:
         """`forward` with one element per timestep: hidden states (N, W) that predict the tokens after
         `predict_index`."""
         B, S, device = len(batch.tokens), batch.timesteps, batch.tokens.device
         first = (batch.positions == 0) & (batch.roles != PAD)
         row = torch.arange(B, device=device)[:, None]
         slot = (first.cumsum(1) - 1).clamp(min=0) + S * row  # each token's timestep among all of the batch
-        x = self.embed(batch).flatten(0, 1)
+        x = self.embed(batch, table).flatten(0, 1)
         x = torch.zeros(B * S, x.shape[-1], dtype=x.dtype, device=device).index_add(0, slot.flatten(), x)
         mask = None
         if batch.packed:
