@@ -32,6 +32,7 @@ from trainer.loss import Objective, targets_of
 from trainer.model import Gato
 from trainer.optimiser import make_optimiser
 from trainer.recipes import RECIPES
+from trainer.scales import observation_scales
 
 # windows of four timesteps or so; as many as take a core some 0.2 seconds
 SHORT: dict[str, Any] = {"sequence_length": 96, "prompt_probability": 0.0}
@@ -102,7 +103,7 @@ def trained(config: TrainConfig, stream: Stream, seconds: float) -> tuple[Gato, 
     """A model after so much CPU time, and its steps. The rate warms up in a twentieth of it, then falls by cosine."""
     gato = Gato(config.model, stream.vocabulary).initialise(config.seed)
     if gato.by_timesteps:
-        gato.standardise(stream.batch(0, 512).to("cpu"))
+        gato.standardise(observation_scales(stream))
     objective = Objective(gato, config.loss, *targets_of(stream))
     shape = config.optimiser
     optimiser = make_optimiser(gato, shape)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from etl.tokenizers.text import TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer
 from eval.cuda_graph import Replay, compiled
+from schemas.dataset import ObservationScale, ReturnScale
 from schemas.episode import TaskSpec
 from schemas.layout import SEPARATOR
 from schemas.vocabulary import bin_centres
@@ -40,6 +41,8 @@ from trainer.checkpoint import ExportInfo
 from trainer.model import Gato
 from trainer.model.gato import Blocks
 from trainer.model.transformer import Cache
+
+Scale = TypeVar("Scale", ObservationScale, ReturnScale)
 
 ROWS = 4  # that a CPU's matrix products need to round as they do for more
 ALIGNMENT = {
@@ -51,14 +54,17 @@ ALIGNMENT = {
 class AgentConfig:
     """How actions are decoded."""
 
-    decoding: Literal["auto", "sample", "greedy", "mean"] = "auto"
-    """sample from the restricted softmax; greedy; mean of bins (continuous actions only); auto: mean for
-    continuous actions, sample for discrete ones."""
+    decoding: Literal["auto", "sample", "greedy", "mean", "value"] = "auto"
+    """sample from the restricted softmax; greedy; mean of bins or value (continuous actions only), the number that a
+    model with values learned; auto: sample for discrete actions; for continuous ones value where there is one, else
+    mean."""
     temperature: float = 1.0
+    asked_return: float | None = None
+    """The episode's return that a model with returns is asked for; by default the upper quartile of the task's data."""
     prompt: Literal["auto", "end", "start", "none"] = "auto"
     """A demonstration's last timesteps, as half of the prompts in training; its first, as the paper has it (§2.4);
     none; or auto: none, but the last ones where several of the model's tasks share an environment and only a prompt
-    tells which is meant. docs/ablations.md has what each gives."""
+    tells which is meant (no return does). docs/ablations.md has what each gives."""
     prompt_share: float = 0.5
     """Share of the window that starts out filled with the prompt."""
     window: Literal["rolling", "exact"] = "rolling"
@@ -95,7 +101,16 @@ def prompted(config: AgentConfig, info: ExportInfo, task: TaskSpec) -> AgentConf
     if config.prompt != "auto":
         return config
     shared = any(other.name != task.name and other.environment == task.environment for other in info.tasks)
-    return replace(config, prompt="end" if shared else "none")
+    return replace(config, prompt="end" if shared and not info.model.returns else "none")
+
+
+def _scale_of(scales: dict[str, Scale], info: ExportInfo, task: TaskSpec) -> Scale | None:
+    """The scale of a task, or of another one of its environment; None where the model was trained on neither."""
+    alike: list[str] = [
+        other.name for other in info.tasks if task.environment and other.environment == task.environment
+    ]
+    found = [scales[name] for name in [task.name, *alike] if name in scales]
+    return found[0] if found else None
 
 
 def best_demonstration(dataset: Dataset, task: int, prompt: Literal["auto", "end", "start"]) -> Prompt:
@@ -132,9 +147,12 @@ class GatoAgent:
         if self.window < 2:
             raise ValueError(f"task '{task.name}': two timesteps do not fit a context of {info.sequence_length} tokens")
         continuous = task.action is not None and task.action.kind == "continuous"
-        self.decoding = config.decoding if config.decoding != "auto" else ("mean" if continuous else "sample")
-        if self.decoding == "mean" and not continuous:
+        numeric = "value" if model.config.values else "mean"
+        self.decoding = config.decoding if config.decoding != "auto" else (numeric if continuous else "sample")
+        if self.decoding in ("mean", "value") and not continuous:
             raise ValueError(f"task '{task.name}': the mean of bins has no meaning for discrete actions")
+        if self.decoding == "value" and not model.config.values:
+            raise ValueError("--agent.decoding value: this model has bins alone; use mean")
         self.ids = self.tokenizer.action_ids
         """Of each of an action's tokens."""
         weight = model.tokens.weight.detach()
@@ -153,12 +171,39 @@ class GatoAgent:
             self.launch = "plain"
         with torch.inference_mode():
             roles, positions = (torch.from_numpy(x) for x in (self.layout.roles, self.layout.local_positions))
-            self.local = model.local(roles.to(self.device), positions.to(self.device))
+            self.roles, self.positions = roles.to(self.device), positions.to(self.device)
+            self.local = model.local(self.roles, self.positions)
+            if model.by_timesteps:
+                self.spread = self._spread(info, task)
+            self.asked = self._asked(info, task)
+            if self.asked is not None and not model.by_timesteps:
+                self.local[self.layout.roles == SEPARATOR] += self.asked
             multiple = ALIGNMENT.get(self.device.type, 1)
             self.slot = torch.arange(-(-self.slots // multiple) * multiple, device=self.device)
             self.centres = torch.from_numpy(bin_centres(len(self.head))).to(self.device)
             self.patch_centres = torch.from_numpy(self.layout.patch_centres).to(self.device)
-            self.roles, self.positions = roles.to(self.device), positions.to(self.device)
+
+    def _spread(self, info: ExportInfo, task: TaskSpec) -> Tensor:
+        """(K, 2): what standardises values in each column of the task's timestep."""
+        scale = _scale_of(info.observations, info, task)
+        if scale is None:
+            known = ", ".join(info.observations)
+            raise ValueError(
+                f"task '{task.name}': this model has no scale of its observations, only those of {known}; train it on "
+                "the task"
+            )
+        spread = self.model.spread_of(scale).to(self.device)
+        return spread[self.positions.long().clamp(max=len(spread) - 1)]
+
+    def _asked(self, info: ExportInfo, task: TaskSpec) -> Tensor | None:
+        """(W,): what the return that is asked for adds to each timestep; None where the model reads none."""
+        scale = _scale_of(info.returns, info, task)
+        if self.config.asked_return is not None and (not self.model.config.returns or scale is None):
+            raise ValueError(f"--agent.asked-return: this model was not trained with returns of task '{task.name}'")
+        if not self.model.config.returns or scale is None:
+            return None
+        wanted = scale.target if self.config.asked_return is None else self.config.asked_return
+        return self.model.asked_for(torch.tensor(scale.scaled(wanted), device=self.device))
 
     @torch.inference_mode()
     def reset(self, batch: int) -> None:
@@ -254,7 +299,9 @@ class GatoAgent:
         """Columns [0, k) of m timesteps (m, k), patches (m, P, 16, 16, C) -> their elements (m, W)."""
         k = ids.shape[1]
         x = self._looked_up(ids, pixels)
-        return self.model.scaled(x, ids, self.positions[:k], self.roles[:k] != SEPARATOR).sum(dim=1)
+        shown = self.roles[:k] != SEPARATOR
+        x = self.model.scaled(x, ids, self.positions[:k], shown, self.spread[:k]).sum(dim=1)
+        return x if self.asked is None else x + self.asked
 
     def _timestep_at_once(self, ids: Tensor, pixels: np.ndarray | None, points: Tensor) -> Tensor:
         """Tokens (n, A) of the action, by timesteps."""
@@ -263,12 +310,20 @@ class GatoAgent:
         self.shown = self.shown[:, -(self.window - self.kept.shape[1]) :]
         x = self._filled(torch.cat([self.kept.expand(n, -1, -1), self.shown], dim=1))
         hidden = self.model.through(x)[:, -1:] * self.model.scales_at(self.positions[-A:])
+        if self.decoding == "value":
+            return self._chosen_values(hidden, self.positions[-A:])[:n]
         logits = F.linear(hidden.flatten(0, 1), self.head)[: n * A].view(n, A, -1)
         chosen = [
             ids.start + self._choose(logits[:, column, : ids.size], points[:, column, None])
             for column, ids in enumerate(self.ids)
         ]
         return torch.stack(chosen, dim=1)
+
+    def _chosen_values(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Ids of the bins that hold what hidden states (..., W) decode to at `positions` (...)."""
+        ids = self.ids[0]
+        place = (self.model.values_at(hidden, positions).double() + 1) * (ids.size / 2)
+        return ids.start + place.long().clamp(0, ids.size - 1)
 
     def _replayed(self, *inputs: Tensor) -> Tensor:
         """`timestep` by the graph of a batch of this size, captured where the last one's was another."""
@@ -299,9 +354,12 @@ class GatoAgent:
             angles = None if rope is None else rope[:, part]
             filled = self._filled(x) if len(x) * x.shape[1] < self.rows_needed else x
             hidden = self.model.step(filled, self.cache, slots[part], mask[part], angles, blocks)[: len(x), -1]
-            ids = self.ids[column]
-            logits = F.linear(self._filled(hidden), self.head)[: len(x), : ids.size]
-            chosen.append(ids.start + self._choose(logits, points[:, column, None]))
+            if self.decoding == "value":
+                chosen.append(self._chosen_values(hidden, self.positions[column - A]))
+            else:
+                ids = self.ids[column]
+                logits = F.linear(self._filled(hidden), self.head)[: len(x), : ids.size]
+                chosen.append(ids.start + self._choose(logits, points[:, column, None]))
             x = self._embed_actions(chosen[-1][:, None], column)
             begin, end = end, end + 1
         return torch.stack(chosen, dim=1)

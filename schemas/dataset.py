@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from pydantic import TypeAdapter, ValidationError
 
@@ -164,6 +166,46 @@ class TaskSummary:
         if held_out:
             return self.held_out_timesteps, self.held_out_episodes
         return self.timesteps - self.held_out_timesteps, self.episodes - self.held_out_episodes
+
+
+@dataclass(frozen=True)
+class ObservationScale:
+    """Mean and standard deviation of each column of a task's timestep, over all tasks of the environment; 0 and 1 where
+    a column holds no continuous observation."""
+
+    __pydantic_config__ = STRICT
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ReturnScale:
+    """How a task's episode returns become the number that a model may be shown: (return - mean) / std, over all tasks
+    of the environment, so that their levels stay apart; and the raw return that an agent asks for."""
+
+    __pydantic_config__ = STRICT
+    mean: float
+    std: float
+    target: float
+
+    def scaled(self, episode_return: Any) -> Any:
+        """Of raw returns, an array or a number."""
+        return (episode_return - self.mean) / self.std
+
+
+def return_scales(tasks: Sequence[TaskSummary]) -> dict[str, ReturnScale]:
+    """The scale of each task by name, from the returns of the tasks that share its environment; the target is the
+    upper quartile of its own. Tasks without an environment or complete episodes have none."""
+    known = [task for task in tasks if task.returns and task.spec.environment]
+    scales = {}
+    for task in known:
+        group = [other for other in known if other.spec.environment == task.spec.environment]
+        means, stds = (np.array([getattr(one, name) for one in group]) for name in ("return_mean", "return_std"))
+        episodes = np.array([one.episodes for one in group], np.float64)
+        mean = float(np.average(means, weights=episodes))
+        variance = float(np.average(stds**2 + (means - mean) ** 2, weights=episodes))
+        scales[task.spec.name] = ReturnScale(mean, max(variance**0.5, 1e-6), float(task.returns[3]))  # type: ignore[index]
+    return scales
 
 
 @dataclass(frozen=True)

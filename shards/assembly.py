@@ -13,11 +13,12 @@ Shapes: n sequences, s spans, W timesteps, K tokens per timestep, L tokens, P pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from schemas.dataset import ReturnScale
 from schemas.layout import PATCH_SIZE, TEXT, TimestepLayout
 from shards.batch import Batch, BufferPool
 from shards.reader import BadShard
@@ -42,17 +43,21 @@ class Plan:
 
 
 class Assembly:
-    """Of sequences of L tokens of T tasks."""
+    """Of sequences of L tokens of T tasks; `scales`: of their returns, by name."""
 
-    def __init__(self, timelines: Sequence[Timeline], length: int, seed: int):
+    def __init__(self, timelines: Sequence[Timeline], length: int, seed: int, scales: Mapping[str, ReturnScale]):
         self.timelines, self.length = timelines, length
         self.tables = Tables(timelines, length, seed)
+        none = ReturnScale(np.nan, 1.0, np.nan)
+        found = [scales.get(timeline.name, none) for timeline in timelines]
+        self.mean, self.std = np.array([(scale.mean, scale.std) for scale in found]).T
 
     def batch(self, plan: Plan, begin: int, end: int, buffers: BufferPool) -> Batch:
         """Sequences [begin, end) of a plan. BadShard where one cannot be read."""
         task, spans = plan.task[begin:end], plan.spans
         batch, patches_at = self.tables.batch(task, plan.draws[begin:end], plan.evaluation, buffers)
         batch.sequence[:] = plan.i[begin:end]
+        batch.returns = self._returns(spans, task, begin, end)
         kinds, first = self.tables.kind[task], int(spans.first[begin])
         of_span = kinds[spans.sequence[first : spans.first[end]] - begin]
         for kind, rows in group_indices(kinds):
@@ -74,6 +79,17 @@ class Assembly:
             if silent.any():
                 batch.supervised[rows] &= np.arange(self.length) >= silent[:, None] * layout.length
         return batch.seal(buffers)
+
+    def _returns(self, spans: Spans, task: np.ndarray, begin: int, end: int) -> np.ndarray:
+        """Standardised returns (B, S) of the segments of sequences [begin, end)."""
+        own = slice(spans.first[begin], spans.first[end])
+        row, new = spans.sequence[own] - begin, spans.starts_segment[own]
+        before = np.cumsum(new)
+        segment = before - before[spans.first[begin:end] - spans.first[begin]][row]
+        returns = np.zeros((end - begin, int(segment.max()) + 1), np.float32)
+        # of spans of one segment the last one decides: after a prompt, the body
+        returns[row, segment] = (spans.episode_return[own] - self.mean[task][row]) / self.std[task][row]
+        return np.nan_to_num(returns, copy=False)
 
     def _fill_tokens(
         self,

@@ -29,7 +29,8 @@ class Batch:
     supervised (B, L) bool, True where the token AT that place is a target of the loss;
     patches (M, 16, 16, C) uint8, grey ones repeated where others have colours; patch_index (M,) int32, place of
     each in the flattened (B * L); patch_positions (M, 2) uint8, row and column bin; tasks (B,) int64;
-    sequence (B,) int64, the i of each.
+    sequence (B,) int64, the i of each; returns (B, S) float32, the standardised return of each segment's episode (the
+    one after a prompt), 0 where there is none.
 
     `seal` derives four more on the host, since asking a GPU for them would make the host wait:
     predict_index (N,) int32, the place in the flattened (B * L) before each target; cu_seqlens (S,) int32, ascending,
@@ -47,6 +48,7 @@ class Batch:
     patch_positions: Any
     tasks: Any
     sequence: Any
+    returns: Any = None
     predict_index: Any = None
     cu_seqlens: Any = None
     packed: bool = False
@@ -96,6 +98,7 @@ class Batch:
             patch_positions=get("patch_positions", np.uint8, patches, 2),
             tasks=get("tasks", np.int64, B),
             sequence=get("sequence", np.int64, B),
+            returns=np.zeros((B, 1), np.float32),
         )
         batch.tasks[:] = tasks
         return batch

@@ -22,7 +22,7 @@ from typing import Literal
 
 import numpy as np
 
-from schemas.dataset import MANIFEST_NAME, TEXT_MODEL_NAME, DatasetError
+from schemas.dataset import MANIFEST_NAME, TEXT_MODEL_NAME, DatasetError, ReturnScale, return_scales
 from schemas.episode import STRICT
 from schemas.ranges import require
 from schemas.vocabulary import Vocabulary
@@ -156,7 +156,12 @@ class Stream:
 
     @cached_property
     def _assembly(self) -> Assembly:
-        return Assembly(self.timelines, self.config.sequence_length, self.seed)
+        return Assembly(self.timelines, self.config.sequence_length, self.seed, self.return_scales)
+
+    @cached_property
+    def return_scales(self) -> dict[str, ReturnScale]:
+        """How returns are standardised, by task."""
+        return return_scales([timeline.dataset.manifest.tasks[timeline.task] for timeline in self.timelines])
 
     @property
     def fingerprint(self) -> str:

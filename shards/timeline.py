@@ -68,11 +68,11 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Spans:
-    """Where n sequences are copied from. All arrays int64 but `starts_segment`.
+    """Where n sequences are copied from. All arrays int64 but the last two.
 
     first (n + 1,): each sequence's first span. Of each span (s,), ordered by sequence and place: its sequence; its
     shard; the first byte of its tokens and of its patches there; timesteps; the first one in the sequence's grid;
-    whether it begins another segment."""
+    whether it begins another segment; the return of its episode, float64."""
 
     first: np.ndarray
     sequence: np.ndarray
@@ -82,6 +82,7 @@ class Spans:
     count: np.ndarray
     place: np.ndarray
     starts_segment: np.ndarray
+    episode_return: np.ndarray
 
 
 class TimelineTable:
@@ -106,9 +107,9 @@ class TimelineTable:
             found[at] = timeline.first + timeline.column(name).searchsorted(values[at], side)
         return found
 
-    def take(self, names: Sequence[str], task: np.ndarray, row: np.ndarray) -> np.ndarray:
-        """Columns of rows (n,), int64 (names, n)."""
-        found = np.empty((len(names), len(row)), np.int64)
+    def take(self, names: Sequence[str], task: np.ndarray, row: np.ndarray, dtype: type = np.int64) -> np.ndarray:
+        """Columns of rows (n,), of `dtype` (names, n)."""
+        found: np.ndarray = np.empty((len(names), len(row)), dtype)
         for number, at in group_indices(self.dataset_of_task[task]):
             own, dataset = row[at], self.datasets[number]
             for values, name in zip(found, names):
@@ -205,6 +206,7 @@ class TimelineTable:
             count=np.minimum(b[run], end) - start,
             place=place[run] + start - a[run],
             starts_segment=starts_segment,
+            episode_return=self.take(("episode_return",), task, row, np.float64)[0],
         )
 
 

@@ -22,7 +22,7 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from schemas import upgrade
+from schemas.dataset import ObservationScale, ReturnScale
 from schemas.episode import STRICT, TaskSpec
 from schemas.files import atomic_write, sha256_of, sync_folder, temporary_name
 from schemas.vocabulary import Vocabulary
@@ -43,7 +44,7 @@ from trainer.model import Gato, ModelConfig
 CHECKPOINT_VERSION = 2
 PART = re.compile(r"part-\d{5,9}\.safetensors")
 MODEL, TENSORS, PROMPTS = "model.json", "weights.safetensors", "prompts.safetensors"
-EXPORT_VERSION = 2  # 1: tasks as in datasets of schema 3
+EXPORT_VERSION = 3  # 1: tasks as in datasets of schema 3; 2: no scales of observations and returns
 
 
 class CheckpointError(ValueError):
@@ -260,6 +261,10 @@ class ExportInfo:
     """Rows of the embedding table before this one are left out, see eval/ship.py."""
     weights_sha256: str = ""
     prompts_sha256: str = ""
+    observations: dict[str, ObservationScale] = field(default_factory=dict)
+    """What a model that reads timesteps standardises by, by task."""
+    returns: dict[str, ReturnScale] = field(default_factory=dict)
+    """What a model with `returns` is asked for, by task."""
 
 
 _EXPORT: TypeAdapter[ExportInfo] = TypeAdapter(ExportInfo)
@@ -313,6 +318,8 @@ def load_export(folder: Path, vocabulary: Vocabulary | None = None) -> tuple[Gat
         raise CheckpointError(f"{path}: not an export this package reads ({detail}); export again") from None
     if info.format != "gato.model" or not 1 <= info.version <= EXPORT_VERSION:
         raise CheckpointError(f"{path}: format {info.format} {info.version}, expected gato.model 1 to {EXPORT_VERSION}")
+    if info.version < 3 and info.model.sequence == "timesteps":
+        raise CheckpointError(f"{path}: its observations are scaled by place, not by task as now; train again")
     (vocabulary or info.vocabulary).require(info.vocabulary_fingerprint, str(path))
     weights = path.with_name("weights.safetensors")
     if not weights.is_file() or sha256_of(weights) != info.weights_sha256:

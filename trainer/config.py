@@ -176,6 +176,8 @@ def resume_critical(config: TrainConfig) -> dict[str, Any]:
         ("model", "dropout", 0.0), ("model", "patch_norm", "group"),
         ("model", "sequence", "tokens"), ("optimiser", "schedule", "cosine"),
         ("optimiser", "matrices", "adamw"), ("optimiser", "bins", "rows"), ("loss", "stride", 1),
+        ("model", "values", False), ("model", "returns", False), ("loss", "squared", 100.0),
+        ("loss", "discrete", 1.0),
     )  # fmt: skip
     for part, name, default in later:
         if raw[part][name] == default:
@@ -193,7 +195,8 @@ RANGES = (
     ("optimiser.warmup_steps", 0, 2**40), ("optimiser.decay_steps", 1, 2**40), ("optimiser.beta_1", 0, 0.99999),
     ("optimiser.beta_2", 0, 0.9999999), ("optimiser.epsilon", 0, 1), ("optimiser.weight_decay", 0, 10),
     ("optimiser.gradient_clip", 0, 1e9), ("optimiser.muon_peak_lr", 1e-12, 1e38),
-    ("loss.soft_bins", 0, 1024), ("loss.stride", 1, 128), ("loss.chunk", 0, 2**31),
+    ("loss.soft_bins", 0, 1024), ("loss.stride", 1, 128), ("loss.squared", 0, 1e9), ("loss.discrete", 1e-6, 1e6),
+    ("loss.chunk", 0, 2**31),
     ("model.blocks", 1, 10_000), ("model.heads", 1, 10_000), ("model.width", 1, 2**20), ("model.head_size", 1, 2**16),
     ("model.feed_forward", 1, 2**24), ("model.dropout", 0, 0.99), ("model.stochastic_depth", 0, 0.99),
     ("run.log_every", 1, 2**40), ("run.evaluate_every", 1, 2**40), ("run.evaluate_sequences", 0, 2**31),

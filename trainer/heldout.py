@@ -30,7 +30,8 @@ def evaluate(
         and for continuous actions
         held_out/TASK/action_error: mean |greedy bin centre - logged one|, actions scaled to [-1, 1];
         held_out/TASK/bin_error: the same in bins;
-        held_out/TASK/mean_error: mean |expected bin centre - logged one|, the error of decoding by the mean of bins.
+        held_out/TASK/mean_error: mean |expected bin centre - logged one|, the error of decoding by the mean of bins;
+        held_out/TASK/value_error: mean |value - logged one|, of a model with values.
     """
     training, vocabulary = model.training, model.vocabulary
     model.eval()
@@ -48,7 +49,9 @@ def evaluate(
         windows, count = min(sequences, timeline.windows), 0
         for first in range(0, windows, micro_batch):
             batch = stream.evaluation_batch(task, np.arange(first, min(first + micro_batch, windows))).to(device)
-            logits, targets = held_out_logits(model, batch, ids)
+            if model.by_timesteps:
+                batch.tasks.fill_(model.task_rows[name])  # a held-out stream may lack tasks and number them otherwise
+            logits, targets, values = held_out_logits(model, batch, ids)
             count += len(targets)
             sums["loss"] += float(functional.cross_entropy(logits, targets, reduction="sum"))
             sums["accuracy"] += float((logits.argmax(dim=1) == targets).sum())
@@ -56,6 +59,8 @@ def evaluate(
                 own = logits[:, bins.start - ids.start : bins.stop - ids.start]
                 logged = centres[(targets + ids.start - bins.start).clamp(0, bins.size - 1)]
                 sums["action_error"] += float((centres[own.argmax(dim=1)] - logged).abs().sum())
+                if values is not None:
+                    sums["value_error"] = sums.get("value_error", 0.0) + float((values - logged).abs().sum())
                 sums["mean_error"] += float((own.softmax(dim=1) @ centres - logged).abs().sum())
         means = {kind: value / max(1, count) for kind, value in sums.items()}
         if ordered:

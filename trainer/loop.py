@@ -36,8 +36,7 @@ from trainer.lifecycle import StopRequest, exclusive_run, restart_watchdog
 from trainer.loss import targets_of
 from trainer.metrics import MetricsWriter
 from trainer.model import Gato
-
-STANDARDISE = 512  # sequences whose observations say where a new model's places start
+from trainer.scales import observation_scales
 
 
 def train(recipe: str, config: TrainConfig, device: torch.device, stop: StopRequest) -> None:
@@ -95,8 +94,9 @@ class Run:
             model.load_state_dict({name: read(f"{name}/weight") for name, _ in model.named_parameters()})
         elif initial is not None:
             model.load_state_dict(initial[0].state_dict())
-        elif model.by_timesteps:
-            model.standardise(self.stream.batch(0, STANDARDISE).to(device))
+        self.scales = observation_scales(self.stream) if model.by_timesteps else {}
+        if self.scales:
+            model.standardise(self.scales)
         # before the engine: under ZeRO 3 its parameters are empty
         self.counts, self.flops = model.parameter_counts(), model.flops_per_token(config.data.stream.sequence_length)
         self.engine = Engine(model, config, device, *targets_of(self.stream))
@@ -311,6 +311,8 @@ class Run:
             step=self.step,
             tasks=tuple(self.specs),
             datasets={d.place.name: d.manifest.fingerprint for d in stream.datasets},
+            observations=self.scales,
+            returns=stream.return_scales if config.model.returns else {},
             training=checkpoint.TrainingInfo(
                 recipe=self.recipe,
                 steps=config.steps,

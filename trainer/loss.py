@@ -38,14 +38,23 @@ class LossConfig:
     stride: int = 1
     """Score only every `stride`-th bin of a continuous action, starting at another bin in each batch (ours, for
     softened targets and bins that move smoothly): the same minimum, at a fraction of the head's cost."""
+    squared: float = 100.0
+    """Weight of the squared error of what a model with `values` decodes, actions scaled to [-1, 1]."""
+    discrete: float = 1.0
+    """Weight of tokens that are no ordered bins: discrete actions, of which a timestep has one where a body has several
+    numbers, and text."""
     chunk: int = 128
     """Rows of logits in memory at a time; 0 for all at once (the plain form)."""
 
 
-def select(gato: Gato, batch: Batch, branch_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """For every supervised position p: hidden states (N, W) at p - 1, targets (N,) int64 at p, and tasks (N,)."""
-    hidden, places = gato(batch, branch_scale, batch.predict_index), batch.predict_index.long()
-    return hidden, batch.tokens.flatten()[places + 1].long(), batch.tasks[places // batch.tokens.shape[1]]
+def select(
+    gato: Gato, batch: Batch, branch_scale: Tensor | None = None, table: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For every supervised position p: hidden states (N, W) at p - 1, targets (N,) int64 at p, index in the timestep
+    (N,) of p, and tasks (N,)."""
+    hidden, places = gato(batch, branch_scale, batch.predict_index, table), batch.predict_index.long()
+    targets, positions = (values.flatten()[places + 1] for values in (batch.tokens, batch.positions))
+    return hidden, targets.long(), positions, batch.tasks[places // batch.tokens.shape[1]]
 
 
 def soft_targets(targets: Tensor, ordered: Tensor, ids: IdRange, soft_bins: float) -> tuple[Tensor, Tensor]:
@@ -66,6 +75,11 @@ def action_ids(vocabulary: Vocabulary) -> IdRange:
     ranges = (vocabulary.action_continuous, vocabulary.action_discrete)
     start = min(ids.start for ids in ranges)
     return IdRange(start, max(ids.stop for ids in ranges) - start)
+
+
+def centre_of(targets: Tensor, ids: IdRange) -> Tensor:
+    """Centres, float32, of the bins `ids` that targets (N,) are; no meaning where they are none."""
+    return (targets - ids.start + 0.5).float() * (2 / ids.size) - 1
 
 
 def cross_entropy(logits: Tensor, neighbours: Tensor, weights: Tensor) -> Tensor:
@@ -144,37 +158,56 @@ class Objective(nn.Module):
         self.gato, self.config = gato, config
         whole = text or config.softmax == "vocabulary"
         self.ids = IdRange(0, gato.vocabulary.size) if whole else action_ids(gato.vocabulary)
+        # text's rows, 15 of 16 that a table has, get no gradient to be made, added and measured where there is no text
+        above = min(action_ids(gato.vocabulary).start, gato.vocabulary.observation_discrete.start)
+        self.first = gato.vocabulary.text.stop if not whole and above >= gato.vocabulary.text.stop else 0
         self.continuous: Tensor
         self.register_buffer("continuous", torch.tensor(continuous), persistent=False)
 
     def forward(self, batch: Batch, branch_scale: Tensor | None = None) -> Tensor:
-        hidden, targets, tasks = select(self.gato, batch, branch_scale)
+        table = self.gato.tokens.weight[self.first :]
+        hidden, targets, positions, tasks = select(self.gato, batch, branch_scale, table if self.first else None)
         ids = self.gato.vocabulary.action_continuous
         ordered = self.continuous[tasks] & (targets >= ids.start) & (targets < ids.stop)
         total = hidden.new_zeros((), dtype=torch.float32)
+        if self.gato.config.values:
+            errors = self.gato.values_at(hidden, positions).float() - centre_of(targets, ids)
+            total = total + self.config.squared * (errors.square() * ordered).sum()
         if self.config.stride > 1:
-            rows, stride = self.gato.tokens.weight[ids.start : ids.stop], self.config.stride
+            rows, stride = table[ids.start - self.first : ids.stop - self.first], self.config.stride
             first = batch.tokens.sum() % stride  # any number that the batch alone decides
             bins = targets[ordered] - ids.start
-            total = strided_cross_entropy(hidden[ordered], rows, bins, first, stride, self.config.soft_bins)
-            hidden, targets, ordered = hidden[~ordered], targets[~ordered], ordered[~ordered]
-            if not len(targets):
-                return total
+            total = total + strided_cross_entropy(hidden[ordered], rows, bins, first, stride, self.config.soft_bins)
+        elif self.config.discrete != 1:
+            total = total + self._whole(table, hidden[ordered], targets[ordered], ordered[ordered])
+        else:
+            return total + self._whole(table, hidden, targets, ordered)
+        rest = ~ordered
+        return total + self.config.discrete * self._whole(table, hidden[rest], targets[rest], ordered[rest])
+
+    def _whole(self, table: Tensor, hidden: Tensor, targets: Tensor, ordered: Tensor) -> Tensor:
+        """Summed cross-entropy over all ids."""
+        if not len(targets):
+            return hidden.sum() * 0
+        ids = self.gato.vocabulary.action_continuous
         neighbours, weights = soft_targets(targets, ordered, ids, self.config.soft_bins)
         neighbours = neighbours - self.ids.start
+        start = self.ids.start - self.first
         if self.config.chunk == 0:
-            weight = self.gato.tokens.weight[self.ids.start : self.ids.stop]
-            return total + cross_entropy(functional.linear(hidden, weight), neighbours, weights).sum()
-        weight = self.gato.tokens.weight[self.ids.start : self.ids.start + aligned(self.ids.size)]
+            weight = table[start : start + self.ids.size]
+            return cross_entropy(functional.linear(hidden, weight), neighbours, weights).sum()
+        weight = table[start : start + aligned(self.ids.size)]
         if torch.is_autocast_enabled(hidden.device.type):
             # norms give float32 there, and the head's products below are not among those that autocast converts
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
-        return total + FusedCrossEntropy.apply(hidden, weight, neighbours, weights, self.ids.size, self.config.chunk)
+        return FusedCrossEntropy.apply(hidden, weight, neighbours, weights, self.ids.size, self.config.chunk)
 
 
 @torch.no_grad()
-def held_out_logits(gato: Gato, batch: Batch, ids: IdRange) -> tuple[Tensor, Tensor]:
-    """Logits (N, ids) float32 and targets (N,), counted from the first of `ids`, of a batch's supervised tokens."""
-    hidden, targets, _ = select(gato, batch)
-    return functional.linear(hidden, gato.tokens.weight[ids.start : ids.stop]).float(), targets - ids.start
+def held_out_logits(gato: Gato, batch: Batch, ids: IdRange) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Logits (N, ids) float32 and targets (N,), counted from the first of `ids`, of a batch's supervised tokens; the
+    numbers (N,) that a model with `values` decodes."""
+    hidden, targets, positions, _ = select(gato, batch)
+    logits = functional.linear(hidden, gato.tokens.weight[ids.start : ids.stop]).float()
+    return logits, targets - ids.start, gato.values_at(hidden, positions) if gato.config.values else None

@@ -114,7 +114,7 @@ class MuonAdamW(torch.optim.AdamW):
             spare += count
         behind = slice(start + size, stop)
         p[behind].add_(self._adam(state, behind, gradient[behind], group), alpha=-group["lr"])
-        if gradient[:first].any():
+        if gradient[:first].norm():
             p[:first].mul_(1 - group["lr"] * group["weight_decay"])
             p[:first].add_(self._adam(state, slice(first), gradient[:first], group), alpha=-group["lr"])
 

@@ -46,7 +46,8 @@ TINY_TABLE = replace(
 )
 
 # tiny-timesteps: `tiny-table`, faster: an element of the sequence a timestep, bins that move smoothly, two blocks,
-# windows of eight timesteps of a body (docs/ablations.md)
+# windows of eleven timesteps of a body; actions decoded from a plain output, observations scaled per body, the
+# episode's return shown and asked for, so no prompts (docs/ablations.md)
 # command   deepspeed --num_gpus 1 trainer/main.py --recipe tiny-timesteps --seed 0 --run.output runs/tiny-timesteps-0
 #           --data.stream.weights pong-run1 0.25 breakout-run1 0.25
 # hardware  1 CPU core, no GPU
@@ -56,13 +57,13 @@ TINY_TABLE = replace(
 TINY_TIMESTEPS = replace(
     TINY_TABLE,
     steps=3_000,
-    model=replace(TINY.model, sequence="timesteps", blocks=2),
-    loss=replace(TINY.loss, stride=8),
+    model=replace(TINY.model, sequence="timesteps", blocks=2, values=True, returns=True),
+    loss=replace(TINY.loss, stride=8, discrete=8.0),
     optimiser=replace(TINY_TABLE.optimiser, bins="smooth", decay_steps=3_000, final_lr_share=0.02),
     data=DataConfig(
-        global_batch=64,
-        micro_batch=64,
-        stream=StreamConfig(sequence_length=192, prompt_probability=0.5, prompt_loss=False),
+        global_batch=96,
+        micro_batch=96,
+        stream=StreamConfig(sequence_length=264, prompt_probability=0.0),
     ),
     run=replace(TINY_TABLE.run, output=Path("runs/tiny-timesteps")),
 )
@@ -92,7 +93,11 @@ QUICKSTART = replace(
     data=replace(
         TINY_TIMESTEPS.data,
         root="data/quickstart/shards",
-        stream=replace(TINY_TIMESTEPS.data.stream, weights={"hopper-expert-v4": 3.0, "freeway-run1": 1.0}),
+        global_batch=64,
+        micro_batch=64,
+        stream=replace(
+            TINY_TIMESTEPS.data.stream, sequence_length=192, weights={"hopper-expert-v4": 3.0, "freeway-run1": 1.0}
+        ),
     ),
     run=RunConfig(output=Path("runs/quickstart"), evaluate_every=200, save_every=200),
 )

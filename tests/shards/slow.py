@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from schemas.layout import ACTION, PATCH, SEPARATOR, TEXT, TimestepLayout
 from shards.batch import Batch
@@ -43,7 +44,8 @@ def slow_sequence(stream: Stream, i: int) -> dict[str, list]:
         start = int(uniform_below(fold_in(choice, 0), len(episode) - length + 1)[0])
         prompt = episode[-length:] if int(end[0]) / 2**64 < config.prompt_end_share else episode[start : start + length]
     out: dict[str, list] = {name: [] for name in ("tokens", "roles", "positions", "segments", "supervised")}
-    out |= {"patches": [], "patch_index": [], "patch_positions": []}
+    out |= {"patches": [], "patch_index": [], "patch_positions": [], "returns": []}
+    scale = stream.return_scales.get(timeline.name)
     rng = random(stream.seed, "patch").random((DRAWS, layout.patches, 2), np.float32)
     draw = int(uniform_below(random_bits(stream.seed, "patch", i), DRAWS)[0])
     segment, previous = 0, None
@@ -52,6 +54,8 @@ def slow_sequence(stream: Stream, i: int) -> dict[str, list]:
         if n > len(prompt) and here != previous:
             segment += 1
         previous = here
+        episode_return = float(dataset.column("episode_return")[row])
+        out["returns"][segment:] = [(episode_return - scale.mean) / scale.std if scale else 0.0]
         stored = iter(dataset.tokens(row)[t].tolist())
         patches = iter(slow_patches(layout, dataset.patches(row)[t]) if layout.patches else [])
         for column, role in enumerate(layout.roles.tolist()):
@@ -97,6 +101,7 @@ def check_batch(stream: Stream, batch: Batch) -> None:
         slow = slow_sequence(stream, i)
         for name in ("tokens", "roles", "positions", "segments", "supervised"):
             assert getattr(batch, name)[n].tolist() == slow[name], (i, name)
+        assert batch.returns[n][: len(slow["returns"])] == pytest.approx(slow["returns"], abs=1e-5)
         index = batch.patch_index[patches : patches + len(slow["patch_index"])] - n * L
         assert index.tolist() == slow["patch_index"]
         positions = batch.patch_positions[patches : patches + len(index)]

@@ -1,13 +1,14 @@
 """Sequences against a slow reference; the same global batches for any world size and resume point."""
 
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from schemas.dataset import return_scales
 from schemas.layout import ACTION, OBSERVATION, PAD, PATCH, SEPARATOR, TimestepLayout
 from shards.loader import Loader
 from shards.reader import Dataset
@@ -141,6 +142,7 @@ def test_spans_walk_the_circles(tasks, width, first):
     }
     rows = np.arange(len(columns["timesteps"]))
     columns |= {"shard": rows % 3, "tokens_offset": 1000 * rows, "patches_offset": 0 * rows - 1}
+    columns["episode_return"] = rows / 2
     timelines, stop = [], 0
     for lengths in tasks:
         timeline = object.__new__(Timeline)
@@ -172,7 +174,26 @@ def test_spans_walk_the_circles(tasks, width, first):
             for n in range(count)
         ]
         assert mine == walked
+        assert (spans.episode_return[own] == spans.tokens[own] // 1000 / 2).all()
         assert (spans.place[own] == np.cumsum(spans.count[own]) - spans.count[own]).all()
+
+
+def test_returns_are_scaled_alike_where_tasks_share_an_environment(hopper, pong):
+    (low,), (cut,) = (Dataset(folder).manifest.tasks for folder in (hopper, pong))
+    high = replace(low, spec=replace(low.spec, name="high"), return_mean=9.0, return_std=2.0, episodes=low.episodes * 3)
+    high = replace(high, returns=(5.0, 8.0, 9.0, 10.0, 13.0))
+    unplayable = replace(low, spec=replace(low.spec, name="log", environment=None))
+    alone = replace(low, spec=replace(low.spec, name="alone", environment=cut.spec.environment))
+    scales = return_scales([low, cut, high, unplayable, alone])
+    assert set(scales) == {low.spec.name, "high", "alone"} and cut.returns is None
+    # two numbers, mean +- std, have the moments of a task's returns
+    means, stds = np.array([low.return_mean, 9, 9, 9]), np.array([low.return_std, 2, 2, 2])
+    pooled = np.concatenate([means - stds, means + stds])
+    for task in (low, high):
+        scale = scales[task.spec.name]
+        assert (scale.mean, scale.std) == pytest.approx((pooled.mean(), pooled.std()))
+        assert scale.target == task.returns[3]
+    assert scales["alone"].mean == pytest.approx(low.return_mean)
 
 
 def test_bad_requests_are_refused(stream, hopper, pong):

@@ -24,6 +24,9 @@ FORMS = {
     "--model.patch-norm group --model.feed-forward-form geglu --loss.soft-bins 0 --loss.softmax vocabulary",
     "ours": "--model.smooth-bins --model.rotary token --model.action-position own --model.feed-forward-form gelu "
     "--model.patch-norm channel --loss.soft-bins 8 --loss.softmax targets",
+    "timesteps": "--model.sequence timesteps --model.values --model.returns --model.blocks 2 --model.rotary token "
+    "--model.patch-norm channel --optimiser.matrices muon --optimiser.bins smooth --loss.soft-bins 8 --loss.stride 8 "
+    "--loss.softmax targets --loss.discrete 8",
 }
 
 

@@ -183,7 +183,7 @@ def test_soft_targets_match_the_slow_reference():
 
 
 def test_loss_sees_exactly_the_supervised_tokens(model, batch):
-    hidden, targets, _ = select(model, batch)
+    hidden, targets, *_ = select(model, batch)
     wanted = [int(t) for row, on in zip(batch.tokens, batch.supervised) for t in row[on]]
     assert targets.tolist() == wanted and len(hidden) == len(wanted) > 0
     objective = Objective(model, LossConfig(), [True, False])
@@ -206,7 +206,7 @@ def test_hidden_of_chosen_places_is_the_whole_one_there_with_its_gradients(batch
     for name, gradient in plain_gradients.items():
         if gradient is not None:
             assert torch.allclose(gradients[name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max())), name
-    predicted, targets, _ = select(gato, batch, branch_scale)
+    predicted, targets, *_ = select(gato, batch, branch_scale)
     assert torch.equal(predicted, hidden) and targets.tolist() == batch.tokens[:, 1:][predict_index[:, :-1]].tolist()
 
 

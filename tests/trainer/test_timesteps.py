@@ -9,19 +9,21 @@ import torch
 from etl.tokenizers import continuous
 from eval.agent import AgentConfig, GatoAgent, demonstration
 from schemas.layout import ACTION, OBSERVATION, SEPARATOR
-from schemas.vocabulary import DISJOINT
+from schemas.vocabulary import DISJOINT, bin_centres
 from shards.reader import Dataset
 from shards.stream import Stream, StreamConfig
-from trainer.checkpoint import ExportInfo, TrainingInfo
+from trainer.checkpoint import CheckpointError, ExportInfo, TrainingInfo, export, load_export
 from trainer.config import OptimiserConfig
-from trainer.loss import LossConfig, Objective, select, strided_cross_entropy
+from trainer.loss import LossConfig, Objective, cross_entropy, select, soft_targets, strided_cross_entropy
 from trainer.model import Gato, ModelConfig
 from trainer.model.transformer import causal_segment_mask
 from trainer.optimiser import make_optimiser
+from trainer.scales import observation_scales
 
 SMALL = ModelConfig(
-    blocks=2, heads=2, width=32, feed_forward=64, head_size=16, patch_channels=16, rotary="token", sequence="timesteps"
-)
+    blocks=2, heads=2, width=32, feed_forward=64, head_size=16, patch_channels=16, rotary="token", sequence="timesteps",
+    values=True, returns=True,
+)  # fmt: skip
 LENGTH = 90  # that no timestep of Hopper's 15 or Pong's 22 tokens need end at
 
 
@@ -34,18 +36,30 @@ def stream(hopper, pong):
 @pytest.fixture(scope="module")
 def model(stream):
     model = Gato(SMALL, DISJOINT).initialise(0).eval()
-    model.standardise(stream.batch(0, 64).to("cpu"))
+    model.standardise(observation_scales(stream, 64))
+    model.outputs.weight.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
     return model
 
 
+def exported(dataset, stream):
+    """The task of a dataset, and what an export of a run on the stream says."""
+    spec, vocabulary = dataset.manifest.tasks[0].spec, dataset.manifest.vocabulary
+    return spec, ExportInfo(
+        "gato.model", 3, SMALL, vocabulary, vocabulary.fingerprint, LENGTH, 0, (spec,), {}, TrainingInfo(),
+        observations=observation_scales(stream, 64), returns=stream.return_scales,
+    )  # fmt: skip
+
+
 @torch.no_grad()
-def test_values_are_standardised_place_by_place(stream, model):
-    batch = stream.batch(0, 64).to("cpu")
+def test_values_are_standardised_column_by_column(stream, model):
+    batch, task = stream.batch(0, 64).to("cpu"), next(n for n, name in enumerate(stream.tasks) if "hopper" in name)
     values = continuous.decode_observation(batch.tokens.numpy().clip(32000, 33023).astype(np.uint16), DISJOINT)
     for place in range(11):
         at = ((batch.positions == place) & (batch.roles == OBSERVATION)).numpy()
-        shown = values[at] * float(model.spreads.weight[place, 0]) + float(model.spreads.weight[place, 1])
+        factor, move = model.spreads[task, place].tolist()
+        shown = values[at] * factor + move
         assert abs(shown.mean()) < 1e-3 and shown.std() == pytest.approx(1, abs=1e-3)
+    assert model.spreads[1 - task].unique(dim=0).tolist() == [[1.0, 0.0]]  # pictures have no such column
 
 
 def plain(model, batch):
@@ -69,9 +83,10 @@ def plain(model, batch):
                     if 32000 <= batch.tokens[row, place] < 33024:
                         token = batch.tokens[row, place].numpy().astype(np.uint16)
                         value = continuous.decode_observation(token, DISJOINT)
-                        factor, move = model.spreads.weight[index]
+                        factor, move = model.spreads[batch.tasks[row], index]
                         total = total + (float(value) * factor + move).clamp(-10, 10) * model.slopes.weight[index]
-            elements.append(total)
+            separator = model.vocabulary.separator in batch.tokens[row, first:stop]
+            elements.append(total + separator * batch.returns[row, batch.segments[row, first]] * model.asked.weight[0])
         mask = causal_segment_mask(batch.segments[row, begins][None])
         rope = model.rope(torch.arange(len(begins)))
         x = torch.stack(elements)[None]
@@ -106,24 +121,25 @@ def test_a_target_is_never_shown_and_a_prompts_action_is(stream, model):
 
 
 def test_every_parameter_but_the_unused_learns(stream, model):
-    objective = Objective(model, LossConfig(soft_bins=8.0, softmax="targets"), [True, False], text=False)
+    objective = Objective(model, LossConfig(soft_bins=8.0, softmax="targets"), stream_kinds(stream), text=False)
     objective(stream.batch(0, 8).to("cpu")).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
 
 
 @pytest.mark.parametrize("prompt", ["none", "end"])
-def test_play_is_training(hopper, model, prompt):
-    """An agent's logits are those of a training sequence of the same timesteps, prompt and all."""
+def test_play_is_training(hopper, stream, model, prompt):
+    """An agent's logits and values are those of a training sequence of the same timesteps, prompt, return and all."""
     dataset = Dataset(hopper)
-    spec, vocabulary = dataset.manifest.tasks[0].spec, dataset.manifest.vocabulary
-    fingerprint = vocabulary.fingerprint
-    info = ExportInfo("gato.model", 1, SMALL, vocabulary, fingerprint, LENGTH, 0, (spec,), {}, TrainingInfo())
+    spec, info = exported(dataset, stream)
     options = AgentConfig(prompt=prompt, decoding="greedy", prompt_share=0.34)
     agent = GatoAgent(model, info, spec, options, demonstration(dataset, 0, options))
+    valued = GatoAgent(model, info, spec, replace(options, decoding="value"), agent.prompt)
     config = StreamConfig(sequence_length=LENGTH, prompt_probability=0.0)
-    stream = Stream([hopper], config, seed=0)
-    batch = stream.batch(0, 1)
+    batch = Stream([hopper], config, seed=0).batch(0, 1)
+    batch.tasks[:] = stream.tasks.index(spec.name)
+    scale = info.returns[spec.name]
+    batch.returns[:] = (scale.target - scale.mean) / scale.std
     steps, shown = LENGTH // 15, 0 if agent.prompt is None else 2
     stored = agent.tokenizer.layout.stored_columns
     grid = batch.tokens[0].reshape(steps, 15)
@@ -132,23 +148,27 @@ def test_play_is_training(hopper, model, prompt):
         grid[:shown, stored] = agent.prompt.tokens[-shown:]
         batch.supervised[0, : shown * 15] = False
     with torch.no_grad():
-        hidden = select(model, batch.seal().to("cpu"))[0].view(steps - shown, 3, -1)
-        logits = model.logits(hidden)[..., agent.ids[0].start : agent.ids[0].stop]
+        hidden, _, positions, _ = select(model, batch.seal().to("cpu"))
+        decoded = model.values_at(hidden, positions).view(steps - shown, 3)
+        logits = model.logits(hidden.view(steps - shown, 3, -1))[..., agent.ids[0].start : agent.ids[0].stop]
+    assert decoded.std() > 0.1
     for at in range(steps - shown):
         values = agent.tokenizer.decode_observation(grid[shown + at : shown + at + 1, stored[:11]].astype(np.uint16))
         if at == 0:
             agent.reset(1)
+            valued.reset(1)
         found = []
         agent._choose = lambda given, points, found=found: (found.append(given), given.argmax(dim=1))[1]
         agent.act(values, np.zeros(1), np.ones(1, bool), np.random.default_rng(0))
         torch.testing.assert_close(torch.cat(found), logits[at], atol=1e-5, rtol=1e-4)
+        action = valued.act(values, np.zeros(1), np.ones(1, bool), np.random.default_rng(0))
+        # of the bin that holds it
+        np.testing.assert_allclose(action[0], decoded[at].clamp(-1, 1), atol=1 / 1024 + 1e-4)
 
 
-def test_an_episode_is_played_alike_alone_and_among_others(hopper, model):
+def test_an_episode_is_played_alike_alone_and_among_others(hopper, stream, model):
     dataset = Dataset(hopper)
-    spec, vocabulary = dataset.manifest.tasks[0].spec, dataset.manifest.vocabulary
-    fingerprint = vocabulary.fingerprint
-    info = ExportInfo("gato.model", 1, SMALL, vocabulary, fingerprint, LENGTH, 0, (spec,), {}, TrainingInfo())
+    spec, info = exported(dataset, stream)
     options = AgentConfig(prompt="end")
     rng = np.random.default_rng(0)
     seen = [{"observation": rng.normal(size=(5, 11)).astype(np.float32)} for _ in range(9)]
@@ -163,6 +183,67 @@ def test_an_episode_is_played_alike_alone_and_among_others(hopper, model):
     assert all(np.array_equal(a[[3]], b) for a, b in zip(together, alone))
     with pytest.raises(ValueError, match="--agent.launch graph"):
         GatoAgent(model, info, spec, AgentConfig(launch="graph"))
+
+
+def test_what_is_asked_for_decides_what_is_played(hopper, stream, model):
+    dataset = Dataset(hopper)
+    spec, info = exported(dataset, stream)
+    seen = {"observation": np.zeros((1, 11), np.float32)}
+
+    def played(asked):
+        agent = GatoAgent(model, info, spec, AgentConfig(asked_return=asked))
+        agent.reset(1)
+        return agent.act(seen, np.zeros(1), np.ones(1, bool), np.random.default_rng(0))
+
+    scale = info.returns[spec.name]
+    assert np.array_equal(played(None), played(scale.target))
+    assert not np.array_equal(played(None), played(scale.target - 3 * scale.std))
+
+
+def test_a_task_is_scaled_as_others_of_its_environment_or_refused(hopper, stream, model):
+    dataset = Dataset(hopper)
+    spec, info = exported(dataset, stream)
+    other = replace(spec, name="hopper-other")
+    ours, theirs = (GatoAgent(model, info, task, AgentConfig()) for task in (spec, other))
+    assert torch.equal(ours.spread, theirs.spread) and torch.equal(ours.asked, theirs.asked)
+    with pytest.raises(ValueError, match="no scale of its observations"):
+        GatoAgent(model, info, replace(other, environment=None), AgentConfig())
+
+
+def test_the_objective_is_its_parts(stream, model):
+    """Cross-entropy of ordered bins, weighted squared error of their centres, weighted cross-entropy of the rest."""
+    config = LossConfig(soft_bins=8.0, softmax="targets", squared=50.0, discrete=3.0)
+    batch = stream.batch(0, 8).to("cpu")
+    with torch.no_grad():
+        hidden, targets, positions, tasks = select(model, batch)
+        body = torch.tensor([("hopper" in name) for name in stream.tasks])[tasks]
+        assert body.any() and not body.all()
+        ids = model.vocabulary.action_continuous
+        centre = torch.as_tensor(bin_centres(1024))[(targets - ids.start).clamp(0, 1023)]
+        squared = ((model.values_at(hidden, positions) - centre) ** 2)[body].sum()
+        neighbours, weights = soft_targets(targets, body, ids, 8.0)
+        logits = hidden @ model.tokens.weight[33024:34048].T
+        losses = cross_entropy(logits, neighbours - 33024, weights)
+        expected = losses[body].sum() + 50 * squared + 3 * losses[~body].sum()
+        for chunk in (0, 64):
+            found = Objective(model, replace(config, chunk=chunk), stream_kinds(stream), text=False)(batch)
+            assert float(found) == pytest.approx(float(expected), rel=1e-4)
+
+
+def stream_kinds(stream):
+    return ["hopper" in name for name in stream.tasks]
+
+
+def test_an_export_keeps_its_scales(hopper, stream, model, tmp_path):
+    spec, info = exported(Dataset(hopper), stream)
+    export(tmp_path / "now", dict(model.state_dict()), info)
+    again, read = load_export(tmp_path / "now")
+    assert (read.observations, read.returns) == (info.observations, info.returns)
+    before, after = GatoAgent(model, info, spec, AgentConfig()), GatoAgent(again, read, spec, AgentConfig())
+    assert torch.equal(before.spread, after.spread) and torch.equal(before.asked, after.asked)
+    export(tmp_path / "older", dict(model.state_dict()), replace(info, version=2))
+    with pytest.raises(CheckpointError, match="train again"):
+        load_export(tmp_path / "older")
 
 
 def test_a_strided_loss_has_the_minimum_of_the_whole_one():
@@ -182,8 +263,11 @@ def test_a_strided_loss_learns_what_the_whole_one_does(stream):
     for stride in (1, 8):
         torch.manual_seed(0)
         model = Gato(SMALL, DISJOINT).initialise(0)
-        objective = Objective(model, LossConfig(soft_bins=24.0, softmax="targets", stride=stride), [True, False], False)
-        whole = Objective(model, LossConfig(soft_bins=24.0, softmax="targets"), [True, False], False)
+        model.standardise(observation_scales(stream, 64))
+        objective = Objective(
+            model, LossConfig(soft_bins=24.0, softmax="targets", stride=stride), stream_kinds(stream), False
+        )
+        whole = Objective(model, LossConfig(soft_bins=24.0, softmax="targets"), stream_kinds(stream), False)
         optimiser = make_optimiser(model, OptimiserConfig(matrices="muon", bins="smooth", peak_lr=5e-3, start_lr=5e-3))
         for step in range(30):
             batch = stream.batch(8 * step, 8).to("cpu")
@@ -192,3 +276,19 @@ def test_a_strided_loss_learns_what_the_whole_one_does(stream):
             optimiser.zero_grad()
         losses[stride] = [whole(stream.batch(first, 16).to("cpu")).item() for first in (0, 400)]
     assert losses[8] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.parametrize("sequence", ["timesteps", "tokens"])
+def test_leaving_out_text_rows_changes_no_gradient(stream, sequence):
+    model = Gato(replace(SMALL, sequence=sequence), DISJOINT).initialise(0)
+    if sequence == "timesteps":
+        model.standardise(observation_scales(stream, 64))
+    objective = Objective(model, LossConfig(soft_bins=8.0, softmax="targets"), stream_kinds(stream), text=False)
+    found = []
+    for first in (objective.first, 0):
+        objective.first = first
+        model.zero_grad()
+        loss = objective(stream.batch(0, 8).to("cpu"))
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    assert first == 0 < DISJOINT.text.stop and all(map(torch.equal, *found))

@@ -14,13 +14,14 @@ logits that predict an action never see it; nor, by timesteps, any other action 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from schemas.layout import ACTION, OBSERVATION, PAD, PATCH, TEXT
+from schemas.dataset import ObservationScale
+from schemas.layout import ACTION, OBSERVATION, PAD, PATCH, SEPARATOR, TEXT
 from schemas.vocabulary import Vocabulary, bin_centres, bin_values
 from shards.batch import Batch
 from trainer.model.patch import PatchEmbedding
@@ -28,7 +29,6 @@ from trainer.model.presets import ModelConfig
 from trainer.model.transformer import Block, Cache, causal_segment_mask, flash_serves, rope_cos_sin
 
 LARGEST = 10.0  # value that is shown, in deviations
-SMALLEST = 0.01  # deviation
 TABLE_SHARE = 0.1  # of its embedding, that a continuous value shows beside what is linear in it (docs/ablations.md)
 Blocks = Sequence[Callable[..., Tensor]]
 """What does a model's blocks' work: these themselves, or compiled."""
@@ -51,12 +51,18 @@ class Gato(nn.Module):
         if self.by_timesteps:
             # what each place of a timestep scales its tokens by, in and out
             self.scales = nn.Embedding(config.local_positions, config.width)
-            # what a continuous value is multiplied by and moved by at each place, and the direction it then shows in
-            self.spreads = nn.Embedding(config.local_positions, 2)
+            # the direction that a standardised value shows in at each place
             self.slopes = nn.Embedding(config.local_positions, config.width)
             values = torch.as_tensor(bin_values(vocabulary), dtype=torch.float32)
             self.values: Tensor
             self.register_buffer("values", values, persistent=False)
+            self.spreads: Tensor
+            self.register_buffer("spreads", torch.zeros(0), persistent=False)
+        if config.values:
+            # a direction and an offset for each place of a timestep
+            self.outputs = nn.Embedding(config.local_positions, config.width + 1)
+        if config.returns:
+            self.asked = nn.Embedding(1, config.width)
         self.patches = PatchEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(config.width)
@@ -75,10 +81,10 @@ class Gato(nn.Module):
                 nn.init.constant_(parameter, float("norm" in name and name.endswith("weight")))
             elif name == "scales.weight":
                 parameter.data.normal_(0.0, 1.0, generator=generator)
-            elif name == "slopes.weight":
+            elif name == "outputs.weight":
+                parameter.data.zero_()
+            elif name in ("slopes.weight", "asked.weight"):
                 parameter.data.normal_(0.0, self.config.width**-0.5, generator=generator)
-            elif name == "spreads.weight":
-                parameter.data.copy_(torch.tensor([1.0, 0.0]).expand_as(parameter))
             elif "patches" in name and parameter.ndim == 4:
                 fan_in = math.prod(parameter.shape[1:])
                 parameter.data.normal_(0.0, fan_in**-0.5, generator=generator)
@@ -105,24 +111,38 @@ class Gato(nn.Module):
             rows = self.tokens.weight[start : start + count]
             rows.copy_(smooth.to(rows) + rows * 0.1)
 
-    def embed(self, batch: Batch) -> Tensor:
+    def embed(self, batch: Batch, table: Tensor | None = None) -> Tensor:
         """(B, L, W): token, or patch, plus local position (paper §2.2, appendix C.3)."""
-        x = self.tokens(batch.tokens.int())
+        if table is None:
+            x = self.tokens(batch.tokens.int())
+        else:  # patches and padding have id 0, whatever it shows
+            x = F.embedding((batch.tokens.int() - len(self.tokens.weight) + len(table)).clamp(min=0), table)
         # also where a batch has no patches: every rank must make the same gradients, or their reduction jams
         embedded = self.patches(batch.patches, batch.patch_positions).to(x.dtype)
         x = x.flatten(0, 1).index_copy(0, batch.patch_index.long(), embedded).view_as(x)
         if self.by_timesteps:
             # an action token without loss is a prompt's
             shown = observed(batch.roles) | ((batch.roles == ACTION) & ~batch.supervised)
-            return self.scaled(x, batch.tokens, batch.positions, shown)
-        return x + self.local(batch.roles, batch.positions)
+            positions = batch.positions.long().clamp(max=self.config.local_positions - 1)
+            x = self.scaled(x, batch.tokens, positions, shown, self.spreads[batch.tasks[:, None], positions])
+        else:
+            x = x + self.local(batch.roles, batch.positions)
+        if self.config.returns:
+            asked = batch.returns.gather(1, batch.segments.long())
+            x = x + self.asked_for(asked * (batch.roles == SEPARATOR))
+        return x
 
-    def scaled(self, x: Tensor, tokens: Tensor, positions: Tensor, shown: Tensor) -> Tensor:
+    def asked_for(self, returns: Tensor) -> Tensor:
+        """(..., W): what standardised returns (...) add to the separators of their timesteps."""
+        direction = self.asked(torch.zeros((), dtype=torch.int64, device=returns.device))
+        return returns.clamp(-LARGEST, LARGEST)[..., None].to(direction.dtype) * direction
+
+    def scaled(self, x: Tensor, tokens: Tensor, positions: Tensor, shown: Tensor, spread: Tensor) -> Tensor:
         """What `tokens` (...), embedded as x (..., W), at `positions` (...) of their timestep give to its element;
-        nothing where not `shown`."""
+        nothing where not `shown`. `spread` (..., 2): their rows of `spread_of`."""
         index = positions.int().clamp(max=self.config.local_positions - 1)
         value, continuous = self._values_of(tokens)
-        factor, move = self.spreads(index).unbind(-1)
+        factor, move = spread.unbind(-1)
         value = ((value * factor + move).clamp(-LARGEST, LARGEST) * continuous).to(x.dtype)
         x = x * torch.where(continuous, TABLE_SHARE, 1.0)[..., None].to(x.dtype)
         x = x * self.scales_at(index) + self.positions(index) + value[..., None] * self.slopes(index)
@@ -134,19 +154,18 @@ class Gato(nn.Module):
         number = tokens.long() - ids.start
         return self.values[number.clamp(0, ids.size - 1)], (number >= 0) & (number < ids.size)
 
-    @torch.no_grad()
-    def standardise(self, batch: Batch) -> None:
-        """Start the spreads so that each place's values in a batch have a mean of 0 and a deviation of 1: a linear
-        function of them is what a policy of a body is learned by fastest, and what holds beyond what was seen."""
-        value, continuous = self._values_of(batch.tokens)
-        used = continuous & (batch.roles == OBSERVATION)
-        index, value = batch.positions[used].long().clamp(max=self.config.local_positions - 1), value[used].double()
-        size = self.config.local_positions
-        count = torch.bincount(index, minlength=size)
-        mean, square = (torch.bincount(index, v, size) / count.clamp(min=1) for v in (value, value.square()))
-        factor = (square - mean.square()).clamp(min=SMALLEST**2).rsqrt()
-        found = torch.stack([factor, -mean * factor], dim=1).to(self.spreads.weight)
-        self.spreads.weight[count > 1] = found[count > 1]
+    def standardise(self, scales: Mapping[str, ObservationScale]) -> None:
+        """Set how the values of each task of a stream, in its order, are scaled: a linear function of standardised
+        values is what a policy of a body is learned by fastest, and what holds beyond what was seen."""
+        self.task_rows = {name: row for row, name in enumerate(scales)}
+        self.spreads = torch.stack([self.spread_of(scale) for scale in scales.values()]).to(self.slopes.weight.device)
+
+    def spread_of(self, scale: ObservationScale) -> Tensor:
+        """(P, 2) float32: what values are multiplied by and moved by at each position of a task's timestep."""
+        spread = torch.tensor([1.0, 0.0]).repeat(self.config.local_positions, 1)
+        mean, std = (torch.tensor(values[: len(spread)]) for values in (scale.mean, scale.std))
+        spread[: len(mean)] = torch.stack([1 / std, -mean / std], dim=1)
+        return spread
 
     def local(self, roles: Tensor, positions: Tensor) -> Tensor:
         """(..., W): what tokens of these roles get added for their index within the timestep."""
@@ -163,29 +182,38 @@ class Gato(nn.Module):
             return None
         return rope_cos_sin(places, self.config.head_size, self.tokens.weight.dtype)
 
-    def forward(self, batch: Batch, branch_scale: Tensor | None = None, predict_index: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        batch: Batch,
+        branch_scale: Tensor | None = None,
+        predict_index: Tensor | None = None,
+        table: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states (B, L, W) after the last norm, or (N, W) of the places `predict_index` (N,) int32 of the
         flattened (B L) alone, which saves work in the last block. `branch_scale` (B, blocks, 2, 1 or W) scales the
-        residual branches, for stochastic depth and dropout. Nothing here depends on a tensor's values, so a GPU's
-        host never waits."""
+        residual branches, for stochastic depth and dropout. `table`: the last rows of the embedding table, where a
+        batch has no other ids; sharing them with the head saves gradients of all rows. Nothing here depends on a
+        tensor's values, so a GPU's host never waits."""
         if self.by_timesteps:
             assert predict_index is not None
-            return self._timesteps(batch, branch_scale, predict_index)
-        x = self.embed(batch)
+            return self._timesteps(batch, branch_scale, predict_index, table)
+        x = self.embed(batch, table)
         # one segment a sequence needs no mask: the plain causal kernel is the same function, faster
         mask = None
         if batch.packed:
             mask = batch.cu_seqlens if flash_serves(x) else causal_segment_mask(batch.segments)
         return self.through(x, mask, branch_scale, predict_index)
 
-    def _timesteps(self, batch: Batch, branch_scale: Tensor | None, predict_index: Tensor) -> Tensor:
+    def _timesteps(
+        self, batch: Batch, branch_scale: Tensor | None, predict_index: Tensor, table: Tensor | None
+    ) -> Tensor:
         """`forward` with one element per timestep: hidden states (N, W) that predict the tokens after
         `predict_index`."""
         B, S, device = len(batch.tokens), batch.timesteps, batch.tokens.device
         first = (batch.positions == 0) & (batch.roles != PAD)
         row = torch.arange(B, device=device)[:, None]
         slot = (first.cumsum(1) - 1).clamp(min=0) + S * row  # each token's timestep among all of the batch
-        x = self.embed(batch).flatten(0, 1)
+        x = self.embed(batch, table).flatten(0, 1)
         x = torch.zeros(B * S, x.shape[-1], dtype=x.dtype, device=device).index_add(0, slot.flatten(), x)
         mask = None
         if batch.packed:
@@ -217,6 +245,12 @@ class Gato(nn.Module):
         """(..., W): what tokens at these positions of their timestep are scaled by on the way in, and what a timestep's
         hidden state is scaled by where the token at one is predicted."""
         return self.scales(positions.int().clamp(max=self.config.local_positions - 1))
+
+    def values_at(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """(...): the numbers, in [-1, 1] as bins' centres are, of action tokens at `positions` (...) of their timestep
+        that hidden states (..., W) predict."""
+        output = self.outputs(positions.int().clamp(max=self.config.local_positions - 1))
+        return (hidden * output[..., :-1]).sum(dim=-1) + output[..., -1]
 
     def step(
         self,

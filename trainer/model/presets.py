@@ -37,6 +37,12 @@ class ModelConfig:
     """tokens: an element a token (paper). timesteps (ours): an element a timestep, the sum of its observation's
     embedded tokens, each scaled by its place, from which all of an action's tokens are predicted at once, see
     trainer/model/gato.py. Only a prompt's actions are shown, where prompts carry no loss."""
+    values: bool = False
+    """Beside the bins, a number for each continuous action token, trained by squared error, which play decodes (ours).
+    The tokens that are fed back are the bins that hold it."""
+    returns: bool = False
+    """Each timestep shows the return of its episode, as `schemas.dataset.ReturnScale` scales it, along a learned
+    direction; at play the one that is asked for (ours, after Decision Transformer)."""
     local_positions: int = 512
     patch_channels: int = 32
     """Channels of the patch ResNet; the paper does not give them."""

@@ -1,0 +1,49 @@
+"""What a body's observations are standardised by: moments of each column of its timesteps.
+
+first sequences of the stream -> values that tokens stand for -> mean and deviation of each column, by environment
+
+Tasks of one environment have one scale, so that their levels stay comparable; tasks of different ones share places of
+a timestep, not scales (docs/ablations.md).
+
+Invariant: a pure function of the stream, so a run that resumes computes the same.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from schemas.dataset import ObservationScale
+from schemas.layout import OBSERVATION
+from schemas.vocabulary import bin_values
+from shards.stream import Stream
+
+SEQUENCES = 1024
+CHUNK = 64
+SMALLEST = 0.01  # deviation
+
+
+def observation_scales(stream: Stream, sequences: int = SEQUENCES) -> dict[str, ObservationScale]:
+    """The scale of each task of a stream by name, from its first `sequences` sequences. A task that has none among them
+    is left as it is."""
+    values, ids = bin_values(stream.vocabulary).astype(np.float64), stream.vocabulary.observation_continuous
+    specs = [timeline.dataset.manifest.tasks[timeline.task].spec for timeline in stream.timelines]
+    lengths = [timeline.layout.length for timeline in stream.timelines]
+    # the first task that shares environment and layout
+    kinds = [(spec.environment or spec.name, timeline.layout) for spec, timeline in zip(specs, stream.timelines)]
+    group = np.array([kinds.index(kind) for kind in kinds])
+    moments = np.zeros((3, len(specs), max(lengths)))
+    for first in range(0, sequences, CHUNK):
+        batch = stream.batch(first, min(CHUNK, sequences - first))
+        used = (batch.roles == OBSERVATION) & (batch.tokens >= ids.start) & (batch.tokens < ids.stop)
+        at = np.broadcast_to(group[batch.tasks][:, None], used.shape)[used], batch.positions[used]
+        value = values[batch.tokens[used] - ids.start]
+        for total, power in zip(moments, (value**0, value, value**2)):
+            np.add.at(total, at, power)
+    count = np.maximum(moments[0], 1)
+    mean = moments[1] / count
+    std = np.sqrt(np.maximum(moments[2] / count - mean**2, SMALLEST**2))
+    std[moments[0] < 2], mean[moments[0] < 2] = 1.0, 0.0
+    return {
+        spec.name: ObservationScale(tuple(mean[row, :length].tolist()), tuple(std[row, :length].tolist()))
+        for spec, row, length in zip(specs, group.tolist(), lengths)
+    }
