@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import baselines, control, etl, robots, scale, sources, stream, trainer
+from benchmarks import baselines, control, etl, scale, stream, trainer
 from benchmarks.etl import pair as timed
+from benchmarks.formats import robots, sources
 from schemas.vocabulary import DISJOINT
 from shards.stream import Stream, StreamConfig
 from trainer.loss import LossConfig, Objective

@@ -107,8 +107,6 @@ def build(options: Options, beam_arguments: list[str], console: Console) -> Mani
     options = replace(options, config=replace(options.config, source_options=given_options(scan_options)))
     output = (options.output or f"data/shards/{options.source}").removeprefix("file://")
     folder = Folder(output if is_url(output) else Path(output).absolute())  # a worker may stand in another folder
-    if folder.local is not None:
-        require_folder("output", folder.local)
     files, origins = _inputs(options, source, console)
     found = [with_pictures(scan, options.config) for scan in source.scan(files, scan_options)]
     scans = [filters.apply(source, scan, options.config.filter) for scan in found]
@@ -154,7 +152,9 @@ def _with_size(scan: TaskScan) -> TaskScan:
 
 def with_source(options: Options, console: Console) -> Options:
     """The options with a source: the one given, or what the input looks like, or else the one that knows the dataset.
-    SourceError where that is none or several."""
+    SourceError where that is none or several, ValueError where the output cannot be a folder."""
+    if options.output and not is_url(options.output):
+        require_folder("output", options.output.removeprefix("file://"))
     if options.source is not None:
         return options
     if options.input:
@@ -300,7 +300,7 @@ def parsed(arguments: list[str], console: Console | None = None) -> tuple[Option
     option of another source; SourceError where no source is given and none fits the input."""
     plugins.load_early(arguments)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flags in (("--source",), ("--input", "-i"), ("--dataset",), ("--cache",)):
+    for flags in (("--source",), ("--input", "-i"), ("--output", "-o"), ("--dataset",), ("--cache",)):
         early.add_argument(*flags)
     given = {name: value for name, value in vars(early.parse_known_args(arguments)[0]).items() if value is not None}
     if "cache" in given:

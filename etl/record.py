@@ -41,8 +41,6 @@ class Options:
 
     environment: Annotated[str | None, tyro.conf.arg(aliases=["-e"])] = None
     """gymnasium id with version, e.g. Hopper-v4 (the default) or ALE/Pong-v5; MODULE:Id for one of your own."""
-    suite: str | None = None
-    """In the place of --environment: every task of this suite whose expert is shipped, or of all suites ("all")."""
     policy: str = "expert"
     """expert (shipped), random, a policy file (.safetensors, .npz, or a Stable-Baselines3 .zip that you trust), or
     MODULE:FUNCTION of your own: FUNCTION(env) returns an object with act(observation, rng), or a function observation
@@ -52,7 +50,7 @@ class Options:
     steps: int = 20_000
     """Timesteps. A last episode may take a tenth more to end, and is cut there otherwise, as in real logs."""
     episodes: int | None = None
-    """Whole episodes, in the place of --steps."""
+    """Whole episodes, instead of --steps."""
     workers: int = 1
     """Processes of --suite, one per log."""
     noise: float = 0.0
@@ -67,6 +65,8 @@ class Options:
     """Level in the file name of D4RL and Minari logs: expert, medium, ...; the policy's kind where not given."""
     run: int = 1
     """Run number in the folder name of Atari logs."""
+    suite: str | None = None
+    """Instead of --environment: every task of this suite whose expert is shipped, or of all suites ("all")."""
     overwrite: bool = False
     """Replace a log that is already there."""
 

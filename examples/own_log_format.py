@@ -1,8 +1,8 @@
 """A log format of one's own: a folder of .npz files, one per episode, read by a source that `--import` registers.
 
     python -m examples.own_log_format data/npz/logs/reach      # writes 40 episodes to try it with
-    python -m etl.build --import examples.own_log_format --input data/npz/logs --output data/npz/shards \\
-        --action-limit 2 --environment examples.own_environment:CameraReach-v0
+    python -m etl.build --import examples.own_log_format --source npz-episodes --input data/npz/logs \\
+        --output data/npz/shards --action-limit 2 --environment examples.own_environment:CameraReach-v0
 
 Each folder is a task. A file holds `action` (T, A), `reward` (T,), `terminated` (), and the observations under any
 other names: floats (T, N), or pictures, uint8 (T, H, W, C); row t is what the action t was chosen from.
@@ -55,7 +55,7 @@ class NpzEpisodes:
         return []
 
     def recognise(self, input: Path) -> Recognition | None:
-        """By the ending, which says little: 0 of 0, 1 and 2. --input alone then takes this source if no other fits."""
+        """By the ending, which says little (0 of 0, 1 and 2): without --source, one that knows more is taken."""
         found = sorted(input.rglob("*.npz"))
         return Recognition(f"{len(found)} .npz files", certainty=0) if found else None
 

@@ -90,7 +90,7 @@ class Model:
             ValueError: an unknown task or option, or a task that cannot be played without `dataset`.
 
         Example:
-            >>> agent = gato.load("tiny").agent("Hopper-v4", decoding="greedy")
+            >>> agent = gato.load("tiny").agent("hopper-expert-v4", decoding="greedy")
         """
         spec, config = self._task(task), _config(options)
         seed = self.info.training.seed

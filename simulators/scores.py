@@ -67,8 +67,8 @@ def reference(id: str) -> ScoreReference | None:
 class Options:
     """Measure random play and the shipped expert; tasks that were measured before are left alone."""
 
-    suite: str = "all"
-    """One suite, or all that are installed."""
+    suite: str | None = None
+    """One suite; all that are installed where not given."""
     episodes: int = 100
     seed: int = 0
     workers: int = 1
@@ -120,7 +120,7 @@ def main() -> int:
     console = Console(stderr=True)
     rows = dict(table())
     todo = []
-    for suite in all_suites().values() if options.suite == "all" else [simulators.suite_named(options.suite)]:
+    for suite in [simulators.suite_named(options.suite)] if options.suite else all_suites().values():
         try:
             todo += [id for id in suite.tasks() if options.overwrite or id not in rows]
         except simulators.SimulatorError as error:

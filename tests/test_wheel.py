@@ -85,7 +85,7 @@ import schemas, simulators, deepspeed_configs
 rooms = [sys.modules[room] for room in {ROOMS}]
 assert all(room.__file__.startswith(sys.prefix) for room in rooms), rooms
 from trainer.engine import config_names, read_config
-assert all(read_config(name) for name in config_names()) and len(config_names()) == 9
+assert all(read_config(name) for name in config_names()) and len(config_names()) == 10
 """
     python(home, code)
 

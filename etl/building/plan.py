@@ -221,5 +221,5 @@ def manifest_config(plan: list[ShardPlan], config: BuildConfig) -> dict[str, Any
 
 def _named_keys(source: str, file: str) -> str:
     """What a ref's file says after its path: the names that the user gave to a source's keys."""
-    own = str(sources.load(source).parts(file)[0])
+    own = next(map(str, sources.load(source).parts(file)), file)  # a source in memory has no file
     return file.removeprefix(own) if file.startswith(own) else ""

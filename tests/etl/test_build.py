@@ -209,7 +209,7 @@ def test_corrupt_gzip_is_named(logs, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--source", "nonsense"), "known: atari, babyai, d4rl,"),
+        (("--source", "nonsense"), "known: atari, babyai, d3rlpy, d4rl,"),
         (("--dataset", "hopper-mediun-v2"), "hopper-medium-v2"),
         (("--input", "/does/not/exist"), "no such file"),
         (("--vocabulary", "nonsense"), "known: disjoint, paper"),

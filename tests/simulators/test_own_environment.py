@@ -152,7 +152,7 @@ def test_what_the_command_line_says_counts_more(tmp_path):
         (scan,) = known.scan(files, known.options(environment="Hopper-v4"))
         assert scan.task.environment == simulators.environment("Hopper-v4")
         (scan,) = known.scan(files, known.options(environment="reach:NoSuch-v0"))
-        assert "reach registers no 'NoSuch-v0'; it has Reach-v0, Cameras-v0, Switches-v0" in scan.warnings[0]
+        assert "reach registers no 'NoSuch-v0'; it has Reach-v0, Cameras-v0, Switches-v0" in " ".join(scan.notes)
 
 
 def test_an_entry_point_names_the_module(tmp_path):

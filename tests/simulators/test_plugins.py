@@ -229,4 +229,5 @@ def test_every_source_says_what_its_options_mean():
         options = sources.load(name).options
         assert options().check() is None and options.__dataclass_params__.frozen, name
     assert sources.owners("frames") == ["atari"] and sources.owners("text_field") == ["text"]
-    assert sources.owners("environment") == ["babyai", "d4rl", "minari"]
+    owners = sources.owners("environment")
+    assert {"babyai", "d4rl", "minari", "lerobot"} <= set(owners) and not {"text", "imagetext", "atari"} & set(owners)

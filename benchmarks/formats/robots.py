@@ -1,4 +1,4 @@
-"""`python -m benchmarks.robots`: builds of robots' datasets against bare loops, and LeRobot's own loader.
+"""`python -m benchmarks.formats.robots`: builds of robots' datasets against bare loops, and LeRobot's own loader.
 
 two-camera dataset in both formats, made longer than the fixtures -> build, floor -> ratio
 
@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import subprocess
-import tarfile
 import tempfile
 from collections.abc import Callable
 from itertools import cycle, product
@@ -32,7 +31,7 @@ from benchmarks.etl import REPEATS, build_once, command, one_core, pair, timeste
 from etl.sources._tfrecord import Records, example, frame
 from schemas.files import atomic_write
 
-FIXTURES = Path(__file__).parents[1] / "tests/fixtures"
+FIXTURES = Path(__file__).parents[2] / "tests/fixtures"
 EPISODES, ROWS, FPS, SIDE = 40, 120, 10, (96, 128)
 MEMORY = (10, 100)  # episodes of one file
 CAMERA, INDEX = "observation.images.front", "__index_level_0__"
@@ -135,8 +134,7 @@ def write_video(path: Path, episodes: int) -> None:
 
 def write_rlds(root: Path, episodes: int = EPISODES * ROWS // 5) -> Path:
     """The fixture's records, as often as it takes, each with another first state: copies would be left out."""
-    with tarfile.open(FIXTURES / "rlds.tar.xz") as archive:
-        archive.extractall(root, filter="data")
+    shutil.unpack_archive(FIXTURES / "rlds.tar.xz", root, filter="data")
     folder = root / "two_cameras/1.0.0"
     files = sorted(folder.glob("*.tfrecord-*"))
     records = [data for path in files for _, data in Records(path)]

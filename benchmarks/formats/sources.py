@@ -1,4 +1,4 @@
-"""`python -m benchmarks.sources`: the build of each log format against its floor.
+"""`python -m benchmarks.formats.sources`: the build of each log format against its floor.
 
 logs in the format's own layout, made here -> build; the same files read by the lightest library, and the same bytes
 written
