@@ -76,7 +76,7 @@ MISTAKES = (
     (LOSS, "int(3 * soft_bins)", "int(2 * soft_bins)"),
     (LOSS, "-0.5 * (offsets", "-0.6 * (offsets"),
     (LOSS, "neighbours < ids.stop", "neighbours <= ids.stop"),
-    (LOSS, "[places + 1].long()", "[places].long()"),
+    (LOSS, "flatten()[places + 1]", "flatten()[places]"),
     (LOSS, "ids.stop for ids in ranges) - start", "ids.stop for ids in ranges) - start - 1"),
     (AGENT, "(odds * self.centres).sum(dim=1) + 1)", "(odds * self.centres).sum(dim=1) + 1.02)"),
     (AGENT, "logits.double() / self.config", "logits.double() * self.config"),
