@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import sys
+import threading
 
 logging.getLogger().setLevel(logging.ERROR)  # first of all: Beam warns while it is imported
 from collections.abc import Iterator
@@ -373,6 +374,7 @@ def main() -> int:
         print(f"error: {full_disk(error, place) or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
+        threading.excepthook = lambda about: None  # what the runner's threads say while they end
         print("interrupted: no dataset yet; the same command again keeps the finished shards", file=sys.stderr)
         return terminal.status_of(interrupt)
     summary.show(manifest, console)

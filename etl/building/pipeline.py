@@ -48,7 +48,7 @@ from simulators import plugins
 ATTEMPTS = 3  # of a build whose own worker processes die
 OWN_NAMES = (MANIFEST_NAME, INDEX_NAME, SHARDS_NAME, REJECTED_NAME, TEXT_MODEL_NAME, oddities.NAME, "shard-*.tar")
 NO_PROXY = "no_grpc_proxy"
-BEAM_THREADS = ("run_worker", "wait_until_finish_read")
+BEAM_THREADS = ("run_worker", "wait_until_finish_read", "beam_control_read")
 OWN_ERROR = re.compile(r"(?:RuntimeError: )?(?:[\w.]+\.)?(?:DatasetError|SourceError): (.*)")
 LOOK_SECONDS = (0.25, 2.0)  # between looks into a local folder, into a remote one
 

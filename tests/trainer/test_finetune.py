@@ -178,11 +178,10 @@ def test_sequence_length_loss_and_precision_come_from_the_export_and_the_machine
     assert done.returncode == 0, done.stderr
     first = next(line for line in done.stdout.splitlines() if "process(es)" in line)
     assert first == "1 process(es) on cpu, float32, ZeRO 1 (zero1_cpu)"
-    tiny = RECIPES["tiny"]
-    info = load_export(tmp_path / "a" / "export")[1]
-    assert info.sequence_length == tiny.data.stream.sequence_length and info.training.loss is not None
-    assert {**info.training.loss, "chunk": 0} == {**asdict(tiny.loss), "chunk": 0}
-    assert "sequence_length 256 (recipe 1024)" in done.stdout and "loss.soft_bins 24.0 (recipe 0.0)" in done.stdout
+    shipped, info = load_export(start)[1], load_export(tmp_path / "a" / "export")[1]
+    assert info.sequence_length == shipped.sequence_length and info.training.loss and shipped.training.loss
+    assert {**info.training.loss, "chunk": 0} == {**shipped.training.loss, "chunk": 0}
+    assert "sequence_length 264 (recipe 1024)" in done.stdout and "loss.soft_bins 24.0 (recipe 0.0)" in done.stdout
     own = ("--data.stream.sequence-length", "120", "--loss.soft-bins", "8", "--deepspeed", "zero0_cpu")
     done = finish([*launcher(), "trainer/main.py", *words, *own, "--run.output", str(tmp_path / "b")])
     info = load_export(tmp_path / "b" / "export")[1]
