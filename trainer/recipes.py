@@ -86,7 +86,7 @@ TINY_PONG = replace(
 # command   make quickstart
 # hardware  2 CPU cores, no GPU
 # hours     0.05 of training
-# expected  Hopper 3005 of 3138, Freeway 22.2 of 22.0 (docs/log.md, one seed, 5 episodes)
+# expected  Hopper 3167 of 3138, Freeway 22.4 of 22.0 (docs/log.md, one seed, 5 episodes)
 QUICKSTART = replace(
     TINY_TIMESTEPS,
     steps=600,
