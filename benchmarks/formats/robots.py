@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from itertools import cycle, product
+from itertools import product
 from pathlib import Path
 
 import av
@@ -28,7 +28,7 @@ import pyarrow.parquet
 from PIL import Image
 
 from benchmarks.etl import REPEATS, build_once, command, one_core, pair, timesteps
-from etl.sources._tfrecord import Records, example, frame
+from etl.sources._tfrecord import Records, Values, example, frame
 from schemas.files import atomic_write
 
 FIXTURES = Path(__file__).parents[2] / "tests/fixtures"
@@ -38,7 +38,7 @@ CAMERA, INDEX = "observation.images.front", "__index_level_0__"
 LOADER = """
 import sys, time
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-dataset = LeRobotDataset("own/bench", root=sys.argv[1], video_backend="pyav")
+dataset = LeRobotDataset("own/bench", root=sys.argv[1])
 best = float("inf")
 for _ in range(2):
     start = time.perf_counter()
@@ -132,19 +132,58 @@ def write_video(path: Path, episodes: int) -> None:
         container.mux(stream.encode())
 
 
-def write_rlds(root: Path, episodes: int = EPISODES * ROWS // 5) -> Path:
-    """The fixture's records, as often as it takes, each with another first state: copies would be left out."""
+def write_rlds(root: Path, episodes: int = 4 * EPISODES) -> Path:
+    """The steps of the fixture's records as episodes of `ROWS` steps, each with another first state: copies would be
+    left out."""
     shutil.unpack_archive(FIXTURES / "rlds.tar.xz", root, filter="data")
     folder = root / "two_cameras/1.0.0"
     files = sorted(folder.glob("*.tfrecord-*"))
-    records = [data for path in files for _, data in Records(path)]
+    records = [example(data) for path in files for _, data in Records(path)]
     for path in (*files, folder / "dataset_info.json"):
         path.unlink()
-    firsts = [example(data)["steps/observation/state"][:1].tobytes() for data in records]
+    steps = sum(len(record["steps/is_last"]) for record in records)
+    times = ROWS // steps + 1
+    lists: dict[str, Values] = {}
+    for name in records[0]:
+        parts = [record[name] for record in records]
+        if isinstance(parts[0], list):
+            codes = [code for part in parts for code in part] * times
+            lists[name] = codes[:ROWS]
+        else:
+            values = np.tile(np.concatenate(parts), times)
+            lists[name] = values[: len(values) // (steps * times) * ROWS]
+    lists["steps/is_last"] = np.arange(ROWS) == ROWS - 1
     with open(folder / "two_cameras-train.tfrecord-00000-of-00001", "wb") as file:
-        for n, (data, first) in zip(range(episodes), cycle(zip(records, firsts))):
-            file.write(frame(data.replace(first, np.float32(n).tobytes(), 1)))
+        for n in range(episodes):
+            lists["steps/observation/state"][0] = n
+            file.write(frame(encoded(lists)))
     return root
+
+
+def encoded(lists: dict[str, Values]) -> bytes:
+    """A tf.train.Example."""
+    entries = b""
+    for name, values in lists.items():
+        if isinstance(values, list):
+            feature = delimited(1, b"".join(delimited(1, code) for code in values))
+        elif values.dtype.kind == "f":
+            feature = delimited(2, delimited(1, values.astype("<f4").tobytes()))
+        else:
+            feature = delimited(3, delimited(1, b"".join(varint(int(value) & 2**64 - 1) for value in values)))
+        entries += delimited(1, delimited(1, name.encode()) + delimited(2, feature))
+    return delimited(1, entries)
+
+
+def delimited(number: int, data: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(data)) + data
+
+
+def varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
 
 
 def read_lerobot(place: Path) -> None:

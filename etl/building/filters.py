@@ -85,10 +85,13 @@ def threshold(returns: np.ndarray, share: float) -> float:
 
 def without_copies(source: Source, scan: TaskScan) -> TaskScan:
     """Exact copies become rejections that name the original. Only episodes equal in length and return are read and
-    compared, so that a log without copies costs next to nothing."""
+    compared, first without their pictures, so that a log without copies costs next to nothing."""
     assert scan.task is not None
     alike = Counter((ref.timesteps, ref.total) for ref in scan.episodes if ref.total is not None)
     suspects = [ref for ref in scan.episodes if ref.total is not None and alike[ref.timesteps, ref.total] > 1]
+    blind = replace(scan.task, observation=tuple(spec for spec in scan.task.observation if spec.kind != "image"))
+    if blind.observation and blind != scan.task:
+        suspects = _alike(source, blind, suspects)
     if not suspects:
         return scan
     first: dict[bytes, EpisodeRef] = {}
@@ -102,6 +105,14 @@ def without_copies(source: Source, scan: TaskScan) -> TaskScan:
                 why = f"a copy of episode {original.position} of {Path(original.file).name}; --keep-duplicates keeps it"
                 rejected.append(Rejection(scan.task.name, episode.file, ref.position, ref.start, DUPLICATE, why))
     return replace(scan, episodes=tuple(ref for ref in scan.episodes if ref not in copies), rejected=tuple(rejected))
+
+
+def _alike(source: Source, task: TaskSpec, refs: list[EpisodeRef]) -> list[EpisodeRef]:
+    """Those of the episodes that another one equals in all fields of the task."""
+    read = zip(refs, source.read(task, refs), strict=True)
+    digests = {ref: _digest(episode, task) for ref, episode in read if isinstance(episode, RawEpisode)}
+    counts = Counter(digests.values())
+    return [ref for ref in refs if ref in digests and counts[digests[ref]] > 1]
 
 
 def _digest(episode: RawEpisode, task: TaskSpec) -> bytes:

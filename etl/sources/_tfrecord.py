@@ -25,7 +25,7 @@ AGAIN = "download or write the file again"
 RECORD_BYTES = 2**31  # protobuf's own limit
 HEADER, FOOTER = 12, 4
 POLYNOMIAL, MASK_DELTA = 0x82F63B78, 0xA282EAD8
-LANES = 2**10  # of a long record's checksum, computed side by side
+LONGEST_LANE = 2**10  # bytes of a part of a long record, computed beside the others
 LONG = 2**12  # bytes from which that pays
 VARINT_BYTES = 10
 Values = np.ndarray | list[bytes]
@@ -253,19 +253,22 @@ def masked_crc32c(data: bytes) -> int:
 
 def crc32c(data: bytes) -> int:
     """CRC-32C (Castagnoli). A long record is split into lanes that are computed side by side, two bytes a step; the
-    checksum is linear, so that neighbours join by moving the left one on by the right one's length."""
+    checksum is linear, so that neighbours join by moving the left one on by the right one's length. Lanes have powers
+    of two bytes, so that few tables serve records of any size."""
     if len(data) < LONG:
         return _serial(data, 0xFFFFFFFF) ^ 0xFFFFFFFF
-    head = len(data) % (2 * LANES)
+    length = min(LONGEST_LANE, 1 << (len(data).bit_length() - 1) // 2)
+    head = len(data) % length
     start = _serial(data[:head], 0xFFFFFFFF)
-    steps = np.ascontiguousarray(np.frombuffer(data, "<u2", offset=head).reshape(LANES, -1).T)
-    crc = np.zeros(LANES, np.uint32)
+    steps = np.ascontiguousarray(np.frombuffer(data, "<u2", offset=head).reshape(-1, length // 2).T)
+    crc = np.zeros(steps.shape[1], np.uint32)
     crc[0] = start
     table = _table16()
     for step in steps:
         crc = table.take(crc & 0xFFFF ^ step) ^ crc >> np.uint32(16)
-    length = 2 * len(steps)
     while len(crc) > 1:
+        if len(crc) % 2:
+            crc = np.concatenate([np.zeros(1, np.uint32), crc])  # before the first byte: zeros leave nothing
         crc = _moved(crc[::2], length) ^ crc[1::2]
         length *= 2
     return int(crc[0]) ^ 0xFFFFFFFF
@@ -306,11 +309,17 @@ def _table16() -> np.ndarray:
 
 def _moved(crc: np.ndarray, zeros: int) -> np.ndarray:
     """What each checksum becomes after so many bytes of zero."""
-    columns = _shift(zeros)
-    out = np.zeros_like(crc)
-    for bit, column in enumerate(columns):
-        out ^= np.where(crc >> np.uint32(bit) & np.uint32(1), np.uint32(column), np.uint32(0))
-    return out
+    first, second, third, fourth = _tables(zeros)
+    high = crc >> np.uint32(16)
+    return first[crc & 255] ^ second[crc >> np.uint32(8) & 255] ^ third[high & 255] ^ fourth[high >> np.uint32(8)]
+
+
+@cache
+def _tables(zeros: int) -> np.ndarray:
+    """(4, 256) uint32: what each of a checksum's bytes becomes after so many bytes of zero."""
+    columns, values = np.array(_shift(zeros), np.uint32).reshape(4, 8), np.arange(256)
+    bits = values[:, None] >> np.arange(8) & 1
+    return np.bitwise_xor.reduce(np.where(bits[None], columns[:, None], np.uint32(0)), axis=2)
 
 
 @cache

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-from etl.sources._tfrecord import LANES, Records, _serial, crc32c, example, frame, is_tfrecord
+from etl.sources._tfrecord import LONGEST_LANE, Records, _serial, crc32c, example, frame, is_tfrecord
 from schemas.episode import EpisodeError
 
 
@@ -58,8 +58,8 @@ FEATURES = {"a": [1.5, -2.25, np.inf], "b": INTEGERS, "c": [b"", b"x" * 300, b"\
 def test_crc32c_is_the_published_one_in_every_length():
     assert crc32c(b"123456789") == 0xE3069283  # RFC 3720's check value
     assert crc32c(bytes(32)) == 0x8A9136AA
-    data = np.random.default_rng(0).integers(0, 256, 9 * LANES, np.uint8).tobytes()
-    for length in (0, 1, 4095, 4096, 4097, 2 * LANES * 3, 9 * LANES - 1, 9 * LANES):
+    data = np.random.default_rng(0).integers(0, 256, 300 * LONGEST_LANE, np.uint8).tobytes()
+    for length in (0, 1, 4095, 4096, 4097, 2 * LONGEST_LANE * 3, 9 * LONGEST_LANE - 1, 9 * LONGEST_LANE, 300_001):
         assert crc32c(data[:length]) == _serial(data[:length], 0xFFFFFFFF) ^ 0xFFFFFFFF
 
 
