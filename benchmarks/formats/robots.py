@@ -49,7 +49,7 @@ print(len(dataset) / best)
 """
 
 
-def write_lerobot(root: Path, episodes: int = EPISODES) -> Path:
+def write_lerobot(root: Path, episodes: int = 4 * EPISODES) -> Path:
     """LeRobotDataset v3.0 of one Parquet file and one H.264 video, keyframes as often as LeRobot has them; a second
     camera of PNGs, states and actions."""
     sides, integer = ["height", "width", "channels"], {"dtype": "int64", "shape": [1], "names": None}

@@ -144,12 +144,13 @@ def pictures(rows: pa.Table, feature: Feature, root: Path) -> np.ndarray:
     height, width, channels = feature.shape
     picture = height, width, channels
     out = np.empty((T, *picture), np.uint8)
-    for row, cell in enumerate(rows[feature.name]):
-        cell = cell.as_py()
-        data = cell.get("bytes") if isinstance(cell, dict) else cell
+    column = rows[feature.name]
+    codes, names = _cells(column, "bytes"), None
+    for row, data in enumerate(codes):
         try:
             if not isinstance(data, bytes):
-                data = _beside(root, cell.get("path") if isinstance(cell, dict) else None)
+                names = names or _cells(column, "path")
+                data = _beside(root, names[row])
             out[row] = _pictures.decode(data, f"{feature.name} at timestep {row}", picture)
         except DAMAGE as error:
             if isinstance(error, EpisodeError):
@@ -157,6 +158,15 @@ def pictures(rows: pa.Table, feature: Feature, root: Path) -> np.ndarray:
             why = " ".join(str(error).split())[:120]
             raise EpisodeError("corrupt picture", f"'{feature.name}' at timestep {row} ({why}); {AGAIN}") from error
     return out
+
+
+def _cells(column: pa.ChunkedArray, name: str) -> list[object]:
+    """One field of a column of structs, or the column itself as bytes; None where there is nothing."""
+    if not pa.types.is_struct(column.type):
+        return column.to_pylist() if name == "bytes" else [None] * len(column)
+    if column.type.get_field_index(name) < 0:
+        return [None] * len(column)
+    return pc.struct_field(column, name).to_pylist()
 
 
 def _beside(root: Path, name: object) -> bytes:
