@@ -1,12 +1,13 @@
 """A robot with two cameras and an instruction: recorded by LeRobot's own writer, built, trained, played.
 
-    python examples/two_cameras.py data/two-balls/logs 200      # needs `pip install lerobot mujoco`, and no Gato
+    python examples/two_cameras.py data/two-balls/logs 600      # needs `pip install lerobot mujoco`, and no Gato
     python -m etl.build --input data/two-balls/logs --environment examples.two_cameras:TwoBalls-v0 \\
         --text-tokens 8 --output data/two-balls/shards
-    deepspeed trainer/main.py --recipe tiny --steps 1500 --optimiser.decay-steps 1500 --optimiser.warmup-steps 50 \\
-        --data.stream.sequence-length 288 --data.folders data/two-balls/shards --run.output runs/two-balls
+    deepspeed --num_gpus 1 trainer/main.py --recipe tiny --steps 400 --optimiser.decay-steps 400 \\
+        --optimiser.warmup-steps 30 --optimiser.matrices muon --data.stream.sequence-length 280 \\
+        --data.folders data/two-balls/shards --run.output runs/two-balls
     python -m eval.compare --gato runs/two-balls/export --datasets data/two-balls/shards \\
-        --models random gato behaviour --episodes 40 --output results/two-balls
+        --models random gato behaviour --episodes 100 --output results/two-balls
 
 A gripper slides over a table with a red and a blue ball, each on another of four spots. Only the cameras show where the
 balls are, and only the instruction says which one to touch; touching the other one ends the episode without reward.
