@@ -13,13 +13,13 @@ Invariant: a field's meaning is in its FieldSpec; an array that does not fit it 
 from __future__ import annotations
 
 import math
-import os
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
 
@@ -35,6 +35,8 @@ from etl.sources import (
     by_task,
 )
 from etl.sources._hdf5 import AGAIN, DAMAGE
+from etl.sources._numbers import float32, integers
+from etl.sources._recognition import all_files_below
 from schemas.episode import EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, TaskSpec
 from schemas.ranges import require
 
@@ -156,6 +158,25 @@ class damage:
             raise EpisodeError("corrupt file", f"{why}; {AGAIN}") from error
 
 
+def in_stream(
+    rows: Callable[[int], Iterator[tuple[int, StoredEpisode | EpisodeError]]], refs: list[EpisodeRef], missing: str
+) -> Iterator[StoredEpisode | EpisodeError]:
+    """The episodes of refs, in their order, out of what can only be read forwards: `rows` from a position on, begun
+    again where a ref lies before what was read. `missing`: what is not there, a place for the position in it."""
+    stream: Iterator[tuple[int, StoredEpisode | EpisodeError]] = iter(())
+    at = -1
+    for ref in refs:
+        if at < 0 or ref.position < at:
+            stream, at = rows(ref.position), ref.position
+        found: StoredEpisode | EpisodeError = EpisodeError("empty", "no " + missing.format(ref.position))
+        for position, one in stream:
+            at = position + 1
+            if position == ref.position:
+                found = one
+                break
+        yield found
+
+
 class ArraySource:
     """A source of such logs. Subclasses define `name`, `suffixes`, `open`, and what differs."""
 
@@ -164,6 +185,7 @@ class ArraySource:
     options: type[Any] = ArrayOptions
     writer = None
     suffixes: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()  # options that name a log's keys, which a place carries
     what = "log"  # in messages
     fetch = "download it"  # what to do where there is no --input
 
@@ -189,7 +211,7 @@ class ArraySource:
 
     def below(self, folder: Path) -> list[Path]:
         """Files of the format at and below a folder, sorted."""
-        return sorted(path for path in files_below(folder) if path.suffix.lower() in self.suffixes)
+        return sorted(path for path in all_files_below(folder) if path.suffix.lower() in self.suffixes)
 
     def tasks(self, files: list[Path]) -> dict[str, list[Path]]:
         """Which files are one task, by the tasks' names: here a task per file. SourceError where two share a name."""
@@ -201,7 +223,9 @@ class ArraySource:
 
     def place(self, path: Path, options: Any) -> str:
         """The `file` of a path's refs."""
-        return str(path)
+        named = {key: getattr(options, key) for key in self.keys}
+        given = {key: value for key, value in named.items() if value != getattr(self.options, key)}
+        return f"{path}{KEYS}{urlencode(sorted(given.items()))}" if given else str(path)
 
     def label(self, path: Path) -> str:
         """How a path is named in rejections and in the index: unique in its task."""
@@ -313,21 +337,6 @@ def rows_of(column: Column, name: str, T: int) -> np.ndarray:
     return column[:T]
 
 
-def float32(values: np.ndarray, name: str) -> np.ndarray:
-    """As float32; EpisodeError for what is no number."""
-    if values.dtype.kind not in "fiub":
-        raise EpisodeError("wrong dtype", f"'{name}' is {values.dtype}, expected numbers; {AGAIN}")
-    with np.errstate(over="ignore", invalid="ignore"):  # beyond float32 becomes infinite, and is refused as such
-        return values.astype(np.float32, copy=False)
-
-
-def integers(values: np.ndarray, name: str) -> np.ndarray:
-    """As int64; EpisodeError for what is no integer."""
-    if values.dtype.kind not in "iub":
-        raise EpisodeError("wrong dtype", f"'{name}' is {values.dtype}, expected integers; {AGAIN}")
-    return values.astype(np.int64)
-
-
 def rejection(task: str, label: str, position: int, row: int, error: EpisodeError) -> Rejection:
     """The line of an episode, or of a file where the position is -1."""
     return Rejection(task, label, position, row, error.reason, error.detail)
@@ -338,8 +347,6 @@ def path_of(place: str) -> Path:
     return Path(place.partition(KEYS)[0])
 
 
-def files_below(folder: Path) -> Iterator[Path]:
-    """All files below a folder but hidden ones; links to folders are not followed."""
-    for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(root, name) for name in sorted(files) if not name.startswith("."))
+def names_of(place: str) -> dict[str, str]:
+    """The keys that the user named, by option."""
+    return dict(parse_qsl(place.partition(KEYS)[2]))

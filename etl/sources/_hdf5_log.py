@@ -9,7 +9,7 @@ Invariant: looking at a group reads no rows, but the first one of an array of by
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 
 from etl.sources import _hdf5, _pictures
-from etl.sources._arrays import Log
+from etl.sources._arrays import ArraySource, Log
 from etl.sources._hdf5 import AGAIN, VALUES
 from schemas.episode import EpisodeError
 
@@ -67,10 +67,14 @@ class CodedPictures(HDF5Column):
 
     def __getitem__(self, rows: slice, /) -> np.ndarray:
         start, stop, _ = rows.indices(len(self.node))
-        out = np.empty((stop - start, *self.picture), np.uint8)
-        for n, code in enumerate(_codes(self.node, start, stop)):
-            out[n] = _pictures.decode(code, self.name, self.picture)
-        return out
+        return _pictures.decode_all(_codes(self.node, start, stop), stop - start, self.name, self.picture)
+
+
+class HDF5Source(ArraySource):
+    """A source of logs in HDF5 files."""
+
+    def tried(self, files: list[Path]) -> Mapping[Path, EpisodeError]:
+        return _hdf5.tried(files)
 
 
 class HDF5Log(Log):

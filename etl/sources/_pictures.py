@@ -1,6 +1,6 @@
 """Pictures in logs: coded bytes, channels first, floats in [0, 1], flattened rows.
 
-PNG or JPEG bytes -> `decode` -> (H, W, C) uint8
+PNG or JPEG bytes -> `decode`, `decode_all` -> (H, W, C), (T, H, W, C) uint8
 (T, ...) of an episode + the layout that `scan` found -> `as_pictures` -> (T, H, W, C) uint8
 
 `scan` decides once a field, by `picture_layout` (shape, dtype, bounds) or by what the user says; `read` applies it.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image
@@ -21,7 +22,16 @@ from schemas.episode import EpisodeError, FieldSpec
 from schemas.layout import PATCH_SIZE
 from simulators.picture_layout import PictureError, PictureLayout, flattened_shapes, picture_layout
 
-__all__ = ["PictureLayout", "as_pictures", "decode", "flattened_shapes", "image_field", "picture_layout", "size_of"]
+__all__ = [
+    "PictureLayout",
+    "as_pictures",
+    "decode",
+    "decode_all",
+    "flattened_shapes",
+    "image_field",
+    "picture_layout",
+    "size_of",
+]
 
 FORMATS = ("PNG", "JPEG")
 MOST_PIXELS = 2**24
@@ -48,6 +58,17 @@ def decode(data: bytes, where: str, shape: tuple[int, int, int] | None = None) -
     if shape is not None and pixels.shape != tuple(shape):
         raise EpisodeError("wrong shape", f"'{where}' is a picture of {pixels.shape}, expected {tuple(shape)}")
     return pixels
+
+
+def decode_all(
+    codes: Iterable[bytes], count: int, where: str, shape: tuple[int, int, int], channels: slice = slice(None)
+) -> np.ndarray:
+    """(count, H, W, C) uint8 of `count` coded pictures that must have one shape, or of some of their channels.
+    EpisodeError as of `decode`."""
+    out = np.empty((count, *shape[:2], len(range(shape[2])[channels])), np.uint8)
+    for n, code in enumerate(codes):
+        out[n] = decode(code, where, shape)[..., channels]
+    return out
 
 
 def size_of(data: bytes, where: str) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -52,6 +52,13 @@ def files_below(input: Path) -> list[Path]:
         folders.extend(Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False))
         found += [Path(entry.path) for entry in entries if entry.is_file()]
     return found[:MOST_FILES]
+
+
+def all_files_below(folder: Path) -> Iterator[Path]:
+    """All files below a folder but hidden ones; links to folders are not followed."""
+    for root, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(root, name) for name in sorted(files) if not name.startswith("."))
 
 
 def below(input: Path, path: Path) -> str:

@@ -20,18 +20,9 @@ from gymnasium import spaces
 
 import simulators
 from etl.sources import EpisodeRef, Rejection, TaskScan, _pictures, _ranges, environment_warnings
-from etl.sources._arrays import (
-    TIMESTEP_VALUES,
-    ArraySource,
-    Column,
-    Log,
-    StoredEpisode,
-    damage,
-    float32,
-    rejection,
-    rows_of,
-)
+from etl.sources._arrays import TIMESTEP_VALUES, ArraySource, Column, Log, StoredEpisode, damage, rejection, rows_of
 from etl.sources._hdf5 import AGAIN
+from etl.sources._numbers import float32
 from schemas.episode import ActionSpec, EnvironmentSpec, EpisodeError, FieldSpec, TaskSpec
 from schemas.layout import layout_of
 from simulators import spaces as rules

@@ -22,9 +22,9 @@ import h5py
 import numpy as np
 
 from etl.sources import _hdf5
-from etl.sources._arrays import ArraySource, Log, Part, StoredEpisode
+from etl.sources._arrays import Log, Part, StoredEpisode
 from etl.sources._hdf5 import AGAIN
-from etl.sources._hdf5_log import HDF5Column, HDF5Log, few, last_flag, required
+from etl.sources._hdf5_log import HDF5Column, HDF5Log, HDF5Source, few, last_flag, required
 from etl.sources._recognition import MARK, Recognition, below, files_below, first_with, hdf5_keys
 from schemas.episode import EpisodeError
 
@@ -34,7 +34,7 @@ KNOWN_VERSION = "2.1"
 _ACTIONS = re.compile(r"actions_(0|[1-9]\d{0,8})")
 
 
-class D3rlpy(ArraySource):
+class D3rlpy(HDF5Source):
     """Source of d3rlpy's HDF5 files, v1 and v2.1."""
 
     name = "d3rlpy"
@@ -50,9 +50,6 @@ class D3rlpy(ArraySource):
                 if marks <= keys:
                     return Recognition(f"{below(input, path)} has keys {', '.join(sorted(marks))}", MARK)
         return None
-
-    def tried(self, files: list[Path]) -> Mapping[Path, EpisodeError]:
-        return _hdf5.tried(files)
 
     def open(self, place: str) -> Log:
         path = Path(place)

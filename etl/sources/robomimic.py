@@ -14,19 +14,19 @@ Invariant: demos come by their number; what a demo lacks, the others do not lose
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
 
 from etl.sources import _hdf5
-from etl.sources._arrays import INSTRUCTION, KEYS, ArrayOptions, ArraySource, Log, StoredEpisode, path_of
+from etl.sources._arrays import INSTRUCTION, ArrayOptions, Log, StoredEpisode, names_of, path_of
 from etl.sources._hdf5 import AGAIN
 from etl.sources._hdf5_log import (
     HDF5Log,
+    HDF5Source,
     attribute,
     columns,
     group_of,
@@ -54,12 +54,13 @@ class Options(ArrayOptions):
     """Array of the actions, such as actions or actions_abs."""
 
 
-class Robomimic(ArraySource):
+class Robomimic(HDF5Source):
     """Source of robomimic's HDF5 files (LIBERO, RoboCasa, MimicGen)."""
 
     name = "robomimic"
     options = Options
     suffixes = (".hdf5", ".h5")
+    keys = ("held_out_mask", "mask", "action_key")
     what = ".hdf5 file"
     fetch = "download a dataset (robomimic's download_datasets.py, LIBERO's download_libero_datasets.py)"
 
@@ -72,16 +73,8 @@ class Robomimic(ArraySource):
                     return Recognition(f"{below(input, path)}, data's attribute {sorted(marks)[0]}", MARK)
         return None
 
-    def tried(self, files: list[Path]) -> Mapping[Path, EpisodeError]:
-        return _hdf5.tried(files)
-
-    def place(self, path: Path, options: Options) -> str:
-        named = {key: getattr(options, key) for key in ("held_out_mask", "mask", "action_key")}
-        given = {key: value for key, value in named.items() if value != getattr(Options, key)}
-        return f"{path}{KEYS}{urlencode(sorted(given.items()))}" if given else str(path)
-
     def open(self, place: str) -> Log:
-        return _Demos(path_of(place), dict(parse_qsl(place.partition(KEYS)[2])))
+        return _Demos(path_of(place), names_of(place))
 
 
 SOURCE = Robomimic()

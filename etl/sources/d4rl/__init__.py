@@ -43,10 +43,11 @@ from etl.sources import (
     environment_warnings,
 )
 from etl.sources._hdf5 import Rows, damage
+from etl.sources._numbers import as_float32
 from etl.sources._pictures import as_pictures, flattened_shapes, image_field, picture_layout
 from etl.sources._series import merged, numbered
 from etl.sources.d4rl.actions import action_space
-from etl.sources.d4rl.log import REQUIRED, Log, float32
+from etl.sources.d4rl.log import REQUIRED, Log
 from etl.sources.d4rl.writer import D4RLWriter
 from schemas.episode import EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, TaskSpec
 from simulators.registry import environment as environment_of_id
@@ -232,7 +233,7 @@ def _read_episode(log: Log, task: TaskSpec, ref: EpisodeRef) -> RawEpisode | Rej
 
     def values(key: str, array: Rows) -> np.ndarray:
         spec, rows = specs[key], array[ref.start : ref.stop]
-        return as_pictures(rows, key, log.layout(spec.shape)) if spec.kind == "image" else float32(rows)
+        return as_pictures(rows, key, log.layout(spec.shape)) if spec.kind == "image" else as_float32(rows, copy=False)
 
     last = slice(ref.stop - 1, ref.stop)
     try:
@@ -240,7 +241,7 @@ def _read_episode(log: Log, task: TaskSpec, ref: EpisodeRef) -> RawEpisode | Rej
             return RawEpisode(
                 observation={key: values(key, array) for key, array in log.fields.items() if key in specs},
                 action=log.actions(ref, task),
-                reward=float32(log.arrays["rewards"][ref.start : ref.stop]).reshape(-1),
+                reward=as_float32(log.arrays["rewards"][ref.start : ref.stop], copy=False).reshape(-1),
                 terminated=bool(log.flags("terminals", last)),
                 truncated=bool(log.flags("timeouts", last)),  # `end` of the ref counts more
                 file=log.path.name,

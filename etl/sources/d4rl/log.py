@@ -17,6 +17,7 @@ import numpy as np
 
 from etl.sources import EpisodeRef, _hdf5
 from etl.sources._hdf5 import AGAIN, DAMAGE, Rows, damage
+from etl.sources._numbers import as_float32
 from etl.sources._oddities import Split, differing, distances, split
 from etl.sources._pictures import PictureLayout, picture_layout
 from schemas.episode import EpisodeError, TaskSpec
@@ -25,7 +26,6 @@ REQUIRED = ("observations", "actions", "rewards", "terminals")
 GOAL = "infos/goal"
 OPTIONAL = ("timeouts", "episode_terminals", "next_observations", GOAL)
 WIDEST = 2**16  # values a timestep: more is damage, and would not fit any context
-FLAGS = ("terminals", "timeouts", "episode_terminals")
 MOST_ROWS = 2**24  # D4RL's longest have 2M: flags and rewards are held whole
 ALL = slice(None)
 PIECE = 2**24  # bytes of observations at a time
@@ -49,7 +49,7 @@ class Log:
             self.fields["goal"] = self.arrays[GOAL]
 
     def flags(self, key: str, rows: slice = ALL) -> np.ndarray | None:
-        """Which rows of one of FLAGS are set, bool; None where the file has no such key."""
+        """Which rows of a flag ("terminals", ...) are set, bool; None where the file has no such key."""
         return self.arrays[key][rows].reshape(-1).astype(bool, copy=False) if key in self.arrays else None
 
     def split(self, limit: int | None) -> Split:
@@ -90,7 +90,7 @@ class Log:
         values = self.arrays["actions"][ref.start : ref.stop]
         assert task.action is not None
         if task.action.kind == "continuous":
-            return float32(values)
+            return as_float32(values, copy=False)
         return values.astype(np.int64).reshape((-1,) if task.action.size == 1 else (-1, task.action.size))
 
     def totals(self, bounds: list[tuple[int, int]]) -> list[float]:
@@ -165,8 +165,3 @@ def _whole(rows: Rows, start: int, stop: int) -> np.ndarray:
         return rows[start:stop]
     except DAMAGE:
         return np.full((stop - start, *rows.shape[1:]), np.nan if rows.dtype.kind == "f" else 0, rows.dtype)
-
-
-def float32(values: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused as such
-        return values.astype(np.float32, copy=False)

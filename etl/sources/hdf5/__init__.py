@@ -22,12 +22,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
 
 from etl.sources import _hdf5
-from etl.sources._arrays import KEYS, ArrayOptions, ArraySource, Column, Log, Part, StoredEpisode, path_of
+from etl.sources._arrays import ArrayOptions, ArraySource, Column, Log, Part, StoredEpisode, names_of, path_of
 from etl.sources._hdf5 import AGAIN
 from etl.sources._hdf5_log import columns
 from etl.sources._npz import Npz
@@ -69,6 +68,7 @@ class HDF5(ArraySource):
     name = "hdf5"
     options = Options
     suffixes = (".hdf5", ".h5", ".npz")
+    keys = ("action_key", "reward_key", "terminal_key", "action_row")
     what = ".hdf5, .h5 or .npz file"
     fetch = "download the files"
 
@@ -103,13 +103,8 @@ class HDF5(ArraySource):
     def tried(self, files: list[Path]) -> Mapping[Path, EpisodeError]:
         return _hdf5.tried(path for path in files if path.suffix.lower() != ".npz")
 
-    def place(self, path: Path, options: Options) -> str:
-        named = {key: getattr(options, key) for key in ("action_key", "reward_key", "terminal_key", "action_row")}
-        given = {key: value for key, value in named.items() if value != getattr(Options, key)}
-        return f"{path}{KEYS}{urlencode(sorted(given.items()))}" if given else str(path)
-
     def open(self, place: str) -> Log:
-        return _FileLog(path_of(place), dict(parse_qsl(place.partition(KEYS)[2])))
+        return _FileLog(path_of(place), names_of(place))
 
 
 SOURCE = HDF5()

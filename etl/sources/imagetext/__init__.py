@@ -38,7 +38,8 @@ from etl.sources import (
     _pictures,
     _recognition,
 )
-from etl.sources._arrays import KEYS, files_below, path_of, rejection
+from etl.sources._arrays import KEYS, path_of, rejection
+from etl.sources._recognition import all_files_below
 from schemas.episode import EpisodeError, FieldSpec, RawEpisode, TaskSpec
 from schemas.layout import PATCH_SIZE
 from schemas.ranges import require
@@ -108,7 +109,7 @@ class ImageText:
                               "webdataset, and give --input its folder")  # fmt: skip
         if dataset is not None:
             raise SourceError("source imagetext knows no --dataset; give --input the file or folder you want")
-        found = [input] if input.is_file() else sorted(p for p in files_below(input) if p.suffix == ".tar")
+        found = [input] if input.is_file() else sorted(p for p in all_files_below(input) if p.suffix == ".tar")
         if not found:
             raise SourceError(f"{input}: no .tar in it; give --input img2dataset's folder")
         return found

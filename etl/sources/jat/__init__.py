@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from etl.sources import EpisodeRef, _pictures
-from etl.sources._arrays import ArraySource, Column, Log, StoredEpisode, damage
+from etl.sources._arrays import ArraySource, Column, Log, StoredEpisode, damage, in_stream
 from etl.sources._hdf5 import AGAIN
 from etl.sources._recognition import MARK, Recognition, below, files_below, first_with, parquet_schema
 from schemas.episode import EpisodeError
@@ -130,18 +130,7 @@ class _Rows(Log):
         yield from self._rows(first, light)
 
     def read(self, refs: list[EpisodeRef]) -> Iterator[StoredEpisode | EpisodeError]:
-        rows: Iterator[tuple[int, StoredEpisode | EpisodeError]] = iter(())
-        at = -1
-        for ref in refs:
-            if at < 0 or ref.position < at:
-                rows, at = self._rows(ref.position, None), ref.position
-            found: StoredEpisode | EpisodeError = EpisodeError("empty", f"no row {ref.position} in it; {AGAIN}")
-            for row, one in rows:
-                at = row + 1
-                if row == ref.position:
-                    found = one
-                    break
-            yield found
+        return in_stream(lambda start: self._rows(start, None), refs, f"row {{}} in it; {AGAIN}")
 
     def close(self) -> None:
         if hasattr(self, "file"):
@@ -214,12 +203,8 @@ class _Pictures:
         self.dtype = np.dtype(np.uint8)
 
     def __getitem__(self, rows: slice, /) -> np.ndarray:
-        codes = self.codes[rows]
-        out = np.empty((len(codes), *self.shape[1:]), np.uint8)
-        for n, code in enumerate(codes):
-            picture = _pictures.decode(code.as_py(), self.name, self.picture)
-            out[n] = picture[..., -1:] if self.stacked else picture
-        return out
+        codes, newest = self.codes[rows], slice(-1, None) if self.stacked else slice(None)
+        return _pictures.decode_all((code.as_py() for code in codes), len(codes), self.name, self.picture, newest)
 
 
 def _inner(column: pa.Array, name: str) -> pa.Array:

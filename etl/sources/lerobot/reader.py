@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from etl.sources import EpisodeRef
+from etl.sources._numbers import as_float32
 from etl.sources.lerobot import metadata, table
 from etl.sources.lerobot.fields import action_features, observable
 from etl.sources.lerobot.metadata import AGAIN, INFO, Feature
@@ -51,7 +52,7 @@ class Reader:
         done, success = self._flag(rows, "next.done"), self._flag(rows, "next.success")
         return RawEpisode(
             observation={field.key: self._field(field, feature, rows, ref) for field, feature in self.fields},
-            action=action if spec.kind == "discrete" else _float32(action),
+            action=action if spec.kind == "discrete" else as_float32(action),
             reward=self._rewards(rows),
             terminated=bool(success),
             truncated=not success and done is not False,
@@ -70,7 +71,7 @@ class Reader:
         if feature.dtype == "video":
             return self._frames(feature, rows, ref)
         values = table.numbers(rows, feature)
-        return _float32(values) if spec.kind == "continuous" else values.astype(np.int64)
+        return as_float32(values) if spec.kind == "continuous" else values.astype(np.int64)
 
     def _frames(self, feature: Feature, rows: pa.Table, ref: EpisodeRef) -> np.ndarray:
         clip, fps = self.dataset.clip(feature.name, ref.position), self.dataset.fps
@@ -101,7 +102,7 @@ class Reader:
     def _rewards(self, rows: pa.Table) -> np.ndarray:
         if "next.reward" not in rows.column_names:
             return np.zeros(len(rows), np.float32)
-        return _float32(table.numbers(rows, Feature("next.reward", "float32", ())))
+        return as_float32(table.numbers(rows, Feature("next.reward", "float32", ())))
 
     def _flag(self, rows: pa.Table, name: str) -> bool | None:
         """A flag of the last row; None where there is no such column."""
@@ -127,8 +128,3 @@ def root_of(path: Path) -> Path:
         if folder.name == "data" and (folder.parent / INFO).is_file():
             return folder.parent
     raise EpisodeError("missing file", f"no {INFO} above {path.name}; {AGAIN}")
-
-
-def _float32(values: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused as such
-        return values.astype(np.float32)

@@ -14,15 +14,15 @@ Invariant: which episodes there are, and how long, is said twice; where the two 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from etl.sources import _hdf5
-from etl.sources._arrays import ArrayOptions, ArraySource, Log, StoredEpisode
+from etl.sources._arrays import ArrayOptions, Log, StoredEpisode
 from etl.sources._hdf5 import AGAIN
-from etl.sources._hdf5_log import HDF5Log, column, columns, group_of, last_flag, optional, required
+from etl.sources._hdf5_log import HDF5Log, HDF5Source, column, columns, group_of, last_flag, optional, required
 from etl.sources._recognition import MARK, Recognition, below, files_below, first_with, json_of
 from schemas.episode import EpisodeError
 from simulators.registry import environment
@@ -35,7 +35,7 @@ class Options(ArrayOptions):
     """What the command line says about ManiSkill's trajectories."""
 
 
-class ManiSkill(ArraySource):
+class ManiSkill(HDF5Source):
     """Source of ManiSkill's trajectories."""
 
     name = "maniskill"
@@ -70,9 +70,6 @@ class ManiSkill(ArraySource):
                 del named[name]
                 named |= {f"{name}-{path.parent.name}": [path] for path in same}
         return dict(sorted(named.items()))
-
-    def tried(self, files: list[Path]) -> Mapping[Path, EpisodeError]:
-        return _hdf5.tried(files)
 
     def parts(self, file: str) -> list[Path]:
         """The HDF5 file and its JSON, where there is one."""

@@ -45,6 +45,7 @@ from etl.sources import (
     by_task,
     environment_warnings,
 )
+from etl.sources._numbers import as_float32
 from etl.sources._pictures import as_pictures
 from etl.sources._ranges import action_spec
 from etl.sources.minari import disk
@@ -154,7 +155,7 @@ class Minari:
             return stored
         if spec.kind == "image":
             return as_pictures(stored, spec.key, rules.picture_of(space))
-        return disk.float32(stored) if spec.kind == "continuous" else disk.integers(spec.key, space, stored)
+        return as_float32(stored) if spec.kind == "continuous" else disk.integers(spec.key, space, stored)
 
     def action(
         self, space: spaces.Space, options: Options, pieces: Iterable[np.ndarray]
@@ -245,11 +246,11 @@ class Minari:
                         observation[leaf.key] = self.values(spec, leaf.space, stored)
                 stored = disk.rows_of(group, ("actions",), action, T, T, size)
                 discrete = task.action.kind == "discrete"
-                actions = disk.integers("action", action, stored) if discrete else disk.float32(stored)
+                actions = disk.integers("action", action, stored) if discrete else as_float32(stored)
                 return RawEpisode(
                     observation=observation,
                     action=actions.reshape((T,) if discrete and size == 1 else (T, size)),
-                    reward=disk.float32(disk.column(group, "rewards", T)),
+                    reward=as_float32(disk.column(group, "rewards", T)),
                     terminated=bool(disk.column(group, "terminations", T)[T - 1]),
                     truncated=bool(disk.column(group, "truncations", T)[T - 1]),
                     file=_label(task.name, Path(ref.file)),
@@ -308,7 +309,7 @@ def _scan_episodes(
         try:
             with damage():
                 group = disk.episode_group(file, number)
-                values = disk.float32(disk.column(group, "rewards"))
+                values = as_float32(disk.column(group, "rewards"))
                 counted_steps = group.attrs.get("total_steps")  # fewer where Minari put an episode together
                 if isinstance(counted_steps, int | np.integer) and counted_steps > len(values):
                     detail = f"'rewards' has {len(values)} rows of the {counted_steps} that were recorded; {AGAIN}"

@@ -159,11 +159,6 @@ def integers(key: str, space: spaces.Space, stored: np.ndarray) -> np.ndarray:
     return values
 
 
-def float32(values: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused as such
-        return values.astype(np.float32)
-
-
 @contextmanager
 def damage(reason: str = "corrupt HDF5") -> Iterator[None]:
     """Turns what a library raises for damaged bytes into an EpisodeError of that reason."""

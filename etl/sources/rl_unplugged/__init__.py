@@ -16,16 +16,15 @@ Invariant: an episode holds successive timesteps, or is rejected; memory is that
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from etl.sources import EpisodeRef, _pictures
-from etl.sources._arrays import ArraySource, Column, Log, StoredEpisode, damage
-from etl.sources._arrays import files_below as all_below
-from etl.sources._recognition import MARK, Recognition, below, files_below
+from etl.sources._arrays import ArraySource, Column, Log, StoredEpisode, damage, in_stream
+from etl.sources._recognition import MARK, Recognition, all_files_below, below, files_below
 from etl.sources._tfrecord import AGAIN, Records, Values, example
 from schemas.episode import EpisodeError
 
@@ -61,7 +60,7 @@ class RLUnplugged(ArraySource):
         return None
 
     def below(self, folder: Path) -> list[Path]:
-        return sorted(path for path in all_below(folder) if _prefix(path))
+        return sorted(path for path in all_files_below(folder) if _prefix(path))
 
     def tasks(self, files: list[Path]) -> dict[str, list[Path]]:
         """A task per folder and prefix: Pong-run_1, cartpole_swingup-train."""
@@ -118,17 +117,7 @@ class _Episodes(Log):
             position += 1
 
     def read(self, refs: list[EpisodeRef]) -> Iterator[StoredEpisode | EpisodeError]:
-        rows, at = self.scan(), 0
-        for ref in refs:
-            if ref.position < at:
-                rows, at = self.scan(), 0
-            found: StoredEpisode | EpisodeError = EpisodeError("empty", f"no record {ref.position} in it; {AGAIN}")
-            for position, one in rows:
-                at = position + 1
-                if position == ref.position:
-                    found = one
-                    break
-            yield found
+        return in_stream(lambda start: self.scan(), refs, f"record {{}} in it; {AGAIN}")
 
     def close(self) -> None:
         self.records.file.close()
@@ -217,26 +206,17 @@ class _Transitions(Log):
         self.bounds = list(zip(edges, [*edges[1:], len(ids)]))
 
     def scan(self) -> Iterator[tuple[int, StoredEpisode | EpisodeError]]:
-        for position in range(len(self.bounds)):
-            yield position, self._tried_episode(position)
+        yield from super().scan()
         if self.broken is not None:  # what follows the damage is lost
             yield len(self.bounds), self.broken
-
-    def read(self, refs: list[EpisodeRef]) -> Iterator[StoredEpisode | EpisodeError]:
-        for ref in refs:
-            yield self._tried_episode(ref.position)
 
     def close(self) -> None:
         self.records.file.close()
 
-    def _tried_episode(self, position: int) -> StoredEpisode | EpisodeError:
-        try:
-            with damage():
-                return self._episode(position)
-        except EpisodeError as error:
-            return error
+    def positions(self) -> Iterable[int]:
+        return range(len(self.bounds))
 
-    def _episode(self, position: int) -> StoredEpisode:
+    def episode(self, position: int) -> StoredEpisode:
         start, stop = self.bounds[position]
         if stop - start > LONGEST:
             raise EpisodeError("too large", f"{stop - start} transitions of one episode_id; split the file")
@@ -275,10 +255,7 @@ class _Pngs:
 
     def __getitem__(self, rows: slice, /) -> np.ndarray:
         codes = self.codes[rows]
-        out = np.empty((len(codes), *self.picture), np.uint8)
-        for n, code in enumerate(codes):
-            out[n] = _pictures.decode(code, self.name, self.picture)
-        return out
+        return _pictures.decode_all(codes, len(codes), self.name, self.picture)
 
 
 def _array(values: Values, rows: int, key: str) -> np.ndarray:

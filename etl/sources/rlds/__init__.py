@@ -24,8 +24,7 @@ import numpy as np
 
 from etl.sources import EpisodeRef, _recognition
 from etl.sources._arrays import KEYS, ArrayOptions, ArraySource, Column, Log, StoredEpisode, damage, path_of
-from etl.sources._arrays import files_below as all_below
-from etl.sources._recognition import MARK, Recognition, files_below, json_of
+from etl.sources._recognition import MARK, Recognition, all_files_below, files_below, json_of
 from etl.sources._tfrecord import AGAIN, Records, example
 from etl.sources.rlds.features import FLAT, LENGTHS, STEPS, Given, Leaf, leaves_of
 from schemas.episode import EpisodeError
@@ -69,7 +68,7 @@ class RLDS(ArraySource):
         return None
 
     def below(self, folder: Path) -> list[Path]:
-        return sorted(path for path in all_below(folder) if _FILE.fullmatch(path.name))
+        return sorted(path for path in all_files_below(folder) if _FILE.fullmatch(path.name))
 
     def tasks(self, files: list[Path]) -> dict[str, list[Path]]:
         """A task per dataset: its name, or with the configuration where that makes the difference."""

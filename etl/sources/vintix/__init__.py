@@ -13,7 +13,7 @@ Invariant: the episodes of a file are disjoint, in order, and cover all its rows
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from etl.sources import _hdf5
-from etl.sources._arrays import ArraySource, Log, Part, StoredEpisode
+from etl.sources._arrays import Log, Part, StoredEpisode
 from etl.sources._hdf5 import AGAIN
-from etl.sources._hdf5_log import HDF5Column, HDF5Log, group_of, required
+from etl.sources._hdf5_log import HDF5Column, HDF5Log, HDF5Source, group_of, required
 from etl.sources._recognition import MARK, Recognition, below, files_below, first_with, hdf5_keys
 from schemas.episode import EpisodeError
 
@@ -33,7 +32,7 @@ MOST_ROWS = 2**28
 _GROUP = re.compile(r"(\d{1,12})-(\d{1,12})")
 
 
-class Vintix(ArraySource):
+class Vintix(HDF5Source):
     """Source of Vintix's trajectories."""
 
     name = "vintix"
@@ -55,9 +54,6 @@ class Vintix(ArraySource):
         for path in sorted(map(Path, files)):
             named.setdefault(path.parent.name, []).append(path)
         return dict(sorted(named.items()))
-
-    def tried(self, files: list[Path]) -> Mapping[Path, EpisodeError]:
-        return _hdf5.tried(files)
 
     def open(self, place: str) -> Log:
         return _Trajectory(Path(place))
