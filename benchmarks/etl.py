@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -198,30 +199,32 @@ def bench_floor(folder: Path, place: Path, source: str) -> None:
         many = multiply(lengthen(place, folder / "d4rl-long"), folder / "d4rl-many", source, TIMES)
     else:
         many = multiply(place, folder / "atari-many", source, -(-FRAMES // timesteps(place, source)))
-    count = timesteps(many, source)
-    output = folder / f"{source}-shards"
-    build_once(source, many, output)
+    reads = {f"etl: {source} build / read {what} and write only": read for what, read in FLOORS[source].items()}
+    against_floor(folder, source, many, reads, timesteps(many, source))
+
+
+def against_floor(folder: Path, source: str, place: Path, reads: dict[str, Callable[[Path], None]], count: int) -> None:
+    """The build of the logs at `place`, `count` timesteps, against each of `reads` (by the pair's name), which reads
+    them and writes what the build writes. One core; `folder` is for what both write."""
+    output, bare = folder / f"{source}-shards", folder / "floor"
+    build_once(source, place, output)
     contents = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
 
-    def anew() -> None:
+    def build() -> None:
         shutil.rmtree(output, ignore_errors=True)
-        build_once(source, many, output)
+        build_once(source, place, output)
 
-    def floor(read: Callable[[Path], None]) -> Callable[[], None]:
-        def work() -> None:
-            shutil.rmtree(folder / "floor", ignore_errors=True)
-            read(many)
-            for name, data in contents.items():
-                with atomic_write(folder / "floor" / name) as file:
-                    file.write(data)
-
-        return work
+    def floor(read: Callable[[Path], None]) -> None:
+        shutil.rmtree(bare, ignore_errors=True)
+        read(place)
+        for name, data in contents.items():
+            with atomic_write(bare / name) as file:
+                file.write(data)
 
     with one_core():
-        for what, read in FLOORS[source].items():
-            name = f"etl: {source} build / read {what} and write only"
-            pair(name, anew, floor(read), "timesteps/s", count, REPEATS)
-    for path in (output, folder / "floor"):
+        for name, read in reads.items():
+            pair(name, build, partial(floor, read), "timesteps/s", count, REPEATS)
+    for path in (output, bare):
         shutil.rmtree(path)
 
 

@@ -35,7 +35,7 @@ from schemas.files import atomic_write
 from shards.folder import Folder
 
 ROOT = Path(__file__).resolve().parent.parent
-RECORD_SECONDS, BUILD_SECONDS, PLAY_SECONDS = 75.0, 30.0, 110.0
+PLAY_SECONDS = 110.0
 START_SECONDS = 45.0  # until a training has imported, compiled and evaluated for the first time
 RATE = 500_000.0  # tokens/s that are assumed where no figure of 79m was measured here
 BATCH, LENGTH = 64, 1024

@@ -27,9 +27,8 @@ import pyarrow as pa
 import pyarrow.parquet
 from PIL import Image
 
-from benchmarks.etl import REPEATS, build_once, command, one_core, pair, timesteps
+from benchmarks.etl import against_floor, command, one_core, timesteps
 from etl.sources._tfrecord import Records, Values, example, frame
-from schemas.files import atomic_write
 
 FIXTURES = Path(__file__).parents[2] / "tests/fixtures"
 EPISODES, ROWS, FPS, SIDE = 40, 120, 10, (96, 128)
@@ -220,24 +219,9 @@ SOURCES: dict[str, tuple[Callable[..., Path], Callable[[Path], None]]] = {
 def bench_source(folder: Path, source: str) -> None:
     """Build against its floor."""
     write, read = SOURCES[source]
-    place, output = write(folder / source), folder / f"{source}-shards"
-    count = timesteps(place, source)
-    build_once(source, place, output)
-    contents = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
-
-    def again() -> None:
-        shutil.rmtree(output, ignore_errors=True)
-        build_once(source, place, output)
-
-    def floor() -> None:
-        shutil.rmtree(folder / "floor", ignore_errors=True)
-        read(place)
-        for name, data in contents.items():
-            with atomic_write(folder / "floor" / name) as file:
-                file.write(data)
-
-    with one_core():
-        pair(f"etl: {source} build / read and write only", again, floor, "timesteps/s", count, REPEATS)
+    place = write(folder / source)
+    reads = {f"etl: {source} build / read and write only": read}
+    against_floor(folder, source, place, reads, timesteps(place, source))
 
 
 def bench_loader(place: Path) -> None:

@@ -26,10 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet
 from PIL import Image
 
-from benchmarks.etl import build_once, one_core, pair
-from schemas.files import atomic_write
+from benchmarks.etl import against_floor
 
-REPEATS = 3
 EPISODES, T = 200, 200
 SIDE = 64
 CAMERAS = ("agentview_image", "eye_in_hand_image")
@@ -214,25 +212,10 @@ FORMATS: dict[str, tuple[str, Write, Read]] = {
 def bench(name: str, folder: Path) -> None:
     """One format's build against its floor."""
     source, write, read = FORMATS[name]
-    logs, output = folder / "logs", folder / "shards"
+    logs = folder / "logs"
     logs.mkdir(parents=True)
     count = write(logs, np.random.default_rng(0))
-    build_once(source, logs, output)
-    contents = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
-
-    def build() -> None:
-        shutil.rmtree(output)
-        build_once(source, logs, output)
-
-    def floor() -> None:
-        shutil.rmtree(folder / "floor", ignore_errors=True)
-        read(logs)
-        for file, data in contents.items():
-            with atomic_write(folder / "floor" / file) as out:
-                out.write(data)
-
-    with one_core():
-        pair(f"etl: {name} build / read and write only", build, floor, "timesteps/s", count, REPEATS)
+    against_floor(folder, source, logs, {f"etl: {name} build / read and write only": read}, count)
     shutil.rmtree(folder)
 
 
