@@ -16,7 +16,7 @@ import json
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from rich.progress import Progress
 
 import simulators
 from etl.record import Options, Recorded, record
-from schemas.files import atomic_write, sha256_of
+from schemas.files import sha256_of, write_rows
 from simulators import plugins, scores
 from simulators.registry import all_suites
 
@@ -78,7 +78,7 @@ def record_suites(options: Options, console: Console) -> int:
                 failed += 1
                 console.print(f"[red]failed[/] {id}: {error}", highlight=False)
                 continue
-            _write_table(output, rows)
+            write_rows(output / TABLE, rows)
             row = rows[id]
             line = f"{row.episodes} episodes, {row.timesteps} timesteps, return {row.mean_return:.1f}"
             console.print(f"{id}: {line} ± {row.std_return:.1f}", highlight=False)
@@ -163,9 +163,3 @@ def _table(output: Path) -> dict[str, Row]:
         return {id: Row(**row) for id, row in json.loads(path.read_text()).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a table of recorded logs ({error}); give another --output") from None
-
-
-def _write_table(output: Path, rows: dict[str, Row]) -> None:
-    with atomic_write(output / TABLE) as file:
-        lines = (f"{json.dumps(id)}: {json.dumps(asdict(row))}" for id, row in sorted(rows.items()))
-        file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())

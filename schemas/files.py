@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from uuid import uuid4
 
 
@@ -62,6 +64,13 @@ def safe_name(name: str) -> str:
     if plain == name and len(plain) <= 150 and plain.strip("."):
         return name
     return f"{plain[:150]}-{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:8]}"
+
+
+def write_rows(path: Path, rows: Mapping[str, Any]) -> None:
+    """A JSON object of dataclasses by name, sorted, one row per line."""
+    lines = (f"{json.dumps(name)}: {json.dumps(asdict(row))}" for name, row in sorted(rows.items()))
+    with atomic_write(path) as file:
+        file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
 def require_folder(option: str, place: Path | str) -> None:

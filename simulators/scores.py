@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from multiprocessing import get_context
@@ -26,9 +26,10 @@ from rich.console import Console
 
 import simulators
 from schemas.episode import ScoreReference
-from schemas.files import atomic_write
+from schemas.files import write_rows
 from simulators.policy import EpisodeRng, Policy
 from simulators.registry import all_suites
+from simulators.rollout import rollout
 
 PATH = Path(__file__).resolve().parent / "suites" / "scores.json"
 
@@ -105,8 +106,6 @@ def measure(id: str, episodes: int, seed: int) -> Score:
 
 def _play(env: gymnasium.Env, policy: Policy, seed: int) -> tuple[float, int]:
     """Return and length of one episode. Raises what the simulator raises."""
-    from simulators.rollout import rollout
-
     total, timesteps = 0.0, 0
     for step in rollout(policy, [env], [seed], EpisodeRng.seeded(0, [seed])):
         if step.error is not None:
@@ -135,9 +134,7 @@ def main() -> int:
                 console.print(f"{id}: {type(job.exception()).__name__}: {job.exception()}", highlight=False)
                 continue
             rows[id] = job.result()
-            with atomic_write(PATH) as file:
-                lines = (f"{json.dumps(id)}: {json.dumps(asdict(row))}" for id, row in sorted(rows.items()))
-                file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
+            write_rows(PATH, rows)
             console.print(f"{done}/{len(todo)} {id}: {rows[id].random:g} {rows[id].expert:g}", highlight=False)
     return 1 if failed else 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import h5py
 import numpy as np
 from rich.console import Console
 
@@ -19,6 +20,17 @@ from schemas.episode import RawEpisode
 from schemas.vocabulary import DISJOINT
 
 TEXT = TextTokenizer(DEFAULT_MODEL, DISJOINT)
+
+
+def write_d4rl(path: Path, arrays: dict, env_id: str | None = None, without=()) -> None:
+    """Arrays as D4RL's files hold them."""
+    with h5py.File(path, "w") as file:
+        for key, values in arrays.items():
+            if key not in without:
+                packs = np.ndim(values) and np.size(values)
+                file.create_dataset(key, data=values, compression="gzip" if packs else None)
+        if env_id:
+            file.attrs["env_id"] = env_id
 
 
 def scans_of(name: str, place: Path, **options) -> list[TaskScan]:
@@ -65,6 +77,10 @@ def same(scan: TaskScan, found: RawEpisode | Rejection, observation: dict, actio
         low, high = np.array(task.action.low), np.array(task.action.high)
         assert (np.abs(back - np.clip(taken, low, high)) <= half * (high - low) / 2 + 1e-6).all()
     assert np.array_equal(found.reward, np.zeros(len(taken)) if reward is None else np.float32(reward))
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("shard-*"))}
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -26,6 +26,7 @@ from schemas.layout import layout_of
 from shards.folder import Folder
 from shards.reader import Dataset
 from shards.verify import verify
+from tests.etl.logkit import write_d4rl
 from tests.etl.test_sources_atari import store
 
 
@@ -52,12 +53,7 @@ def hdf5(path, lengths, rng, width=5, env_id=None, without=(), **changes):
         "terminals": np.zeros(rows, bool),
         "timeouts": last_rows(lengths),
     } | changes
-    with h5py.File(path, "w") as file:
-        for key, values in arrays.items():
-            if key not in without:
-                file.create_dataset(key, data=values, compression="gzip" if np.ndim(values) else None)
-        if env_id:
-            file.attrs["env_id"] = env_id
+    write_d4rl(path, arrays, env_id, without)
     return arrays
 
 

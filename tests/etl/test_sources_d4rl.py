@@ -11,6 +11,7 @@ from etl import sources
 from etl.sources import Rejection, SourceError
 from etl.sources._oddities import split
 from etl.sources.d4rl import SOURCE, Options, task_name
+from tests.etl.logkit import write_d4rl
 
 OPTIONS = Options()
 
@@ -25,12 +26,7 @@ def write(path, rows=20, ends=(8, 15), limits=(), env_id="Hopper-v4", without=()
         "terminals": np.isin(np.arange(rows), ends),
         "timeouts": np.isin(np.arange(rows), limits),
     } | changes
-    with h5py.File(path, "w") as file:
-        for key, values in arrays.items():
-            if key not in without:
-                file.create_dataset(key, data=values, compression="gzip" if np.size(values) else None)
-        if env_id:
-            file.attrs["env_id"] = env_id
+    write_d4rl(path, arrays, env_id, without)
     return path
 
 

@@ -19,6 +19,7 @@ from schemas.dataset import load_manifest
 from schemas.episode import EpisodeError
 from shards.reader import Dataset
 from tests.conftest import run
+from tests.etl.logkit import shards
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/lerobot.tar.xz"
 CODEC = 6.0  # mean error of a pixel in a video: that of the AV1 encoder at LeRobot's settings
@@ -136,10 +137,6 @@ def test_a_built_dataset_decodes_to_half_a_bin_whatever_the_order_of_files(writt
         tokens = dataset.tokens(row)[:, -2:].astype(float) - dataset.manifest.vocabulary.action_continuous.start
         decoded = np.array(task.action.low) + (tokens + 0.5) * width
         assert (np.abs(decoded - truth[f"{n}/action"]) <= width / 2 + 1e-5).all()
-
-
-def shards(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("shard-*"))}
 
 
 @pytest.mark.process

@@ -18,6 +18,7 @@ from etl.sources.rlds import RLDS, SOURCE, Options
 from schemas.episode import EpisodeError
 from shards.reader import Dataset
 from tests.conftest import run
+from tests.etl.logkit import shards
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/rlds.tar.xz"
 NAME = "two_cameras-{}.tfrecord-{:05d}-of-00002"
@@ -130,10 +131,6 @@ def test_a_built_dataset_decodes_to_half_a_bin_whatever_the_order_of_files(writt
         raw = by_place[Path(str(place[0])).name, int(place[1])]
         tokens = dataset.tokens(row)[:, -3:].astype(float) - dataset.manifest.vocabulary.action_continuous.start
         assert (np.abs(-3 + (tokens + 0.5) * 6 / 1024 - raw.action) <= 3 / 1024 + 1e-6).all()
-
-
-def shards(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("shard-*"))}
 
 
 @pytest.mark.process

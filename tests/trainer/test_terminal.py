@@ -39,23 +39,13 @@ def test_a_reader_that_ends_changes_nothing(hopper, tmp_path):
     assert losses(tmp_path / "read") == losses(tmp_path / "whole")
 
 
-def test_ctrl_c_of_a_run_whose_reader_it_kills_first(hopper, tmp_path):
-    """As with `deepspeed ... 2>&1 | tee log`."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=["ctrl-c", "closed"])
+def test_what_ends_a_terminal_is_a_request_to_end(hopper, tmp_path, number):
+    """Ctrl-C, whose reader it kills first, as with `deepspeed ... 2>&1 | tee log`; and the terminal's end."""
     process = start(tmp_path, [hopper], steps=100_000)
     await_step(process, 3)
     process.stdout.close()
-    os.killpg(process.pid, signal.SIGINT)
-    process.wait(200)
-    assert nobody_left(tmp_path)
-    step = latest_step(tmp_path)
-    assert step >= 3 and load_export(tmp_path / "export")[1].step == step
-
-
-def test_a_closed_terminal_is_a_request_to_end(hopper, tmp_path):
-    process = start(tmp_path, [hopper], steps=100_000)
-    await_step(process, 3)
-    process.stdout.close()
-    os.killpg(process.pid, signal.SIGHUP)
+    os.killpg(process.pid, number)
     process.wait(200)
     assert nobody_left(tmp_path)
     step = latest_step(tmp_path)
