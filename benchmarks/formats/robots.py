@@ -29,6 +29,7 @@ from PIL import Image
 
 from benchmarks.etl import against_floor, command, one_core, timesteps
 from etl.sources._tfrecord import Records, Values, example, frame
+from tests.etl.tfexample import written
 
 FIXTURES = Path(__file__).parents[2] / "tests/fixtures"
 EPISODES, ROWS, FPS, SIDE = 40, 120, 10, (96, 128)
@@ -155,34 +156,8 @@ def write_rlds(root: Path, episodes: int = 4 * EPISODES) -> Path:
     with open(folder / "two_cameras-train.tfrecord-00000-of-00001", "wb") as file:
         for n in range(episodes):
             lists["steps/observation/state"][0] = n
-            file.write(frame(encoded(lists)))
+            file.write(frame(written(**lists)))
     return root
-
-
-def encoded(lists: dict[str, Values]) -> bytes:
-    """A tf.train.Example."""
-    entries = b""
-    for name, values in lists.items():
-        if isinstance(values, list):
-            feature = delimited(1, b"".join(delimited(1, code) for code in values))
-        elif values.dtype.kind == "f":
-            feature = delimited(2, delimited(1, values.astype("<f4").tobytes()))
-        else:
-            feature = delimited(3, delimited(1, b"".join(varint(int(value) & 2**64 - 1) for value in values)))
-        entries += delimited(1, delimited(1, name.encode()) + delimited(2, feature))
-    return delimited(1, entries)
-
-
-def delimited(number: int, data: bytes) -> bytes:
-    return varint(number << 3 | 2) + varint(len(data)) + data
-
-
-def varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
 
 
 def read_lerobot(place: Path) -> None:

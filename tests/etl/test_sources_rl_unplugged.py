@@ -11,7 +11,7 @@ from etl import sources
 from etl.sources import Rejection
 from etl.sources._tfrecord import frame
 from tests.etl.logkit import build_here, episodes_of, reversed_scan, same, scans_of
-from tests.etl.test_tfrecord import written
+from tests.etl.tfexample import written
 
 
 def png(picture):

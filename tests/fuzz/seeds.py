@@ -30,6 +30,7 @@ from etl.sources._tfrecord import frame
 from etl.sources.atari.writer import ReplayWriter
 from etl.sources.d4rl.writer import D4RLWriter
 from simulators import environment
+from tests.etl.tfexample import written
 from tests.fuzz.mutate import Tree
 
 
@@ -244,7 +245,7 @@ def control_records(folder: Path) -> None:
     for number, T in enumerate((4, 3)):
         lists = {"action": rng.uniform(-1, 1, 2 * T), "reward": np.ones(T), "discount": np.ones(T)}
         lists |= {"step_type": np.array([0.0, *[1.0] * (T - 2), 2.0]), "observation/pos": rng.normal(size=3 * T)}
-        rows.append(_example(lists | {"episode_id": np.array([number])}))
+        rows.append(written(**lists | {"episode_id": np.array([number])}))
     (folder / "train-00000-of-00001").write_bytes(gzip.compress(b"".join(map(frame, rows)), mtime=0))
 
 
@@ -256,7 +257,7 @@ def atari_records(folder: Path) -> None:
         codes = [_png(picture) for picture in rng.integers(0, 256, (T + 4, 32, 32), np.uint8)]
         for t in range(T):
             lists = {"o_t": codes[t : t + 4], "o_tp1": codes[t + 1 : t + 5], "r_t": np.ones(1), "d_t": np.ones(1)}
-            rows.append(_example(lists | {"a_t": np.array([t % 3]), "episode_id": np.array([number])}))
+            rows.append(written(**lists | {"a_t": np.array([t % 3]), "episode_id": np.array([number])}))
     (folder / "run_1-00000-of-00001").write_bytes(gzip.compress(b"".join(map(frame, rows)), mtime=0))
 
 
@@ -275,27 +276,6 @@ def _png(picture: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG")
     return file.getvalue()
-
-
-def _example(lists: dict[str, Any]) -> bytes:
-    """A tf.train.Example in protobuf's wire format."""
-
-    def delimited(number: int, data: bytes) -> bytes:
-        size, head = len(data), [number << 3 | 2]
-        while size > 127:
-            head, size = [*head, size & 127 | 128], size >> 7
-        return bytes([*head, size]) + data
-
-    entries = b""
-    for name, values in lists.items():
-        if isinstance(values, list):
-            feature = delimited(1, b"".join(delimited(1, code) for code in values))
-        elif values.dtype.kind == "f":
-            feature = delimited(2, delimited(1, values.astype("<f4").tobytes()))
-        else:
-            feature = delimited(3, delimited(1, bytes(values.astype(np.uint8))))
-        entries += delimited(1, delimited(1, name.encode()) + delimited(2, feature))
-    return delimited(1, entries)
 
 
 def minari_tables(form: str, folder: Path) -> None:
