@@ -21,8 +21,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from eval.agent import AgentConfig, GatoAgent, demonstration
+from eval.agent import GatoAgent
 from eval.environments import play
+from eval.prompts import AgentConfig, demonstration
 from shards.stream import Stream
 from trainer.checkpoint import ExportInfo, TrainingInfo
 from trainer.config import TrainConfig

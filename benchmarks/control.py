@@ -29,9 +29,10 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.stream import build
-from eval.agent import AgentConfig, GatoAgent, Prompt, demonstration
+from eval.agent import GatoAgent
 from eval.charts import COLOURS, STYLE
 from eval.environments import play
+from eval.prompts import AgentConfig, Prompt, demonstration
 from schemas.layout import SEPARATOR
 from shards.batch import Batch
 from shards.reader import Dataset

@@ -16,7 +16,8 @@ import torch
 
 from benchmarks.control import act, player
 from benchmarks.gpu_timing import DEVICE, GPU, Figures, keep, timed
-from eval.agent import AgentConfig, GatoAgent
+from eval.agent import GatoAgent
+from eval.prompts import AgentConfig
 from shards.reader import Dataset
 from trainer.model import PRESETS, Gato
 from trainer.recipes import RECIPES

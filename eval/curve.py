@@ -21,8 +21,9 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from eval.agent import AgentConfig, agent_for
+from eval.agent import agent_for
 from eval.environments import play
+from eval.prompts import AgentConfig
 from schemas.dataset import DatasetError
 from schemas.files import atomic_write
 from schemas.terminal import command, status_of

@@ -23,12 +23,13 @@ import torch
 
 import simulators
 from eval import scores
-from eval.agent import GatoAgent, agent_for, prompted
+from eval.agent import GatoAgent, agent_for
 from eval.baselines import decision_transformer, device, trajectory_transformer
 from eval.environments import Played, play
 from eval.exports import find_export, newest_export
 from eval.jobs import Job, KnownTask, plan_jobs
 from eval.options import Options, check
+from eval.prompts import prompted
 from eval.provenance import host
 from eval.rows import load_rows, save_rows
 from eval.ship import shipped_prompt

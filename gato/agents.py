@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.agent import AgentConfig, GatoAgent, agent_for, prompted
+from eval.agent import GatoAgent, agent_for
 from eval.baselines import device as default_device
 from eval.exports import find_export
+from eval.prompts import AgentConfig, prompted
 from eval.ship import shipped_prompt
 from gato.observations import Observations
 from schemas.task import TaskSpec
@@ -84,7 +85,7 @@ class Model:
             task: a task's name, or the environment's id; not needed where the model has a single task.
             dataset: folder or URL of the task's dataset, from which prompts and the text tokenizer are taken. Only
                 needed for tasks with text, and for prompts that were not shipped with the weights.
-            options: of eval.agent.AgentConfig: decoding="sample", temperature=0.5, prompt="end", window="exact", ...
+            options: of eval.prompts.AgentConfig: decoding="sample", temperature=0.5, prompt="end", window="exact", ...
 
         Raises:
             ValueError: an unknown task or option, or a task that cannot be played without `dataset`.

@@ -36,6 +36,7 @@ TESTS = {
     "shards/timeline": ("tests/shards/test_stream.py", "tests/shards/test_faults.py", "tests/trainer/test_golden.py"),
     "trainer/loss": ("tests/trainer/test_model.py", "tests/trainer/test_golden.py"),
     "eval/agent": ("tests/eval/test_agent.py", "tests/eval/test_compare.py"),
+    "eval/prompts": ("tests/eval/test_agent.py", "tests/eval/test_compare.py"),
     "eval/scores": ("tests/eval/test_scores.py", "tests/eval/test_report.py"),
     "trainer/checkpoint": (
         "tests/trainer/test_losing_nothing.py::test_the_last_and_the_best_checkpoints_are_kept",
@@ -83,7 +84,7 @@ MISTAKES = (
     (AGENT, "self.layout.length - self.window + 1)", "self.layout.length - self.window + 2)"),
     (AGENT, 'shown = slice(length) if self.config.prompt == "start"',
      'shown = slice(length) if self.config.prompt == "end"'),
-    (AGENT, "other.name != task.name and", "other.name != task.name or"),
+    ("eval/prompts.py", "other.name != task.name and", "other.name != task.name or"),
     (SCORES, "cut = n // 4", "cut = n // 5"),
     (SCORES, "values.std(ddof=1)", "values.std()"),
     (SCORES, "50.0 * (1.0 - CONFIDENCE)", "100.0 * (1.0 - CONFIDENCE)"),

@@ -8,8 +8,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from eval import agent as agent_module
-from eval.agent import AgentConfig, GatoAgent, demonstration, prompted
+from eval.agent import GatoAgent
 from eval.environments import play
+from eval.prompts import AgentConfig, demonstration, prompted
 from schemas.layout import PATCH, SEPARATOR
 from shards.batch import Batch
 from shards.reader import Dataset

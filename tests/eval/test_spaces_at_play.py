@@ -7,9 +7,10 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from eval.agent import AgentConfig, GatoAgent
+from eval.agent import GatoAgent
 from eval.baselines import decision_transformer as dt
 from eval.baselines import trajectory_transformer as tt
+from eval.prompts import AgentConfig
 from schemas.layout import ACTION
 from schemas.task import ActionSpec, FieldSpec, TaskSpec
 from schemas.vocabulary import DISJOINT

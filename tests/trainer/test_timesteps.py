@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from etl.tokenizers import continuous
-from eval.agent import AgentConfig, GatoAgent, demonstration
+from eval.agent import GatoAgent
+from eval.prompts import AgentConfig, demonstration
 from schemas.layout import ACTION, OBSERVATION, SEPARATOR
 from schemas.vocabulary import DISJOINT, bin_centres
 from shards.reader import Dataset

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -49,8 +48,9 @@ from etl.sources._numbers import as_float32
 from etl.sources._pictures import as_pictures
 from etl.sources._ranges import action_spec
 from etl.sources.minari import disk
-from etl.sources.minari.disk import AGAIN, DATA, METADATA, TIMESTEP_VALUES, Leaf, damage
+from etl.sources.minari.disk import DATA, METADATA, TIMESTEP_VALUES, Leaf, damage
 from etl.sources.minari.download import DEFAULT, address, d4rl_environments, download
+from etl.sources.minari.episodes import all_actions, label_of, odd_flags, rejection, scan_episodes
 from etl.sources.minari.tables import SUFFIXES, Tables
 from etl.sources.minari.writer import MinariWriter
 from schemas.episode import ActionSpec, EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, ScoreReference, TaskSpec
@@ -61,10 +61,7 @@ from simulators.registry import environment as environment_of_id
 from simulators.registry import suite_of_id
 from simulators.spaces import SpaceError
 
-FLAGS_SAMPLED = 64  # episodes whose flags are looked at by `scan`
-MISSING_LISTED = 10_000  # groups that the metadata counts and the file lacks: beyond, one line for all
 PASSIVE_WRAPPERS = {"OrderEnforcing", "PassiveEnvChecker", "RecordEpisodeStatistics", "RecordVideo", "TimeLimit"}
-_EPISODE = re.compile(r"episode_(0|[1-9]\d{0,8})")
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,7 @@ class Minari:
                 leaves, action = disk.observation_leaves(about), disk.space_of(about, "action_space")
                 file = disk.opened(path)
             except EpisodeError as error:
-                yield from (_rejection(task.name, path, ref.position, ref.start, error) for ref in group)
+                yield from (rejection(task.name, path, ref.position, ref.start, error) for ref in group)
                 continue
             with file:
                 for ref in group:
@@ -202,9 +199,9 @@ class Minari:
                 moved = disk.space_of(about, "action_space")
                 environment, limit = self.environment(about, options)
             with damage(), disk.opened(path) as file:
-                refs, rejected = _scan_episodes(file, name, path, about.get("total_episodes"))
-                action, warnings = self.action(moved, options, _all_actions(file, moved, refs))
-                refs, more = _odd_flags(file, refs, options.max_episode_steps or limit)
+                refs, rejected = scan_episodes(file, name, path, about.get("total_episodes"))
+                action, warnings = self.action(moved, options, all_actions(file, moved, refs))
+                refs, more = odd_flags(file, refs, options.max_episode_steps or limit)
                 warnings += more
             with damage("corrupt metadata"):
                 score = _score(about, environment)
@@ -213,7 +210,7 @@ class Minari:
             with damage("unsupported space"):
                 layout_of(task)
         except EpisodeError as error:
-            return TaskScan(None, (), (_rejection(name, path, -1, 0, error),))
+            return TaskScan(None, (), (rejection(name, path, -1, 0, error),))
         lines = (tuple(f"{name}: {line}" for line in own) for own in (warnings, environment_warnings(environment)))
         warnings, notes = lines
         return TaskScan(task, tuple(refs), tuple(rejected), warnings=warnings, notes=notes)
@@ -253,12 +250,12 @@ class Minari:
                     reward=as_float32(disk.column(group, "rewards", T)),
                     terminated=bool(disk.column(group, "terminations", T)[T - 1]),
                     truncated=bool(disk.column(group, "truncations", T)[T - 1]),
-                    file=_label(task.name, Path(ref.file)),
+                    file=label_of(task.name, Path(ref.file)),
                     position=ref.position,
                     row=ref.start,
                 )
         except EpisodeError as error:
-            return _rejection(task.name, Path(ref.file), ref.position, ref.start, error)
+            return rejection(task.name, Path(ref.file), ref.position, ref.start, error)
 
 
 SOURCE = Minari()
@@ -288,90 +285,6 @@ def _datasets_below(root: Path) -> list[Path]:
     return sorted(found)
 
 
-def _scan_episodes(
-    file: h5py.File | Tables, name: str, path: Path, counted: Any
-) -> tuple[list[EpisodeRef], list[Rejection]]:
-    """Episodes by number; those that the metadata counts and the file lacks are rejected."""
-    numbers = {int(match[1]) for key in file if (match := _EPISODE.fullmatch(key))}
-    count = counted if isinstance(counted, int) and counted >= 0 else max(numbers, default=-1) + 1
-    missing = count - sum(number < count for number in numbers)
-    refs: list[EpisodeRef] = []
-    rejected: list[Rejection] = []
-    if missing > MISSING_LISTED:
-        error = EpisodeError("missing group", f"{missing} of {count} episodes are not in the file; {AGAIN}")
-        rejected.append(_rejection(name, path, -1, 0, error))
-    elif missing:
-        numbers |= set(range(count))
-    if not numbers:
-        raise EpisodeError("empty", f"no episode in the file; {AGAIN}")
-    row = 0
-    for number in sorted(numbers):
-        try:
-            with damage():
-                group = disk.episode_group(file, number)
-                values = as_float32(disk.column(group, "rewards"))
-                counted_steps = group.attrs.get("total_steps")  # fewer where Minari put an episode together
-                if isinstance(counted_steps, int | np.integer) and counted_steps > len(values):
-                    detail = f"'rewards' has {len(values)} rows of the {counted_steps} that were recorded; {AGAIN}"
-                    raise EpisodeError("wrong length", detail)
-                with np.errstate(invalid="ignore"):
-                    total = float(values.sum(dtype=np.float64))
-        except EpisodeError as error:
-            rejected.append(_rejection(name, path, number, row, error))
-            continue
-        place = str(disk.file_of(file, path, number))
-        refs.append(EpisodeRef(place, number, row, row + len(values), total if math.isfinite(total) else None))
-        row += len(values)
-    return refs, rejected
-
-
-def _all_actions(file: h5py.File | Tables, space: spaces.Space, refs: list[EpisodeRef]) -> Iterator[np.ndarray]:
-    """Actions (T, ...) of all episodes but damaged ones, which become rejections when they are read."""
-    for ref in refs:
-        try:
-            with damage():
-                group, T = disk.episode_group(file, ref.position), ref.timesteps
-                stored = disk.rows_of(group, ("actions",), space, T, T, math.prod(rules.shape_of(space)))
-        except EpisodeError:
-            continue
-        yield stored.reshape(T, -1)
-
-
-def _odd_flags(
-    file: h5py.File | Tables, refs: list[EpisodeRef], limit: int | None
-) -> tuple[list[EpisodeRef], tuple[str, ...]]:
-    """Warnings of episodes beyond the limit, of ends inside an episode and of none at all, by a sample of them. Where
-    none has a flag at its end, those of the limit's length end by it."""
-    warnings: tuple[str, ...] = ()
-    long = [ref.timesteps for ref in refs if limit and ref.timesteps > limit]
-    if long:
-        line = f"{len(long)} of {len(refs)} episodes are longer than the limit of {limit:,} (up to {max(long):,} rows)"
-        warnings += (f"{line}: they may be several, or give --max-episode-steps {max(long)}",)
-    inside, ended, looked = 0, 0, 0
-    for ref in refs[:: max(1, len(refs) // FLAGS_SAMPLED)]:
-        try:
-            with damage():
-                group = disk.episode_group(file, ref.position)
-                flags = [disk.column(group, key, ref.timesteps) for key in ("terminations", "truncations")]
-        except EpisodeError:
-            continue
-        looked += 1
-        inside += any(values[:-1].any() for values in flags)
-        ended += any(values[-1] for values in flags)
-    if inside:
-        line = f"{inside} of {looked} episodes looked at have terminations or truncations before their last row"
-        warnings += (f"{line}: they are read to their last row; cut them there if they end there",)
-    if looked and not ended:
-        refs = [ref._replace(end="truncated") if ref.timesteps == limit else ref for ref in refs]
-        cut = sum(not ref.end for ref in refs)
-        line = f"none of {looked} episodes looked at has terminations or truncations set at its end"
-        remedy = "set them, or give --max-episode-steps"
-        warnings += (
-            (f"{line}: {cut} of {len(refs)} count as cut by the log, without a return; {remedy}",) if cut else ()
-        )
-    return refs, warnings
-
-
 def _id(spec: dict[str, Any]) -> str:
     """The id in a metadata's environment; where gymnasium does not know it, with the module that its entry point
     names, which may register it."""
@@ -394,12 +307,3 @@ def _score(about: dict[str, Any], environment: EnvironmentSpec | None) -> ScoreR
     if isinstance(low, int | float) and isinstance(high, int | float) and -math.inf < low < high < math.inf:
         return ScoreReference("d4rl", float(low), float(high))
     return simulators.reference(environment) if environment else None
-
-
-def _label(task: str, path: Path) -> str:
-    """All files have one name: the task tells them apart, of a file per episode its folder too."""
-    return f"{task}/{path.parent.name}/{path.name}" if path.suffix in SUFFIXES else f"{task}/{path.name}"
-
-
-def _rejection(task: str, path: Path, position: int, row: int, error: EpisodeError) -> Rejection:
-    return Rejection(task, _label(task, path), position, row, error.reason, error.detail)

@@ -1,0 +1,86 @@
+"""How an agent plays: the settings of its decoding, and the demonstration that it is prompted with (paper §2.4).
+
+    AgentConfig -> prompted, for a task -> demonstration -> Prompt: timesteps that the window begins with
+
+Invariant: a prompt is of the training episode with the highest return, never of one that is held out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from etl.tokenizers.text import TextTokenizer
+from schemas.episode import TaskSpec
+from shards.reader import Dataset
+from trainer.checkpoint import ExportInfo
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """How actions are decoded."""
+
+    decoding: Literal["auto", "sample", "greedy", "mean", "value"] = "auto"
+    """sample from the restricted softmax; greedy; mean of bins or value (continuous actions only), the number that a
+    model with values learned; auto: sample for discrete actions; for continuous ones value where there is one, else
+    mean."""
+    temperature: float = 1.0
+    asked_return: float | None = None
+    """The episode's return that a model with returns is asked for; by default the upper quartile of the task's data."""
+    prompt: Literal["auto", "end", "start", "none"] = "auto"
+    """A demonstration's last timesteps, as half of the prompts in training; its first, as the paper has it (§2.4);
+    none; or auto: none, but the last ones where several of the model's tasks share an environment and only a prompt
+    tells which is meant (no return does). docs/ablations.md has what each gives."""
+    prompt_share: float = 0.5
+    """Share of the window that starts out filled with the prompt."""
+    window: Literal["rolling", "exact"] = "rolling"
+    batch_invariant: bool = True
+    """On a CPU, matrix products of fewer than 4 rows are made of 4: libraries have other kernels for those, with other
+    last bits, and an episode would depend on how many still run. Costs speed where few environments are played."""
+    launch: Literal["auto", "plain", "graph", "compiled"] = "auto"
+    """How a timestep is started: kernel by kernel; as a CUDA graph, whose actions are the same; as one of kernels that
+    torch.compile merged, faster and rounded otherwise; or auto: graph on a GPU with the rolling window, else plain."""
+
+    def check(self) -> None:
+        """ValueError for settings that do not go together."""
+        if self.launch in ("graph", "compiled") and self.window == "exact":
+            raise ValueError(f"--agent.launch {self.launch}: the exact window's timesteps differ in shape; use plain")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Timesteps of a demonstration: tokens (T, stored) uint16, patches (T, *patch_shape) uint8 or None."""
+
+    tokens: np.ndarray
+    patches: np.ndarray | None
+
+
+def text_tokenizer(dataset: Dataset) -> TextTokenizer | None:
+    """The tokenizer of the dataset's own text model; None where it holds no text."""
+    if dataset.manifest.text_model is None:
+        return None
+    return TextTokenizer(dataset.local(dataset.manifest.text_model.file), dataset.manifest.vocabulary)
+
+
+def prompted(config: AgentConfig, info: ExportInfo, task: TaskSpec) -> AgentConfig:
+    """The configuration with its prompt decided for a task."""
+    if config.prompt != "auto":
+        return config
+    shared = any(other.name != task.name and other.environment == task.environment for other in info.tasks)
+    return replace(config, prompt="end" if shared and not info.model.returns else "none")
+
+
+def best_demonstration(dataset: Dataset, task: int, prompt: Literal["auto", "end", "start"]) -> Prompt:
+    """The last or first stored piece of the training episode with the highest return."""
+    rows = dataset.rows(task, held_out=False)
+    start, steps, whole = (dataset.column(name)[rows] for name in ("start", "timesteps", "episode_timesteps"))
+    rows = rows[start == 0 if prompt == "start" else start + steps == whole]
+    row = int(rows[np.argmax(dataset.column("episode_return")[rows])])
+    return Prompt(dataset.tokens(row), dataset.patches(row) if dataset.layouts[task].patches else None)
+
+
+def demonstration(dataset: Dataset, task: int, config: AgentConfig) -> Prompt | None:
+    """The prompt of an agent of this configuration; None without one."""
+    return None if config.prompt == "none" else best_demonstration(dataset, task, config.prompt)
