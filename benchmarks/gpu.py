@@ -89,7 +89,7 @@ def rehearsal(parts: list[Part]) -> list[Part]:
 
 
 class Worker:
-    """The process of a part: it imports, says that it is ready, and begins when it is told."""
+    """The process of a part: it imports, says that it is ready, and begins on request."""
 
     def __init__(self, part: Part):
         self.part, self.output = part, tempfile.TemporaryFile("w+")  # noqa: SIM115

@@ -5,7 +5,7 @@ PNG or JPEG bytes -> `decode`, `decode_all` -> (H, W, C), (T, H, W, C) uint8
 
 `scan` decides once a field, by `picture_layout` (shape, dtype, bounds) or by what the user says; `read` applies it.
 
-Invariant: lossless bytes come out as they were written; what cannot be told for certain is an EpisodeError that names
+Invariant: lossless bytes come out as they were written; what is not certain is an EpisodeError that names
 the remedy, never a guess.
 """
 

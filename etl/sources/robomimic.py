@@ -142,7 +142,7 @@ class _Demos(HDF5Log):
 
 
 def _instruction(about: dict[str, Any], arguments: dict[str, Any]) -> str | None:
-    """What a demo is told to do: LIBERO's language_instruction, RoboCasa's lang."""
+    """The instruction of a demo: LIBERO's language_instruction, RoboCasa's lang."""
     kwargs = arguments.get("env_kwargs")
     for place in (about, arguments, kwargs if isinstance(kwargs, dict) else {}):
         for key in ("language_instruction", "lang", "language"):

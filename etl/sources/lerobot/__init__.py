@@ -1,7 +1,7 @@
 """LeRobotDataset v2.0, v2.1 and v3.0: robots' recordings with cameras and instructions (huggingface/lerobot).
 
 meta/info.json        features, version      observation.* -> fields 'state', 'images/front', ...; task -> text 'task'
-data/**/*.parquet     a row a frame          action -> action; next.reward, next.done, next.success where there are any
+data/**/*.parquet     one row per frame      action -> action; next.reward, next.done, next.success where there are any
 videos/**/*.mp4       a camera               decoded by timestamps (pip install 'gato-open[video]')
     -> an episode: the rows of one episode_index; without next.success it counts as ended by its recorder
 

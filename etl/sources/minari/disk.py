@@ -102,7 +102,7 @@ def metadata(path: Path) -> dict[str, Any]:
 
 
 def place(folder: Path) -> Path:
-    """What stands for a dataset: its main_data.hdf5; where it has none, its metadata.json, episodes beside it."""
+    """What represents a dataset: its main_data.hdf5; where it has none, its metadata.json, episodes beside it."""
     path = folder / DATA
     try:
         tables = not path.exists() and metadata(path).get("data_format") in FORMATS
@@ -112,7 +112,7 @@ def place(folder: Path) -> Path:
 
 
 def opened(path: Path) -> h5py.File | Tables:
-    """The episodes of a dataset, by what stands for it or by the file of one. EpisodeError says what is wrong."""
+    """The episodes of a dataset, by its `place` or by the file of one. EpisodeError says what is wrong."""
     if path.suffix in SUFFIXES or path.name == METADATA:
         folder = path.parents[1] if path.suffix in SUFFIXES else path.parent
         return Tables(folder, str(metadata(path).get("data_format")))
