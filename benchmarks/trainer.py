@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from benchmarks.stream import build, peers_python
 from shards.batch import Batch
@@ -219,19 +220,25 @@ def forms(table: Table, control: Path, recipe: str, repeats: int) -> None:
 
 
 def pictures(table: Table, atari: Path, repeats: int) -> None:
-    """Atari batches, and what the patch embedder alone takes of them."""
+    """Atari batches, what the patch embedder alone takes of them, and its rate beside that of embedding every patch."""
     batches = read(atari, "tiny")
     ours = objective(RECIPES["tiny"], atari)
+    embedder = ours.gato.patches
 
-    def patches() -> None:
-        for batch in batches:
-            ours.zero_grad(set_to_none=True)
-            ours.gato.patches(batch.patches, batch.patch_positions).sum().backward()
+    def embed(by: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+        def work() -> None:
+            for batch in batches:
+                embedder.zero_grad(set_to_none=True)
+                by(batch.patches).sum().backward()
 
-    whole, part = turns(repeats, gradients(ours, batches), timed(patches))
+        return work
+
+    sides = (gradients(ours, batches), timed(embed(embedder.appearance)), timed(embed(embedder.each)))
+    whole, part, every = turns(repeats, *sides)
     tokens = sum(batch.tokens.numel() for batch in batches)
     name = "tiny, Atari, Gato alone; patch embedder's share"
     table.add_row(name, f"{tokens / min(whole):,.0f}", "", f"{min(part) / min(whole):.2f}", "")
+    row(table, "tiny, Atari, different patches embedded once / every patch", tokens, part, every)
 
 
 def run(folder: Path, python: Path, shards: Path | None = None, repeats: int = 5, parts: str = PARTS):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
+import numpy as np
 import torch
 
 from shards.loader import Loader
@@ -81,12 +82,15 @@ def main(folder: str, deepspeed: str) -> None:
     trainer.engine.backward(loss)
     parts: list[dict[str, int]] = [{}] * trainer.world
     torch.distributed.all_gather_object(parts, held(trainer))
-    result = {kind: max(part[kind] for part in parts) for kind in parts[0]} | {
-        "activations": alive,
-        "patches": len(batch.patches),
-        "supervised": int(batch.supervised.sum()),
-        "masked": bool((batch.segments != batch.segments[:, :1]).any()),
-    }
+    result = (
+        {kind: max(part[kind] for part in parts) for kind in parts[0]}
+        | {
+            "activations": alive,
+            "patches": len(np.unique(batch.patches, axis=0)),  # a CPU keeps no others
+            "supervised": int(batch.supervised.sum()),
+            "masked": bool((batch.segments != batch.segments[:, :1]).any()),
+        }
+    )
     if trainer.rank == 0:
         print("measured " + json.dumps(result), flush=True)
     torch.distributed.barrier()

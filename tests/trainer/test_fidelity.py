@@ -55,7 +55,7 @@ def test_pixels_reach_the_stem_between_minus_and_plus_a_quarter():
     patches, seen = Gato(SMALL, DISJOINT).initialise(0).patches, []
     patches.stem.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
     pixels = torch.tensor([0, 255, 51], dtype=torch.uint8)[:, None, None, None].expand(3, PATCH_SIZE, PATCH_SIZE, 3)
-    patches(pixels, torch.zeros(3, 2, dtype=torch.uint8))
+    patches.each(pixels)
     assert seen[0].shape == (3, 3, PATCH_SIZE, PATCH_SIZE)
     wanted = (2 * pixels[:, 0, 0, 0].float() / 255 - 1) / 16**0.5
     assert torch.allclose(seen[0][:, 0, 0, 0], wanted) and float(seen[0].abs().max()) == pytest.approx(0.25)

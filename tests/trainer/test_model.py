@@ -16,6 +16,7 @@ from trainer.engine import branch_scales, prepare_blocks
 from trainer.loss import FusedCrossEntropy, LossConfig, Objective, cross_entropy, select, soft_targets
 from trainer.model import PRESETS, Gato, ModelConfig, transformer
 from trainer.model import gato as gato_module
+from trainer.model.patch import PatchEmbedding
 from trainer.model.transformer import causal_segment_mask
 
 SMALL = ModelConfig(blocks=2, heads=2, width=32, feed_forward=64, head_size=16, patch_channels=16)
@@ -45,6 +46,27 @@ def test_a_channels_own_norm_shows_a_dot_on_a_flat_patch():
         flat[norm] = float((out[2] + out[3] - 2 * out[0]).norm() / out[0].norm())
     assert shown["channel"] > 3 * shown["group"]
     assert flat["channel"] < 1e-3 < flat["group"]  # of a flat patch only the level is left, as it is
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("count", [0, 1, 40])
+def test_patches_that_repeat_are_embedded_once_with_the_same_vectors_and_gradients(channels, count):
+    patches = Gato(SMALL, DISJOINT).initialise(0).patches
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (5, 16, 16, channels), dtype=torch.uint8, generator=generator)
+    pixels = pixels[torch.randint(0, 5, (count,), generator=generator)]
+    embedded: list[int] = []
+    patches.stem.register_forward_pre_hook(lambda module, arguments: embedded.append(len(arguments[0])))
+    found = []
+    for look in (patches.appearance, patches.each):
+        patches.zero_grad()
+        y = look(pixels)
+        (y**2).sum().backward()
+        found.append([y.detach(), *(p.grad for p in patches.parameters() if p.grad is not None)])
+    assert embedded == [len(pixels.unique(dim=0)) if count else 0, count]
+    assert len(found[0]) == len(found[1]) == 15
+    for mine, reference in zip(*found):
+        assert torch.allclose(mine, reference, rtol=1e-4, atol=1e-5), (mine, reference)
 
 
 @pytest.mark.parametrize(
@@ -255,8 +277,9 @@ def test_attention_by_segments_has_shapes_and_gradients():
     assert all(x.grad.shape == x.shape for x in (q, k, v))
 
 
-def test_nothing_in_a_training_step_waits_for_a_tensors_value(batch):
+def test_nothing_in_a_training_step_waits_for_a_tensors_value(batch, monkeypatch):
     """Fake tensors have shapes and no values, and refuse what would need one: where a GPU's host would wait for it."""
+    monkeypatch.setattr(PatchEmbedding, "appearance", PatchEmbedding.each)  # as on a GPU
     branch_scale = branch_scales(batch.sequence.numpy(), replace(SMALL, stochastic_depth=0.3), 0)
     with FakeTensorMode(allow_non_fake_inputs=False) as fake:
         gato = Gato(replace(SMALL, rotary="token"), DISJOINT)
