@@ -1,9 +1,9 @@
 """`python -m benchmarks.ablations --data FOLDER`: what each open choice is worth at an equal budget.
 
-    recipe `tiny` with one setting changed -> so many CPU-seconds on one core -> held-out errors, returns when played
+    recipe `tiny-tokens`, one setting changed -> so many CPU-seconds of a core -> held-out errors, returns when played
 
 One seed, a bare loop of one thread. The budget is the process's own time, so that others on the machine disturb less,
-and the learning rate follows it. The changes are listed below; the base is what `tiny` is. Each result is a line of
+and the learning rate follows it. The changes are listed below; the base is `tiny-tokens`. Each result is a line of
 `--output`, kept when the command is run again, and the table is printed at the end.
 """
 
@@ -42,7 +42,7 @@ TIMESTEPS: dict[str, Any] = {"sequence": "timesteps"}
 SMOOTH: dict[str, Any] = {"matrices": "muon", "bins": "smooth"}
 # name -> {part of the configuration: {field: value}}
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
-    "as tiny": {},
+    "as tiny-tokens": {},
     "no rotary attention (the paper's form)": {"model": {"rotary": "none"}},
     "action position: one shared": {"model": {"action_position": "shared"}},
     "action position: none": {"model": {"action_position": "none"}},
@@ -77,7 +77,7 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """Train `tiny` once for every change and compare."""
+    """Train `tiny-tokens` once for every change and compare."""
 
     data: Path
     """A dataset folder of tasks that the simulators play."""
@@ -124,7 +124,7 @@ def trained(config: TrainConfig, stream: Stream, seconds: float) -> tuple[Gato, 
 
 def measured(name: str, options: Options) -> dict[str, Any]:
     """Train, evaluate and play one change."""
-    config = changed(RECIPES["tiny"], CHANGES[name])
+    config = changed(RECIPES["tiny-tokens"], CHANGES[name])
     data = config.data.stream
     stream, held_out = (Stream([options.data], data, config.seed, split) for split in (False, True))
     gato, steps = trained(config, stream, 60 * options.minutes)

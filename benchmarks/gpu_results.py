@@ -156,7 +156,7 @@ def tokens_per_second(output: Path) -> float:
 def training(folders: list[str], run: Path, seconds: float, rate: float, rehearsed: bool) -> list[str]:
     """The command that trains for about so many seconds. The rate falls to its end in them."""
     steps = 6 if rehearsed else max(100, int(0.9 * (seconds - START_SECONDS) * rate / (BATCH * LENGTH)))
-    shape = ["--recipe", "tiny-table", "--data.global-batch", "4", "--data.micro-batch", "4"]
+    shape = ["--recipe", "tiny-tokens", "--data.global-batch", "4", "--data.micro-batch", "4"]
     if not rehearsed:
         shape = ["--recipe", "79m-table", "--data.global-batch", str(BATCH), "--data.micro-batch", str(BATCH // 2)]
     every = str(max(1, steps // 5))

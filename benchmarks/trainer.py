@@ -43,10 +43,10 @@ from trainer.recipes import RECIPES
 
 PEER = Path(__file__).with_name("gpt2.py")
 REQUIREMENTS = Path(__file__).with_name("trainer.txt")
-BATCHES = {"tiny": (1, 16), "79m": (1, 1)}
+BATCHES = {"tiny-tokens": (1, 16), "79m": (1, 1)}
 """Batches a turn and sequences a batch."""
 
-PARTS = "tiny,79m,engine,forms,atari"
+PARTS = "tiny-tokens,79m,engine,forms,atari"
 
 Turn = Callable[[], float]
 """Does the work of a turn, and gives its processor seconds."""
@@ -195,7 +195,7 @@ def engines(table: Table, control: Path, repeats: int) -> None:
     device = started(1.0)
     torch.set_num_threads(1)
     for accumulation in (1, 4):
-        recipe = RECIPES["tiny"]
+        recipe = RECIPES["tiny-tokens"]
         micro = recipe.data.global_batch // accumulation
         config = replace(recipe, data=replace(recipe.data, micro_batch=micro))
         stream = Stream([control], recipe.data.stream, seed=0)
@@ -221,8 +221,8 @@ def forms(table: Table, control: Path, recipe: str, repeats: int) -> None:
 
 def pictures(table: Table, atari: Path, repeats: int) -> None:
     """Atari batches, what the patch embedder alone takes of them, and its rate beside that of embedding every patch."""
-    batches = read(atari, "tiny")
-    ours = objective(RECIPES["tiny"], atari)
+    batches = read(atari, "tiny-tokens")
+    ours = objective(RECIPES["tiny-tokens"], atari)
     embedder = ours.gato.patches
 
     def embed(by: Callable[[Tensor], Tensor]) -> Callable[[], None]:
@@ -249,11 +249,11 @@ def run(folder: Path, python: Path, shards: Path | None = None, repeats: int = 5
     chosen = parts.split(",")
     for recipe in BATCHES:
         if recipe in chosen:
-            models(table, control, python, folder, recipe, repeats if recipe == "tiny" else max(2, repeats // 2))
+            models(table, control, python, folder, recipe, repeats if recipe == "tiny-tokens" else max(2, repeats // 2))
     if "engine" in chosen:
         engines(table, control, repeats)
     if "forms" in chosen:
-        forms(table, control, "tiny", repeats)
+        forms(table, control, "tiny-tokens", repeats)
     if "atari" in chosen:
         pictures(table, shards / "atari" if shards else build("atari", folder), repeats)
     Console(width=140).print(table)

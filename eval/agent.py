@@ -78,8 +78,8 @@ class GatoAgent:
         if self.window < 2:
             raise ValueError(f"task '{task.name}': two timesteps do not fit a context of {info.sequence_length} tokens")
         continuous = task.action is not None and task.action.kind == "continuous"
-        numeric = "value" if model.config.values else "mean"
-        self.decoding = config.decoding if config.decoding != "auto" else (numeric if continuous else "sample")
+        auto = ("value", "greedy") if model.config.values else ("mean", "sample")
+        self.decoding = config.decoding if config.decoding != "auto" else auto[not continuous]
         if self.decoding in ("mean", "value") and not continuous:
             raise ValueError(f"task '{task.name}': the mean of bins has no meaning for discrete actions")
         if self.decoding == "value" and not model.config.values:

@@ -24,8 +24,8 @@ class AgentConfig:
 
     decoding: Literal["auto", "sample", "greedy", "mean", "value"] = "auto"
     """sample from the restricted softmax; greedy; mean of bins or value (continuous actions only), the number that a
-    model with values learned; auto: sample for discrete actions; for continuous ones value where there is one, else
-    mean."""
+    model with values learned; auto: value, and greedy for discrete actions, for a model with values; else mean, and
+    sample for discrete actions."""
     temperature: float = 1.0
     asked_return: float | None = None
     """The episode's return that a model with returns is asked for; by default the upper quartile of the task's data."""

@@ -3,7 +3,7 @@
     python examples/two_cameras.py data/two-balls/logs 600      # needs `pip install lerobot mujoco`, and no Gato
     python -m etl.build --input data/two-balls/logs --environment examples.two_cameras:TwoBalls-v0 \\
         --text-tokens 8 --output data/two-balls/shards
-    deepspeed --num_gpus 1 trainer/main.py --recipe tiny --steps 400 --optimiser.decay-steps 400 \\
+    deepspeed --num_gpus 1 trainer/main.py --recipe tiny-tokens --steps 400 --optimiser.decay-steps 400 \\
         --optimiser.warmup-steps 30 --optimiser.matrices muon --data.stream.sequence-length 280 \\
         --data.folders data/two-balls/shards --run.output runs/two-balls
     python -m eval.compare --gato runs/two-balls/export --datasets data/two-balls/shards \\

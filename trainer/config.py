@@ -224,9 +224,13 @@ def check(config: TrainConfig, world: int) -> None:
     require_folder("run.output", config.run.output)
     data = config.data
     if world < 1 or data.global_batch % (world * data.micro_batch):
+        each = data.global_batch // world if world > 0 else 0
+        fitting = max((n for n in range(1, data.micro_batch + 1) if each and each % n == 0), default=1)
+        whole = each and data.global_batch == each * world
+        remedy = f"give --data.micro-batch {fitting}" if whole else "choose another batch or number of processes"
         raise ValueError(
             f"--data.global-batch {data.global_batch}: must be a multiple of processes x --data.micro-batch, "
-            f"{world} x {data.micro_batch}"
+            f"{world} x {data.micro_batch}; {remedy}"
         )
 
 

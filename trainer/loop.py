@@ -84,7 +84,7 @@ class Run:
         if mixed and config.model.sequence == "timesteps":
             raise DatasetError(
                 f"--model.sequence timesteps: task '{mixed[0]}' predicts text within a timestep, which it shows; "
-                "leave it out by --data.stream.tasks, or use tokens"
+                "leave it out by --data.stream.tasks, or use --recipe tiny-tokens"
             )
         with device:
             model = Gato(config.model, self.stream.vocabulary).initialise(config.seed)

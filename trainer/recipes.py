@@ -15,90 +15,74 @@ from trainer.config import DataConfig, OptimiserConfig, RunConfig, TrainConfig
 from trainer.loss import LossConfig
 from trainer.model.presets import PRESETS
 
-# tiny
-# command   deepspeed trainer/main.py --recipe tiny
-# hardware  2 CPU cores, no GPU
-# hours     0.8 on one core that is its own, for two control tasks (11,000 tokens/s)
+# tiny: one set of weights for many tasks on one core. An element of the sequence is a timestep, actions are decoded
+# from a plain output, observations scaled per body, the episode's return shown and asked for, so there are no prompts;
+# two blocks, windows of eleven timesteps of a body, Muon, bins that move smoothly (docs/ablations.md)
+# command   deepspeed --num_gpus 1 trainer/main.py --recipe tiny
+# hardware  1 CPU core, no GPU
+# hours     0.93 for the results table's eight tasks (107,000 tokens/s)
+# expected  HOURS_AND_SCORES
+TINY = TrainConfig(
+    steps=14_000,
+    model=replace(PRESETS["tiny"], sequence="timesteps", blocks=2, values=True, returns=True),
+    loss=LossConfig(soft_bins=24.0, softmax="targets", stride=8, discrete=20.0),
+    optimiser=OptimiserConfig(
+        peak_lr=1e-3,
+        muon_peak_lr=0.01,
+        warmup_steps=200,
+        decay_steps=14_000,
+        final_lr_share=0.02,
+        matrices="muon",
+        bins="smooth",
+    ),
+    data=DataConfig(global_batch=96, micro_batch=96, stream=StreamConfig(sequence_length=264, prompt_probability=0.0)),
+    run=RunConfig(output=Path("runs/tiny"), evaluate_every=500, save_every=500, export_every=1000),
+)
+
+# tiny-tokens: an element of the sequence a token, as in the paper, with what learns from few tokens; AdamW, so any ZeRO
+# stage. Needed where text is predicted within a timestep, as captions are
+# command   deepspeed --num_gpus 1 trainer/main.py --recipe tiny-tokens
+# hardware  1 CPU core, no GPU
+# hours     0.8 for two control tasks (11,000 tokens/s)
 # expected  one set of weights: 105 % of the behaviour's return on halfcheetah-medium, 96 % on hopper-medium (200,000
 #           timesteps each, recorded from linear policies; docs/log.md)
-TINY = TrainConfig(
+TINY_TOKENS = TrainConfig(
     steps=8_000,
     model=PRESETS["tiny"],
     loss=LossConfig(soft_bins=24.0, softmax="targets"),
     optimiser=OptimiserConfig(peak_lr=2e-3, warmup_steps=400, decay_steps=8_000),
     data=DataConfig(global_batch=16, micro_batch=16, stream=StreamConfig(sequence_length=256)),
-    run=RunConfig(output=Path("runs/tiny")),
+    run=RunConfig(output=Path("runs/tiny-tokens")),
 )
 
-# tiny-table: `tiny` for the results table: one set of weights for all datasets, by Muon (docs/ablations.md).
-# Medium and expert share an environment, so the agent is prompted: training must show starts of episodes after prompts
-# command   deepspeed --num_gpus 1 trainer/main.py --recipe tiny-table --seed 0 --run.output runs/tiny-table-0
+# tiny-paper: the paper's form at tiny's width, to see what `tiny` gains by its departures at equal time
+# command   deepspeed --num_gpus 1 trainer/main.py --recipe tiny-paper
 # hardware  1 CPU core, no GPU
-# hours     0.43
-# expected  of the behaviour's return: 104 % on halfcheetah-medium, 86 % on hopper-medium, 36 and 25 % on their experts,
-#           under 10 % on Walker2d, nothing on Pong and Breakout (docs/results/table, 3 seeds; patches by GroupNorm)
-TINY_TABLE = replace(
-    TINY,
-    steps=3_500,
-    optimiser=replace(TINY.optimiser, matrices="muon", decay_steps=3_500, warmup_steps=200),
-    data=replace(TINY.data, stream=replace(TINY.data.stream, prompt_start_share=0.5)),
-    run=RunConfig(output=Path("runs/tiny-table"), evaluate_every=250, save_every=250, export_every=500),
+# hours     PAPER_HOURS
+# expected  PAPER_SCORES
+TINY_PAPER = replace(
+    TINY_TOKENS,
+    model=replace(PRESETS["tiny"], action_position="shared", rotary="none", smooth_bins=False, patch_norm="group"),
+    loss=LossConfig(),
+    run=replace(TINY_TOKENS.run, output=Path("runs/tiny-paper"), export_every=1000),
 )
 
-# tiny-timesteps: `tiny-table`, faster: an element of the sequence a timestep, bins that move smoothly, two blocks,
-# windows of eleven timesteps of a body; actions decoded from a plain output, observations scaled per body, the
-# episode's return shown and asked for, so no prompts (docs/ablations.md)
-# command   deepspeed --num_gpus 1 trainer/main.py --recipe tiny-timesteps --seed 0 --run.output runs/tiny-timesteps-0
-#           --data.stream.weights pong-run1 0.25 breakout-run1 0.25
-# hardware  1 CPU core, no GPU
-# hours     0.35
-# expected  by these 3,000 steps not measured. Of behaviour's return with longer training at lower rates, 1.2 hours
-#           (docs/results/eight, one seed): 101, 110, 96 % on halfcheetah, hopper, walker2d of level medium, 90, 92,
-#           109 % of level expert, Pong -8.8, Breakout 12.1
-TINY_TIMESTEPS = replace(
-    TINY_TABLE,
-    steps=3_000,
-    model=replace(TINY.model, sequence="timesteps", blocks=2, values=True, returns=True),
-    loss=replace(TINY.loss, stride=8, discrete=8.0),
-    optimiser=replace(TINY_TABLE.optimiser, bins="smooth", decay_steps=3_000, final_lr_share=0.02),
-    data=DataConfig(
-        global_batch=96,
-        micro_batch=96,
-        stream=StreamConfig(sequence_length=264, prompt_probability=0.0),
-    ),
-    run=replace(TINY_TABLE.run, output=Path("runs/tiny-timesteps")),
-)
-
-# tiny-pong: Pong alone, from 200,000 frames of a player (docs/results/pong)
-# command   deepspeed --num_gpus 1 trainer/main.py --recipe tiny-pong --seed 0
-# hardware  1 CPU core, no GPU
-# hours     0.48
-# expected  returns of 2.8 and 4.7 (2 seeds) sampled, 10.0 and 8.5 greedily; the player's 14.8, random -20.5
-TINY_PONG = replace(
-    TINY_TABLE,
-    steps=3_000,
-    optimiser=replace(TINY_TABLE.optimiser, decay_steps=3_000),
-    data=replace(TINY_TABLE.data, stream=replace(TINY_TABLE.data.stream, tasks=("pong-run1",))),
-    run=replace(TINY_TABLE.run, output=Path("runs/tiny-pong")),
-)
-
-# quickstart: `tiny-timesteps`, shortened to fit `make quickstart`
+# quickstart: `tiny` at the rates of a short run, shortened to fit `make quickstart`
 # command   make quickstart
 # hardware  2 CPU cores, no GPU
 # hours     0.05 of training
 # expected  Hopper 3167 of 3138, Freeway 22.4 of 22.0 (docs/log.md, one seed, 5 episodes)
 QUICKSTART = replace(
-    TINY_TIMESTEPS,
+    TINY,
     steps=600,
-    optimiser=replace(TINY_TIMESTEPS.optimiser, decay_steps=600, warmup_steps=50),
+    loss=replace(TINY.loss, discrete=8.0),
+    optimiser=replace(TINY.optimiser, peak_lr=2e-3, muon_peak_lr=0.02, decay_steps=600, warmup_steps=50),
     data=replace(
-        TINY_TIMESTEPS.data,
+        TINY.data,
         root="data/quickstart/shards",
         global_batch=64,
         micro_batch=64,
-        stream=replace(
-            TINY_TIMESTEPS.data.stream, sequence_length=192, weights={"hopper-expert-v4": 3.0, "freeway-run1": 1.0}
-        ),
+        stream=replace(TINY.data.stream, sequence_length=192, weights={"hopper-expert-v4": 3.0, "freeway-run1": 1.0}),
     ),
     run=RunConfig(output=Path("runs/quickstart"), evaluate_every=200, save_every=200),
 )
@@ -166,9 +150,8 @@ def _on(base: TrainConfig, name: str, deepspeed: str, micro_batch: int) -> Train
 
 RECIPES = {
     "tiny": TINY,
-    "tiny-table": TINY_TABLE,
-    "tiny-timesteps": TINY_TIMESTEPS,
-    "tiny-pong": TINY_PONG,
+    "tiny-tokens": TINY_TOKENS,
+    "tiny-paper": TINY_PAPER,
     "quickstart": QUICKSTART,
     "finetune": FINETUNE,
     "79m-table": TABLE_79M,

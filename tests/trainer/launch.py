@@ -39,7 +39,7 @@ def command(output, data, *extra, processes=1, steps=6) -> list[str]:
     """A small training run of datasets `data`."""
     folders = ["--data.folders", *map(str, data)]
     run = ["--run.output", str(output), "--steps", str(steps), "--run.log-every", "1", "--run.save-every", "2"]
-    return [*launcher(processes), "trainer/main.py", "--recipe", "tiny", *SMALL.split(), *folders, *run, *extra]
+    return [*launcher(processes), "trainer/main.py", "--recipe", "tiny-tokens", *SMALL.split(), *folders, *run, *extra]
 
 
 def train(*arguments, check=True, prepare=None, cold=False, **options) -> subprocess.CompletedProcess:

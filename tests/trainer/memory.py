@@ -19,7 +19,7 @@ from trainer.model import Gato
 from trainer.model.patch import PatchEmbedding
 from trainer.recipes import RECIPES
 
-RECIPE = RECIPES["tiny"]
+RECIPE = RECIPES["tiny-tokens"]
 CONFIG = replace(
     RECIPE,
     model=replace(RECIPE.model, blocks=3, width=64, feed_forward=256, heads=2),

@@ -23,7 +23,7 @@ SMALL = ModelConfig(blocks=1, heads=2, width=32, feed_forward=64, head_size=16, 
 def main(folder: str, deepspeed: str) -> None:
     device = engine.start(0, 1.0)
     stream = Stream([folder], StreamConfig(sequence_length=120, mixture_block=8), seed=0)
-    tiny = RECIPES["tiny"]
+    tiny = RECIPES["tiny-tokens"]
     data = replace(tiny.data, global_batch=4, micro_batch=1)
     config = replace(tiny, model=SMALL, deepspeed=deepspeed, data=data)
     runs = [

@@ -38,7 +38,7 @@ class Theirs:
 def main(folder: str, deepspeed: str) -> None:
     device = engine.start(0, 1.0)
     stream = Stream([folder], StreamConfig(sequence_length=120, mixture_block=8), seed=0)
-    tiny = RECIPES["tiny"]
+    tiny = RECIPES["tiny-tokens"]
     data = replace(tiny.data, global_batch=8, micro_batch=1)
     optimiser = replace(tiny.optimiser, gradient_clip=0.3, warmup_steps=2)
     config = replace(tiny, model=SMALL, deepspeed=deepspeed, data=data, optimiser=optimiser)

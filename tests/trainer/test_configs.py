@@ -56,7 +56,7 @@ def test_every_recipe_survives_json_is_in_range_and_fits_its_configuration(name)
     ],
 )
 def test_settings_that_make_no_sense_are_named(part, field, value, world):
-    tiny = RECIPES["tiny"]
+    tiny = RECIPES["tiny-tokens"]
     config = replace(tiny, **{part: replace(getattr(tiny, part), **{field: value})})
     with pytest.raises(ValueError, match=f"--{part}.{field.replace('_', '-')}|--data.global-batch"):
         check(config, world)
@@ -91,7 +91,7 @@ def test_offload_saves_resumes_bit_for_bit_and_learns_the_same(hopper, pong, tmp
 )
 def test_a_file_of_ones_own_does_not_say_what_the_run_says(field, value, setting, tmp_path):
     path = tmp_path / "own.json"
-    own = replace(RECIPES["tiny"], deepspeed=str(path))
+    own = replace(RECIPES["tiny-tokens"], deepspeed=str(path))
     path.write_text(json.dumps({"zero_optimization": {"stage": 1}, "train_batch_size": "auto"}))
     assert zero_config(own, 1)["train_batch_size"] == own.data.global_batch
     path.write_text(json.dumps({"zero_optimization": {"stage": 1}, field: value}))

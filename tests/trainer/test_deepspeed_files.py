@@ -112,7 +112,7 @@ def random_body(chance):
 def tried(path, body):
     """'' for an engine that was made, else the line for the user; other exceptions are faults of ours."""
     path.write_text(json.dumps(body))
-    config = replace(RECIPES["tiny"], deepspeed=str(path))
+    config = replace(RECIPES["tiny-tokens"], deepspeed=str(path))
     try:
         completed = zero_config(config, 1)
         require_precision(config.deepspeed, completed, "cpu")

@@ -146,7 +146,7 @@ def test_scales_keep_the_models_number_format(hopper):
 
 
 def test_what_was_added_leaves_older_checkpoints_as_they_were(hopper):
-    raw = resume_critical(RECIPES["tiny"])
+    raw = resume_critical(RECIPES["tiny-tokens"])
     assert "dropout" not in raw["model"] and "schedule" not in raw["optimiser"]
     tuned = resume_critical(RECIPES["finetune"])
     assert (tuned["model"]["dropout"], tuned["optimiser"]["schedule"]) == (0.1, "constant")

@@ -59,7 +59,7 @@ def test_arguments_that_make_no_sense_are_named(arguments):
         (["--steps", "3", "--data.folders", "none"], "error: none: no dataset.json"),
         (["--data.root", "none"], "error: none: no finished dataset there"),
         (["--run.output", "README.md"], "error: --run.output README.md: README.md is a file; give a folder"),
-        (["--num_gpus", "3"], "error: --data.global-batch 16: must be a multiple"),
+        (["--num_gpus", "3"], "error: --data.global-batch 96: must be a multiple"),
         (["--colour", "1"], "--colour"),
     ],
 )
@@ -98,10 +98,10 @@ def test_a_runs_configuration_is_a_recipe(tmp_path):
     import json
 
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({"recipe": "tiny-pong"} | to_dict(RECIPES["tiny-pong"])))
+    path.write_text(json.dumps({"recipe": "tiny-tokens"} | to_dict(RECIPES["tiny-tokens"])))
     asked, config = parse(["--config", str(path), "--steps", "7"])
-    assert asked.recipe == "tiny-pong" and config.steps == 7
-    assert config.optimiser == RECIPES["tiny-pong"].optimiser
+    assert asked.recipe == "tiny-tokens" and config.steps == 7
+    assert config.optimiser == RECIPES["tiny-tokens"].optimiser
     for text, message in (("{", "no configuration"), ('{"recipe": "tiny", "colour": 1}', "setting 'colour'")):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):

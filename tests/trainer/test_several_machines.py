@@ -23,7 +23,7 @@ STARTERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "O
 def line(data, *extra, steps=4, main=MAIN):
     """A rank's command line, for whatever starts it."""
     run = ["--steps", str(steps), "--run.log-every", "1", "--run.save-every", "2", "--data.folders", str(data)]
-    return [sys.executable, str(main), "--recipe", "tiny", *SMALL.split(), *run, *map(str, extra)]
+    return [sys.executable, str(main), "--recipe", "tiny-tokens", *SMALL.split(), *run, *map(str, extra)]
 
 
 def clean_environment(**more):
