@@ -29,7 +29,8 @@ for source in d4rl atari; do
     [ -e $SHARDS/$source/dataset.json ] || python -m etl.build --source $source --input $LOGS/$source --output $SHARDS/$source
 done
 for seed in 0 1 2; do
-    deepspeed --num_gpus 1 trainer/main.py --recipe tiny-table --seed $seed \
-        --model.patch-norm group --data.root $SHARDS --run.output runs/tiny-table-$seed
+    deepspeed --num_gpus 1 trainer/main.py --recipe tiny-tokens --seed $seed --steps 3500 --optimiser.decay-steps 3500 \
+        --optimiser.matrices muon --optimiser.warmup-steps 200 --data.stream.prompt-start-share 0.5 --model.patch-norm group \
+        --data.root $SHARDS --run.output runs/tiny-table-$seed
 done
 python -m eval.compare --root $SHARDS --gato runs/tiny-table-{0,1,2}/export --budget cpu --seeds 3 -o results/table
