@@ -40,13 +40,14 @@ from trainer.loss import Objective, targets_of
 from trainer.model import Gato
 from trainer.optimiser import make_optimiser
 from trainer.recipes import RECIPES
+from trainer.scales import observation_scales
 
 PEER = Path(__file__).with_name("gpt2.py")
 REQUIREMENTS = Path(__file__).with_name("trainer.txt")
 BATCHES = {"tiny-tokens": (1, 16), "79m": (1, 1)}
 """Batches a turn and sequences a batch."""
 
-PARTS = "tiny-tokens,79m,engine,forms,atari"
+PARTS = "tiny-tokens,79m,engine,forms,sequences,atari"
 
 Turn = Callable[[], float]
 """Does the work of a turn, and gives its processor seconds."""
@@ -62,6 +63,8 @@ def read(shards: Path, recipe: str) -> list[Batch]:
 def objective(config: TrainConfig, shards: Path) -> Objective:
     stream = Stream([shards], StreamConfig(), seed=0)
     model = Gato(config.model, stream.vocabulary).initialise(0).train()
+    if model.by_timesteps:
+        model.standardise(observation_scales(stream))
     return Objective(model, config.loss, *targets_of(stream))
 
 
@@ -219,6 +222,18 @@ def forms(table: Table, control: Path, recipe: str, repeats: int) -> None:
         row(table, f"{recipe}, blocks {form} / plain", tokens, seconds, plain)
 
 
+def sequences(table: Table, control: Path, repeats: int) -> None:
+    """An element of the sequence per timestep against one per token: whole steps of two recipes, each its own batch."""
+    sides, counts = [], []
+    for name in ("tiny", "tiny-tokens"):
+        config = RECIPES[name]
+        batch = Stream([control], config.data.stream, seed=0).batch(0, config.data.global_batch).to("cpu")
+        sides.append(bare(objective(config, control), config, [[batch]]))
+        counts.append(batch.tokens.numel())
+    ours, theirs = turns(repeats, *sides)
+    row(table, "tiny / tiny-tokens", counts[0], ours, [seconds * counts[0] / counts[1] for seconds in theirs])
+
+
 def pictures(table: Table, atari: Path, repeats: int) -> None:
     """Atari batches, what the patch embedder alone takes of them, and its rate beside that of embedding every patch."""
     batches = read(atari, "tiny-tokens")
@@ -254,6 +269,8 @@ def run(folder: Path, python: Path, shards: Path | None = None, repeats: int = 5
         engines(table, control, repeats)
     if "forms" in chosen:
         forms(table, control, "tiny-tokens", repeats)
+    if "sequences" in chosen:
+        sequences(table, control, repeats)
     if "atari" in chosen:
         pictures(table, shards / "atari" if shards else build("atari", folder), repeats)
     Console(width=140).print(table)
