@@ -29,6 +29,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from schemas import upgrade
 from schemas.task import STRICT, TaskSpec
+from schemas.files import parse_json
 from schemas.vocabulary import Vocabulary
 
 SCHEMA_VERSION = 4
@@ -269,8 +270,8 @@ def load_manifest(folder: Path) -> Manifest:
 def parse_manifest(data: bytes, path: str) -> Manifest:
     """The manifest in the bytes of a dataset.json, which `path` names in errors; see `load_manifest`."""
     try:
-        raw = json.loads(data.decode())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raw = parse_json(data)
+    except ValueError as error:
         raise DatasetError(f"{path}: not JSON ({error}); rebuild the dataset with python -m etl.build") from None
     if not isinstance(raw, dict) or raw.get("schema") != "gato.dataset":
         raise DatasetError(f"{path}: not a Gato dataset manifest; point at a folder that python -m etl.build wrote")

@@ -43,6 +43,25 @@ def atomic_write(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
 
 
+def parse_json(data: bytes | str, unique: bool = False) -> Any:
+    """The value in a JSON text. `unique`: refuse an object that names a field twice, whose first value is lost.
+
+    Raises:
+        ValueError: it is no JSON (json.JSONDecodeError), no Unicode, or nested too deeply.
+    """
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in found]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"field '{twice}' is there twice")
+        return dict(found)
+
+    try:
+        return json.loads(data, object_pairs_hook=pairs if unique else None)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from schemas import upgrade
 from schemas.dataset import ObservationScale, ReturnScale
 from schemas.episode import STRICT, TaskSpec
-from schemas.files import atomic_write, sha256_of, sync_folder, temporary_name
+from schemas.files import atomic_write, parse_json, sha256_of, sync_folder, temporary_name
 from schemas.vocabulary import Vocabulary
 from shards.cache import Cache
 from shards.folder import Folder, digest_of
@@ -178,7 +178,7 @@ def latest(folder: Path) -> Record | None:
 def _parse(path: Path) -> Record:
     """A record that is as it was written; CheckpointError if it is not."""
     try:
-        raw = json.loads(path.read_bytes())
+        raw = parse_json(path.read_bytes())
         if raw["sha256"] == _digest(raw["record"]):
             record = _RECORD.validate_python(raw["record"])
             if all(PART.fullmatch(name) for name in record.files):  # no path out of the folder
@@ -287,7 +287,7 @@ def export(folder: Path, weights: dict[str, torch.Tensor], info: ExportInfo) -> 
 
 def parse_export(data: bytes) -> ExportInfo:
     """The content of a model.json, of an older schema too. ValueError where it is none."""
-    return _EXPORT.validate_python(upgrade.tasks(json.loads(data)))
+    return _EXPORT.validate_python(upgrade.tasks(parse_json(data)))
 
 
 def held_out_loss_of(folder: Path) -> float:
@@ -340,7 +340,7 @@ def download_export(url: str, cache: Cache) -> Path:
     if body is None:
         raise CheckpointError(f"{url}: no {MODEL} there; give the URL of an export folder")
     try:
-        parsed = json.loads(body)
+        parsed = parse_json(body)
         wanted = {TENSORS: parsed["weights_sha256"], PROMPTS: parsed.get("prompts_sha256", "")}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{url}/{MODEL}: not an export ({error}); give the URL of an export folder") from None

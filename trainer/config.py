@@ -6,7 +6,6 @@ keeps it as JSON beside its results. Unknown keys are refused.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from schemas.episode import STRICT
-from schemas.files import require_folder
+from schemas.files import parse_json, require_folder
 from schemas.ranges import require
 from shards.cache import CacheConfig
 from shards.reader import Verify
@@ -154,8 +153,10 @@ def load_config(path: Path) -> tuple[str, TrainConfig]:
         ValueError: no such file, or a key or value in it that is no setting.
     """
     try:
-        raw = json.loads(path.read_bytes())
+        raw = parse_json(path.read_bytes(), unique=True)
         recipe = raw.pop("recipe")
+        if not isinstance(recipe, str):
+            raise ValueError(f"recipe {recipe}")
         return recipe, from_dict(raw)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; give --config the config.json of a run") from None
@@ -163,7 +164,7 @@ def load_config(path: Path) -> tuple[str, TrainConfig]:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"{path}: setting '{where}': {first['msg']}; correct or remove it") from None
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: no configuration of a run ({error}); give --config a run's config.json") from None
 
 
