@@ -28,8 +28,8 @@ import pyarrow as pa
 from pydantic import TypeAdapter, ValidationError
 
 from schemas import upgrade
-from schemas.task import STRICT, TaskSpec
 from schemas.files import parse_json
+from schemas.task import STRICT, TaskSpec
 from schemas.vocabulary import Vocabulary
 
 SCHEMA_VERSION = 4
