@@ -75,7 +75,7 @@ def compare(options: Options, console: Console) -> Outcome:
     pictures = {(job.spec.name, job.model): runner.picture(job) for job in runner.jobs if runner.picture(job).is_file()}
     manifests = [dataset.manifest for dataset in runner.datasets]
     page = report.write_report(options.output, table, manifests, learning_curves(runner), pictures, TITLE)
-    return Outcome(table, (options.output / "table.md").read_text(), page, failure_of(runner, results))
+    return Outcome(table, (options.output / "table.md").read_text("utf-8"), page, failure_of(runner, results))
 
 
 def failure_of(runner: ComparisonRunner, results: dict[int, JobResult]) -> str:
@@ -99,7 +99,7 @@ def learning_curves(runner: ComparisonRunner) -> dict[str, Curves]:
     for job in runner.jobs:
         config = runner.baseline_folder(job) / "config.json" if job.model in BASELINES else None
         if config and config.is_file():
-            seed = np.array(json.loads(config.read_text())["extra"]["losses"])
+            seed = np.array(json.loads(config.read_text("utf-8"))["extra"]["losses"])
             losses.setdefault((f"training loss of {job.model.upper()}", job.spec.name), []).append(seed)
     for (quantity, task), seeds in losses.items():
         line: list[tuple[float, float]] = [(int(step), float(loss)) for step, loss in np.mean(seeds, axis=0)]

@@ -60,7 +60,7 @@ def exports(run: Path) -> list[tuple[int, Path, str]]:
     """(step, folder, weights' sha256) of a run's exports, ascending. CheckpointError where there is none."""
     found: dict[int, tuple[Path, str]] = {}
     for model in [*run.glob("exports/step-*/model.json"), *run.glob("export/model.json")]:
-        body = json.loads(model.read_text())
+        body = json.loads(model.read_text("utf-8"))
         found[int(body["step"])] = model.parent, body["weights_sha256"]
     if not found:
         raise CheckpointError(f"{run}: no exports; train with --run.export-every N")
@@ -70,7 +70,7 @@ def exports(run: Path) -> list[tuple[int, Path, str]]:
 def played(run: Path, protocol: dict) -> list[dict]:
     """The lines of returns.jsonl that were played as asked for, and of the weights that are there."""
     path, weights = run / RETURNS, {sha256 for _, _, sha256 in exports(run)}
-    lines = [json.loads(line) for line in path.open() if line.endswith("\n")] if path.is_file() else []
+    lines = [json.loads(line) for line in path.open(encoding="utf-8") if line.endswith("\n")] if path.is_file() else []
     return [line for line in lines if line.get("protocol") == protocol and line.get("weights_sha256") in weights]
 
 

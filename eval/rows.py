@@ -26,7 +26,8 @@ def save_rows(path: Path, results: Iterable[EpisodeResult]) -> None:
 def load_rows(path: Path) -> pa.Table:
     """Read what `save_rows` wrote. ResultError for a missing or damaged file, or one of another schema."""
     try:
-        table = pq.read_table(path)
+        with path.open("rb") as file:  # Arrow opens no path that is no Unicode
+            table = pq.read_table(file)
     except FileNotFoundError:
         raise ResultError(f"{path}: no such results file; run python -m eval.compare") from None
     except pa.ArrowInvalid as error:

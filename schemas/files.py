@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -76,6 +77,20 @@ def full_disk(error: BaseException, folder: Path | str) -> str:
     return f"{folder}: the disk is full ({os.strerror(number)}); make room, then run the same command to go on"
 
 
+def require_room(folder: Path, size: int) -> None:
+    """Reserve `size` bytes in `folder` and give them back: HDF5 ends the process where it meets a full disk itself.
+
+    Raises:
+        OSError: as the disk gives it, of a quota too.
+    """
+    path = temporary_name(folder / "room")
+    try:
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def safe_name(name: str) -> str:
     """A file's name for what data call `name`, which may hold '/' and '..': it stays in its folder. Names that differ
     give names that differ; a plain one stays as it is."""
@@ -98,6 +113,17 @@ def require_folder(option: str, place: Path | str) -> None:
     found = next((one for one in (path, *path.parents) if one.exists()), path)
     if found.is_file():
         raise ValueError(f"--{option} {place}: {found} is a file; give a folder")
+
+
+def require_unicode(option: str, place: Path | str) -> None:
+    """ValueError names `option` if `place` cannot be written as Unicode, and so not into a JSON file."""
+    try:
+        str(place).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"--{option} {os.fsencode(place)!r}: this name is not in the encoding of file names here "
+            f"({sys.getfilesystemencoding()}); rename it, or set LC_ALL=C.UTF-8"
+        ) from None
 
 
 def sync_folder(folder: Path) -> None:

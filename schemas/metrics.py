@@ -42,7 +42,7 @@ def read_lines(path: Path) -> Iterator[MetricsLine]:
     kill and is left out. Raises ValueError that names the file and the line."""
     if not path.is_file():
         return
-    with path.open() as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if line.endswith("\n"):
                 try:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from schemas.episode import STRICT
-from schemas.files import parse_json, require_folder
+from schemas.files import parse_json, require_folder, require_unicode
 from schemas.ranges import require
 from shards.cache import CacheConfig
 from shards.reader import Verify
@@ -223,6 +223,9 @@ def check(config: TrainConfig, world: int) -> None:
             "large, or the stride 1"
         )
     require_folder("run.output", config.run.output)
+    require_unicode("run.output", config.run.output)
+    for folder in (*config.data.folders, config.data.root):
+        require_unicode("data.folders", folder)
     data = config.data
     if world < 1 or data.global_batch % (world * data.micro_batch):
         raise ValueError(

@@ -81,7 +81,7 @@ def exclusive_run(folder: Path, wait_seconds: float = WAIT_SECONDS) -> Iterator[
         ValueError: another run still writes there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    with open(folder / ".lock", "w", encoding="utf-8") as file:
         deadline, announced = time.monotonic() + wait_seconds, False
         while True:
             try:

@@ -55,7 +55,7 @@ class MetricsWriter:
         with atomic_write(path) as file:
             file.write("".join(line.to_json() + "\n" for line in kept).encode())
         self.seconds_before = max((line.seconds for line in kept), default=0.0)
-        self.file = path.open("a")
+        self.file = path.open("a", encoding="utf-8")
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
@@ -126,4 +126,4 @@ def _wandb_run(project: str, folder: Path) -> Any:
     if not identity.is_file():
         with atomic_write(identity) as file:
             file.write(uuid4().hex[:16].encode())
-    return wandb.init(project=project, id=identity.read_text(), resume="allow", dir=str(folder), name=folder.name)
+    return wandb.init(project=project, id=identity.read_text("utf-8"), resume="allow", dir=str(folder), name=folder.name)
