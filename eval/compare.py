@@ -31,7 +31,7 @@ from eval.options import Options
 from eval.rows import save_rows
 from eval.runner import BASELINES, ComparisonRunner, JobResult
 from eval.workers import run_jobs
-from schemas.files import full_disk
+from schemas.files import disk_fault
 from schemas.result import to_table
 from schemas.terminal import command, status_of
 
@@ -59,6 +59,7 @@ def compare(options: Options, console: Console) -> Outcome:
         KeyboardInterrupt: Ctrl-C; the same call resumes.
     """
     runner = ComparisonRunner(options)
+    options.output.mkdir(parents=True, exist_ok=True)  # before anything is played
     for remark in runner.remarks:
         console.print(remark, highlight=False, soft_wrap=True, markup=False)
     processes = options.processes or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
@@ -114,7 +115,7 @@ def main() -> int:
     try:
         outcome = compare(options, lossy_console())
     except (ValueError, OSError) as error:
-        print(f"error: {full_disk(error, options.output) or error}", file=sys.stderr)
+        print(f"error: {disk_fault(error, options.output) or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         print("interrupted: the same command again keeps what was played", file=sys.stderr)

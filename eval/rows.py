@@ -30,7 +30,7 @@ def load_rows(path: Path) -> pa.Table:
             table = pq.read_table(file)
     except FileNotFoundError:
         raise ResultError(f"{path}: no such results file; run python -m eval.compare") from None
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise ResultError(f"{path}: not a Parquet file ({error}); run python -m eval.compare again") from None
     versions = table["schema_version"].unique().to_pylist() if "schema_version" in table.schema.names else [None]
     if wrong := [version for version in versions if version != RESULT_SCHEMA_VERSION]:

@@ -261,6 +261,8 @@ def load_manifest(folder: Path) -> Manifest:
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
+        if Path(folder).is_file():
+            raise DatasetError(f"{folder}: a file; give the folder of a dataset, {Path(folder).parent}") from None
         raise DatasetError(
             f"{folder}: no {MANIFEST_NAME}, so no finished dataset; build it with python -m etl.build --output {folder}"
         ) from None

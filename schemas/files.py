@@ -64,14 +64,20 @@ def parse_json(data: bytes | str, unique: bool = False) -> Any:
 
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+BARRED = {errno.EROFS, errno.EACCES, errno.EPERM}
+IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY}
 
 
-def full_disk(error: BaseException, folder: Path | str) -> str:
-    """The line for the user if an error says that the disk of `folder` is full, else ''. Libraries of C (HDF5) give
-    the system's words alone."""
+def disk_fault(error: BaseException, folder: Path | str) -> str:
+    """The line for the user if an error says that the disk of `folder` is full, that a file may not be written or read,
+    or that another one is in its way; else ''. Libraries of C (HDF5) give the system's words alone."""
     number = error.errno if isinstance(error, OSError) else None
     if number not in FULL:
         number = next((one for one in FULL if f"{os.strerror(one)}" in str(error)), None)
+    if isinstance(error, OSError) and error.errno in BARRED | IN_THE_WAY:
+        place = error.filename2 or error.filename or folder
+        remedy = "change its rights" if error.errno in BARRED else "move it away"
+        return f"{place}: {error.strerror}; {remedy}, or give another folder"
     if number is None:
         return ""
     return f"{folder}: the disk is full ({os.strerror(number)}); make room, then run the same command to go on"
@@ -108,8 +114,13 @@ def write_rows(path: Path, rows: Mapping[str, Any]) -> None:
 
 
 def require_folder(option: str, place: Path | str) -> None:
-    """ValueError names `option` if `place` cannot be a folder: it, or what it lies in, is a file."""
+    """ValueError names `option` if `place` cannot be a folder: it, or what it lies in, is a file, or a link to
+    nothing."""
     path = Path(place).expanduser()
+    if link := next((one for one in (path, *path.parents) if one.is_symlink() and not one.exists()), None):
+        raise ValueError(
+            f"--{option} {place}: {link} is a link to nothing; make the folder that it names, or remove it"
+        )
     found = next((one for one in (path, *path.parents) if one.exists()), path)
     if found.is_file():
         raise ValueError(f"--{option} {place}: {found} is a file; give a folder")

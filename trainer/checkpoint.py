@@ -43,6 +43,7 @@ from trainer.model import Gato, ModelConfig
 
 CHECKPOINT_VERSION = 2
 PART = re.compile(r"part-\d{5,9}\.safetensors")
+RECORDS = "step-" + "[0-9]" * 8 + ".json"
 MODEL, TENSORS, PROMPTS = "model.json", "weights.safetensors", "prompts.safetensors"
 EXPORT_VERSION = 3  # 1: tasks as in datasets of schema 3; 2: no scales of observations and returns
 
@@ -154,7 +155,7 @@ def latest(folder: Path) -> Record | None:
     """
     faults: list[str] = []
     remedy = "start again with another --run.output"
-    for path in sorted(folder.glob("step-*.json"), reverse=True):
+    for path in _record_files(folder):
         try:
             record = _parse(path)
             _check(folder / record.tag, record)
@@ -192,10 +193,15 @@ def _digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
+def _record_files(folder: Path) -> list[Path]:
+    """The files with a record's name, the newest first; what else lies there is not looked at."""
+    return sorted((path for path in folder.glob(RECORDS) if path.is_file()), reverse=True)
+
+
 def _records(folder: Path) -> list[Record]:
     """All records that can be read, the newest first."""
     found = []
-    for path in sorted(folder.glob("step-*.json"), reverse=True):
+    for path in _record_files(folder):
         with suppress(CheckpointError):
             found.append(_parse(path))
     return found

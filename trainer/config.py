@@ -222,8 +222,13 @@ def check(config: TrainConfig, world: int) -> None:
             f"--loss.stride {config.loss.stride}: wider than what a target is spread over; make --loss.soft-bins as "
             "large, or the stride 1"
         )
-    require_folder("run.output", config.run.output)
-    require_unicode("run.output", config.run.output)
+    output = config.run.output
+    for name in ("", "checkpoints", "export", "exports", "best", "tensorboard"):
+        require_folder("run.output", output / name)
+    for name in ("metrics.jsonl", "config.json", ".lock"):
+        if (output / name).is_dir():
+            raise ValueError(f"--run.output {output}: '{name}' there is a folder; move it away, or give another")
+    require_unicode("run.output", output)
     for folder in (*config.data.folders, config.data.root):
         require_unicode("data.folders", folder)
     data = config.data

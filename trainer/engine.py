@@ -122,10 +122,14 @@ class Engine:
         prepare_blocks(model, config.compile, config.activation_checkpointing)
         decide_attention(device, config)
         deepspeed_file.require_precision(config.deepspeed, body, device.type)
+        body = deepspeed_file.ReadFields(body)
         try:
             self.engine, self.optimiser = wrap(objective, optimiser, body)
         except REFUSALS as error:
             raise deepspeed_file.refused(config.deepspeed, error) from error
+        if self.rank == 0:
+            for line in body.remarks():
+                print(f"warning: {config.deepspeed}: {line}", flush=True)
         if self.engine.zero_optimization_partition_weights():
             # the head is the embedding table, used outside the module that owns it
             deepspeed.zero.register_external_parameter(objective, model.tokens.weight)

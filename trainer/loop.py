@@ -188,7 +188,9 @@ class Run:
         restart_watchdog(0)
         self._export("export")
         if self.is_rank_0:
-            outcome = "finished" if self.step == config.steps else "stopped on request, run the same command to resume"
+            outcome = "stopped on request, run the same command to resume"
+            if self.step >= config.steps:
+                outcome = "finished" if self.step == config.steps else f"nothing to do for --steps {config.steps}"
             print(f"{outcome} at step {self.step}; weights in {config.run.output / 'export'}", flush=True)
 
     def _is_evaluation_step(self) -> bool:

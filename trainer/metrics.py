@@ -126,4 +126,6 @@ def _wandb_run(project: str, folder: Path) -> Any:
     if not identity.is_file():
         with atomic_write(identity) as file:
             file.write(uuid4().hex[:16].encode())
-    return wandb.init(project=project, id=identity.read_text("utf-8"), resume="allow", dir=str(folder), name=folder.name)
+    return wandb.init(
+        project=project, id=identity.read_text("utf-8"), resume="allow", dir=str(folder), name=folder.name
+    )

@@ -27,7 +27,6 @@ from schemas.files import require_room, sync_folder
 from simulators.rollout import Step
 from simulators.spaces import native_action
 
-
 MARGIN = 2**20  # bytes for what HDF5 writes besides arrays
 
 
