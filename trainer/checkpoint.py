@@ -142,9 +142,10 @@ def publish(folder: Path, record: Record, keep_last: int, keep_best: int) -> Non
 
 
 def discard(folder: Path, tag: str) -> None:
-    """Remove a checkpoint, complete or not: its record first."""
-    (folder / f"{tag}.json").unlink(missing_ok=True)
-    shutil.rmtree(folder / tag, ignore_errors=True)
+    """Remove a checkpoint, complete or not: its record first. Nothing where the disk refuses that."""
+    with suppress(OSError):
+        (folder / f"{tag}.json").unlink(missing_ok=True)
+        shutil.rmtree(folder / tag, ignore_errors=True)
 
 
 def latest(folder: Path) -> Record | None:

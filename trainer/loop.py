@@ -47,7 +47,7 @@ def train(recipe: str, config: TrainConfig, device: torch.device, stop: StopRequ
         OSError: the last checkpoint or the export cannot be written.
     """
     with ExitStack() as resources:
-        on_rank_0(lambda: resources.enter_context(exclusive_run(config.run.output)))
+        on_rank_0(lambda: resources.enter_context(exclusive_run(config.run.output, stop=stop)))
         body = on_every_rank(lambda: read_config(config.deepspeed))
         agreement.require_same_program(config, body)
         agreement.require_same_folder(config.run.output)
