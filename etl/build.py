@@ -37,7 +37,7 @@ from etl.tokenizers import text as texts
 from schemas.dataset import MANIFEST_NAME, TEXT_MODEL_NAME, DatasetError, Manifest, parse_manifest
 from schemas.episode import Document
 from schemas import terminal
-from schemas.files import full_disk, require_folder
+from schemas.files import disk_fault, require_folder
 from schemas.layout import PATCH_SIZE, layout_of
 from schemas.vocabulary import by_name
 from shards.folder import Folder, is_url
@@ -371,7 +371,7 @@ def main() -> int:
         manifest = build(options, flags, console)
     except (SourceError, ValueError, OSError) as error:
         place = options.output or f"data/shards/{options.source}"
-        print(f"error: {full_disk(error, place) or error}", file=sys.stderr)
+        print(f"error: {disk_fault(error, place) or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         threading.excepthook = lambda about: None  # what the runner's threads say while they end

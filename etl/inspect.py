@@ -87,7 +87,9 @@ def inspect(options: Options, console: Console) -> Path:
                     warnings.filterwarnings("ignore", "Glyph")  # texts hold letters that no installed font has
                     figure(views[0], steps[0], words[0], manifest.name).savefig(file, format="png")
             else:
-                file.write(page(views, steps, words, rejected).encode())
+                file.write(
+                    page(views, steps, words, rejected).encode("utf-8", "replace")
+                )  # names of files may be no Unicode
     except OSError as error:
         raise InspectError(f"{output}: cannot be written ({error.strerror}); give another --output") from None
     if len(looked) < len(views):

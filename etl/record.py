@@ -25,7 +25,7 @@ from rich.progress import Progress
 import simulators
 from etl import sources
 from schemas.episode import EnvironmentSpec
-from schemas.files import full_disk, require_folder
+from schemas.files import disk_fault, require_folder
 from schemas.terminal import command, status_of
 from simulators import plugins
 from simulators.experts import policies
@@ -195,7 +195,7 @@ def main() -> int:
 
             return 1 if record_suites(options, console) else 0
     except (simulators.SimulatorError, ValueError, OSError) as error:
-        print(f"error: {full_disk(error, options.output or 'data/logs') or error}", file=sys.stderr)
+        print(f"error: {disk_fault(error, options.output or 'data/logs') or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         kept = "the same command keeps the logs that are whole" if options.suite else "nothing was recorded"

@@ -160,6 +160,6 @@ def _table(output: Path) -> dict[str, Row]:
     if not path.is_file():
         return {}
     try:
-        return {id: Row(**row) for id, row in json.loads(path.read_text()).items()}
+        return {id: Row(**row) for id, row in json.loads(path.read_text("utf-8")).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a table of recorded logs ({error}); give another --output") from None

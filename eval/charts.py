@@ -135,7 +135,7 @@ def read_metrics(path: Path) -> Curves:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
     found = []
     for ordinal, line in enumerate(lines, 1):
         try:

@@ -31,7 +31,7 @@ from eval.options import Options
 from eval.rows import save_rows
 from eval.runner import BASELINES, ComparisonRunner, JobResult
 from eval.workers import run_jobs
-from schemas.files import full_disk
+from schemas.files import disk_fault
 from schemas.result import to_table
 from schemas.terminal import command, status_of
 
@@ -59,6 +59,7 @@ def compare(options: Options, console: Console) -> Outcome:
         KeyboardInterrupt: Ctrl-C; the same call resumes.
     """
     runner = ComparisonRunner(options)
+    options.output.mkdir(parents=True, exist_ok=True)  # before anything is played
     for remark in runner.remarks:
         console.print(remark, highlight=False, soft_wrap=True, markup=False)
     processes = options.processes or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
@@ -75,7 +76,7 @@ def compare(options: Options, console: Console) -> Outcome:
     pictures = {(job.spec.name, job.model): runner.picture(job) for job in runner.jobs if runner.picture(job).is_file()}
     manifests = [dataset.manifest for dataset in runner.datasets]
     page = report.write_report(options.output, table, manifests, learning_curves(runner), pictures, TITLE)
-    return Outcome(table, (options.output / "table.md").read_text(), page, failure_of(runner, results))
+    return Outcome(table, (options.output / "table.md").read_text("utf-8"), page, failure_of(runner, results))
 
 
 def failure_of(runner: ComparisonRunner, results: dict[int, JobResult]) -> str:
@@ -99,7 +100,7 @@ def learning_curves(runner: ComparisonRunner) -> dict[str, Curves]:
     for job in runner.jobs:
         config = runner.baseline_folder(job) / "config.json" if job.model in BASELINES else None
         if config and config.is_file():
-            seed = np.array(json.loads(config.read_text())["extra"]["losses"])
+            seed = np.array(json.loads(config.read_text("utf-8"))["extra"]["losses"])
             losses.setdefault((f"training loss of {job.model.upper()}", job.spec.name), []).append(seed)
     for (quantity, task), seeds in losses.items():
         line: list[tuple[float, float]] = [(int(step), float(loss)) for step, loss in np.mean(seeds, axis=0)]
@@ -114,7 +115,7 @@ def main() -> int:
     try:
         outcome = compare(options, lossy_console())
     except (ValueError, OSError) as error:
-        print(f"error: {full_disk(error, options.output) or error}", file=sys.stderr)
+        print(f"error: {disk_fault(error, options.output) or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         print("interrupted: the same command again keeps what was played", file=sys.stderr)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -25,13 +26,13 @@ from eval.agent import agent_for
 from eval.environments import play
 from eval.prompts import AgentConfig
 from schemas.dataset import DatasetError
-from schemas.files import atomic_write
+from schemas.files import atomic_write, parse_json
 from schemas.terminal import command, status_of
 from schemas.vocabulary import VocabularyMismatch
 from shards.reader import Dataset, Store
 from shards.stream import find_datasets
 from simulators import plugins
-from trainer.checkpoint import CheckpointError, load_export
+from trainer.checkpoint import CheckpointError, load_export, parse_export
 
 RETURNS = "returns.jsonl"
 
@@ -60,8 +61,11 @@ def exports(run: Path) -> list[tuple[int, Path, str]]:
     """(step, folder, weights' sha256) of a run's exports, ascending. CheckpointError where there is none."""
     found: dict[int, tuple[Path, str]] = {}
     for model in [*run.glob("exports/step-*/model.json"), *run.glob("export/model.json")]:
-        body = json.loads(model.read_text())
-        found[int(body["step"])] = model.parent, body["weights_sha256"]
+        try:
+            info = parse_export(model.read_bytes())
+        except ValueError as error:
+            raise CheckpointError(f"{model}: damaged ({str(error).splitlines()[0]}); remove its folder") from None
+        found[info.step] = model.parent, info.weights_sha256
     if not found:
         raise CheckpointError(f"{run}: no exports; train with --run.export-every N")
     return [(step, *export) for step, export in sorted(found.items())]
@@ -70,8 +74,12 @@ def exports(run: Path) -> list[tuple[int, Path, str]]:
 def played(run: Path, protocol: dict) -> list[dict]:
     """The lines of returns.jsonl that were played as asked for, and of the weights that are there."""
     path, weights = run / RETURNS, {sha256 for _, _, sha256 in exports(run)}
-    lines = [json.loads(line) for line in path.open() if line.endswith("\n")] if path.is_file() else []
-    return [line for line in lines if line.get("protocol") == protocol and line.get("weights_sha256") in weights]
+    lines = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with suppress(ValueError):  # one that was cut is played again
+            lines.append(parse_json(line))
+    known = [line for line in lines if isinstance(line, dict) and line.get("protocol") == protocol]
+    return [line for line in known if line.get("weights_sha256") in weights]
 
 
 def returns(folder: Path, options: Options, datasets: list[Dataset]) -> dict[str, float]:

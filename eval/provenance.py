@@ -26,7 +26,7 @@ def commit(root: Path = ROOT) -> str:
     """Commit of the checkout `root`, or of a copy without git what benchmarks/carry.py noted beside it; else empty."""
     if not (root / ".git").exists():  # an installed package may lie in somebody else's checkout
         noted = root / NOTED
-        return noted.read_text().strip() if noted.is_file() else ""
+        return noted.read_text("utf-8").strip() if noted.is_file() else ""
     command = ["git", "describe", "--always", "--dirty"]
     try:
         answer = subprocess.run(command, cwd=root, capture_output=True, text=True)
@@ -45,7 +45,7 @@ def hardware(threads: int) -> str:
 def processor() -> str:
     """The CPU's name, or the machine's kind where the CPU does not say."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -95,7 +95,7 @@ def comparison(aggregates: Sequence[Aggregate], tasks: Mapping[str, TaskSpec] | 
 def published(aggregates: Sequence[Aggregate]) -> Comparison | None:
     """Published D4RL-normalised scores for the datasets of the same body and level; None where there are
     none. They are of the v2 datasets on the simulators of their time, as a footnote says."""
-    scores = json.loads(PUBLISHED.read_text())
+    scores = json.loads(PUBLISHED.read_text("utf-8"))
     columns, version = scores["columns"], scores["version"]
     notes: list[str] = []
     labels = [column["label"] + _mark(notes, f"{column['source']}; {column['plus_minus']}.") for column in columns]
@@ -168,7 +168,7 @@ def html(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     templates.filters.update(number=number, superscript=_superscript)
-    return templates.from_string(TEMPLATE.read_text()).render(
+    return templates.from_string(TEMPLATE.read_text("utf-8")).render(
         title=title,
         comparison=comparison(aggregates, tasks),
         published=published(aggregates),
@@ -200,9 +200,9 @@ def write_report(
     tasks = {task.spec.name: task.spec for manifest in manifests for task in manifest.tasks}
     page = html(table, manifests, learning, rollouts, title)
     with atomic_write(Path(out) / "table.md") as file:
-        file.write(markdown(aggregate(table), tasks).encode())
+        file.write(markdown(aggregate(table), tasks).encode("utf-8", "replace"))  # names of files may be no Unicode
     with atomic_write(Path(out) / "report.html") as file:
-        file.write(page.encode())
+        file.write(page.encode("utf-8", "replace"))
     return Path(out) / "report.html"
 
 

@@ -26,10 +26,11 @@ def save_rows(path: Path, results: Iterable[EpisodeResult]) -> None:
 def load_rows(path: Path) -> pa.Table:
     """Read what `save_rows` wrote. ResultError for a missing or damaged file, or one of another schema."""
     try:
-        table = pq.read_table(path)
+        with path.open("rb") as file:  # Arrow opens no path that is no Unicode
+            table = pq.read_table(file)
     except FileNotFoundError:
         raise ResultError(f"{path}: no such results file; run python -m eval.compare") from None
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise ResultError(f"{path}: not a Parquet file ({error}); run python -m eval.compare again") from None
     versions = table["schema_version"].unique().to_pylist() if "schema_version" in table.schema.names else [None]
     if wrong := [version for version in versions if version != RESULT_SCHEMA_VERSION]:

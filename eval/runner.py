@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -35,7 +36,7 @@ from eval.rows import load_rows, save_rows
 from eval.ship import shipped_prompt
 from schemas.dataset import DatasetError
 from schemas.files import atomic_write, safe_name, sha256_of
-from schemas.result import EpisodeResult, from_table
+from schemas.result import EpisodeResult, ResultError, from_table
 from shards.reader import Dataset, Store
 from shards.stream import find_datasets
 from shards.views import trajectories
@@ -120,11 +121,13 @@ class ComparisonRunner:
         weights, protocol = self.weights(job, progress), self.protocol(job)
         stamp = sha256(f"{job.fingerprint}{weights}{protocol}{job.seed}".encode()).hexdigest()[:12]
         part = self.options.output / "parts" / f"{safe_name(job.name)}-{stamp}.parquet"
+        kept: list[EpisodeResult] = []
         if part.is_file():
-            kept = from_table(load_rows(part))
-            # other simulators or libraries may give other returns
-            if job.model == "behaviour" or {row.versions for row in kept} == {self.host["versions"]}:
-                return JobResult(tuple(kept), "kept from before")
+            with suppress(ResultError):  # a damaged part is played again
+                kept = from_table(load_rows(part))
+        # other simulators or libraries may give other returns
+        if kept and (job.model == "behaviour" or {row.versions for row in kept} == {self.host["versions"]}):
+            return JobResult(tuple(kept), "kept from before")
         episodes = behaviour(job.dataset, job.task.number) if job.model == "behaviour" else self._play(job, progress)
         # the references of a score are raw, and do not fit clipped rewards
         spec = replace(job.spec, score=None) if job.model == "behaviour" and job.clipped else job.spec

@@ -73,7 +73,7 @@ def train(
     name = recipe if isinstance(recipe, str) else "custom"
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "config.json"
-        path.write_text(json.dumps({"recipe": name} | to_dict(config)))
+        path.write_text(json.dumps({"recipe": name} | to_dict(config)), "utf-8")
         flags = ["--num_gpus", str(processes), "--master_port", str(_free_port()), *launcher_arguments]
         status, error = _run([sys.executable, "-P", "-c", LAUNCH, *flags, "--config", str(path)])
     export = config.run.output / "export"

@@ -28,6 +28,7 @@ import pyarrow as pa
 from pydantic import TypeAdapter, ValidationError
 
 from schemas import upgrade
+from schemas.files import parse_json
 from schemas.task import STRICT, TaskSpec
 from schemas.vocabulary import Vocabulary
 
@@ -260,6 +261,8 @@ def load_manifest(folder: Path) -> Manifest:
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
+        if Path(folder).is_file():
+            raise DatasetError(f"{folder}: a file; give the folder of a dataset, {Path(folder).parent}") from None
         raise DatasetError(
             f"{folder}: no {MANIFEST_NAME}, so no finished dataset; build it with python -m etl.build --output {folder}"
         ) from None
@@ -269,8 +272,8 @@ def load_manifest(folder: Path) -> Manifest:
 def parse_manifest(data: bytes, path: str) -> Manifest:
     """The manifest in the bytes of a dataset.json, which `path` names in errors; see `load_manifest`."""
     try:
-        raw = json.loads(data.decode())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raw = parse_json(data)
+    except ValueError as error:
         raise DatasetError(f"{path}: not JSON ({error}); rebuild the dataset with python -m etl.build") from None
     if not isinstance(raw, dict) or raw.get("schema") != "gato.dataset":
         raise DatasetError(f"{path}: not a Gato dataset manifest; point at a folder that python -m etl.build wrote")

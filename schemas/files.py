@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -43,18 +44,57 @@ def atomic_write(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
 
 
+def parse_json(data: bytes | str, unique: bool = False) -> Any:
+    """The value in a JSON text. `unique`: refuse an object that names a field twice, whose first value is lost.
+
+    Raises:
+        ValueError: it is no JSON (json.JSONDecodeError), no Unicode, or nested too deeply.
+    """
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in found]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"field '{twice}' is there twice")
+        return dict(found)
+
+    try:
+        return json.loads(data, object_pairs_hook=pairs if unique else None)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+BARRED = {errno.EROFS, errno.EACCES, errno.EPERM}
+IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY}
 
 
-def full_disk(error: BaseException, folder: Path | str) -> str:
-    """The line for the user if an error says that the disk of `folder` is full, else ''. Libraries of C (HDF5) give
-    the system's words alone."""
+def disk_fault(error: BaseException, folder: Path | str) -> str:
+    """The line for the user if an error says that the disk of `folder` is full, that a file may not be written or read,
+    or that another one is in its way; else ''. Libraries of C (HDF5) give the system's words alone."""
     number = error.errno if isinstance(error, OSError) else None
     if number not in FULL:
         number = next((one for one in FULL if f"{os.strerror(one)}" in str(error)), None)
+    if isinstance(error, OSError) and error.errno in BARRED | IN_THE_WAY:
+        place = error.filename2 or error.filename or folder
+        remedy = "change its rights" if error.errno in BARRED else "move it away"
+        return f"{place}: {error.strerror}; {remedy}, or give another folder"
     if number is None:
         return ""
     return f"{folder}: the disk is full ({os.strerror(number)}); make room, then run the same command to go on"
+
+
+def require_room(folder: Path, size: int) -> None:
+    """Reserve `size` bytes in `folder` and give them back: HDF5 ends the process where it meets a full disk itself.
+
+    Raises:
+        OSError: as the disk gives it, of a quota too.
+    """
+    path = temporary_name(folder / "room")
+    try:
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def safe_name(name: str) -> str:
@@ -74,11 +114,27 @@ def write_rows(path: Path, rows: Mapping[str, Any]) -> None:
 
 
 def require_folder(option: str, place: Path | str) -> None:
-    """ValueError names `option` if `place` cannot be a folder: it, or what it lies in, is a file."""
+    """ValueError names `option` if `place` cannot be a folder: it, or what it lies in, is a file, or a link to
+    nothing."""
     path = Path(place).expanduser()
+    if link := next((one for one in (path, *path.parents) if one.is_symlink() and not one.exists()), None):
+        raise ValueError(
+            f"--{option} {place}: {link} is a link to nothing; make the folder that it names, or remove it"
+        )
     found = next((one for one in (path, *path.parents) if one.exists()), path)
     if found.is_file():
         raise ValueError(f"--{option} {place}: {found} is a file; give a folder")
+
+
+def require_unicode(option: str, place: Path | str) -> None:
+    """ValueError names `option` if `place` cannot be written as Unicode, and so not into a JSON file."""
+    try:
+        str(place).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"--{option} {os.fsencode(place)!r}: this name is not in the encoding of file names here "
+            f"({sys.getfilesystemencoding()}); rename it, or set LC_ALL=C.UTF-8"
+        ) from None
 
 
 def sync_folder(folder: Path) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from schemas.files import parse_json
+
 
 @dataclass(frozen=True)
 class MetricsLine:
@@ -28,7 +30,7 @@ class MetricsLine:
     @classmethod
     def from_json(cls, line: str) -> MetricsLine:
         """Inverse of `to_json`. Raises ValueError for anything else."""
-        body = json.loads(line)
+        body = parse_json(line)
         if not isinstance(body, dict) or not isinstance(body.get("step"), int):
             raise ValueError("not a line of metrics: no step in it")
         step, tokens, seconds = body.pop("step"), body.pop("tokens", 0), body.pop("seconds", 0.0)
@@ -40,7 +42,7 @@ def read_lines(path: Path) -> Iterator[MetricsLine]:
     kill and is left out. Raises ValueError that names the file and the line."""
     if not path.is_file():
         return
-    with path.open() as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if line.endswith("\n"):
                 try:

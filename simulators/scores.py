@@ -56,7 +56,7 @@ class Score:
 @cache
 def table() -> dict[str, Score]:
     """What was measured, by id."""
-    return {id: Score(**row) for id, row in json.loads(PATH.read_text()).items()} if PATH.is_file() else {}
+    return {id: Score(**row) for id, row in json.loads(PATH.read_text("utf-8")).items()} if PATH.is_file() else {}
 
 
 def reference(id: str) -> ScoreReference | None:

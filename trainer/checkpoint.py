@@ -35,7 +35,7 @@ from torch import Tensor
 from schemas import upgrade
 from schemas.dataset import ObservationScale, ReturnScale
 from schemas.episode import STRICT, TaskSpec
-from schemas.files import atomic_write, sha256_of, sync_folder, temporary_name
+from schemas.files import atomic_write, parse_json, sha256_of, sync_folder, temporary_name
 from schemas.vocabulary import Vocabulary
 from shards.cache import Cache
 from shards.folder import Folder, digest_of
@@ -43,6 +43,7 @@ from trainer.model import Gato, ModelConfig
 
 CHECKPOINT_VERSION = 2
 PART = re.compile(r"part-\d{5,9}\.safetensors")
+RECORDS = "step-" + "[0-9]" * 8 + ".json"
 MODEL, TENSORS, PROMPTS = "model.json", "weights.safetensors", "prompts.safetensors"
 EXPORT_VERSION = 3  # 1: tasks as in datasets of schema 3; 2: no scales of observations and returns
 
@@ -141,9 +142,10 @@ def publish(folder: Path, record: Record, keep_last: int, keep_best: int) -> Non
 
 
 def discard(folder: Path, tag: str) -> None:
-    """Remove a checkpoint, complete or not: its record first."""
-    (folder / f"{tag}.json").unlink(missing_ok=True)
-    shutil.rmtree(folder / tag, ignore_errors=True)
+    """Remove a checkpoint, complete or not: its record first. Nothing where the disk refuses that."""
+    with suppress(OSError):
+        (folder / f"{tag}.json").unlink(missing_ok=True)
+        shutil.rmtree(folder / tag, ignore_errors=True)
 
 
 def latest(folder: Path) -> Record | None:
@@ -154,7 +156,7 @@ def latest(folder: Path) -> Record | None:
     """
     faults: list[str] = []
     remedy = "start again with another --run.output"
-    for path in sorted(folder.glob("step-*.json"), reverse=True):
+    for path in _record_files(folder):
         try:
             record = _parse(path)
             _check(folder / record.tag, record)
@@ -178,7 +180,7 @@ def latest(folder: Path) -> Record | None:
 def _parse(path: Path) -> Record:
     """A record that is as it was written; CheckpointError if it is not."""
     try:
-        raw = json.loads(path.read_bytes())
+        raw = parse_json(path.read_bytes())
         if raw["sha256"] == _digest(raw["record"]):
             record = _RECORD.validate_python(raw["record"])
             if all(PART.fullmatch(name) for name in record.files):  # no path out of the folder
@@ -192,10 +194,15 @@ def _digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
+def _record_files(folder: Path) -> list[Path]:
+    """The files with a record's name, the newest first; what else lies there is not looked at."""
+    return sorted((path for path in folder.glob(RECORDS) if path.is_file()), reverse=True)
+
+
 def _records(folder: Path) -> list[Record]:
     """All records that can be read, the newest first."""
     found = []
-    for path in sorted(folder.glob("step-*.json"), reverse=True):
+    for path in _record_files(folder):
         with suppress(CheckpointError):
             found.append(_parse(path))
     return found
@@ -287,7 +294,7 @@ def export(folder: Path, weights: dict[str, torch.Tensor], info: ExportInfo) -> 
 
 def parse_export(data: bytes) -> ExportInfo:
     """The content of a model.json, of an older schema too. ValueError where it is none."""
-    return _EXPORT.validate_python(upgrade.tasks(json.loads(data)))
+    return _EXPORT.validate_python(upgrade.tasks(parse_json(data)))
 
 
 def held_out_loss_of(folder: Path) -> float:
@@ -340,7 +347,7 @@ def download_export(url: str, cache: Cache) -> Path:
     if body is None:
         raise CheckpointError(f"{url}: no {MODEL} there; give the URL of an export folder")
     try:
-        parsed = json.loads(body)
+        parsed = parse_json(body)
         wanted = {TENSORS: parsed["weights_sha256"], PROMPTS: parsed.get("prompts_sha256", "")}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{url}/{MODEL}: not an export ({error}); give the URL of an export folder") from None

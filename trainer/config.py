@@ -6,7 +6,6 @@ keeps it as JSON beside its results. Unknown keys are refused.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from schemas.episode import STRICT
-from schemas.files import require_folder
+from schemas.files import parse_json, require_folder, require_unicode
 from schemas.ranges import require
 from shards.cache import CacheConfig
 from shards.reader import Verify
@@ -154,8 +153,10 @@ def load_config(path: Path) -> tuple[str, TrainConfig]:
         ValueError: no such file, or a key or value in it that is no setting.
     """
     try:
-        raw = json.loads(path.read_bytes())
+        raw = parse_json(path.read_bytes(), unique=True)
         recipe = raw.pop("recipe")
+        if not isinstance(recipe, str):
+            raise ValueError(f"recipe {recipe}")
         return recipe, from_dict(raw)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; give --config the config.json of a run") from None
@@ -163,7 +164,7 @@ def load_config(path: Path) -> tuple[str, TrainConfig]:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"{path}: setting '{where}': {first['msg']}; correct or remove it") from None
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: no configuration of a run ({error}); give --config a run's config.json") from None
 
 
@@ -221,7 +222,15 @@ def check(config: TrainConfig, world: int) -> None:
             f"--loss.stride {config.loss.stride}: wider than what a target is spread over; make --loss.soft-bins as "
             "large, or the stride 1"
         )
-    require_folder("run.output", config.run.output)
+    output = config.run.output
+    for name in ("", "checkpoints", "export", "exports", "best", "tensorboard"):
+        require_folder("run.output", output / name)
+    for name in ("metrics.jsonl", "config.json", ".lock"):
+        if (output / name).is_dir():
+            raise ValueError(f"--run.output {output}: '{name}' there is a folder; move it away, or give another")
+    require_unicode("run.output", output)
+    for folder in (*config.data.folders, config.data.root):
+        require_unicode("data.folders", folder)
     data = config.data
     if world < 1 or data.global_batch % (world * data.micro_batch):
         each = data.global_batch // world if world > 0 else 0

@@ -7,6 +7,7 @@ Invariant: no "auto" is ignored: it is filled in, resolved with a line that says
 
 from __future__ import annotations
 
+import difflib
 from importlib import resources
 from typing import Any
 
@@ -65,11 +66,16 @@ def precision(body: Body) -> str:
 
 
 def require_precision(file: str, body: Body, device: str) -> None:
-    """ValueError names the file's field whose precision a device does not have."""
+    """ValueError names the file's field whose precision a device does not have, or which needs ZeRO."""
     if device == "cpu" and precision(body) == "float16":
         raise ValueError(
             f"{file}: field 'fp16.enabled': DeepSpeed trains in float16 on GPUs only; remove it, or use bf16, or "
             "--deepspeed zero1_cpu, which computes in float32"
+        )
+    if precision(body) in ("float16", "bfloat16") and not _part(body, "zero_optimization").get("stage"):
+        raise ValueError(
+            f'{file}: {precision(body)} weights need ZeRO here: add "zero_optimization": {{"stage": 1}}, or use '
+            '"torch_autocast", which computes in bfloat16 from float32 weights'
         )
 
 
@@ -90,7 +96,45 @@ def require_shape(file: str, body: Any) -> Body:
     for name in ("zero_optimization", "bf16", "bfloat16", "fp16", "torch_autocast"):
         if not isinstance(body.get(name, {}), dict):
             raise ValueError(f"{file}: field '{name}' must be an object, such as {{\"enabled\": true}}")
+        # DeepSpeed takes "yes" and "2" too, and what decides by them here would not
+        if _part(body, name).get("enabled", False) not in (True, False, AUTO):
+            raise ValueError(f"{file}: field '{name}.enabled' must be true, false or \"auto\"")
+    stage = _part(body, "zero_optimization").get("stage", 0)
+    if stage != AUTO and (not isinstance(stage, int) or isinstance(stage, bool)):
+        raise ValueError(f"{file}: field 'zero_optimization.stage' must be 0, 1, 2 or 3, without quotes")
     return body
+
+
+class ReadFields(dict[str, Any]):
+    """A configuration that remembers which fields DeepSpeed asked for: it ignores all others without a word."""
+
+    def __init__(self, body: Body):
+        super().__init__(body)
+        self.asked: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.asked.add(name)
+        return super().get(name, default)
+
+    def __getitem__(self, name: str) -> Any:
+        self.asked.add(name)
+        return super().__getitem__(name)
+
+    def __contains__(self, name: object) -> bool:
+        self.asked.add(str(name))
+        return super().__contains__(name)
+
+    def keys(self) -> Any:  # DeepSpeed writes `name in fields.keys()`
+        return self
+
+    def remarks(self) -> list[str]:
+        """A line per field that was not asked for."""
+        found = []
+        for name in super().keys() - self.asked:
+            near = difflib.get_close_matches(name, sorted(self.asked), n=1)
+            meant = f"; is '{near[0]}' meant?" if near else ""
+            found.append(f"field '{name}' is ignored, DeepSpeed does not know it{meant}")
+        return sorted(found)
 
 
 def config_names() -> list[str]:

@@ -10,7 +10,6 @@ it is the same function at any world size. A step whose gradients are not finite
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from deepspeed.utils import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from schemas.files import parse_json
 from shards.batch import Batch
 from shards.sampler import random
 from trainer import deepspeed_file, states
@@ -122,10 +122,14 @@ class Engine:
         prepare_blocks(model, config.compile, config.activation_checkpointing)
         decide_attention(device, config)
         deepspeed_file.require_precision(config.deepspeed, body, device.type)
+        body = deepspeed_file.ReadFields(body)
         try:
             self.engine, self.optimiser = wrap(objective, optimiser, body)
         except REFUSALS as error:
             raise deepspeed_file.refused(config.deepspeed, error) from error
+        if self.rank == 0:
+            for line in body.remarks():
+                print(f"warning: {config.deepspeed}: {line}", flush=True)
         if self.engine.zero_optimization_partition_weights():
             # the head is the embedding table, used outside the module that owns it
             deepspeed.zero.register_external_parameter(objective, model.tokens.weight)
@@ -322,8 +326,9 @@ def read_config(name: str) -> dict[str, Any]:
         known = ", ".join(config_names())
         raise ValueError(f"no DeepSpeed configuration '{name}'; known: {known}, or give a path to a .json file")
     try:
-        return deepspeed_file.require_shape(name, json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
+        body = parse_json(path.read_bytes(), unique=True)
+    except ValueError as error:
         raise ValueError(
             f"{path}: not JSON ({error}); correct it, or name one of {', '.join(config_names())}"
         ) from None
+    return deepspeed_file.require_shape(name, body)

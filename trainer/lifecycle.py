@@ -74,14 +74,14 @@ def _launchers() -> tuple[int, ...]:
 
 
 @contextmanager
-def exclusive_run(folder: Path, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
+def exclusive_run(folder: Path, wait_seconds: float = WAIT_SECONDS, stop: StopRequest | None = None) -> Iterator[None]:
     """Lock a run's folder while the block runs, after waiting up to `wait_seconds` for an earlier run to end.
 
     Raises:
-        ValueError: another run still writes there.
+        ValueError: another run still writes there, or `stop` is requested meanwhile.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    with open(folder / ".lock", "w", encoding="utf-8") as file:
         deadline, announced = time.monotonic() + wait_seconds, False
         while True:
             try:
@@ -91,6 +91,8 @@ def exclusive_run(folder: Path, wait_seconds: float = WAIT_SECONDS) -> Iterator[
                 if time.monotonic() > deadline:
                     remedy = "wait for it to end, stop it, or give another --run.output"
                     raise ValueError(f"{folder}: another training writes there; {remedy}") from None
+            if stop is not None and stop.requested:
+                raise ValueError(f"{folder}: stopped while waiting for another training to end")
             if not announced:
                 print(f"{folder}: waiting for another training to end", flush=True)
                 announced = True

@@ -47,7 +47,7 @@ def train(recipe: str, config: TrainConfig, device: torch.device, stop: StopRequ
         OSError: the last checkpoint or the export cannot be written.
     """
     with ExitStack() as resources:
-        on_rank_0(lambda: resources.enter_context(exclusive_run(config.run.output)))
+        on_rank_0(lambda: resources.enter_context(exclusive_run(config.run.output, stop=stop)))
         body = on_every_rank(lambda: read_config(config.deepspeed))
         agreement.require_same_program(config, body)
         agreement.require_same_folder(config.run.output)
@@ -188,7 +188,9 @@ class Run:
         restart_watchdog(0)
         self._export("export")
         if self.is_rank_0:
-            outcome = "finished" if self.step == config.steps else "stopped on request, run the same command to resume"
+            outcome = "stopped on request, run the same command to resume"
+            if self.step >= config.steps:
+                outcome = "finished" if self.step == config.steps else f"nothing to do for --steps {config.steps}"
             print(f"{outcome} at step {self.step}; weights in {config.run.output / 'export'}", flush=True)
 
     def _is_evaluation_step(self) -> bool:

@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch.distributed as dist
 
 from schemas.dataset import DatasetError
-from schemas.files import full_disk
+from schemas.files import disk_fault
 from schemas.ranges import require
 from schemas.terminal import protect_streams
 from schemas.vocabulary import DISJOINT, VocabularyMismatch
@@ -59,7 +59,7 @@ def main() -> int:
         device = engine.start(asked.local_rank, config.run.patience_minutes)
         train(asked.recipe, config, device, stop)
     except (DatasetError, VocabularyMismatch, ValueError, OSError) as error:
-        rank, line = process_rank(), full_disk(error, output) or str(error)
+        rank, line = process_rank(), disk_fault(error, output) or str(error)
         print(f"rank {rank}: {line}" if rank else f"error: {line}", file=sys.stderr)
         return 1
     except RuntimeError as error:

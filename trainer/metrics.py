@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -55,9 +56,10 @@ class MetricsWriter:
         with atomic_write(path) as file:
             file.write("".join(line.to_json() + "\n" for line in kept).encode())
         self.seconds_before = max((line.seconds for line in kept), default=0.0)
-        self.file = path.open("a")
+        self.file = path.open("a", encoding="utf-8")
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        threading.excepthook = _without_tensorboard
+        self.board: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
         self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
         self.task = self.bar.add_task("starting", total=steps, completed=step)
@@ -87,8 +89,12 @@ class MetricsWriter:
         except OSError as error:  # a full disk costs a line, not the run
             print(f"warning: metrics of step {step} not written: {error}", flush=True)
         self.held_out = metrics.get("held_out/loss", self.held_out)
-        for name, value in metrics.items():
-            self.board.add_scalar(name, value, step)
+        try:
+            for name, value in metrics.items() if self.board else ():
+                self.board.add_scalar(name, value, step)
+        except OSError as error:  # of its thread, which has ended
+            print(f"warning: no more curves for TensorBoard: {error}; all metrics are in metrics.jsonl", flush=True)
+            self.board = None
         if self.wandb is not None:
             self.wandb.log(metrics, step=step)
 
@@ -97,9 +103,16 @@ class MetricsWriter:
         self.bar.stop()
         for file in (self.file, self.board):
             with suppress(OSError):  # of a full disk
-                file.close()
+                if file is not None:
+                    file.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _without_tensorboard(arguments: threading.ExceptHookArgs) -> None:
+    """Leave out the traceback of TensorBoard's thread on a disk that refuses it: `MetricsWriter.write` says so."""
+    if not (issubclass(arguments.exc_type, OSError) and "AsyncWriter" in type(arguments.thread).__name__):
+        threading.__excepthook__(arguments)
 
 
 def words(metrics: dict[str, float], held_out: float) -> str:
@@ -126,4 +139,6 @@ def _wandb_run(project: str, folder: Path) -> Any:
     if not identity.is_file():
         with atomic_write(identity) as file:
             file.write(uuid4().hex[:16].encode())
-    return wandb.init(project=project, id=identity.read_text(), resume="allow", dir=str(folder), name=folder.name)
+    return wandb.init(
+        project=project, id=identity.read_text("utf-8"), resume="allow", dir=str(folder), name=folder.name
+    )

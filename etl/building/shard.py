@@ -29,7 +29,7 @@ from etl.tokenizers.text import TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer
 from schemas.dataset import INDEX_SCHEMA, TEXT_MODEL_NAME, DatasetError, SampleMeta, Shard
 from schemas.episode import Document, RawEpisode
-from schemas.files import full_disk
+from schemas.files import disk_fault
 from schemas.layout import continuous_values
 from schemas.task import STRICT
 from schemas.vocabulary import by_name
@@ -94,8 +94,8 @@ def write_shard(plan: ShardPlan, place: str) -> ShardRecord:
             # a record that is lost costs its shard's work, and one whose shard was lost does not match it
             folder.write(record_name(plan.number), record.to_json(), durable=False)
         except OSError as error:
-            if full := full_disk(error, place):
-                raise DatasetError(full) from None  # one that Beam passes on as it is
+            if line := disk_fault(error, place):
+                raise DatasetError(line) from None  # one that Beam passes on as it is
             raise
     return record
 

@@ -82,7 +82,7 @@ def fetch(url: str, cache: Path, sha256: str | None = None, headers: Mapping[str
 
 def _checked(path: Path, sha256: str | None) -> Path:
     digest, sidecar = sha256_of(path), _sidecar(path)
-    expected = sidecar.read_text().split()[:1] if sidecar.is_file() else []
+    expected = sidecar.read_text("utf-8").split()[:1] if sidecar.is_file() else []
     for known in ([sha256.lower()] if sha256 else []) + expected:
         if digest != known:
             raise SourceError(
@@ -123,7 +123,7 @@ def _attempt(
         _restart(file)  # nothing says which version of the file these bytes were
     headers = {**own, "Accept-Encoding": "identity"}
     if file.tell():
-        headers |= {"Range": f"bytes={file.tell()}-", "If-Range": validator.read_text()}
+        headers |= {"Range": f"bytes={file.tell()}-", "If-Range": validator.read_text("utf-8")}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
         if response.status_code == 416:
             _restart(file)
@@ -138,7 +138,7 @@ def _attempt(
         if response.status_code != 206:
             _restart(file)
             if stamp := response.headers.get("ETag") or response.headers.get("Last-Modified"):
-                validator.write_text(stamp)
+                validator.write_text(stamp, "utf-8")
             else:
                 validator.unlink(missing_ok=True)
         total = _total(response, file.tell())

@@ -78,7 +78,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 @cache
 def _table(name: str) -> dict[str, dict[str, Any]]:
-    return json.loads((Path(__file__).parent / f"{name}.json").read_text())
+    return json.loads((Path(__file__).parent / f"{name}.json").read_text("utf-8"))
 
 
 def _score(kind: Literal["d4rl", "human"], low: float | None, high: float | None) -> ScoreReference | None:

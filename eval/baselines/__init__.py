@@ -126,7 +126,7 @@ def load_folder(
     if not path.is_file():
         raise ValueError(f"{folder}: no config.json, so no finished baseline; {remedy}")
     try:
-        body = json.loads(path.read_text())
+        body = json.loads(path.read_text("utf-8"))
         if body["format"] != form or body["version"] not in range(1, VERSION + 1):
             found = f"{body['format']} {body['version']}"
             raise ValueError(f"{path}: format {found}, expected {form} 1 to {VERSION}; {remedy}")

@@ -115,12 +115,12 @@ def body_of(env: gymnasium.Env) -> Any:
 @cache
 def environments() -> dict[str, dict[str, Any]]:
     """Ids of gymnasium and gymnasium-robotics with suite and time limit."""
-    return json.loads((HERE / "environments.json").read_text())
+    return json.loads((HERE / "environments.json").read_text("utf-8"))
 
 
 @cache
 def _references() -> dict[str, list[float]]:
-    return json.loads((HERE / "references.json").read_text())
+    return json.loads((HERE / "references.json").read_text("utf-8"))
 
 
 def body_reference(id: str) -> ScoreReference | None:

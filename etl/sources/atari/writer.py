@@ -12,6 +12,7 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ class ReplayWriter:
 
     def discard(self) -> None:
         for spool in self.spools.values():
-            spool.close()
+            with suppress(OSError):  # a full disk
+                spool.close()
         shutil.rmtree(self.temporary, ignore_errors=True)
 
     def _pack(self, name: str, dtype: np.dtype, shape: tuple[int, ...], spool: Any) -> None:

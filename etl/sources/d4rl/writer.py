@@ -18,10 +18,11 @@ import h5py
 import numpy as np
 
 from schemas.episode import EnvironmentSpec
-from schemas.files import sync_folder
+from schemas.files import require_room, sync_folder
 from simulators.rollout import Step
 
 CHUNK = 4096
+MARGIN = 2**20  # bytes for what HDF5 writes besides rows
 
 
 class D4RLWriter:
@@ -36,6 +37,7 @@ class D4RLWriter:
     def __init__(self, path: Path, environment: EnvironmentSpec, algorithm: str):
         self.final, self.temporary = path, path.with_name(f".{path.name}.{os.getpid()}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
+        require_room(path.parent, MARGIN)
         self.file = h5py.File(self.temporary, "w", track_order=False)
         self.file.attrs["env_id"] = environment.id
         self.file["metadata/algorithm"] = algorithm
@@ -80,8 +82,9 @@ class D4RLWriter:
         self.temporary.unlink(missing_ok=True)
 
     def _flush(self) -> None:
-        for key, values in self.rows.items():
-            block = np.stack(values)
+        blocks = {key: np.stack(values) for key, values in self.rows.items() if values}
+        require_room(self.temporary.parent, sum(block.nbytes for block in blocks.values()) + MARGIN)
+        for key, block in blocks.items():
             if key not in self.file:
                 shape = block.shape[1:]
                 self.file.create_dataset(
@@ -91,4 +94,5 @@ class D4RLWriter:
             dataset = self.file[key]
             dataset.resize(len(dataset) + len(block), axis=0)
             dataset[-len(block) :] = block
-            values.clear()
+            self.rows[key].clear()
+        self.file.flush()

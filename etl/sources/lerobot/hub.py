@@ -73,7 +73,7 @@ def download(dataset: str, cache: Path) -> Path:
             fetch(url, root / PurePosixPath(name).parent, sha256, _headers())
         except SourceError as error:
             raise SourceError(f"{error}; {_by_hand(id)}") from error
-    (root / DONE).write_text(f"{len(files)} files\n")
+    (root / DONE).write_text(f"{len(files)} files\n", "utf-8")
     return root / INFO
 
 

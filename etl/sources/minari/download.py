@@ -25,7 +25,7 @@ DEFAULT = "D4RL/pointmaze/umaze-v2"
 @cache
 def d4rl_environments() -> dict[str, str]:
     """D4RL's datasets by Minari's ids, with the gymnasium id of the environment each was recorded in."""
-    return json.loads(Path(__file__).with_name("minari.json").read_text())
+    return json.loads(Path(__file__).with_name("minari.json").read_text("utf-8"))
 
 
 def address(dataset: str) -> str:

@@ -23,9 +23,11 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
 from schemas.episode import EnvironmentSpec
-from schemas.files import sync_folder
+from schemas.files import require_room, sync_folder
 from simulators.rollout import Step
 from simulators.spaces import native_action
+
+MARGIN = 2**20  # bytes for what HDF5 writes besides arrays
 
 
 class MinariWriter:
@@ -53,6 +55,7 @@ class MinariWriter:
             space = spaces.Dict(space.spaces | {"mission": spaces.Text(1024, charset=string.printable)})
         data = self.temporary / "data"
         data.mkdir(parents=True)
+        require_room(data, MARGIN)
         spec = _spec(raw.spec, self.environment.id)
         self.storage = MinariStorage.new(data, space, raw.action_space, spec, "hdf5", jpeg_encoding=False)
         about = {"dataset_id": self.dataset, "algorithm_name": self.algorithm, "minari_version": version("minari")}
@@ -89,6 +92,7 @@ class MinariWriter:
             terminations=[step.terminated for step in steps],
             truncations=truncated[:-1] + [truncated[-1] or cut],
         )
+        require_room(self.temporary, _size(episode.observations) + episode.actions.nbytes + 6 * len(rows) + MARGIN)
         self.storage.update_episodes([episode])
 
 
@@ -104,6 +108,15 @@ def _columns(space: spaces.Space, observations: list[Any]) -> Any:
     if isinstance(space, spaces.Tuple):
         return tuple(_columns(part, [one[n] for one in observations]) for n, part in enumerate(space.spaces))
     return observations if isinstance(space, spaces.Text) else np.stack(observations)
+
+
+def _size(columns: Any) -> int:
+    """Bytes of the columns of an EpisodeBuffer."""
+    if isinstance(columns, dict):
+        return sum(map(_size, columns.values()))
+    if isinstance(columns, tuple | list):
+        return sum(map(_size, columns))
+    return len(columns.encode()) if isinstance(columns, str) else columns.nbytes
 
 
 def _spec(spec: EnvSpec | None, id: str) -> EnvSpec | None:
