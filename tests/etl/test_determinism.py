@@ -23,7 +23,6 @@ from tests.etl import test_sources_maniskill as maniskill
 from tests.etl import test_sources_minari as minari
 from tests.etl import test_sources_rl_unplugged as rl_unplugged
 from tests.etl import test_sources_robomimic as robomimic
-from tests.etl import test_sources_text as text
 from tests.etl import test_sources_vintix as vintix
 from tests.etl.logkit import contents
 from tests.etl.test_build import d4rl_file
@@ -92,7 +91,9 @@ def write_text(folder):
 
 
 WRITERS = {
-    "atari": lambda folder: [atari.write(folder / game / "1", seed=n) for n, game in enumerate(("Pong", "Breakout"))],
+    "atari": lambda folder: [
+        atari.write(folder / game / "1", seed=n) for n, game in enumerate(("Pong", "SpaceInvaders"))
+    ],
     "d3rlpy": write_d3rlpy,
     "d4rl": lambda folder: [d4rl_file(folder / f"{name}-medium-v4.hdf5") for name in "ab"],
     "hdf5": lambda folder: hdf5.aloha(folder, episodes=5),
