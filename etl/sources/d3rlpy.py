@@ -59,6 +59,7 @@ class D3rlpy(HDF5Source):
     suffixes = (".h5", ".hdf5")
     keys = ("reward_row",)
     what = ".h5 file"
+    hub = "OWNER/NAME"
     fetch = "save one with ReplayBuffer.dump or MDPDataset.dump"
 
     def recognise(self, input: Path) -> Recognition | None:

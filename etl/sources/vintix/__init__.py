@@ -39,6 +39,7 @@ class Vintix(HDF5Source):
     name = "vintix"
     suffixes = (".h5",)
     what = ".h5 file of trajectories"
+    hub = "OWNER/NAME/ant_v4"
     fetch = "download a task's folder (the README of github.com/dunnolab/vintix says from where)"
 
     def recognise(self, input: Path) -> Recognition | None:
