@@ -17,7 +17,6 @@ import re
 from collections.abc import Iterable
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -123,7 +122,7 @@ class _Trajectory(HDF5Log):
 class _Joined:
     """Arrays of successive groups as one."""
 
-    def __init__(self, columns: list[Any]):
+    def __init__(self, columns: list[HDF5Column]):
         self.columns = columns
         shapes = {tuple(column.shape[1:]) for column in columns}
         if len(shapes) > 1 or len({column.dtype for column in columns}) > 1:
@@ -136,6 +135,7 @@ class _Joined:
         """(first row, rows) of each group."""
         for column, stop in zip(self.columns, self.stops):
             yield stop - column.shape[0], column[: column.shape[0]]
+            column.rows = None  # a band of every group would be all of the file
 
     def __getitem__(self, rows: slice, /) -> np.ndarray:
         start, stop, _ = rows.indices(self.shape[0])
@@ -144,6 +144,8 @@ class _Joined:
             first = last - column.shape[0]
             if start < last and first < stop:
                 found.append(column[max(0, start - first) : stop - first])
+            else:
+                column.rows = None
         return found[0] if len(found) == 1 else np.concatenate(found or [self.columns[0][:0]])
 
 
