@@ -32,6 +32,7 @@ from etl.building import filters, oddities, pipeline, summary
 from etl.fetch import remote
 from etl.building.gather import gather
 from etl.building.plan import BuildConfig, ShardPlan, given_options, make_plan, manifest_config, with_pictures
+from etl.building.renaming import names_of, unlike_environment, with_names
 from etl.sources import Source, SourceError, TaskScan
 from etl.tokenizers import text as texts
 from schemas.dataset import MANIFEST_NAME, TEXT_MODEL_NAME, DatasetError, Manifest, parse_manifest
@@ -100,7 +101,7 @@ def build(options: Options, beam_arguments: list[str], console: Console) -> Mani
     plugins.load(options.imports)
     options = with_source(options, console)
     assert options.source is not None
-    source = sources.load(options.source)
+    source = with_names(sources.load(options.source), options.config.rename)
     if options.evidence:
         console.print(f"{options.input}: read as {source.name} ({options.evidence})", highlight=False, soft_wrap=True)
     scan_options = options.scan or source.options()
@@ -112,6 +113,8 @@ def build(options: Options, beam_arguments: list[str], console: Console) -> Mani
     found = [with_pictures(scan, options.config) for scan in source.scan(files, scan_options)]
     scans = [filters.apply(source, scan, options.config.filter) for scan in found]
     scans = [_with_size(scan) for scan in scans]
+    if getattr(scan_options, "environment", None):
+        scans = [_with_environment(scan) for scan in scans]
     text = _text_model(options, source, scans)
     plan = make_plan(source.name, scans, options.config, text.fingerprint if text else None, origins)
     doubts = [*_links(options.input), *(line for scan in scans for line in scan.warnings)]
@@ -151,6 +154,12 @@ def _with_size(scan: TaskScan) -> TaskScan:
     return replace(scan, notes=(*scan.notes, f"{scan.task.name}: {line}")) if scan.task and line else scan
 
 
+def _with_environment(scan: TaskScan) -> TaskScan:
+    """The scan, with a note where the environment of the command line has other fields than its task."""
+    line = unlike_environment(scan.task) if scan.task and scan.episodes else None
+    return replace(scan, notes=(*scan.notes, f"{scan.task.name}: {line}")) if scan.task and line else scan
+
+
 def with_source(options: Options, console: Console) -> Options:
     """The options with a source: the one given, or what the input looks like, or else the one that knows the dataset.
     SourceError where that is none or several, ValueError where the output cannot be a folder."""
@@ -169,6 +178,7 @@ def _check(options: Options, scan: Any) -> None:
     """ValueError names the first option whose value makes no sense."""
     config, filter = options.config, options.config.filter
     by_name(config.vocabulary)
+    names_of(config.rename)
     scan.check()
     for name, value, low, high in (
         ("workers", options.workers, 1, 2**16),

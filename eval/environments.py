@@ -112,5 +112,6 @@ def _check_spaces(task: TaskSpec, environment: simulators.gymnasium.Env) -> None
         raise simulators.SimulatorError(
             f"task '{task.name}': logged with observations {wanted} and actions {kinds[1]}, but "
             f"{task.environment.id if task.environment else '?'} has {have} and {kinds[0]}; "
-            "rebuild the dataset with --environment naming the right one"
+            "rebuild the dataset with --environment naming the right one, or with --rename OLD=NEW where only "
+            "the names of fields differ"
         )

@@ -31,6 +31,7 @@ from benchmarks.etl import against_floor
 EPISODES, T = 200, 200
 SIDE = 64
 CAMERAS = ("agentview_image", "eye_in_hand_image")
+PLAIN = ("d3rlpy", "vintix", "imagetext")  # logs without pictures, or of one timestep: EPISODES of them, else a quarter
 
 
 def pictures(rng: np.random.Generator, count: int, channels: int = 3) -> np.ndarray:

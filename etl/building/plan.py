@@ -51,6 +51,9 @@ class BuildConfig:
     image_size: tuple[int, int] | None = None
     """Height and width in pixels, multiples of 16, that all pictures are resized to; their own (the nearest multiples)
     where not given."""
+    rename: tuple[str, ...] = ()
+    """OLD=NEW: observation fields under other names, such as those of the environment they are to be played in; OLD=
+    leaves one out."""
     frame_stack: int | None = None
     """Pictures are so many stacked frames, the oldest first: only the newest becomes tokens."""
     source_options: tyro.conf.Suppress[dict[str, Any]] = field(default_factory=dict)
@@ -213,7 +216,7 @@ def manifest_config(plan: list[ShardPlan], config: BuildConfig) -> dict[str, Any
     if marks := [[shard.task.name, shard.first_episode, shard.held_out] for shard in plan if shard.held_out]:
         about["held_out"] = hashlib.sha256(json.dumps(marks).encode()).hexdigest()
     given = asdict(config)
-    for name in ("image_size", "frame_stack", "source_options"):  # older manifests have none
+    for name in ("image_size", "frame_stack", "source_options", "rename"):  # older manifests have none
         value = given.pop(name)
         given |= {name: list(value) if isinstance(value, tuple) else value} if value else {}
     return given | about | {"inputs": inputs_of(plan)}

@@ -23,6 +23,7 @@ from etl import sources
 from etl.building.heartbeat import Heartbeat
 from etl.building.oddities import Columns
 from etl.building.plan import ShardPlan
+from etl.building.renaming import with_names
 from etl.fetch import remote
 from etl.sources import Rejection
 from etl.tokenizers.text import TextTokenizer
@@ -128,7 +129,7 @@ class _ShardWork:
         plan, task = self.plan, self.task
         self.writer = ShardWriter(self.folder, shard_name(plan.number))
         try:
-            read = sources.read(sources.load(plan.source), task, plan.episodes)
+            read = sources.read(with_names(sources.load(plan.source), plan.config.rename), task, plan.episodes)
             for number, result in enumerate(read, start=plan.first_episode):
                 if isinstance(result, Rejection):
                     self.rejected.append(result)

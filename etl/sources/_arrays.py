@@ -17,7 +17,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, urlencode
 
@@ -188,17 +188,27 @@ class ArraySource:
     keys: tuple[str, ...] = ()  # options that name a log's keys, which a place carries
     what = "log"  # in messages
     fetch = "download it"  # what to do where there is no --input
+    hub = ""  # an example of such logs on the Hugging Face hub; '' where there are none
+    listed: tuple[str, ...] = ()  # datasets there, for --list
 
     def known(self, cache: Path) -> list[Known]:
-        """None by name."""
-        return []
+        """Those of `listed`, and what is in the cache; any other of the hub can be asked for by its repository's id."""
+        from etl.fetch import hub  # which needs this package
+
+        root = cache / self.name
+        here = {path.parent.relative_to(root).as_posix(): path.parent for path in root.rglob(hub.DONE)}
+        where = f"{hub.endpoint()}/datasets"
+        return [Known(id, "-", f"{where}/{id}", here.get(id)) for id in sorted({*self.listed, *here})]
 
     def resolve(self, input: Path | None, dataset: str | None, cache: Path) -> list[Path]:
-        """The input file, or all files of the format below the input folder, sorted; `dataset` picks one task.
-        SourceError where there is none."""
+        """The input file, or all files of the format below the input folder, sorted; `dataset` picks one task. Without
+        an input, `dataset`, a repository of the hub or a folder in one, is downloaded. SourceError: there is none."""
+        if input is None and self.hub and dataset is not None:
+            return self._downloaded(dataset, cache / self.name)
         if input is None:
-            raise SourceError(f"source {self.name} downloads nothing itself; {self.fetch}, and give --input that file "
-                              "or folder")  # fmt: skip
+            by_name = f"give --dataset OWNER/NAME of the Hugging Face hub, such as {self.hub}; or " if self.hub else ""
+            raise SourceError(f"source {self.name} needs --input; {by_name}{self.fetch}, and give --input that file or "
+                              "folder")  # fmt: skip
         found = [input] if input.is_file() else self.below(input)
         if not found:
             raise SourceError(f"{input}: no {self.what} in it; give --input a {self.what} or a folder of them")
@@ -208,6 +218,23 @@ class ArraySource:
         if dataset not in named:
             raise SourceError(f"{input}: no dataset '{dataset}' in it{_catalogue.suggest(dataset, named)}")
         return named[dataset]
+
+    def _downloaded(self, dataset: str, cache: Path) -> list[Path]:
+        from etl.fetch import hub  # which needs this package
+
+        place = hub.place_of(dataset, self.hub)
+        root = place.root(cache)
+        if not hub.here(place, root):
+            hub.download(place, root, self.wanted)
+        found = self.below(root / place.folder) if (root / place.folder).is_dir() else []
+        if not found:
+            raise SourceError(f"{hub.endpoint()}/datasets/{dataset}: no {self.what} in it; give --dataset one such as "
+                              f"{self.hub}")  # fmt: skip
+        return found
+
+    def wanted(self, name: str) -> bool:
+        """Whether a file of a repository belongs to logs of this format."""
+        return PurePosixPath(name).suffix.lower() in (*self.suffixes, ".json")
 
     def below(self, folder: Path) -> list[Path]:
         """Files of the format at and below a folder, sorted."""

@@ -5,7 +5,8 @@ v2.1  `version`, `columns`, `num_episodes`; observations_N (observations_N_J for
 v1    observations, actions, rewards, terminals (rows of all episodes) and episode_terminals, their last rows
     -> an episode each; one that d3rlpy calls not terminated was ended by its limit, or by the log
 
-Actions are of any range, or integers (discrete_action in v1). v2.0 is obsolete to d3rlpy itself, and refused.
+Actions are of any range, or integers (discrete_action in v1). v2.0 is obsolete to d3rlpy itself, and refused. Before
+1.0 (no `version`) a row's reward was that of the action one row before: --reward-row next pairs them so.
 
 Invariant: the episodes of a v1 file are disjoint, in order, and cover all its rows.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import h5py
 import numpy as np
 
 from etl.sources import _hdf5
-from etl.sources._arrays import Log, Part, StoredEpisode
+from etl.sources._arrays import ArrayOptions, Log, Part, StoredEpisode, names_of, path_of
 from etl.sources._hdf5 import AGAIN
 from etl.sources._hdf5_log import HDF5Column, HDF5Log, HDF5Source, few, last_flag, required
 from etl.sources._recognition import MARK, Recognition, below, files_below, first_with, hdf5_keys
@@ -30,16 +32,34 @@ from schemas.episode import EpisodeError
 
 MOST_ROWS = 2**26
 MOST_EPISODES = 2**22
+SAMPLED = 64  # episodes whose first reward is looked at
 KNOWN_VERSION = "2.1"
 _ACTIONS = re.compile(r"actions_(0|[1-9]\d{0,8})")
+
+
+@dataclass(frozen=True)
+class Options(ArrayOptions):
+    """What the command line says about d3rlpy's files."""
+
+    reward_row: str = "same"
+    """In which row of a v1 file an action's reward is: its own (same), or the next one, as d3rlpy had it before 1.0;
+    then the last row of an episode, which no reward follows, is left out."""
+
+    def check(self) -> None:
+        super().check()
+        if self.reward_row not in ("same", "next"):
+            raise ValueError(f"--reward-row {self.reward_row}: give same or next")
 
 
 class D3rlpy(HDF5Source):
     """Source of d3rlpy's HDF5 files, v1 and v2.1."""
 
     name = "d3rlpy"
+    options = Options
     suffixes = (".h5", ".hdf5")
+    keys = ("reward_row",)
     what = ".h5 file"
+    hub = "OWNER/NAME"
     fetch = "save one with ReplayBuffer.dump or MDPDataset.dump"
 
     def recognise(self, input: Path) -> Recognition | None:
@@ -52,11 +72,11 @@ class D3rlpy(HDF5Source):
         return None
 
     def open(self, place: str) -> Log:
-        path = Path(place)
+        path, given = path_of(place), names_of(place)
         file = _hdf5.opened(path)
         known = "num_episodes" in file or any(map(_ACTIONS.fullmatch, file))
         file.close()
-        return _V2(path) if known else _V1(path)
+        return _V2(path) if known else _V1(path, given.get("reward_row") == "next")
 
 
 SOURCE = D3rlpy()
@@ -107,8 +127,9 @@ class _V2(HDF5Log):
 class _V1(HDF5Log):
     """A file of v1: rows of all episodes."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, late: bool):
         super().__init__(path)
+        self.late = int(late)
         try:
             keys = ("observations", "actions", "rewards", "terminals")
             self.arrays = {key: HDF5Column(required(self.file, key)) for key in keys}
@@ -129,6 +150,10 @@ class _V1(HDF5Log):
             if node is None:
                 self.warnings = ("no 'episode_terminals' in it: an episode is taken to end at terminals only; dump it "
                                  "again with d3rlpy if some ended by a limit",)  # fmt: skip
+            if _scalar(self.file, "discrete_action") and self.arrays["actions"].dtype.kind == "f":
+                self.arrays["actions"] = _Choices(self.arrays["actions"].node)
+            if _scalar(self.file, "version") is None and not late:
+                self.warnings += (self._unversioned(),)
         except BaseException:
             self.close()
             raise
@@ -140,12 +165,33 @@ class _V1(HDF5Log):
         start, stop = self.bounds[position]
         terminated = last_flag(self.arrays["terminals"], stop, "terminals")
         cut = self.unclosed and position + 1 == len(self.bounds)
-        parts = {key: Part(array, start, stop) for key, array in self.arrays.items()}
-        observation = {"observation": parts["observations"]}
-        ended_by_limit = not terminated and not cut
-        return StoredEpisode(
-            stop - start, observation, parts["actions"], parts["rewards"], terminated, ended_by_limit, start
+        seen, action = (Part(self.arrays[key], start, stop) for key in ("observations", "actions"))
+        reward, T = Part(self.arrays["rewards"], start + self.late, stop), stop - start - self.late
+        return StoredEpisode(T, {"observation": seen}, action, reward, terminated, not terminated and not cut, start)
+
+    def _unversioned(self) -> str:
+        """What to say where the file may be older than 1.0: only then all episodes begin with a reward of 0."""
+        rewards = self.arrays["rewards"]
+        sample = self.bounds[:: max(1, len(self.bounds) // SAMPLED)]
+        zero = sum(not np.any(rewards[start : start + 1]) for start, _ in sample)
+        line = (
+            "no 'version' in it: d3rlpy before 1.0 wrote an action's reward into the row after it. The first reward of"
         )
+        return f"{line} {zero} of {len(sample)} episodes looked at is 0; if all are, give --reward-row next"
+
+
+class _Choices(HDF5Column):
+    """Discrete actions that were recorded as floats."""
+
+    def __init__(self, node: h5py.Dataset):
+        super().__init__(node)
+        self.dtype = np.dtype(np.int64)
+
+    def __getitem__(self, rows: slice, /) -> np.ndarray:
+        values = super().__getitem__(rows)
+        if not (np.isfinite(values) & (values == np.rint(values))).all():
+            raise EpisodeError("wrong dtype", f"'actions' holds fractions, and 'discrete_action' is set; {AGAIN}")
+        return values.astype(np.int64)
 
 
 def _equal(arrays: Mapping[str, HDF5Column], rows: int) -> None:

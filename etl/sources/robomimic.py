@@ -62,6 +62,7 @@ class Robomimic(HDF5Source):
     suffixes = (".hdf5", ".h5")
     keys = ("held_out_mask", "mask", "action_key")
     what = ".hdf5 file"
+    hub = "robomimic/robomimic_datasets/v1.5/lift/ph"
     fetch = "download a dataset (robomimic's download_datasets.py, LIBERO's download_libero_datasets.py)"
 
     def recognise(self, input: Path) -> Recognition | None:

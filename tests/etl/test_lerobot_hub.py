@@ -5,8 +5,9 @@ import http.server
 import json
 import tarfile
 import threading
+from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
@@ -26,12 +27,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
         server.requests.append((self.path, self.headers.get("Authorization")))
         if server.token and self.headers.get("Authorization") != f"Bearer {server.token}":
             return self.answer(401, b"")
-        if url.path == f"/api/datasets/{ID}/tree/main":
+        if url.path.startswith(f"/api/datasets/{ID}/tree/main"):
+            below = unquote(url.path).removeprefix(f"/api/datasets/{ID}/tree/main").strip("/")
+            listing = [one for one in server.listing if one["path"].startswith(below)]
             first = int(parse_qs(url.query).get("cursor", ["0"])[0])
-            page = server.listing[first : first + 2]
+            page = listing[first : first + 2]
             more = f'<http://{self.headers["Host"]}{url.path}?recursive=true&cursor={first + 2}>; rel="next"'
-            return self.answer(200, json.dumps(page).encode(), Link=more if first + 2 < len(server.listing) else None)
-        name = url.path.removeprefix(f"/datasets/{ID}/resolve/main/")
+            return self.answer(200, json.dumps(page).encode(), Link=more if first + 2 < len(listing) else None)
+        name = unquote(url.path).removeprefix(f"/datasets/{ID}/resolve/main/")
         return self.answer(200, server.files[name]) if name in server.files else self.answer(404, b"")
 
     def answer(self, status, body, **headers):
@@ -47,11 +50,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    with tarfile.open(FIXTURE) as archive:
-        archive.extractall(tmp_path / "written", filter="data")
-    root = tmp_path / "written/v21"
+@contextmanager
+def serving(root, monkeypatch):
+    """A server of the files below a folder."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.files = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
     server.files["README.md"] = b"# a card"
@@ -68,6 +69,14 @@ def hub(tmp_path, monkeypatch):
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with tarfile.open(FIXTURE) as archive:
+        archive.extractall(tmp_path / "written", filter="data")
+    with serving(tmp_path / "written/v21", monkeypatch) as server:
+        yield server
 
 
 def test_a_dataset_arrives_once_and_is_read(hub, tmp_path):

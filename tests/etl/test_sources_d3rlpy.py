@@ -73,6 +73,43 @@ def test_v1_ends_episodes_where_episode_terminals_are_set(tmp_path, closed):
     assert sources.load("d3rlpy").recognise(tmp_path).certainty == 2
 
 
+def test_a_file_older_than_1_0_may_have_rewards_one_row_late(tmp_path):
+    """MDPDataset before 1.0 held r_t, which action t - 1 brought, in row t (takuseno/d3rlpy issue 135), and dumped no
+    version; get_d4rl began each episode with a reward of 0."""
+    kept = v1(tmp_path / "log.h5")
+    bounds = [(0, 4), (4, 10), (10, 13)]
+    late = np.float32(kept["rewards"])
+    late[[0, 4, 10]] = 0
+    with h5py.File(tmp_path / "log.h5", "a") as file:
+        del file["version"]
+        file["rewards"][:] = late
+    scan, found = episodes_of("d3rlpy", tmp_path)
+    assert "first reward of 3 of 3 episodes" in scan.warnings[0] and "--reward-row next" in scan.warnings[0]
+    same(scan, found[1], {"observation": kept["observations"][4:10]}, kept["actions"][4:10], late[4:10])
+    scan, found = episodes_of("d3rlpy", tmp_path, reward_row="next")
+    assert not scan.warnings
+    for episode, (start, stop) in zip(found, bounds, strict=True):
+        rows = slice(start, stop - 1)
+        same(scan, episode, {"observation": kept["observations"][rows]}, kept["actions"][rows], late[start + 1 : stop])
+    assert [episode.terminated for episode in found] == [False, True, False]
+    with pytest.raises(ValueError, match="--reward-row"):
+        sources.load("d3rlpy").options(reward_row="later").check()
+
+
+def test_choices_that_were_dumped_as_floats(tmp_path):
+    v1(tmp_path / "log.h5")
+    choices = np.arange(13) % 2
+    with h5py.File(tmp_path / "log.h5", "a") as file:
+        del file["discrete_action"], file["actions"]
+        file["discrete_action"], file["actions"] = True, np.float32(choices)
+    scan, found = episodes_of("d3rlpy", tmp_path)
+    assert scan.task.action.choices == (2,) and found[1].action.tolist() == choices[4:10].tolist()
+    with h5py.File(tmp_path / "log.h5", "a") as file:
+        file["actions"][5] = 0.5
+    scan, _ = episodes_of("d3rlpy", tmp_path)
+    assert [(line.position, line.reason) for line in scan.rejected] == [(1, "wrong dtype")]
+
+
 def test_builds_are_equal_whatever_the_order_of_files(tmp_path):
     for kind in ("continuous", "tuples"):
         shutil.copy(GOLDEN / f"d3rlpy-{kind}.h5", tmp_path)

@@ -106,9 +106,9 @@ def control(seed, T, ended=True, whole=True, camera=False, discount=1.0):
     return one, written(**flat)
 
 
-def same_control(scan, episode, one):
+def same_control(scan, episode, one, reward=slice(1, None)):
     seen = {key.removeprefix("observation/"): values[:-1] for key, values in one.items() if "observation/" in key}
-    same(scan, episode, seen, one["action"][:-1], one["reward"][1:])
+    same(scan, episode, seen, one["action"][:-1], one["reward"][reward])
 
 
 def test_control_episodes_pair_an_action_with_the_reward_of_the_next_row(tmp_path):
@@ -123,12 +123,14 @@ def test_control_episodes_pair_an_action_with_the_reward_of_the_next_row(tmp_pat
 
 
 def test_sequences_are_pieces_and_single_transitions_are_refused(tmp_path):
-    made = [control(n, 5, ended=n == 1, whole=False, camera=True) for n in range(2)]
+    made = [control(n, 5, ended=n == 1, whole=False, camera=True, discount=0.0) for n in range(2)]
     store(tmp_path / "humanoid_walls" / "train-00000-of-00100", [data for _, data in made])
     scan, found = episodes_of("rl_unplugged", tmp_path)
     for episode, (one, _) in zip(found, made, strict=True):
-        same_control(scan, episode, one)
-    assert [episode.cut for episode in found] == [True, False] and "pieces of episodes" in scan.notes[0]
+        same_control(scan, episode, one, reward=slice(0, -1))
+    # an episode's last row is padding, of discount 0 however it ended
+    assert [(e.cut, e.terminated, e.truncated) for e in found] == [(True, False, False), (False, False, True)]
+    assert "pieces of episodes" in scan.notes[0]
     store(tmp_path / "b" / "train-00000-of-00100", [control(0, 1, whole=False)[1]])
     (scan,) = scans_of("rl_unplugged", tmp_path / "b")
     assert scan.task is None and "dm_control_suite_episodes" in scan.rejected[0].detail

@@ -52,6 +52,24 @@ def test_episodes_go_on_across_groups(tmp_path, discrete):
     assert "dataset.json" in build_here("vintix", tmp_path, tmp_path / "out")
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_steps_that_are_missing_or_counted_from_one(tmp_path, first):
+    trajectories(tmp_path / "ant_v4", lengths=((7, 9, 5),))
+    path = tmp_path / "ant_v4/trajectories_0000.h5"
+    with h5py.File(path, "a") as file:
+        for group in file.values():
+            group["step_num"][:] += first
+    scan, found = episodes_of("vintix", tmp_path)
+    assert [(e.timesteps, e.cut) for e in found] == [(7, False), (9, False), (5, True)] and not scan.warnings
+    with h5py.File(path, "a") as file:  # the first step of the file and one within the second episode are lost
+        numbers = np.concatenate([np.arange(1, 8), [0, 1, 2, 4, 5, 6, 7, 8, 9], np.arange(5)]) + first
+        for start, group in ((0, file["0-9"]), (10, file["10-19"]), (20, file["20-20"])):
+            group["step_num"][:] = numbers[start : start + 10]
+    scan, found = episodes_of("vintix", tmp_path)
+    assert [e.timesteps for e in found] == [7, 3, 6, 5] and all(e.cut for e in found)
+    assert "2 of 4 pieces do not begin with the first step" in scan.warnings[0]
+
+
 DAMAGE = {
     "missing key": lambda group: group.pop("reward"),
     "wrong length": lambda group: put(group, "action", np.zeros((3, 2))),

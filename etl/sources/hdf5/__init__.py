@@ -70,6 +70,7 @@ class HDF5(ArraySource):
     suffixes = (".hdf5", ".h5", ".npz")
     keys = ("action_key", "reward_key", "terminal_key", "action_row")
     what = ".hdf5, .h5 or .npz file"
+    hub = "OWNER/NAME"
     fetch = "download the files"
 
     def recognise(self, input: Path) -> Recognition | None:

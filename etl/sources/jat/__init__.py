@@ -65,6 +65,8 @@ class JAT(ArraySource):
     name = "jat"
     suffixes = (".parquet",)
     what = ".parquet file"
+    hub = "jat-project/jat-dataset/mujoco-ant"
+    listed = tuple(f"jat-project/jat-dataset/mujoco-{name}" for name in MUJOCO)
     fetch = "download a folder of the hub's dataset jat-project/jat-dataset, such as mujoco-ant"
 
     def recognise(self, input: Path) -> Recognition | None:

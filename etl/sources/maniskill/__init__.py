@@ -42,6 +42,7 @@ class ManiSkill(HDF5Source):
     options = Options
     suffixes = (".h5",)
     what = ".h5 file of trajectories"
+    hub = "haosulab/ManiSkill_Demonstrations"
     fetch = "run `python -m mani_skill.utils.download_demo ENV` and replay_trajectory with --save-traj --obs-mode"
 
     def recognise(self, input: Path) -> Recognition | None:

@@ -6,9 +6,10 @@ control episodes    dm_control_suite_episodes: observation/KEY, action, reward, 
 control sequences   dm_control_suite, dm_locomotion: the same keys, overlapping sequences of 2 or 40 steps
 
 Transitions are put together by episode_id, in the order of the file, each o_t being the o_tp1 before it; of a stack
-of frames the newest is read. Control logs pair an action with the reward one row on, and end with an observation that
-no action follows. Sequences are pieces of episodes, cut at both ends; those of 2 steps, which hold one action, are
-refused.
+of frames the newest is read. Control episodes pair an action with the reward one row on, and end with an observation
+that no action follows (TFDS's rlu_control_suite realigns them so). In sequences an action's reward is in its own row
+(deepmind-research/rl_unplugged/dm_control_suite.py reads them so). They are pieces of episodes, cut at both ends; those
+of 2 steps, which hold one action, are refused.
 
 Invariant: an episode holds successive timesteps, or is rejected; memory is that of an episode and of 16 bytes a record.
 """
@@ -172,12 +173,13 @@ class _Control(_Episodes):
         reward, discount, step_type = (_array(_numbers(given, key), rows, key) for key in
                                        ("reward", "discount", "step_type"))  # fmt: skip
         ended = step_type[-1] == LAST
-        terminated = bool(ended and discount[-1] == 0)
+        after = 1 if whole else 0  # rows between an action and what came of it
+        terminated = bool(ended and discount[T - 1 + after] == 0)
         if not whole:
             self.notes = ("its examples are overlapping pieces of episodes, read as pieces that are cut; "
                              "dm_control_suite_episodes holds whole ones",)  # fmt: skip
         cut = bool(ended) and not terminated
-        return StoredEpisode(T, observation, _array(given["action"], rows, "action"), reward[1:], terminated, cut)
+        return StoredEpisode(T, observation, _array(given["action"], rows, "action"), reward[after:], terminated, cut)
 
 
 class _Transitions(Log):

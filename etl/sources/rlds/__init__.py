@@ -46,6 +46,7 @@ class RLDS(ArraySource):
     name = "rlds"
     options = Options
     what = f"TFDS dataset with {FEATURES} and .tfrecord files"
+    hub = "OWNER/NAME"
     fetch = "download it, such as gsutil -m cp -r gs://gresearch/robotics/NAME/VERSION FOLDER"
 
     def recognise(self, input: Path) -> Recognition | None:
@@ -66,6 +67,10 @@ class RLDS(ArraySource):
             if any(name.startswith(STEPS) for name in names):
                 return Recognition(f"{_recognition.below(input, path)} holds {STEPS}*", MARK)
         return None
+
+    def wanted(self, name: str) -> bool:
+        base = name.rpartition("/")[2]
+        return base in (FEATURES, INFO) or _FILE.fullmatch(base) is not None
 
     def below(self, folder: Path) -> list[Path]:
         return sorted(path for path in all_files_below(folder) if _FILE.fullmatch(path.name))
@@ -216,7 +221,8 @@ class _File(Log):
             lines.append(f"an action is {', '.join(leaf.key for leaf in self.actions)}, in this order")
         if self.match:
             split, count = self.match["split"], int(self.match["count"])
-            here = len(list(path.parent.glob(f"{self.match['name']}-{split}.tfrecord-*")))
+            found = map(_FILE.fullmatch, (other.name for other in path.parent.iterdir()))
+            here = sum(one is not None and one.group("name", "split") == (self.match["name"], split) for one in found)
             if here < count:
                 lines.append(f"{here} of {count} files of split '{split}' are here")
         return tuple(lines)

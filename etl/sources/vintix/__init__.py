@@ -1,9 +1,10 @@
 """Vintix's trajectories (github.com/dunnolab/vintix): a folder of HDF5 files with a JSON, one task.
 
 TASK/trajectories_*.h5   groups FIRST-LAST of 10,000 steps: proprio_observation (N, D), action (N, A), reward (N,),
-                         step_num (N,): 0 where an episode begins; expert_action and others are not read
+                         step_num (N,), which counts within an episode; expert_action and others are not read
 TASK/TASK.json           task_name, action_space_type, reward_scale and more
-    -> an episode from one step 0 to the next, across groups; the last of a file is cut by it
+    -> an episode of successive steps, across groups; cut are the last of a file, one that does not begin with the first
+       step, and one that is followed by such a one
 
 Episodes of a log of training runs, where every policy from the first to the last has its own.
 
@@ -16,7 +17,6 @@ import re
 from collections.abc import Iterable
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -38,6 +38,7 @@ class Vintix(HDF5Source):
     name = "vintix"
     suffixes = (".h5",)
     what = ".h5 file of trajectories"
+    hub = "OWNER/NAME/ant_v4"
     fetch = "download a task's folder (the README of github.com/dunnolab/vintix says from where)"
 
     def recognise(self, input: Path) -> Recognition | None:
@@ -78,7 +79,13 @@ class _Trajectory(HDF5Log):
             for key, array in self.arrays.items():
                 if array.shape[0] != rows:
                     raise EpisodeError("wrong length", f"'{key}' has {array.shape[0]} rows, 'step_num' {rows}; {AGAIN}")
-            self.bounds = self._episodes(rows)
+            self.bounds, late = self._episodes(rows)
+            self.cut = {len(self.bounds) - 1, *late, *(n - 1 for n in late)}
+            if late:
+                count = f"{len(late)} of {len(self.bounds)}"
+                self.warnings = (f"{path.name}: {count} pieces do not begin with the first step of an episode, since "
+                                 "step_num leaves some out: they and those before them count as cut, without a "
+                                 "return; download or record the file again",)  # fmt: skip
         except BaseException:
             self.close()
             raise
@@ -89,24 +96,33 @@ class _Trajectory(HDF5Log):
     def episode(self, position: int) -> StoredEpisode:
         start, stop = self.bounds[position]
         seen, action, reward, _ = (Part(self.arrays[key], start, stop) for key in ARRAYS)
-        whole = position + 1 < len(self.bounds)  # nothing says whether a limit or the environment ended it
+        whole = position not in self.cut  # nothing says whether a limit or the environment ended it
         return StoredEpisode(stop - start, {"observation": seen}, action, reward, False, whole, start)
 
-    def _episodes(self, rows: int) -> list[tuple[int, int]]:
+    def _episodes(self, rows: int) -> tuple[list[tuple[int, int]], list[int]]:
+        """Rows of each episode, and the positions of those that lack their first steps."""
         numbers = self.arrays["step_num"]
         if numbers.dtype.kind not in "fiu" or int(np.prod(numbers.shape)) != rows:
             raise EpisodeError("wrong dtype", f"'step_num' is {numbers.dtype} {numbers.shape}, expected integers; "
                                f"{AGAIN}")  # fmt: skip
         starts: list[int] = []
+        steps: list[float] = []  # of the rows at `starts`
+        before = -1.0
         for first, part in numbers.parts():
-            starts += (first + np.flatnonzero(part.reshape(-1) == 0)).tolist()
-        return list(pairwise([*dict.fromkeys([0, *starts]), rows])) if rows else []
+            own = part.reshape(-1).astype(np.float64)
+            at = np.flatnonzero((np.diff(own, prepend=before) != 1) | (own == 0))
+            starts, steps = starts + (first + at).tolist(), steps + own[at].tolist()
+            before = own[-1] if len(own) else before
+        if not rows:
+            return [], []
+        begins = min(steps)  # 0, or 1 where steps are counted from there
+        return list(pairwise([*starts, rows])), [n for n, step in enumerate(steps) if step != begins]
 
 
 class _Joined:
     """Arrays of successive groups as one."""
 
-    def __init__(self, columns: list[Any]):
+    def __init__(self, columns: list[HDF5Column]):
         self.columns = columns
         shapes = {tuple(column.shape[1:]) for column in columns}
         if len(shapes) > 1 or len({column.dtype for column in columns}) > 1:
@@ -119,6 +135,7 @@ class _Joined:
         """(first row, rows) of each group."""
         for column, stop in zip(self.columns, self.stops):
             yield stop - column.shape[0], column[: column.shape[0]]
+            column.rows = None  # a band of every group would be all of the file
 
     def __getitem__(self, rows: slice, /) -> np.ndarray:
         start, stop, _ = rows.indices(self.shape[0])
@@ -127,6 +144,8 @@ class _Joined:
             first = last - column.shape[0]
             if start < last and first < stop:
                 found.append(column[max(0, start - first) : stop - first])
+            else:
+                column.rows = None
         return found[0] if len(found) == 1 else np.concatenate(found or [self.columns[0][:0]])
 
 

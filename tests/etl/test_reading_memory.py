@@ -1,0 +1,79 @@
+"""Reading a file holds an episode of it, not the file: peak memory with few and with many episodes in one file.
+
+the benchmark's writers, 8 and 64 episodes of one size -> scan, read all -> growth of the process's peak
+
+The peak is the kernel's own (VmHWM), set back before each measurement: what Python does not see counts too.
+"""
+
+import gc
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.formats import sources as written
+from etl import sources
+from etl.sources import Rejection
+from tests.etl import test_sources_rl_unplugged as rl_unplugged
+
+RESET = Path("/proc/self/clear_refs")
+FEW, MANY = 8, 64
+SHARE = 0.3  # of the bytes that the further episodes have
+
+
+def atari_episodes(folder, count):
+    made = [rl_unplugged.game(n, 60, True) for n in range(count)]
+    rl_unplugged.store(folder / "Pong" / "run_1-00000-of-00001", [
+        rl_unplugged.written(observations=[rl_unplugged.png(p) for p in one["frames"][3:-1]],
+                             actions=one["action"].tolist(), unclipped_rewards=one["reward"].tolist(),
+                             discounts=one["discount"].tolist())
+        for one in made
+    ])  # fmt: skip
+
+
+def transitions(folder, count):
+    rows = [row for n in range(count) for row in rl_unplugged.transitions(rl_unplugged.game(n, 30, True), n)]
+    rl_unplugged.store(folder / "Pong" / "run_1-00000-of-00001", rows)
+
+
+OWN = {"rl_unplugged": atari_episodes, "rl_unplugged transitions": transitions}
+
+
+def status(key):
+    return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def read_all(name, place):
+    """Every episode of the only task; its payload in bytes, and the peak of memory above what was held before."""
+    source = sources.load(name)
+    gc.collect()
+    RESET.write_text("5")
+    before, payload, count = status("VmRSS"), 0, 0
+    (scan,) = source.scan(source.resolve(place, None, place), source.options())
+    for episode in sources.read(source, scan.task, scan.episodes):
+        assert not isinstance(episode, Rejection)
+        payload += episode.action.nbytes + sum(values.nbytes for values in episode.observation.values())
+        count += 1
+        del episode
+    return count, payload, status("VmHWM") - before
+
+
+@pytest.mark.skipif(not RESET.exists(), reason="the kernel's peak cannot be set back here")
+@pytest.mark.parametrize("kind", [*written.FORMATS, *OWN])
+def test_memory_is_that_of_an_episode(kind, tmp_path, monkeypatch):
+    found = []
+    for count in (FEW, FEW, MANY):  # the first one imports, and warms up
+        place = tmp_path / f"{len(found)}"
+        place.mkdir()
+        if kind in OWN:
+            name, write = kind.split()[0], OWN[kind]
+            write(place, count)
+        else:
+            name, write, _ = written.FORMATS[kind]
+            monkeypatch.setattr(written, "EPISODES", count if kind in written.PLAIN else 4 * count)
+            monkeypatch.setattr(written, "T", {"d3rlpy": 2000, "vintix": 2000, "imagetext": 200}.get(kind, 100))
+            write(place, np.random.default_rng(0))
+        found.append(read_all(name, place))
+    (_, few, least), (_, many, most) = found[1:]
+    assert many > 4 * few and most - least < SHARE * (many - few) + 2**21, found
