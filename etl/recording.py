@@ -25,12 +25,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 import simulators
-from etl.record import Options, Recorded, record
+from etl.building.formats import TABLE
+from etl.record import DEFAULT_STEPS, Options, Recorded, record
 from schemas.files import sha256_of, write_rows
 from simulators import plugins, scores
 from simulators.registry import all_suites
 
-TABLE = "recorded.json"
 DEFAULT_FOLDER = Path("data/logs")
 
 
@@ -107,18 +107,29 @@ def _tasks(name: str, console: Console) -> list[str]:
 
 
 def _announcement(options: Options, present: int, missing: list[str]) -> str:
-    measured = [scores.table()[id] for id in missing if id in scores.table()]
+    """How many logs there will be and how long they take, at the measured seconds of an expert's episode."""
     line = f"{len(missing)} logs to record" + (f", {present} are there" if present else "")
-    if options.episodes and measured and len(measured) == len(missing):
-        minutes = sum(score.seconds for score in measured) * options.episodes / 60 / options.workers
-        line += f"; about {minutes:.0f} minutes with {options.workers} processes at this project's measured rates"
-    return line
+    measured = [scores.table()[id] for id in missing if id in scores.table()]
+    if not measured:
+        return line
+    seconds = sum(_episodes(options, score.timesteps) * score.seconds for score in measured)
+    of = "" if len(measured) == len(missing) else f" for {len(measured)} of them (the others were not measured)"
+    minutes = max(1, round(seconds / 60 / options.workers))
+    return f"{line}; about {minutes} minutes{of} with {options.workers} processes at this project's measured rates"
+
+
+def _episodes(options: Options, timesteps: float) -> float:
+    """Episodes of a log whose episodes have so many timesteps."""
+    steps = options.steps or (0 if options.episodes else DEFAULT_STEPS)
+    return max(options.episodes or 0, steps / max(timesteps, 1.0))
 
 
 def _asked(options: Options) -> dict[str, object]:
     names = ("policy", "episodes", "steps", "noise", "temperature", "seed")
     asked = {name: getattr(options, name) for name in names}
-    if options.episodes is not None:
+    if options.episodes is None:
+        asked["steps"] = options.steps or DEFAULT_STEPS
+    elif options.steps is None:
         asked.pop("steps")
     return asked
 

@@ -34,7 +34,7 @@ from trainer.heldout import evaluate
 from trainer.inputs import adopted, load_initial_model, open_streams, recipe_of
 from trainer.lifecycle import StopRequest, exclusive_run, restart_watchdog
 from trainer.loss import targets_of
-from trainer.metrics import MetricsWriter
+from trainer.metrics import MetricsWriter, tasks_in_words
 from trainer.model import Gato
 from trainer.scales import observation_scales
 
@@ -144,7 +144,7 @@ class Run:
         with atomic_write(self.config.run.output / "config.json") as file:
             file.write(json.dumps({"recipe": self.recipe} | to_dict(self.config), indent=1).encode())
         counts = ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in self.counts.items())
-        print(f"parameters: {counts}; tasks: {', '.join(self.stream.tasks)}", flush=True)
+        print(f"parameters: {counts}; {tasks_in_words(self.stream)}", flush=True)
         if record is not None:
             before = f"{record.world_size} process(es), ZeRO {record.zero_stage}"
             print(f"resuming at step {record.step} (saved by {before})", flush=True)
@@ -246,7 +246,12 @@ class Run:
         gathered: list[dict[str, float]] = [{}] * engine.world
         dist.all_gather_object(gathered, own)
         metrics = dict(sorted(item for of_rank in gathered for item in of_rank.items()))
-        losses = [value for name, value in metrics.items() if name.endswith("/loss")]
+        domains: dict[str, list[float]] = {}
+        for name, timeline in zip(self.held_out.tasks, self.held_out.timelines):
+            domains.setdefault(timeline.spec.domain, []).append(metrics[f"held_out/{name}/loss"])
+        losses = [loss for own in domains.values() for loss in own]
+        if len(domains) > 1:
+            metrics |= {f"domains/{name}/loss": sum(own) / len(own) for name, own in sorted(domains.items())}
         return metrics | {"held_out/loss": sum(losses) / len(losses)}
 
     def _write(self, metrics: dict[str, float]) -> None:
