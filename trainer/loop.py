@@ -30,7 +30,7 @@ from trainer.deepspeed_file import precision, resolve_auto
 from trainer.distributed import agreement
 from trainer.distributed.ranks import on_every_rank, on_rank_0
 from trainer.engine import Engine, StepResult, learning_rate, read_config, zero_config
-from trainer.heldout import evaluate
+from trainer.heldout import evaluate, mean_losses
 from trainer.inputs import adopted, load_initial_model, open_streams, recipe_of
 from trainer.lifecycle import StopRequest, exclusive_run, restart_watchdog
 from trainer.loss import targets_of
@@ -246,13 +246,7 @@ class Run:
         gathered: list[dict[str, float]] = [{}] * engine.world
         dist.all_gather_object(gathered, own)
         metrics = dict(sorted(item for of_rank in gathered for item in of_rank.items()))
-        domains: dict[str, list[float]] = {}
-        for name, timeline in zip(self.held_out.tasks, self.held_out.timelines):
-            domains.setdefault(timeline.spec.domain, []).append(metrics[f"held_out/{name}/loss"])
-        losses = [loss for own in domains.values() for loss in own]
-        if len(domains) > 1:
-            metrics |= {f"domains/{name}/loss": sum(own) / len(own) for name, own in sorted(domains.items())}
-        return metrics | {"held_out/loss": sum(losses) / len(losses)}
+        return metrics | mean_losses(metrics, [timeline.spec for timeline in self.held_out.timelines])
 
     def _write(self, metrics: dict[str, float]) -> None:
         if self.metrics and metrics:
