@@ -15,9 +15,11 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +68,7 @@ def record_suites(options: Options, console: Console) -> int:
     missing = [id for id in todo if id not in present]
     console.print(_announcement(options, len(present), missing), highlight=False)
     failed = 0
-    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool, Progress(console=console) as progress:
+    with _processes(options.workers) as pool, Progress(console=console) as progress:
         bar = progress.add_task("logs", total=len(missing))
         jobs = {pool.submit(_one, replace(options, environment=id, suite=None), output): id for id in missing}
         for job in as_completed(jobs):
@@ -87,6 +89,19 @@ def record_suites(options: Options, console: Console) -> int:
     console.print(f"{output}: {len(done)} logs, {sum(row.timesteps for row in done):,} timesteps, {size:,.0f} MB; "
                   f"{failed} failed", highlight=False)  # fmt: skip
     return failed
+
+
+@contextmanager
+def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool whose processes end with an interrupt, and not after all that waits for them."""
+    with ProcessPoolExecutor(count, get_context("spawn")) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                process.terminate()
+            raise
 
 
 def _tasks(name: str, console: Console) -> list[str]:

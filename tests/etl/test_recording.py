@@ -5,6 +5,10 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from rich.console import Console
@@ -105,3 +109,16 @@ def test_what_is_not_installed_is_left_out_by_name(monkeypatch):
     said = Console(record=True, file=io.StringIO(), width=200)
     assert len(recording._tasks("all", said)) == 9
     assert "left out suite 'missing' needs the package no_such_simulator" in said.export_text()
+
+
+@pytest.mark.process
+def test_an_interrupt_ends_the_running_logs_and_keeps_those_that_are_whole(tmp_path):
+    command = [sys.executable, "-m", "etl.record", "--suite", "classic", "--episodes", "1000000", "-o", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    while "logs to record" not in process.stderr.readline():
+        assert process.poll() is None
+    time.sleep(3)  # a log is being written
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "keeps the logs that are whole" in said
