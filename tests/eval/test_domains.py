@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from eval import report
 from eval.domains import ALL, by_domain, domains_table, extremes_table, filmed
-from schemas.result import RESULT_SCHEMA
+from eval.rows import load_rows, save_rows
+from schemas.result import RESULT_SCHEMA, from_table
 from simulators.registry import all_suites
+from tests.conftest import run
+from tests.eval.test_compare import arguments, exports  # noqa: F401  exports is a fixture
 from tests.eval.test_scores import row
 
 ARMS = {f"arm-{n}": (f"Meta-World/reach{n}-v3", float(score)) for n, score in enumerate((0, 20, 50, 95))}
@@ -92,3 +97,32 @@ def test_the_page_of_many_tasks_has_the_domains_and_no_chart_per_task():
     page = report.html(table, [], {}, {}, "t", [domains_table(by_domain(table, 100))])
     assert "By domain" in page and "data:image/svg" not in page and "arm-3" in page
     assert "By domain" not in report.html(table, [], {}, {}, "t")
+
+
+def test_a_comparison_of_many_tasks_begins_with_domains_and_films_the_worst_and_the_best(
+    exports,  # noqa: F811
+    hopper,
+    pong,
+    tmp_path,
+    monkeypatch,
+):
+    monkeypatch.setattr("eval.runner.NAMED_TASKS", 1)
+    how = ["--film-seconds", 1, "--processes", 1]
+    done = run(*arguments(tmp_path / "out", exports[:1], [hopper, pong], *how))
+    assert done.stdout.startswith("| Domain | Model | Tasks |") and "| mujoco | Gato | 1 |" in done.stdout
+    assert "not ours" in done.stderr and "| hopper-random-v4 | Hopper-v4 |" in done.stdout
+    films = {path.name for path in (tmp_path / "out" / "rollouts").iterdir()}
+    assert "hopper-random-v4-gato.gif" in films and all("gato" in name for name in films)
+    before = load_rows(tmp_path / "out" / "rows.parquet")
+    run(*arguments(tmp_path / "out", exports[:1], [hopper, pong], *how))
+    assert load_rows(tmp_path / "out" / "rows.parquet").equals(before)
+
+
+def test_kept_rows_are_scored_by_todays_reference(exports, hopper, tmp_path):  # noqa: F811
+    how = ["--processes", 1]
+    run(*arguments(tmp_path / "out", exports[:1], [hopper], *how))
+    before = load_rows(tmp_path / "out" / "rows.parquet")
+    part = next((tmp_path / "out" / "parts").glob("hopper-random-v4-gato-3-*"))
+    save_rows(part, [replace(row, score=float("nan"), score_kind="") for row in from_table(load_rows(part))])
+    run(*arguments(tmp_path / "out", exports[:1], [hopper], *how))
+    assert load_rows(tmp_path / "out" / "rows.parquet").equals(before)
