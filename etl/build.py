@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from etl import sources
-from etl.building import filters, oddities, pipeline, summary
+from etl.building import filters, formats, oddities, pipeline, summary
 from etl.fetch import remote
 from etl.building.gather import gather
 from etl.building.plan import BuildConfig, ShardPlan, given_options, make_plan, manifest_config, with_pictures
@@ -59,7 +59,8 @@ class Options:
     source: str | None = None
     """Log format: d4rl, minari, atari, lerobot, rlds, ... or one of your own; by default what the input looks like."""
     input: Annotated[str | None, tyro.conf.arg(aliases=["-i"])] = None
-    """A file or a folder of logs, or the fsspec URL of one (s3://bucket/logs). Without it, --dataset is downloaded."""
+    """A file or a folder of logs, or the fsspec URL of one (s3://bucket/logs); of what etl.record --suite wrote, every
+    format becomes a dataset in a folder of its own. Without it, --dataset is downloaded."""
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
     """Dataset folder to write, or its fsspec URL; data/shards/SOURCE where not given."""
     dataset: str | None = None
@@ -310,10 +311,8 @@ def parsed(arguments: list[str], console: Console | None = None) -> tuple[Option
     """The options of a command line, those of its source among them, and what is left for Beam. ValueError for an
     option of another source; SourceError where no source is given and none fits the input."""
     plugins.load_early(arguments)
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flags in (("--source",), ("--input", "-i"), ("--output", "-o"), ("--dataset",), ("--cache",)):
-        early.add_argument(*flags)
-    given = {name: value for name, value in vars(early.parse_known_args(arguments)[0]).items() if value is not None}
+    early, _ = early_parser().parse_known_args(arguments)
+    given = {name: value for name, value in vars(early).items() if value is not None}
     if "cache" in given:
         given["cache"] = Path(given["cache"])
     chosen = with_source(Options(**given), console or Console(stderr=True))
@@ -331,6 +330,14 @@ def parsed(arguments: list[str], console: Console | None = None) -> tuple[Option
             whose = f"--{name.replace('_', '-')} is an option of source {' and '.join(owners)}"
             raise ValueError(f"{whose}; source {source.name} does not know it: leave it out")
     return replace(options, source=chosen.source, evidence=chosen.evidence), rest
+
+
+def early_parser() -> argparse.ArgumentParser:
+    """Of the options that decide which source's options there are."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flags in (("--source",), ("--input", "-i"), ("--output", "-o"), ("--dataset",), ("--cache",)):
+        early.add_argument(*flags)
+    return early
 
 
 def beam_flags(arguments: list[str], workers: int) -> list[str]:
@@ -370,9 +377,28 @@ def main() -> int:
     copy: Any = terminal.LossyStream(os.fdopen(os.dup(2), "w"))
     console = Console(file=copy, width=None if sys.stderr.isatty() else 140)
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # what fails is raised too
+    arguments = sys.argv[1:]
+    try:
+        given, _ = early_parser().parse_known_args(arguments)
+        each = formats.formats_of(given.source, given.input)
+        if not each:
+            return run(arguments, console)
+        places = [["--input", str(folder), "--output", formats.output_of(folder, given.output)] for folder in each]
+        return max(run([*arguments, *place], console) for place in places)  # the last one of an option counts
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as interrupt:
+        threading.excepthook = lambda about: None  # what the runner's threads say while they end
+        print("interrupted: no dataset yet; the same command again keeps the finished shards", file=sys.stderr)
+        return terminal.status_of(interrupt)
+
+
+def run(arguments: list[str], console: Console) -> int:
+    """One build by a command line; its exit status."""
     options = Options()
     try:
-        options, rest = parsed(sys.argv[1:], console)
+        options, rest = parsed(arguments, console)
         flags = beam_flags(rest, options.workers)
         if options.list:
             wide = Console(width=None if sys.stdout.isatty() else 300)  # names and addresses are copied from it
@@ -383,10 +409,6 @@ def main() -> int:
         place = options.output or f"data/shards/{options.source}"
         print(f"error: {disk_fault(error, place) or error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt as interrupt:
-        threading.excepthook = lambda about: None  # what the runner's threads say while they end
-        print("interrupted: no dataset yet; the same command again keeps the finished shards", file=sys.stderr)
-        return terminal.status_of(interrupt)
     summary.show(manifest, console)
     return 0
 

@@ -33,6 +33,7 @@ from simulators.policy import NoisyPolicy
 from simulators.rollout import Step, rollout
 
 DEFAULT = "Hopper-v4"
+DEFAULT_STEPS = 20_000
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,11 @@ class Options:
     -> action."""
     imports: plugins.Imports = ()
     """Module to import first, which registers environments or suites; may be given several times."""
-    steps: int = 20_000
-    """Timesteps. A last episode may take a tenth more to end, and is cut there otherwise, as in real logs."""
+    steps: int | None = None
+    """Timesteps, 20,000 where --episodes is not given either. A last episode may take a tenth more to end, and is cut
+    there otherwise, as in real logs."""
     episodes: int | None = None
-    """Whole episodes, instead of --steps."""
+    """Whole episodes. With --steps too: at least so many of both, and the last episode is whole."""
     workers: int = 1
     """Processes of --suite, one per log."""
     noise: float = 0.0
@@ -106,7 +108,7 @@ class Recorded:
 def record(options: Options, console: Console, parent: Path | None = None) -> Recorded:
     """Play and write the log, into `options.output` or the format's own folder (of its name within `parent`).
     SimulatorError or PolicyError say what does not fit."""
-    if options.steps < 1 or options.noise < 0 or not options.temperature > 0:
+    if (options.steps is not None and options.steps < 1) or options.noise < 0 or not options.temperature > 0:
         raise ValueError("--steps must be at least 1, --noise not negative and --temperature positive")
     if options.episodes is not None and options.episodes < 1:
         raise ValueError("--episodes must be at least 1")
@@ -144,8 +146,9 @@ def _write(options: Options, env: Any, policy: Any, log: sources.LogWriter, cons
     """The steps of all episodes into the log."""
     returns: list[float] = []
     running, done, ended = 0.0, 0, False
+    episodes, steps = options.episodes or 0, options.steps or (0 if options.episodes else DEFAULT_STEPS)
     with Progress(console=console) as progress:
-        bar = progress.add_task(options.environment or DEFAULT, total=options.episodes or options.steps)
+        bar = progress.add_task(options.environment or DEFAULT, total=steps or episodes)
         for step in play(options, env, policy):
             done += 1
             running += step.reward
@@ -154,12 +157,10 @@ def _write(options: Options, env: Any, policy: Any, log: sources.LogWriter, cons
             if ended:
                 returns.append(running)
                 running = 0.0
-            progress.update(bar, completed=len(returns) if options.episodes else done)
-            if options.episodes:
-                last = len(returns) == options.episodes
-            else:
-                last = (done >= options.steps and ended) or done >= options.steps + options.steps // 10
-            if last:
+            progress.update(bar, completed=done if steps else len(returns))
+            if ended and len(returns) >= episodes and done >= steps:
+                break
+            if not episodes and done >= steps + steps // 10:
                 break
     return Recorded(path, done, returns, cut=not ended)
 

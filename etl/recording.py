@@ -15,9 +15,11 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +27,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 import simulators
-from etl.record import Options, Recorded, record
+from etl.building.formats import TABLE
+from etl.record import DEFAULT_STEPS, Options, Recorded, record
 from schemas.files import sha256_of, write_rows
 from simulators import plugins, scores
 from simulators.registry import all_suites
 
-TABLE = "recorded.json"
 DEFAULT_FOLDER = Path("data/logs")
 
 
@@ -66,7 +68,7 @@ def record_suites(options: Options, console: Console) -> int:
     missing = [id for id in todo if id not in present]
     console.print(_announcement(options, len(present), missing), highlight=False)
     failed = 0
-    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool, Progress(console=console) as progress:
+    with _processes(options.workers) as pool, Progress(console=console) as progress:
         bar = progress.add_task("logs", total=len(missing))
         jobs = {pool.submit(_one, replace(options, environment=id, suite=None), output): id for id in missing}
         for job in as_completed(jobs):
@@ -89,6 +91,19 @@ def record_suites(options: Options, console: Console) -> int:
     return failed
 
 
+@contextmanager
+def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool whose processes end with an interrupt, and not after all that waits for them."""
+    with ProcessPoolExecutor(count, get_context("spawn")) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                process.terminate()
+            raise
+
+
 def _tasks(name: str, console: Console) -> list[str]:
     """Ids of the suite, or of all that are installed; those that are not are named."""
     suites = all_suites().values() if name == "all" else [simulators.suite_named(name)]
@@ -107,18 +122,29 @@ def _tasks(name: str, console: Console) -> list[str]:
 
 
 def _announcement(options: Options, present: int, missing: list[str]) -> str:
-    measured = [scores.table()[id] for id in missing if id in scores.table()]
+    """How many logs there will be and how long they take, at the measured seconds of an expert's episode."""
     line = f"{len(missing)} logs to record" + (f", {present} are there" if present else "")
-    if options.episodes and measured and len(measured) == len(missing):
-        minutes = sum(score.seconds for score in measured) * options.episodes / 60 / options.workers
-        line += f"; about {minutes:.0f} minutes with {options.workers} processes at this project's measured rates"
-    return line
+    measured = [scores.table()[id] for id in missing if id in scores.table()]
+    if not measured:
+        return line
+    seconds = sum(_episodes(options, score.timesteps) * score.seconds for score in measured)
+    of = "" if len(measured) == len(missing) else f" for {len(measured)} of them (the others were not measured)"
+    minutes = max(1, round(seconds / 60 / options.workers))
+    return f"{line}; about {minutes} minutes{of} with {options.workers} processes at this project's measured rates"
+
+
+def _episodes(options: Options, timesteps: float) -> float:
+    """Episodes of a log whose episodes have so many timesteps."""
+    steps = options.steps or (0 if options.episodes else DEFAULT_STEPS)
+    return max(options.episodes or 0, steps / max(timesteps, 1.0))
 
 
 def _asked(options: Options) -> dict[str, object]:
     names = ("policy", "episodes", "steps", "noise", "temperature", "seed")
     asked = {name: getattr(options, name) for name in names}
-    if options.episodes is not None:
+    if options.episodes is None:
+        asked["steps"] = options.steps or DEFAULT_STEPS
+    elif options.steps is None:
         asked.pop("steps")
     return asked
 

@@ -24,6 +24,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from eval.scores import Aggregate, ResultError
+from schemas.metrics import NAMED_TASKS
 
 INK, FAINT = "#24292f", "#b7bcc2"
 INK_RULE = (
@@ -109,7 +110,8 @@ def describe(aggregates: Sequence[Aggregate]) -> str:
 def read_metrics(path: Path) -> Curves:
     """A training run's metrics.jsonl, and the returns.jsonl in its folder if it was played.
 
-    'train/loss' is line 'training' of quantity 'loss'; 'held_out/TASK/loss' line TASK, and so are 'returns/TASK/...'.
+    'train/loss' is line 'training' of quantity 'loss'; 'held_out/TASK/loss' line TASK, and so are 'returns/TASK/...';
+    of many tasks 'domains/DOMAIN/loss' line DOMAIN, and no task of its own.
     A step that was written twice (a resumed run) counts as last written. ResultError for a line that is not JSON,
     unless it is the last one, which a stopped run may have left half written."""
     path = Path(path)
@@ -120,12 +122,14 @@ def read_metrics(path: Path) -> Curves:
         if "step" in record:
             by_step.setdefault(record["step"], {}).update(record)
     curves: Curves = {}
+    tasks = {key.split("/")[1] for record in by_step.values() for key in record if key.startswith("held_out/")}
+    held_out = "domains" if len(tasks) > NAMED_TASKS else "held_out"
     for step, record in sorted(by_step.items()):
         for key, value in record.items():
             group, _, rest = key.partition("/")
             line, _, quantity = f"training/{rest}".rpartition("/") if group == "train" else rest.rpartition("/")
             if (
-                group in ("train", "held_out", "returns")
+                group in ("train", held_out, "returns")
                 and line
                 and isinstance(value, int | float)
                 and math.isfinite(value)

@@ -24,7 +24,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from eval import report, scores
+from eval import domains, report, scores
 from eval.charts import Curves, read_metrics
 from eval.display import Display, lossy_console
 from eval.options import Options
@@ -72,11 +72,28 @@ def compare(options: Options, console: Console) -> Outcome:
     rows = [row for _, result in sorted(results.items()) for row in result.rows]
     save_rows(options.output / "rows.parquet", rows)
     table = to_table(rows)
-    console.print(report.console(scores.aggregate(table), {task.spec.name: task.spec for task in runner.tasks}))
+    first: list[report.Comparison] = []
+    if runner.many:
+        found = domains.by_domain(table)
+        first = [domains.domains_table(found), domains.extremes_table(found)]
+        console.print(report.rich_table(first[0]))
+        film(runner, domains.filmed(found, "gato"), console)
+    else:
+        console.print(report.console(scores.aggregate(table), {task.spec.name: task.spec for task in runner.tasks}))
     pictures = {(job.spec.name, job.model): runner.picture(job) for job in runner.jobs if runner.picture(job).is_file()}
     manifests = [dataset.manifest for dataset in runner.datasets]
-    page = report.write_report(options.output, table, manifests, learning_curves(runner), pictures, TITLE)
+    page = report.write_report(options.output, table, manifests, learning_curves(runner), pictures, TITLE, first)
     return Outcome(table, (options.output / "table.md").read_text("utf-8"), page, failure_of(runner, results))
+
+
+def film(runner: ComparisonRunner, names: list[str], console: Console) -> None:
+    """Films of these tasks as Gato plays them, where they have none yet."""
+    for name in names:
+        job = next(job for job in runner.jobs if job.spec.name == name and job.model == "gato")
+        try:
+            runner.film(job)
+        except Exception as error:  # a simulator may raise anything, and no figure depends on a film
+            console.print(f"no film of {name}: {error}", highlight=False, soft_wrap=True, markup=False)
 
 
 def failure_of(runner: ComparisonRunner, results: dict[int, JobResult]) -> str:

@@ -65,20 +65,20 @@ def comparison(aggregates: Sequence[Aggregate], tasks: Mapping[str, TaskSpec] | 
         one = one or found.get((dataset, environment, model))
         if one is None:
             if model == "tt" and _has_images(dataset, environment, tasks or {}):
-                return "—" + _mark(notes, "TT is not defined on images: it models each observation value as a token.")
-            return "—" + _mark(notes, "Not run.")
+                return "—" + mark(notes, "TT is not defined on images: it models each observation value as a token.")
+            return "—" + mark(notes, "Not run.")
         marks = []
         if one.unit == "episodes" and len(trained) > 1 and model in ("dt", "tt", "gato"):
-            marks.append(_mark(notes, "One model seed: ± is over its episodes."))
+            marks.append(mark(notes, "One model seed: ± is over its episodes."))
         if one.zero_shot:
-            marks.append(_mark(notes, "Zero-shot: not among the tasks that this Gato was trained on."))
+            marks.append(mark(notes, "Zero-shot: not among the tasks that this Gato was trained on."))
         if one.errors and one.episodes:
             share = f"{one.errors} of {one.errors + one.episodes} episodes ended in an error and were left out"
-            marks.append(_mark(notes, f"{share}: {one.error}"))
+            marks.append(mark(notes, f"{share}: {one.error}"))
         elif one.errors:
-            marks.append(_mark(notes, f"{LABELS[model]} failed, and no episode was finished: {one.error}"))
+            marks.append(mark(notes, f"{LABELS[model]} failed, and no episode was finished: {one.error}"))
         if one.limited:
-            marks.append(_mark(notes, "Episodes were cut by --step-limit; the behaviour's were not."))
+            marks.append(mark(notes, "Episodes were cut by --step-limit; the behaviour's were not."))
         return (_numbers(one) if one.episodes else "—") + "\u202f".join(marks)
 
     played: dict[str, set[str]] = {}
@@ -98,7 +98,7 @@ def published(aggregates: Sequence[Aggregate]) -> Comparison | None:
     scores = json.loads(PUBLISHED.read_text("utf-8"))
     columns, version = scores["columns"], scores["version"]
     notes: list[str] = []
-    labels = [column["label"] + _mark(notes, f"{column['source']}; {column['plus_minus']}.") for column in columns]
+    labels = [column["label"] + mark(notes, f"{column['source']}; {column['plus_minus']}.") for column in columns]
     rows = []
     for dataset in sorted({one.dataset for one in aggregates}):
         level, _, ours = dataset.rpartition("-")
@@ -112,14 +112,16 @@ def published(aggregates: Sequence[Aggregate]) -> Comparison | None:
                 "not for comparison."
             )
         cells = (scores["scores"][level][column["key"]] for column in columns)
-        rows.append((dataset, f"{level}-{version}{_mark(notes, note)}", *cells))
+        rows.append((dataset, f"{level}-{version}{mark(notes, note)}", *cells))
     header = ("Dataset", f"Published on {version} as", *labels)
     return Comparison(header, rows, notes, scores["unit"] + ".") if rows else None
 
 
-def markdown(aggregates: Sequence[Aggregate], tasks: Mapping[str, TaskSpec] | None = None) -> str:
-    """Both tables as GitHub Markdown; the first line is the main table's header."""
-    parts = [_markdown_table(comparison(aggregates, tasks))]
+def markdown(
+    aggregates: Sequence[Aggregate], tasks: Mapping[str, TaskSpec] | None = None, by_domain: Sequence[Comparison] = ()
+) -> str:
+    """All tables as GitHub Markdown: those by domain, if any, the main one, published figures."""
+    parts = [_markdown_table(body) for body in (*by_domain, comparison(aggregates, tasks))]
     if scores := published(aggregates):
         parts += ["**Published figures, not ours**\n", _markdown_table(scores)]
     return "\n".join(parts)
@@ -127,11 +129,15 @@ def markdown(aggregates: Sequence[Aggregate], tasks: Mapping[str, TaskSpec] | No
 
 def console(aggregates: Sequence[Aggregate], tasks: Mapping[str, TaskSpec] | None = None) -> RichTable:
     """The main table for a terminal."""
-    body = comparison(aggregates, tasks)
+    return rich_table(comparison(aggregates, tasks))
+
+
+def rich_table(body: Comparison, left: int = 2) -> RichTable:
+    """A table for a terminal, its first `left` columns words."""
     notes = [f"{_superscript(ordinal)} {escape(note)}" for ordinal, note in enumerate(body.notes, 1)]
     table = RichTable(caption="\n".join([body.caption, *notes]), caption_justify="left")
-    for name in HEADER:
-        table.add_column(name, justify="left" if name in HEADER[:2] else "right", overflow="fold")
+    for n, name in enumerate(body.header):
+        table.add_column(name, justify="left" if n < left else "right", overflow="fold")
     for row in body.rows:
         table.add_row(*row)
     return table
@@ -143,8 +149,10 @@ def html(
     learning: Mapping[str, Curves],
     rollouts: Mapping[tuple[str, str], Path],
     title: str,
+    by_domain: Sequence[Comparison] = (),
 ) -> str:
-    """The whole report as one HTML document without external resources."""
+    """The whole report as one HTML document without external resources. With tables `by_domain` there are no charts of
+    single tasks: they are too many."""
     aggregates, rows = aggregate(table), from_table(table)
     tasks = {task.spec.name: task.spec for manifest in manifests for task in manifest.tasks}
     behaviour = {one.dataset: one for one in aggregates if one.model == "behaviour"}
@@ -153,7 +161,7 @@ def html(
         if one.environment or not any(other.environment for other in aggregates if other.dataset == one.dataset):
             groups.setdefault((one.dataset, one.environment), []).append(one)
     charts = []
-    for (dataset, environment), members in sorted(groups.items()):
+    for (dataset, environment), members in sorted(groups.items()) if not by_domain else ():
         logged = [behaviour[dataset]] if environment and dataset in behaviour else []
         heading = f"{dataset} on {environment}" if environment else dataset
         charts.append({"title": heading, "uri": returns_chart(members + logged), "alt": describe(members + logged)})
@@ -171,6 +179,7 @@ def html(
     return templates.from_string(TEMPLATE.read_text("utf-8")).render(
         title=title,
         comparison=comparison(aggregates, tasks),
+        by_domain=by_domain,
         published=published(aggregates),
         aggregates=aggregates,
         overall=overall(table),
@@ -194,13 +203,15 @@ def write_report(
     learning: dict[str, Curves],
     rollouts: dict[tuple[str, str], Path],
     title: str,
+    by_domain: Sequence[Comparison] = (),
 ) -> Path:
     """Write `out`/table.md and `out`/report.html and return the latter's path. `learning`: title ->
-    curves; `rollouts`: (dataset, model) -> GIF or PNG."""
+    curves; `rollouts`: (dataset, model) -> GIF or PNG; `by_domain`: tables that come first."""
     tasks = {task.spec.name: task.spec for manifest in manifests for task in manifest.tasks}
-    page = html(table, manifests, learning, rollouts, title)
+    page = html(table, manifests, learning, rollouts, title, by_domain)
     with atomic_write(Path(out) / "table.md") as file:
-        file.write(markdown(aggregate(table), tasks).encode("utf-8", "replace"))  # names of files may be no Unicode
+        # names of files may be no Unicode
+        file.write(markdown(aggregate(table), tasks, by_domain).encode("utf-8", "replace"))
     with atomic_write(Path(out) / "report.html") as file:
         file.write(page.encode("utf-8", "replace"))
     return Path(out) / "report.html"
@@ -238,7 +249,7 @@ def _numbers(one: Aggregate) -> str:
     return raw if math.isnan(one.score_mean) else f"{raw} ({one.score_mean:z.1f})"
 
 
-def _mark(notes: list[str], note: str) -> str:
+def mark(notes: list[str], note: str) -> str:
     """The superscript of `note`, which joins `notes` if it is new."""
     if note not in notes:
         notes.append(note)

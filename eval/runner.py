@@ -35,7 +35,9 @@ from eval.provenance import host
 from eval.rows import load_rows, save_rows
 from eval.ship import shipped_prompt
 from schemas.dataset import DatasetError
+from schemas.episode import TaskSpec
 from schemas.files import atomic_write, safe_name, sha256_of
+from schemas.metrics import NAMED_TASKS
 from schemas.result import EpisodeResult, ResultError, from_table
 from shards.reader import Dataset, Store
 from shards.stream import find_datasets
@@ -88,6 +90,8 @@ class ComparisonRunner:
         self.jobs, remarks = plan_jobs(options, self.tasks, {seed: info for seed, (_, info) in self.gatos.items()})
         self.remarks += remarks
         self.host = host(options.threads)
+        self.many = len({job.spec.name for job in self.jobs}) > NAMED_TASKS
+        """Whether only the worst and best tasks get a film, once they are known."""
 
     def _load_gato(self, folder: Path) -> None:
         model, info = load_export(folder)
@@ -121,16 +125,17 @@ class ComparisonRunner:
         weights, protocol = self.weights(job, progress), self.protocol(job)
         stamp = sha256(f"{job.fingerprint}{weights}{protocol}{job.seed}".encode()).hexdigest()[:12]
         part = self.options.output / "parts" / f"{safe_name(job.name)}-{stamp}.parquet"
+        # the references of a score are raw, and do not fit clipped rewards
+        clipped = job.model == "behaviour" and job.clipped
+        spec = replace(job.spec, score=None, environment=None) if clipped else job.spec
         kept: list[EpisodeResult] = []
         if part.is_file():
             with suppress(ResultError):  # a damaged part is played again
                 kept = from_table(load_rows(part))
         # other simulators or libraries may give other returns
         if kept and (job.model == "behaviour" or {row.versions for row in kept} == {self.host["versions"]}):
-            return JobResult(tuple(kept), "kept from before")
+            return JobResult(tuple(rescored(row, spec) for row in kept), "kept from before")
         episodes = behaviour(job.dataset, job.task.number) if job.model == "behaviour" else self._play(job, progress)
-        # the references of a score are raw, and do not fit clipped rewards
-        spec = replace(job.spec, score=None) if job.model == "behaviour" and job.clipped else job.spec
         common = self._common(job) | {"model_sha256": weights, "protocol": protocol}
         rows = []
         for number, episode in enumerate(episodes):
@@ -240,22 +245,45 @@ class ComparisonRunner:
 
     def _play(self, job: Job, progress: ProgressCallback) -> list[Played]:
         seeds = [self.options.first_seed + n for n in range(self.options.episodes)]
-        assert job.spec.environment is not None
-        every = simulators.suite_named(job.spec.environment.suite).film_every
         first = min(self.gatos) if job.model == "gato" else 0
-        film = int(self.options.film_seconds * 10) if job.seed == first else 0
+        frames = int(self.options.film_seconds * 10) if job.seed == first and not self.many else 0
 
         def each_timestep(timesteps: int, active: int) -> None:
             if timesteps % 20 == 0:
                 progress(f"timestep {timesteps}, {active} of {len(seeds)} episodes running")
 
+        played = self._episodes(job, seeds, frames, self.options.step_limit, each_timestep, progress)
+        self._save_film(job, played[0])
+        return played
+
+    def film(self, job: Job) -> None:
+        """The film of a job whose rows were made without one: its first episode again, as far as the film goes.
+        Raises what the simulator raises."""
+        assert job.spec.environment is not None
+        frames = int(self.options.film_seconds * 10)
+        limit = frames * simulators.suite_named(job.spec.environment.suite).film_every
+        if frames and not self.picture(job).is_file():
+            self._save_film(job, self._episodes(job, [self.options.first_seed], frames, limit)[0])
+
+    def _episodes(
+        self,
+        job: Job,
+        seeds: list[int],
+        frames: int,
+        limit: int | None,
+        each_timestep: Callable[[int, int], None] = lambda timesteps, active: None,
+        progress: ProgressCallback = lambda text: None,
+    ) -> list[Played]:
+        assert job.spec.environment is not None
+        every = simulators.suite_named(job.spec.environment.suite).film_every
         policy = self._policy(job, progress)
-        played = play(policy, job.spec, seeds, self.options.step_limit, job.seed, film, every, each_timestep)
-        if played[0].frames:
-            images = [thumbnail(frame) for frame in played[0].frames]
+        return play(policy, job.spec, seeds, limit, job.seed, frames, every, each_timestep)
+
+    def _save_film(self, job: Job, played: Played) -> None:
+        if played.frames:
+            images = [thumbnail(frame) for frame in played.frames]
             with atomic_write(self.picture(job)) as file:
                 file.write(imageio.imwrite("<bytes>", images, extension=".gif", duration=100, loop=0))
-        return played
 
     def _common(self, job: Job) -> dict[str, Any]:
         """The fields that all rows of a job share."""
@@ -267,6 +295,14 @@ class ComparisonRunner:
             "model_seed": job.seed,
             **self.host,
         }
+
+
+def rescored(row: EpisodeResult, spec: TaskSpec) -> EpisodeResult:
+    """An earlier row with its score by today's reference."""
+    if row.failed:
+        return row
+    score, kind = scores.scored(row.episode_return, spec)
+    return replace(row, score=score, score_kind=kind)
 
 
 def behaviour(dataset: Dataset, task: int) -> list[Played]:

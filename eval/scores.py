@@ -94,12 +94,13 @@ def normalised(value: float, reference: ScoreReference) -> float:
 
 def scored(value: float, task: TaskSpec) -> tuple[float, str]:
     """Score and its kind of a raw return: the suite's own, where it has one (a level solved or not); else normalised by
-    the task's reference; (NaN, '') without one."""
+    the task's reference, or by what its suite knows now, if the task was built before; (NaN, '') without one."""
     suite = all_suites().get(task.environment.suite) if task.environment else None
     own = suite.score(value, task.score) if suite else None
     if own is not None:
         return own
-    return (normalised(value, task.score), task.score.kind) if task.score else (float("nan"), "")
+    reference = task.score or (suite.reference(task.environment.id) if suite and task.environment else None)
+    return (normalised(value, reference), reference.kind) if reference else (float("nan"), "")
 
 
 def mean(values: np.ndarray) -> np.ndarray:

@@ -156,6 +156,11 @@ class TaskSpec:
     score: ScoreReference | None = None
     max_episode_steps: int = 1000
 
+    @property
+    def domain(self) -> str:
+        """What many tasks are grouped by: the suite of its simulator, or the log format where it has none."""
+        return self.environment.suite if self.environment else self.source
+
 
 def _check_choices(where: str, size: int, choices: tuple[int, ...], start: tuple[int, ...]) -> None:
     for name, numbers in (("choices", choices), ("start", start)):

@@ -21,6 +21,7 @@ import numpy as np
 
 from schemas.dataset import DatasetError
 from schemas.layout import TEXT
+from schemas.metrics import NAMED_TASKS
 from shards.assembly import Plan
 from shards.batch import Batch, BufferPool
 from shards.stream import Stream
@@ -170,7 +171,8 @@ class Loader(Iterator[list[Batch]]):
 
     def metrics(self) -> dict[str, float]:
         """Since the last call: the share of the time that the trainer waited, of tokens that are padding. Since
-        sequence 0: each task's sequences, of all ranks. Since this process began: the cache's counts."""
+        sequence 0: sequences and epochs of each task (of each domain, where tasks are many), of all ranks. Since this
+        process began: the cache's counts."""
         now = time.monotonic()
         stream, counts = self.stream, self.stream.store.cache.counts
         seen = stream.sampler.seen(self.start + self.step * self.global_batch)
@@ -178,8 +180,13 @@ class Loader(Iterator[list[Batch]]):
             "data/wait_share": self._waited / max(1e-9, now - self._since),
             "data/padding_share": self._padding / max(1, self._tokens),
         }
-        for name, timeline, count in zip(stream.tasks, stream.timelines, seen.tolist()):
-            metrics |= {f"data/sequences/{name}": count, f"data/epochs/{name}": count / timeline.windows}
+        many, totals = len(stream.tasks) > NAMED_TASKS, dict[str, tuple[int, int]]()
+        for timeline, count in zip(stream.timelines, seen.tolist()):
+            name = timeline.spec.domain if many else timeline.name
+            sequences, windows = totals.get(name, (0, 0))
+            totals[name] = sequences + count, windows + timeline.windows
+        for name, (sequences, windows) in totals.items():
+            metrics |= {f"data/sequences/{name}": sequences, f"data/epochs/{name}": sequences / windows}
         if self._remote:
             metrics |= {f"cache/{name}": value for name, value in vars(counts).items()}
         if bad := sum(len(dataset.bad) for dataset in stream.datasets):

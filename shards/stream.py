@@ -29,6 +29,7 @@ from schemas.vocabulary import Vocabulary
 from shards.assembly import Assembly, Plan
 from shards.batch import Batch, BufferPool
 from shards.folder import Folder
+from shards.mixture import task_weights
 from shards.reader import BadShard, Dataset, Store, Verify, check
 from shards.sampler import Sampler, fold_in, random_bits, uniform_below
 from shards.tables import DRAWS
@@ -50,6 +51,9 @@ class StreamConfig:
     demonstrations: int = 0
     """Only this many training episodes of each task, the first ones; 0: all."""
     weights: dict[str, float] = field(default_factory=dict)
+    domains: dict[str, float] = field(default_factory=dict)
+    """Domain (a simulators' suite, such as metaworld) -> its share of the mixture, whatever its number of tasks; 1
+    where not named. Without any, every task counts by itself."""
     mixture_block: int | None = None
     """Sequences in which the weights hold exactly; by default 256, or as many more as every task needs to have one."""
     working_set: int | None = None
@@ -120,12 +124,15 @@ class Stream:
         unknown = sorted(set(config.weights) - set(known))
         if unknown:
             raise DatasetError(f"mixture weight for unknown task '{unknown[0]}'; tasks: {', '.join(self.tasks)}")
+        domains = sorted({timeline.spec.domain for timeline in timelines})
+        if unknown := sorted(set(config.domains) - set(domains)):
+            raise DatasetError(f"--data.stream.domains: unknown domain '{unknown[0]}'; domains: {', '.join(domains)}")
         self.sampler = self._sampler()
         self._check_cache()
 
     def _sampler(self) -> Sampler:
         config, windows = self.config, [timeline.windows for timeline in self.timelines]
-        weights = [config.weights.get(name, 1.0) for name in self.tasks]
+        weights = task_weights([timeline.spec for timeline in self.timelines], config.weights, config.domains)
         if config.working_set is None:
             return Sampler(windows, weights, self.seed, config.mixture_block)
         if config.working_set < len(windows):
@@ -167,7 +174,7 @@ class Stream:
     def fingerprint(self) -> str:
         """sha256 of all that decides sequence i; a resumed run must match it."""
         chosen = {"tasks": sorted(self.config.tasks), "demonstrations": self.config.demonstrations}
-        chosen["prompt_start_share"] = self.config.prompt_start_share
+        chosen |= {"prompt_start_share": self.config.prompt_start_share, "domains": self.config.domains}
         # defaults are left out: older checkpoints, made before these options existed, still resume
         config = {name: value for name, value in (asdict(self.config) | chosen).items() if value or name not in chosen}
         body = [sorted(d.manifest.fingerprint for d in self.datasets), config, self.seed, self.held_out]

@@ -26,6 +26,7 @@ import numpy as np
 
 from schemas.dataset import DatasetError
 from schemas.layout import TimestepLayout
+from schemas.task import TaskSpec
 from shards.reader import Dataset
 from shards.sampler import fold_in, uniform_below
 
@@ -62,8 +63,12 @@ class Timeline:
         return int(abs(numbers[-1] - numbers[0])) + 1
 
     @property
+    def spec(self) -> TaskSpec:
+        return self.dataset.manifest.tasks[self.task].spec
+
+    @property
     def name(self) -> str:
-        return self.dataset.manifest.tasks[self.task].spec.name
+        return self.spec.name
 
 
 @dataclass(frozen=True)

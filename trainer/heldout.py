@@ -5,12 +5,13 @@ held-out Stream -> evaluation batches -> logits at supervised tokens -> sums -> 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
 from torch.nn import functional
 
+from schemas.task import TaskSpec
 from schemas.vocabulary import IdRange, bin_centres
 from shards.stream import Stream
 from trainer.loss import held_out_logits
@@ -70,3 +71,14 @@ def evaluate(
         metrics |= {f"held_out/{name}/{kind}": value for kind, value in means.items()}
     model.train(training)
     return metrics
+
+
+def mean_losses(metrics: Mapping[str, float], tasks: Iterable[TaskSpec]) -> dict[str, float]:
+    """held_out/loss, the mean of the tasks' losses in `metrics`; where there are several domains, domains/DOMAIN/loss
+    too, the mean of its own tasks."""
+    domains: dict[str, list[float]] = {}
+    for task in tasks:
+        domains.setdefault(task.domain, []).append(metrics[f"held_out/{task.name}/loss"])
+    losses = [loss for own in domains.values() for loss in own]
+    means = {f"domains/{name}/loss": sum(own) / len(own) for name, own in sorted(domains.items()) if len(domains) > 1}
+    return means | {"held_out/loss": sum(losses) / len(losses)}

@@ -30,11 +30,11 @@ from trainer.deepspeed_file import precision, resolve_auto
 from trainer.distributed import agreement
 from trainer.distributed.ranks import on_every_rank, on_rank_0
 from trainer.engine import Engine, StepResult, learning_rate, read_config, zero_config
-from trainer.heldout import evaluate
+from trainer.heldout import evaluate, mean_losses
 from trainer.inputs import adopted, load_initial_model, open_streams, recipe_of
 from trainer.lifecycle import StopRequest, exclusive_run, restart_watchdog
 from trainer.loss import targets_of
-from trainer.metrics import MetricsWriter
+from trainer.metrics import MetricsWriter, tasks_in_words
 from trainer.model import Gato
 from trainer.scales import observation_scales
 
@@ -144,7 +144,7 @@ class Run:
         with atomic_write(self.config.run.output / "config.json") as file:
             file.write(json.dumps({"recipe": self.recipe} | to_dict(self.config), indent=1).encode())
         counts = ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in self.counts.items())
-        print(f"parameters: {counts}; tasks: {', '.join(self.stream.tasks)}", flush=True)
+        print(f"parameters: {counts}; {tasks_in_words(self.stream)}", flush=True)
         if record is not None:
             before = f"{record.world_size} process(es), ZeRO {record.zero_stage}"
             print(f"resuming at step {record.step} (saved by {before})", flush=True)
@@ -248,8 +248,7 @@ class Run:
         gathered: list[dict[str, float]] = [{}] * engine.world
         dist.all_gather_object(gathered, own)
         metrics = dict(sorted(item for of_rank in gathered for item in of_rank.items()))
-        losses = [value for name, value in metrics.items() if name.endswith("/loss")]
-        return metrics | {"held_out/loss": sum(losses) / len(losses)}
+        return metrics | mean_losses(metrics, [timeline.spec for timeline in self.held_out.timelines])
 
     def _write(self, metrics: dict[str, float]) -> None:
         if self.metrics and metrics:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+from collections import Counter
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +24,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from schemas.files import atomic_write
-from schemas.metrics import MetricsLine, read_lines
+from schemas.metrics import NAMED_TASKS, MetricsLine, read_lines
+from shards.stream import Stream
 from trainer.config import RunConfig
 
 # Peak dense rates in bfloat16 with float32 accumulation, TFLOP/s, from the makers' data sheets; by part of the name.
@@ -90,8 +92,9 @@ class MetricsWriter:
             print(f"warning: metrics of step {step} not written: {error}", flush=True)
         self.held_out = metrics.get("held_out/loss", self.held_out)
         try:
-            for name, value in metrics.items() if self.board else ():
-                self.board.add_scalar(name, value, step)
+            if self.board is not None:
+                for name, value in metrics.items():
+                    self.board.add_scalar(name, value, step)
         except OSError as error:  # of its thread, which has ended
             print(f"warning: no more curves for TensorBoard: {error}; all metrics are in metrics.jsonl", flush=True)
             self.board = None
@@ -115,11 +118,21 @@ def _without_tensorboard(arguments: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(arguments)
 
 
+def tasks_in_words(stream: Stream) -> str:
+    """The names of a stream's tasks; of many, their number in each domain."""
+    if len(stream.tasks) <= NAMED_TASKS:
+        return f"tasks: {', '.join(stream.tasks)}"
+    counts = Counter(timeline.spec.domain for timeline in stream.timelines)
+    return f"{len(stream.tasks)} tasks: {', '.join(f'{name} {count}' for name, count in sorted(counts.items()))}"
+
+
 def words(metrics: dict[str, float], held_out: float) -> str:
     """A step's metrics in a line. `held_out`: the last evaluation's loss, NaN before the first."""
     parts = [f"loss {metrics.get('train/loss', math.nan):.4f}"]
     if not math.isnan(held_out):
-        parts.append(f"held-out {held_out:.4f}")
+        own = {name.split("/")[1]: value for name, value in metrics.items() if name.startswith("domains/")}
+        by_domain = f" ({', '.join(f'{name} {loss:.2f}' for name, loss in own.items())})" if own else ""
+        parts.append(f"held-out {held_out:.4f}{by_domain}")
     if epochs := [value for name, value in metrics.items() if name.startswith("data/epochs/")]:
         least, most = f"{min(epochs):.2f}", f"{max(epochs):.2f}"
         parts.append(f"epochs {least}" + (f" to {most}" if most != least else ""))

@@ -18,6 +18,10 @@ from etl.building.oddities import TaskOddities
 from etl.building.plan import ShardPlan
 from etl.sources import Source
 from schemas.dataset import Manifest, TaskSummary
+from schemas.metrics import NAMED_TASKS
+
+FEW = 5
+COUNTS = ("episodes", "cut", "held out", "filtered", "rejected", "timesteps", "tokens")
 
 
 class _Rate(progress.ProgressColumn):
@@ -77,16 +81,40 @@ class Progress:
 
 
 def show(manifest: Manifest, console: Console) -> None:
-    """Print what the dataset holds, one line per task."""
-    columns = ("episodes", "cut", "held out", "filtered", "rejected", "timesteps", "tokens", "MiB")
-    table = Table("task", *columns, "return: mean ± std (min, 25 %, median, 75 %, max)")
+    """Print what the dataset holds, one line per task; of many tasks, one per domain without the returns."""
+    if len(manifest.tasks) > NAMED_TASKS:
+        _show_domains(manifest, console)
+        return
+    table = Table("task", *COUNTS, "MiB", "return: mean ± std (min, 25 %, median, 75 %, max)")
     for task in manifest.tasks:
-        counts = (task.episodes, task.cut_episodes, task.held_out_episodes, task.filtered_episodes)
-        sizes = (task.rejected_episodes, task.timesteps, task.tokens)
-        numbers = [f"{n:,}" for n in (*counts, *sizes)]
+        numbers = [f"{n:,}" for n in _counts(task)]
         table.add_row(task.spec.name, *numbers, f"{task.bytes / 2**20:.1f}", _returns(task))
     console.print(table)
-    for name, loss in losses(manifest):
+    _show_rest(manifest, console)
+
+
+def _show_domains(manifest: Manifest, console: Console) -> None:
+    table = Table("domain", "tasks", *COUNTS, "MiB")
+    for domain in sorted({task.spec.domain for task in manifest.tasks}):
+        tasks = [task for task in manifest.tasks if task.spec.domain == domain]
+        sums = map(sum, zip(*map(_counts, tasks)))
+        size = sum(task.bytes for task in tasks) / 2**20
+        table.add_row(domain, str(len(tasks)), *(f"{n:,}" for n in sums), f"{size:.1f}")
+    console.print(table)
+    _show_rest(manifest, console)
+
+
+def _counts(task: TaskSummary) -> tuple[int, ...]:
+    counts = (task.episodes, task.cut_episodes, task.held_out_episodes, task.filtered_episodes)
+    return *counts, task.rejected_episodes, task.timesteps, task.tokens
+
+
+def _show_rest(manifest: Manifest, console: Console) -> None:
+    found = losses(manifest)
+    shown = found if len(manifest.tasks) <= NAMED_TASKS else found[:FEW]
+    if len(shown) < len(found):
+        console.print(f"{len(found)} losses of tokens, the first {FEW} of them:")
+    for name, loss in shown:
         console.print(f"[yellow]{name}[/]: {loss}", highlight=False)
     size = sum(task.bytes for task in manifest.tasks)
     console.print(
@@ -97,10 +125,14 @@ def show(manifest: Manifest, console: Console) -> None:
 
 
 def show_oddities(found: dict[str, TaskOddities], console: Console) -> None:
-    """Print what looks odd in the values of each task, one line each."""
-    for name, odd in found.items():
-        for line in odd.found:
-            console.print(f"[yellow]odd[/] {escape(name)}: {escape(line)}", highlight=False, soft_wrap=True)
+    """Print what looks odd in the values of each task, one line each; of many tasks, the first few lines."""
+    lines = [(name, line) for name, odd in found.items() for line in odd.found]
+    shown = lines if len(found) <= NAMED_TASKS else lines[:FEW]
+    for name, line in shown:
+        console.print(f"[yellow]odd[/] {escape(name)}: {escape(line)}", highlight=False, soft_wrap=True)
+    if len(shown) < len(lines):
+        rest = f"{len(lines) - len(shown)} lines more on {len({name for name, _ in lines})} tasks"
+        console.print(f"[yellow]odd[/] {rest}: python -m etl.inspect shows them", highlight=False)
 
 
 def losses(manifest: Manifest) -> list[tuple[str, str]]:

@@ -71,7 +71,8 @@ class Sawyer(gymnasium.Env):
         self.start = self.env.get_env_state()
         self.model, self.data, self.action_space = self.env.model, self.env.data, self.env.action_space
         space: Any = self.env.observation_space
-        self.observation_space = gymnasium.spaces.Box(space.low, space.high, dtype=np.float32)
+        low, high = (np.asarray(bound, np.float32) for bound in (space.low, space.high))
+        self.observation_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)

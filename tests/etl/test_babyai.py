@@ -16,6 +16,8 @@ from etl.tokenizers.timestep import TimestepTokenizer
 from schemas.layout import ACTION, TEXT
 from shards.reader import Dataset
 from shards.stream import Stream, StreamConfig
+from simulators.experts import policies
+from simulators.rollout import rollout
 from simulators.suites import minigrid as gridworld
 from tests.conftest import run
 
@@ -124,3 +126,11 @@ def test_without_minigrid_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(type(gridworld.SUITE), "module", "a_package_that_is_not_there")
     with pytest.raises(SourceError, match=r"pip install 'gato-open\[minigrid\]'"):
         babyai.SOURCE.scan([], babyai.SOURCE.options())
+
+
+def test_a_plan_that_searches_without_end_is_given_up():
+    """With seed 6 of this level minigrid's own bot never returns from one of its plans."""
+    env = simulators.make(simulators.environment_spec("BabyAI-GoToImpUnlock-v0"))
+    policy = policies.load("expert", env)
+    steps = list(rollout(policy, [env], [6], np.random.default_rng(0)))
+    assert 1 < policy.player.tries <= policy.player.TRIES and steps[-1].ended and steps[-1].error is None

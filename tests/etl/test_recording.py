@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+from rich.console import Console
 
+from etl import recording
+from etl.record import Options
+from simulators import scores
+from simulators.registry import all_suites
+from simulators.suite import Suite
 from tests.commands import run
 
 
@@ -60,3 +71,54 @@ def test_what_makes_no_sense_is_refused(tmp_path, options, words):
     done = run("etl.record", *options, "-o", tmp_path / "logs", check=False)
     assert done.returncode == 1 and words in done.stderr
     assert not (tmp_path / "logs").exists()
+
+
+def test_episodes_and_steps_together_are_both_reached_in_whole_episodes(tmp_path):
+    run("etl.record", "--suite", "classic", "--episodes", "2", "--steps", "300", "-o", tmp_path)
+    rows = table(tmp_path)
+    assert all(row["episodes"] >= 2 and row["timesteps"] >= 300 for row in rows.values())
+    assert rows["CartPole-v1"]["episodes"] == 2 and rows["Pendulum-v1"]["episodes"] == 2
+    taxi = rows["Taxi-v4"]
+    assert taxi["episodes"] > 2 and taxi["asked"] == {"policy": "expert", "episodes": 2, "steps": 300, "noise": 0.0,
+                                                      "temperature": 1.0, "seed": 0}  # fmt: skip
+
+
+def test_it_says_before_the_start_how_long_it_takes():
+    measured = sum(score.seconds for id, score in scores.table().items())
+    words = recording._announcement(Options(episodes=60, workers=2), 0, list(scores.table()))
+    assert words.startswith(f"{len(scores.table())} logs to record; about {round(measured / 2)} minutes with 2")
+    words = recording._announcement(Options(episodes=60), 3, ["CartPole-v1", "Own-v0"])
+    assert "2 logs to record, 3 are there; about 1 minutes for 1 of them (the others were not measured)" in words
+    assert recording._announcement(Options(), 0, ["Own-v0"]) == "1 logs to record"
+
+
+def test_a_log_of_steps_is_estimated_by_its_timesteps():
+    score = scores.table()["Pendulum-v1"]  # whose episodes have 200
+    assert recording._episodes(Options(steps=2000), score.timesteps) == 10
+    assert recording._episodes(Options(steps=2000, episodes=50), score.timesteps) == 50
+    assert recording._episodes(Options(episodes=5), score.timesteps) == 5
+    assert recording._episodes(Options(), score.timesteps) == 100
+
+
+def test_what_is_not_installed_is_left_out_by_name(monkeypatch):
+    class Missing(Suite):
+        name, module, install = "missing", "no_such_simulator", "pip install no-such-simulator"
+        experts = {"Missing-": lambda env: None}
+
+    monkeypatch.setattr(recording, "all_suites", lambda: {"missing": Missing(), "classic": all_suites()["classic"]})
+    said = Console(record=True, file=io.StringIO(), width=200)
+    assert len(recording._tasks("all", said)) == 9
+    assert "left out suite 'missing' needs the package no_such_simulator" in said.export_text()
+
+
+@pytest.mark.process
+def test_an_interrupt_ends_the_running_logs_and_keeps_those_that_are_whole(tmp_path):
+    command = [sys.executable, "-m", "etl.record", "--suite", "classic", "--episodes", "1000000", "-o", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    while "logs to record" not in process.stderr.readline():
+        assert process.poll() is None
+    time.sleep(3)  # a log is being written
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "keeps the logs that are whole" in said
