@@ -230,7 +230,7 @@ class Bot:
 
         self.tries += 1
         self.bot: Any = BabyAIBot(self.env.unwrapped)
-        bot = self.bot
+        bot: Any = self.bot
         search = bot._breadth_first_search
 
         def bounded(*arguments: Any, **named: Any) -> Any:
