@@ -128,12 +128,12 @@ class ComparisonRunner:
         # the references of a score are raw, and do not fit clipped rewards
         clipped = job.model == "behaviour" and job.clipped
         spec = replace(job.spec, score=None, environment=None) if clipped else job.spec
-        kept: list[EpisodeResult] = []
+        kept: list[EpisodeResult] | None = None  # a log may hold no whole episode
         if part.is_file():
             with suppress(ResultError):  # a damaged part is played again
                 kept = from_table(load_rows(part))
         # other simulators or libraries may give other returns
-        if kept and (job.model == "behaviour" or {row.versions for row in kept} == {self.host["versions"]}):
+        if kept is not None and (job.model == "behaviour" or {row.versions for row in kept} == {self.host["versions"]}):
             return JobResult(tuple(rescored(row, spec) for row in kept), "kept from before")
         episodes = behaviour(job.dataset, job.task.number) if job.model == "behaviour" else self._play(job, progress)
         common = self._common(job) | {"model_sha256": weights, "protocol": protocol}
