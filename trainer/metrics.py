@@ -90,8 +90,9 @@ class MetricsWriter:
             print(f"warning: metrics of step {step} not written: {error}", flush=True)
         self.held_out = metrics.get("held_out/loss", self.held_out)
         try:
-            for name, value in metrics.items() if self.board else ():
-                self.board.add_scalar(name, value, step)
+            for name, value in metrics.items():
+                if self.board is not None:
+                    self.board.add_scalar(name, value, step)
         except OSError as error:  # of its thread, which has ended
             print(f"warning: no more curves for TensorBoard: {error}; all metrics are in metrics.jsonl", flush=True)
             self.board = None
