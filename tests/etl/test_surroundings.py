@@ -9,6 +9,7 @@ import sys
 import h5py
 import pytest
 
+from schemas.files import disk_fault
 from shards.reader import Dataset
 from tests.commands import run
 from tests.trainer.launch import ROOT
@@ -75,3 +76,57 @@ os._exit(9)
     subprocess.run(["/usr/bin/env", sys.executable, "-c", script])
     done = run(*build(tmp_path, tmp_path / "shards"), check=False)
     assert done.returncode == 1 and "unfinished HDF5" in done.stderr and "h5clear" in done.stderr, done.stderr
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("environment", ["Hopper-v4", "CartPole-v1", "ALE/Pong-v5"])
+def test_a_full_disk_ends_a_recording_in_one_line_and_leaves_nothing(tmp_path, environment):
+    """HDF5 itself would end the process by a segmentation fault, after tracebacks."""
+    words = [
+        "-m",
+        "etl.record",
+        "--environment",
+        environment,
+        "--policy",
+        "random",
+        "--steps",
+        "100",
+        "--output",
+        tmp_path,
+    ]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)))  # fmt: skip
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert last.startswith(f"error: {tmp_path}: the disk is full (File too large)")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_link_to_nothing_is_named(logs, tmp_path):
+    (tmp_path / "shards").symlink_to("nowhere")
+    done = run(*build(logs / "d4rl", tmp_path / "shards"), check=False)
+    assert done.returncode == 1 and "--output" in done.stderr and "is a link to nothing" in done.stderr, done.stderr
+
+
+def test_a_folder_in_a_files_place_has_a_remedy(tmp_path):
+    error = IsADirectoryError(21, "Is a directory", str(tmp_path))
+    assert disk_fault(error, "") == f"{tmp_path}: Is a directory; move it away, or give another folder"
+    error = PermissionError(13, "Permission denied", str(tmp_path))
+    assert disk_fault(error, "") == f"{tmp_path}: Permission denied; change its rights, or give another folder"
+    assert not disk_fault(FileNotFoundError(2, "No such file or directory", str(tmp_path)), "")
+
+
+LATIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.process
+def test_a_locale_of_few_letters_changes_nothing(logs, tmp_path):
+    """Names of files are bytes that it cannot decode; what is written is UTF-8 all the same."""
+    place, environment = tmp_path / "größe", os.environ | LATIN
+    run(*build(logs / "d4rl", place), env=environment, cold=True)
+    run("etl.inspect", place, "--output", tmp_path / "ü.html", env=environment, cold=True)
+    quick = ("--episodes", "1", "--step-limit", "20", "--film-seconds", "0", "--processes", "1", "--models", "random")
+    for _ in range(2):  # the second time it reads what the first one wrote
+        run("eval.compare", "--datasets", place, "--output", tmp_path / "ç", *quick, env=environment, cold=True)
+    assert "±" in (tmp_path / "ç" / "table.md").read_text("utf-8")
+    assert Dataset(place, "full").manifest.tasks and "<html" in (tmp_path / "ü.html").read_text("utf-8")

@@ -125,3 +125,31 @@ def test_an_output_that_is_a_file_is_refused_before_anything_is_done(tmp_path):
             done = run(*command, "--output", output, check=False)
             assert done.returncode == 1
             assert done.stderr.strip() == f"error: --output {output}: {file} is a file; give a folder"
+
+
+def test_a_damaged_part_is_played_again(built, tmp_path):
+    play(built["right"], tmp_path, "random")
+    (part,) = (tmp_path / "parts").iterdir()
+    whole = part.read_bytes()
+    for damaged in (b"", whole[:20], whole[:-9]):
+        part.write_bytes(damaged)
+        assert play(built["right"], tmp_path, "random").returncode == 0
+        assert load_rows(part).num_rows == 1
+
+
+def test_what_is_in_the_way_of_the_results_is_said_before_anything_is_played(built, tmp_path):
+    (tmp_path / "out").symlink_to("nowhere")
+    done = play(built["right"], tmp_path / "out", "random")
+    assert done.returncode == 1 and "is a link to nothing" in done.stderr and "return" not in done.stdout
+
+
+def test_the_file_of_a_dataset_in_its_folders_place_is_named(built, tmp_path):
+    done = play(built["right"] / "dataset.json", tmp_path, "random")
+    assert done.returncode == 1 and f"a file; give the folder of a dataset, {built['right']}" in done.stderr
+
+
+def test_a_curves_damaged_files_are_named_or_played_again(tmp_path):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "model.json").write_text("{")
+    done = run("eval.curve", tmp_path, check=False)
+    assert done.returncode == 1 and "model.json: damaged" in done.stderr and "Traceback" not in done.stderr

@@ -11,11 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
 
 from tests.trainer.launch import errors, losses, train
 from trainer import engine
-from trainer.deepspeed_file import complete_offload, cpu_twin, precision, refused, require_precision, resolve_auto
-from trainer.engine import config_names, zero_config
+from trainer.deepspeed_file import (
+    ReadFields,
+    complete_offload,
+    cpu_twin,
+    precision,
+    refused,
+    require_precision,
+    resolve_auto,
+)
+from trainer.engine import config_names, read_config, zero_config
 from trainer.recipes import RECIPES
 
 
@@ -39,7 +48,11 @@ def test_precision_is_named():
         assert precision({field: on}) == name
     with pytest.raises(ValueError, match="own.json: field 'fp16.enabled': .* GPUs only; remove it, or use bf16"):
         require_precision("own.json", {"fp16": {"enabled": True}}, "cpu")
-    require_precision("own.json", {"fp16": {"enabled": True}}, "cuda")
+    half = {"fp16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+    require_precision("own.json", half, "cuda")
+    for body in ({"fp16": {"enabled": True}}, {"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}):
+        with pytest.raises(ValueError, match="own.json: .* weights need ZeRO here"):
+            require_precision("own.json", body, "cuda")
 
 
 def test_a_recipes_file_has_a_form_for_machines_without_a_gpu():
@@ -65,6 +78,8 @@ def test_files_that_others_write(hopper, tmp_path):
         "half": {"fp16": {"enabled": True}},
         "stage": {"zero_optimization": {"stage": 7}},
         "list": [],
+        "plain": {"bf16": {"enabled": True}},
+        "typo": {"zero_optimisation": {"stage": 2}, "flops_profiler": {"enabled": False}},
     }
     done = {}
     for name, body in files.items():
@@ -75,10 +90,54 @@ def test_files_that_others_write(hopper, tmp_path):
     assert f"1 process(es) on cpu, float32, ZeRO 2 ({tmp_path / 'auto.json'})" in done["auto"].stdout
     assert done["offload"].returncode == 0, done["offload"].stderr
     assert losses(tmp_path / "offload") == pytest.approx(losses(tmp_path / "auto"), rel=1e-5)
-    for name, words in (("half", "field 'fp16.enabled'"), ("stage", "stage"), ("list", "must be a JSON object")):
+    assert done["typo"].returncode == 0
+    (line,) = [one for one in done["typo"].stdout.splitlines() if "is ignored" in one]
+    assert line.startswith(f"warning: {tmp_path / 'typo.json'}: field 'zero_optimisation'"), line
+    assert line.endswith("is 'zero_optimization' meant?"), line
+    for name, words in (
+        ("plain", "weights need ZeRO here"),
+        ("half", "field 'fp16.enabled'"),
+        ("stage", "stage"),
+        ("list", "must be a JSON object"),
+    ):
         assert done[name].returncode == 1 and "Traceback" not in done[name].stderr, done[name].stderr
         (line,) = errors(done[name])
         assert f"{name}.json" in line and words in line, line
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            '{"zero_optimization": {"stage": 2}, "zero_optimization": {"stage": 1}}',
+            "'zero_optimization' is there twice",
+        ),
+        ("[" * 100_000, "nested too deeply"),
+        ("\udcff", "not JSON"),
+        ('{"zero_optimization": {"stage": "2"}}', "'zero_optimization.stage' must be 0, 1, 2 or 3, without quotes"),
+        ('{"bf16": {"enabled": "yes"}}', "'bf16.enabled' must be true, false"),
+    ],
+)
+def test_files_that_say_nothing_definite_are_refused(tmp_path, text, words):
+    path = tmp_path / "own.json"
+    path.write_text(text, "utf-8", "surrogateescape")
+    with pytest.raises(ValueError, match=f"own.json: .*{words}"):
+        read_config(str(path))
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "own.json").write_text("\ufeff{}", "utf-8")
+    assert read_config(str(tmp_path / "own.json")) == {}
+
+
+def test_deepspeeds_own_fields_are_known():
+    names = ("activation_checkpointing", "aio", "autotuning", "comms_logger", "data_efficiency", "data_types",
+             "flops_profiler", "tensorboard", "torch_autocast", "wandb")  # fmt: skip
+    fields = ReadFields({"train_batch_size": 8} | {name: {} for name in names} | {"train_batchsize": 8})
+    DeepSpeedConfig(fields)
+    assert fields.remarks() == [
+        "field 'train_batchsize' is ignored, DeepSpeed does not know it; is 'train_batch_size' meant?"
+    ]
 
 
 VALUES = [None, True, False, -1, 0, 1, 2, 3, 7, 1e9, -0.5, float("inf"), "auto", "", "cpu", "nvme", "true", [], {}, [1],
