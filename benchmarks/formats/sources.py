@@ -28,10 +28,13 @@ from PIL import Image
 
 from benchmarks.etl import against_floor
 
-EPISODES, T = 200, 200
+T = 200
 SIDE = 64
 CAMERAS = ("agentview_image", "eye_in_hand_image")
-PLAIN = ("d3rlpy", "vintix", "imagetext")  # logs without pictures, or of one timestep: EPISODES of them, else a quarter
+PLAIN = ("d3rlpy", "vintix", "imagetext")  # logs without pictures, or of one timestep: a quarter as many of the others
+# a build of so many takes some 5 to 15 s; 0.8 s of it start Beam and the process that tries HDF5 files
+EPISODES = {"robomimic": 600, "d3rlpy": 1200, "maniskill": 800, "hdf5, ALOHA": 1200, "hdf5, npz": 1200}
+EPISODES |= {"vintix": 4000, "jat": 1200, "imagetext": 400}
 
 
 def pictures(rng: np.random.Generator, count: int, channels: int = 3) -> np.ndarray:
@@ -40,9 +43,9 @@ def pictures(rng: np.random.Generator, count: int, channels: int = 3) -> np.ndar
     return small.repeat(8, axis=1).repeat(8, axis=2)
 
 
-def write_robomimic(folder: Path, rng: np.random.Generator) -> int:
+def write_robomimic(folder: Path, rng: np.random.Generator, episodes: int) -> int:
     with h5py.File(folder / "lift.hdf5", "w") as file:
-        for number in range(EPISODES // 4):
+        for number in range(episodes // 4):
             demo = file.create_group(f"data/demo_{number}")
             demo.attrs["num_samples"] = T
             demo["actions"], demo["rewards"] = rng.uniform(-1, 1, (T, 7)), rng.normal(size=T)
@@ -50,7 +53,7 @@ def write_robomimic(folder: Path, rng: np.random.Generator) -> int:
             for name in CAMERAS:
                 demo.create_dataset(f"obs/{name}", data=pictures(rng, T), compression="gzip")
         file["data"].attrs["env_args"] = json.dumps({"env_name": "Lift"})
-    return EPISODES // 4 * T
+    return episodes // 4 * T
 
 
 def read_robomimic(folder: Path) -> None:
@@ -60,15 +63,15 @@ def read_robomimic(folder: Path) -> None:
                 demo[key][()]
 
 
-def write_d3rlpy(folder: Path, rng: np.random.Generator) -> int:
+def write_d3rlpy(folder: Path, rng: np.random.Generator, episodes: int) -> int:
     with h5py.File(folder / "log.h5", "w") as file:
-        for number in range(EPISODES):
+        for number in range(episodes):
             file[f"observations_{number}"] = rng.normal(size=(T, 17)).astype(np.float32)
             file[f"actions_{number}"] = rng.uniform(-1, 1, (T, 6)).astype(np.float32)
             file[f"rewards_{number}"] = rng.normal(size=(T, 1)).astype(np.float32)
             file[f"terminated_{number}"] = True
-        file["num_episodes"], file["version"] = EPISODES, "2.1"
-    return EPISODES * T
+        file["num_episodes"], file["version"] = episodes, "2.1"
+    return episodes * T
 
 
 def read_d3rlpy(folder: Path) -> None:
@@ -78,10 +81,10 @@ def read_d3rlpy(folder: Path) -> None:
                 file[f"{key}_{number}"][()]
 
 
-def write_maniskill(folder: Path, rng: np.random.Generator) -> int:
+def write_maniskill(folder: Path, rng: np.random.Generator, episodes: int) -> int:
     listed = []
     with h5py.File(folder / "trajectory.h5", "w") as file:
-        for number in range(EPISODES // 4):
+        for number in range(episodes // 4):
             group = file.create_group(f"traj_{number}")
             group["actions"], group["rewards"] = rng.uniform(-1, 1, (T, 7)).astype(np.float32), np.zeros(T, np.float32)
             group["terminated"], group["truncated"] = np.arange(T) == T - 1, np.zeros(T, bool)
@@ -91,7 +94,7 @@ def write_maniskill(folder: Path, rng: np.random.Generator) -> int:
             listed.append({"episode_id": number, "elapsed_steps": T})
     about = {"env_info": {"env_id": "PickCube-v1", "max_episode_steps": T}, "episodes": listed}
     (folder / "trajectory.json").write_text(json.dumps(about))
-    return EPISODES // 4 * T
+    return episodes // 4 * T
 
 
 def read_maniskill(folder: Path) -> None:
@@ -101,13 +104,13 @@ def read_maniskill(folder: Path) -> None:
                 group[key][()]
 
 
-def write_hdf5(folder: Path, rng: np.random.Generator) -> int:
-    for number in range(EPISODES // 4):
+def write_hdf5(folder: Path, rng: np.random.Generator, episodes: int) -> int:
+    for number in range(episodes // 4):
         with h5py.File(folder / f"episode_{number}.hdf5", "w") as file:
             file["action"], file["observations/qpos"] = rng.normal(size=(T, 14)), rng.normal(size=(T, 14))
             frames = pictures(rng, T)
             file.create_dataset("observations/images/top", data=frames, chunks=(1, SIDE, SIDE, 3))
-    return EPISODES // 4 * T
+    return episodes // 4 * T
 
 
 def read_hdf5(folder: Path) -> None:
@@ -117,12 +120,12 @@ def read_hdf5(folder: Path) -> None:
                 file[key][()]
 
 
-def write_npz(folder: Path, rng: np.random.Generator) -> int:
-    for number in range(EPISODES // 4):
+def write_npz(folder: Path, rng: np.random.Generator, episodes: int) -> int:
+    for number in range(episodes // 4):
         arrays = {"image": pictures(rng, T + 1), "action": rng.uniform(-1, 1, (T + 1, 6)), "reward": np.zeros(T + 1)}
         flags = {"is_first": np.arange(T + 1) == 0, "is_last": np.arange(T + 1) == T}
         np.savez_compressed(folder / f"{number}.npz", **arrays, **flags)
-    return EPISODES // 4 * T
+    return episodes // 4 * T
 
 
 def read_npz(folder: Path) -> None:
@@ -132,13 +135,15 @@ def read_npz(folder: Path) -> None:
                 file[key]
 
 
-def write_vintix(folder: Path, rng: np.random.Generator) -> int:
-    rows, each = EPISODES * T, 10_000
+def write_vintix(folder: Path, rng: np.random.Generator, episodes: int) -> int:
+    rows, each = episodes * T, 10_000
     with h5py.File(folder / "trajectories_0000.h5", "w") as file:
         for first in range(0, rows, each):
             group = file.create_group(f"{first}-{first + each - 1}")
-            group["proprio_observation"], group["action"] = rng.normal(size=(each, 27)), rng.uniform(-1, 1, (each, 8))
-            group["reward"], group["step_num"] = rng.normal(size=each), np.arange(first, first + each) % T
+            arrays = {"proprio_observation": rng.normal(size=(each, 27)), "action": rng.uniform(-1, 1, (each, 8))}
+            arrays |= {"reward": rng.normal(size=each), "step_num": np.arange(first, first + each) % T}
+            for key, values in arrays.items():
+                group.create_dataset(key, data=values)
     return rows
 
 
@@ -149,17 +154,17 @@ def read_vintix(folder: Path) -> None:
                 group[key][()]
 
 
-def write_jat(folder: Path, rng: np.random.Generator) -> int:
+def write_jat(folder: Path, rng: np.random.Generator, episodes: int) -> int:
     rows = [
         {
             "image_observations": [{"bytes": png(frame), "path": None} for frame in pictures(rng, T, 4)],
             "discrete_actions": rng.integers(0, 6, T).tolist(),
             "rewards": rng.normal(size=T).tolist(),
         }
-        for _ in range(EPISODES // 4)
+        for _ in range(episodes // 4)
     ]
     pa.parquet.write_table(pa.Table.from_pylist(rows), folder / "train-00000-of-00001.parquet", row_group_size=10)
-    return EPISODES // 4 * T
+    return episodes // 4 * T
 
 
 def read_jat(folder: Path) -> None:
@@ -169,8 +174,8 @@ def read_jat(folder: Path) -> None:
             np.asarray(Image.open(io.BytesIO(code.as_py())))
 
 
-def write_imagetext(folder: Path, rng: np.random.Generator) -> int:
-    count = EPISODES * T // 10
+def write_imagetext(folder: Path, rng: np.random.Generator, episodes: int) -> int:
+    count = episodes * T // 10
     with tarfile.open(folder / "00000.tar", "w") as archive:
         for number, frame in enumerate(pictures(rng, count)):
             for ending, data in (("png", png(frame)), ("txt", f"caption number {number}".encode())):
@@ -197,7 +202,7 @@ def png(frame: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-Write, Read = Callable[[Path, np.random.Generator], int], Callable[[Path], None]
+Write, Read = Callable[[Path, np.random.Generator, int], int], Callable[[Path], None]
 FORMATS: dict[str, tuple[str, Write, Read]] = {
     "robomimic": ("robomimic", write_robomimic, read_robomimic),
     "d3rlpy": ("d3rlpy", write_d3rlpy, read_d3rlpy),
@@ -215,13 +220,13 @@ def bench(name: str, folder: Path) -> None:
     source, write, read = FORMATS[name]
     logs = folder / "logs"
     logs.mkdir(parents=True)
-    count = write(logs, np.random.default_rng(0))
+    count = write(logs, np.random.default_rng(0), EPISODES[name])
     against_floor(folder, source, logs, {f"etl: {name} build / read and write only": read}, count)
     shutil.rmtree(folder)
 
 
 def run(folder: Path, names: list[str] | None = None) -> None:
-    """All of them, or some; `folder` is for scratch files, some 500 MB at a time."""
+    """All of them, or some; `folder` is for scratch files, some 2 GB at a time."""
     for number, name in enumerate(names or list(FORMATS)):
         bench(name, folder / str(number))
 

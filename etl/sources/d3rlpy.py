@@ -109,8 +109,8 @@ class _V2(HDF5Log):
         T = len(actions)
         key = f"observations_{position}"
         observation: dict[str, Any] = {}
-        if _hdf5.dataset(self.file, key) is not None:
-            observation["observation"] = HDF5Column(self.file[key])
+        if (seen := _hdf5.dataset(self.file, key)) is not None:
+            observation["observation"] = HDF5Column(seen)
         else:
             while (node := _hdf5.dataset(self.file, f"{key}_{len(observation)}")) is not None:
                 observation[str(len(observation))] = HDF5Column(node)

@@ -71,9 +71,8 @@ def test_memory_is_that_of_an_episode(kind, tmp_path, monkeypatch):
             write(place, count)
         else:
             name, write, _ = written.FORMATS[kind]
-            monkeypatch.setattr(written, "EPISODES", count if kind in written.PLAIN else 4 * count)
             monkeypatch.setattr(written, "T", {"d3rlpy": 2000, "vintix": 2000, "imagetext": 200}.get(kind, 100))
-            write(place, np.random.default_rng(0))
+            write(place, np.random.default_rng(0), count if kind in written.PLAIN else 4 * count)
         found.append(read_all(name, place))
     (_, few, least), (_, many, most) = found[1:]
     assert many > 4 * few and most - least < SHARE * (many - few) + 2**21, found
