@@ -174,7 +174,8 @@ def test_commands_parse(page, command):
     module = SCRIPTS.get(words[0]) or words[2]
     arguments = words[1:] if words[0] in SCRIPTS else words[3:]
     if module == "etl.build":
-        options, rest = build.parsed(arguments)
+        unnamed = "--input" in arguments and "--source" not in arguments  # its logs, which would say so, are not here
+        options, rest = build.parsed([*arguments, "--source", "d4rl"] if unnamed else arguments)
         build.beam_flags(rest, options.workers)  # refuses what neither knows
         return
     options = importlib.import_module(module).Options
