@@ -238,7 +238,7 @@ class Bot:
                 raise ValueError(f"no plan after {self.SEARCHES} searches")
             return search(*arguments, **named)
 
-        bot._breadth_first_search = bounded  # type: ignore[method-assign]
+        bot._breadth_first_search = bounded
 
     def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
         """-> action, int64 ()."""
