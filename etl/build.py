@@ -272,7 +272,10 @@ def _existing_dataset(options: Options, folder: Folder, plan: list[ShardPlan], c
         if options.overwrite:
             return None
         raise
-    config = manifest_config(plan, options.config)
+    # a reference score that has become known since then changes no token
+    then = {task.spec.name: task.spec.score for task in existing.tasks}
+    tasks = [replace(shard.task, score=then.get(shard.task.name, shard.task.score)) for shard in plan]
+    config = manifest_config([replace(shard, task=task) for shard, task in zip(plan, tasks)], options.config)
     if "source_options" not in existing.config and _before_source_options(folder):
         config.pop("source_options", None)
     if existing.config == config and not _newer(plan, folder):

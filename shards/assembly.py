@@ -43,11 +43,19 @@ class Plan:
 
 
 class Assembly:
-    """Of sequences of L tokens of T tasks; `scales`: of their returns, by name."""
+    """Of sequences of L tokens of T tasks; `scales`: of their returns, by name; `predicted`: whether their texts are
+    targets."""
 
-    def __init__(self, timelines: Sequence[Timeline], length: int, seed: int, scales: Mapping[str, ReturnScale]):
+    def __init__(
+        self,
+        timelines: Sequence[Timeline],
+        length: int,
+        seed: int,
+        scales: Mapping[str, ReturnScale],
+        predicted: Sequence[bool],
+    ):
         self.timelines, self.length = timelines, length
-        self.tables = Tables(timelines, length, seed)
+        self.tables = Tables(timelines, length, seed, predicted)
         none = ReturnScale(np.nan, 1.0, np.nan)
         found = [scales.get(timeline.name, none) for timeline in timelines]
         self.mean, self.std = np.array([(scale.mean, scale.std) for scale in found]).T

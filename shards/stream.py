@@ -70,6 +70,8 @@ class StreamConfig:
     holds (paper), which is hardly ever one."""
     prompt_loss: bool = True
     """Whether prompt tokens carry loss; the paper leaves it open."""
+    text_loss: bool = True
+    """Whether texts of timesteps that have actions too, such as instructions, are predicted (paper), or only shown."""
 
 
 class Stream:
@@ -163,7 +165,12 @@ class Stream:
 
     @cached_property
     def _assembly(self) -> Assembly:
-        return Assembly(self.timelines, self.config.sequence_length, self.seed, self.return_scales)
+        predicted = [self.predicts_text(timeline) for timeline in self.timelines]
+        return Assembly(self.timelines, self.config.sequence_length, self.seed, self.return_scales, predicted)
+
+    def predicts_text(self, timeline: Timeline) -> bool:
+        """Whether a task's text is a target."""
+        return bool(timeline.layout.text) and (self.config.text_loss or not timeline.layout.action)
 
     @cached_property
     def return_scales(self) -> dict[str, ReturnScale]:
@@ -175,6 +182,7 @@ class Stream:
         """sha256 of all that decides sequence i; a resumed run must match it."""
         chosen = {"tasks": sorted(self.config.tasks), "demonstrations": self.config.demonstrations}
         chosen |= {"prompt_start_share": self.config.prompt_start_share, "domains": self.config.domains}
+        chosen |= {"text_loss": "" if self.config.text_loss else "none"}
         # defaults are left out: older checkpoints, made before these options existed, still resume
         config = {name: value for name, value in (asdict(self.config) | chosen).items() if value or name not in chosen}
         body = [sorted(d.manifest.fingerprint for d in self.datasets), config, self.seed, self.held_out]

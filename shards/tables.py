@@ -24,7 +24,7 @@ class Tables:
     """Of sequences of L tokens. `kind` (T,): ordinal of each task's layout in `layouts`; `patch_index` of each layout:
     places of a sequence's patches among its tokens, int32 (M,)."""
 
-    def __init__(self, timelines: Sequence[Timeline], length: int, seed: int):
+    def __init__(self, timelines: Sequence[Timeline], length: int, seed: int, predicted: Sequence[bool]):
         self.length, self.seed = length, seed
         self.layouts = list(dict.fromkeys(timeline.layout for timeline in timelines))
         number = {layout: n for n, layout in enumerate(self.layouts)}
@@ -36,7 +36,10 @@ class Tables:
             self.roles[n] = layout.roles[self.positions[n]]
         separator = timelines[0].dataset.manifest.vocabulary.separator
         self.tokens = (self.roles == SEPARATOR) * np.int32(separator)
-        self.supervised = (self.roles == TEXT) | (self.roles == ACTION)
+        # a layout decides whether its text is a target, so tasks of one layout agree
+        text = np.zeros((len(self.layouts), 1), bool)
+        text[self.kind, 0] = predicted
+        self.supervised = ((self.roles == TEXT) & text) | (self.roles == ACTION)
         self.supervised[:, 0] = False  # nothing comes before it
         self.patch_index = [np.flatnonzero(roles == PATCH).astype(np.int32) for roles in self.roles]
         self.patches = np.array([len(index) for index in self.patch_index])

@@ -111,14 +111,23 @@ class StepResult:
 
 
 class Engine:
-    """A model under DeepSpeed: this rank's share of a training run. `continuous`, `text`: see `Objective`."""
+    """A model under DeepSpeed: this rank's share of a training run. `continuous`, `text`, `shown`: see
+    `Objective`."""
 
-    def __init__(self, model: Gato, config: TrainConfig, device: torch.device, continuous: list[bool], text: bool):
+    def __init__(
+        self,
+        model: Gato,
+        config: TrainConfig,
+        device: torch.device,
+        continuous: list[bool],
+        text: bool,
+        shown: bool | None = None,
+    ):
         self.config, self.device = config, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         body = zero_config(config, self.world)
         optimiser = make_optimiser(model, config.optimiser)
-        objective = Objective(model, config.loss, continuous, text)
+        objective = Objective(model, config.loss, continuous, text, shown)
         prepare_blocks(model, config.compile, config.activation_checkpointing)
         decide_attention(device, config)
         deepspeed_file.require_precision(config.deepspeed, body, device.type)

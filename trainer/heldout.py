@@ -26,7 +26,7 @@ def evaluate(
 
     Returns:
         held_out/TASK/loss: nats per token against the exact bin, whatever the training targets are, over the ids that
-            are possible there (only actions' ids if a task has no text);
+            are possible there (only actions' ids if a task's text is no target);
         held_out/TASK/accuracy: share of tokens whose most likely id is the logged one;
         and for continuous actions
         held_out/TASK/action_error: mean |greedy bin centre - logged one|, actions scaled to [-1, 1];
@@ -41,7 +41,7 @@ def evaluate(
         name, timeline = stream.tasks[task], stream.timelines[task]
         action = timeline.dataset.manifest.tasks[timeline.task].spec.action
         ids = IdRange(0, vocabulary.size)
-        if action and not timeline.layout.text:
+        if action and not stream.predicts_text(timeline):
             ids = vocabulary.range("action", action.kind)
         ordered = bool(action and action.kind == "continuous")
         bins = vocabulary.action_continuous

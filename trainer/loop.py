@@ -80,11 +80,11 @@ class Run:
             self.stream.vocabulary.require(initial[1].vocabulary_fingerprint, config.run.start_from)
         self.initial_sha256 = initial[1].weights_sha256 if initial else None
         self.specs = [t.dataset.manifest.tasks[t.task].spec for t in self.stream.timelines]
-        mixed = [t.name for t in self.stream.timelines if t.layout.text and t.layout.action]
+        mixed = [t.name for t in self.stream.timelines if t.layout.action and self.stream.predicts_text(t)]
         if mixed and config.model.sequence == "timesteps":
             raise DatasetError(
                 f"--model.sequence timesteps: task '{mixed[0]}' predicts text within a timestep, which it shows; "
-                "leave it out by --data.stream.tasks, or use --recipe tiny-tokens"
+                "let texts be shown alone by --data.stream.no-text-loss, or use --recipe tiny-tokens"
             )
         with device:
             model = Gato(config.model, self.stream.vocabulary).initialise(config.seed)

@@ -141,26 +141,30 @@ class FusedCrossEntropy(torch.autograd.Function):
         return hidden_gradient.mul_(scale), weight_gradient.mul_(scale), None, None, None, None
 
 
-def targets_of(stream: Stream) -> tuple[list[bool], bool]:
-    """The arguments `continuous` and `text` of `Objective`, for a stream's tasks."""
+def targets_of(stream: Stream) -> tuple[list[bool], bool, bool]:
+    """The arguments `continuous`, `text` and `shown` of `Objective`, for a stream's tasks."""
     actions = [timeline.dataset.manifest.tasks[timeline.task].spec.action for timeline in stream.timelines]
-    text = any(timeline.layout.text for timeline in stream.timelines)
-    return [bool(action and action.kind == "continuous") for action in actions], text
+    text = any(stream.predicts_text(timeline) for timeline in stream.timelines)
+    shown = any(timeline.layout.text for timeline in stream.timelines)
+    return [bool(action and action.kind == "continuous") for action in actions], text, shown
 
 
 class Objective(nn.Module):
     """Gato and its loss as one module: batch -> summed cross-entropy. All parameters are used inside one forward, as
     ZeRO 3 needs. `continuous`: for each task, whether its actions are ordered bins; `text`: whether any task's text is
-    a target."""
+    a target; `shown`: whether any task has text at all, which only then may be left out of what is embedded."""
 
-    def __init__(self, gato: Gato, config: LossConfig, continuous: list[bool], text: bool = True):
+    def __init__(
+        self, gato: Gato, config: LossConfig, continuous: list[bool], text: bool = True, shown: bool | None = None
+    ):
         super().__init__()
         self.gato, self.config = gato, config
         whole = text or config.softmax == "vocabulary"
         self.ids = IdRange(0, gato.vocabulary.size) if whole else action_ids(gato.vocabulary)
         # text's rows, 15 of 16 that a table has, get no gradient to be made, added and measured where there is no text
         above = min(action_ids(gato.vocabulary).start, gato.vocabulary.observation_discrete.start)
-        self.first = gato.vocabulary.text.stop if not whole and above >= gato.vocabulary.text.stop else 0
+        without = not whole and not (text if shown is None else shown)
+        self.first = gato.vocabulary.text.stop if without and above >= gato.vocabulary.text.stop else 0
         self.continuous: Tensor
         self.register_buffer("continuous", torch.tensor(continuous), persistent=False)
 

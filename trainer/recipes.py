@@ -35,7 +35,11 @@ TINY = TrainConfig(
         matrices="muon",
         bins="smooth",
     ),
-    data=DataConfig(global_batch=96, micro_batch=96, stream=StreamConfig(sequence_length=264, prompt_probability=0.0)),
+    data=DataConfig(
+        global_batch=96,
+        micro_batch=96,
+        stream=StreamConfig(sequence_length=264, prompt_probability=0.0, text_loss=False),
+    ),
     run=RunConfig(output=Path("runs/tiny"), evaluate_every=500, save_every=500, export_every=1000),
 )
 

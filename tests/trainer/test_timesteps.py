@@ -9,13 +9,14 @@ import torch
 from etl.tokenizers import continuous
 from eval.agent import GatoAgent
 from eval.prompts import AgentConfig, demonstration
-from schemas.layout import ACTION, OBSERVATION, SEPARATOR
+from schemas.layout import ACTION, OBSERVATION, SEPARATOR, TEXT
 from schemas.vocabulary import DISJOINT, bin_centres
 from shards.reader import Dataset
 from shards.stream import Stream, StreamConfig
+from tests.shards.made import Task, make
 from trainer.checkpoint import CheckpointError, ExportInfo, TrainingInfo, export, load_export
 from trainer.config import OptimiserConfig
-from trainer.loss import LossConfig, Objective, cross_entropy, select, soft_targets, strided_cross_entropy
+from trainer.loss import LossConfig, Objective, cross_entropy, select, soft_targets, strided_cross_entropy, targets_of
 from trainer.model import Gato, ModelConfig
 from trainer.model.transformer import causal_segment_mask
 from trainer.optimiser import make_optimiser
@@ -293,3 +294,26 @@ def test_leaving_out_text_rows_changes_no_gradient(stream, sequence):
         loss.backward()
         found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
     assert first == 0 < DISJOINT.text.stop and all(map(torch.equal, *found))
+
+
+def test_an_instruction_is_shown_and_predicted_only_if_asked_for(tmp_path):
+    folder = make(tmp_path / "made", [Task("fetch", (40, 30, 20), text=3), Task("book", (9, 9), action=0, text=6)])
+    config = StreamConfig(sequence_length=45, mixture_block=8, prompt_probability=0.0)
+    paper, stream = (Stream([folder], replace(config, text_loss=loss), seed=0) for loss in (True, False))
+    assert paper.fingerprint != stream.fingerprint
+    before, batch = paper.batch(0, 16).to("cpu"), stream.batch(0, 16).to("cpu")
+    acting = (batch.tasks == stream.tasks.index("fetch"))[:, None]
+    assert torch.equal(before.tokens, batch.tokens)
+    assert torch.equal(batch.supervised, before.supervised & ~(acting & (before.roles == TEXT)))
+    assert (before.supervised & acting & (before.roles == TEXT)).any() and (batch.supervised & ~acting).any()
+
+    alone = Stream([folder], replace(config, text_loss=False, tasks=("fetch",)), seed=0)
+    model = Gato(SMALL, DISJOINT).initialise(0)
+    model.standardise(observation_scales(alone, 64))
+    continuous, text, shown = targets_of(alone)
+    assert (text, shown) == (False, True)
+    batch = alone.batch(0, 8).to("cpu")
+    batch.tokens[batch.roles == ACTION] = DISJOINT.action_continuous.start  # which the made ones are not
+    Objective(model, LossConfig(soft_bins=8.0, softmax="targets"), continuous, text, shown)(batch).backward()
+    words = batch.tokens[batch.roles == TEXT].unique().long()
+    assert (model.tokens.weight.grad[words].abs().sum(dim=1) > 0).all()  # what is read is learned
