@@ -23,24 +23,18 @@ from trainer.model.presets import PRESETS
 # hours     0.93 for the results table's eight tasks (107,000 tokens/s)
 # expected  HOURS_AND_SCORES
 TINY = TrainConfig(
-    steps=14_000,
+    steps=2_600,
     model=replace(PRESETS["tiny"], sequence="timesteps", blocks=2, values=True, returns=True),
     loss=LossConfig(soft_bins=24.0, softmax="targets", stride=8, discrete=20.0),
     optimiser=OptimiserConfig(
-        peak_lr=1e-3,
-        muon_peak_lr=0.01,
-        warmup_steps=200,
-        decay_steps=14_000,
-        final_lr_share=0.02,
-        matrices="muon",
-        bins="smooth",
+        peak_lr=2e-3, warmup_steps=50, decay_steps=2_600, final_lr_share=0.02, matrices="muon", bins="smooth"
     ),
     data=DataConfig(
-        global_batch=96,
+        global_batch=384,
         micro_batch=96,
         stream=StreamConfig(sequence_length=264, prompt_probability=0.0, text_loss=False),
     ),
-    run=RunConfig(output=Path("runs/tiny"), evaluate_every=500, save_every=500, export_every=1000),
+    run=RunConfig(output=Path("runs/tiny"), evaluate_every=250, save_every=250, export_every=650),
 )
 
 # tiny-tokens: an element of the sequence a token, as in the paper, with what learns from few tokens; AdamW, so any ZeRO
@@ -71,7 +65,7 @@ TINY_PAPER = replace(
     run=replace(TINY_TOKENS.run, output=Path("runs/tiny-paper"), export_every=1000),
 )
 
-# quickstart: `tiny` at the rates of a short run, shortened to fit `make quickstart`
+# quickstart: `tiny`, shortened to fit `make quickstart`
 # command   make quickstart
 # hardware  2 CPU cores, no GPU
 # hours     0.05 of training
@@ -80,7 +74,7 @@ QUICKSTART = replace(
     TINY,
     steps=600,
     loss=replace(TINY.loss, discrete=8.0),
-    optimiser=replace(TINY.optimiser, peak_lr=2e-3, muon_peak_lr=0.02, decay_steps=600, warmup_steps=50),
+    optimiser=replace(TINY.optimiser, decay_steps=600, warmup_steps=50),
     data=replace(
         TINY.data,
         root="data/quickstart/shards",

@@ -87,7 +87,7 @@ def damage(data: bytes, rng: Random) -> bytes:
 def case(seed: int, number: int, folder: Path) -> list[str]:
     """The arguments of a case, whose files are in `folder`."""
     rng = Random(f"{seed} {number}")
-    recipe = rng.choice(["tiny", "tiny", "tiny-timesteps", "79m", "finetune", "1.18b-nodes"])
+    recipe = rng.choice(["tiny", "tiny", "tiny-tokens", "79m", "finetune", "1.18b-nodes"])
     body = to_dict(RECIPES[recipe])
     zero = json.loads((CONFIGS / f"{rng.choice(config_names())}.json").read_text())
     for _ in range(rng.choice([0, 1, 1, 2, 3])):

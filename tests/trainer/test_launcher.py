@@ -59,7 +59,7 @@ def test_arguments_that_make_no_sense_are_named(arguments):
         (["--steps", "3", "--data.folders", "none"], "error: none: no dataset.json"),
         (["--data.root", "none"], "error: none: no finished dataset there"),
         (["--run.output", "README.md"], "error: --run.output README.md: README.md is a file; give a folder"),
-        (["--num_gpus", "3"], "error: --data.global-batch 96: must be a multiple"),
+        (["--num_gpus", "3"], "error: --data.global-batch 384: must be a multiple"),
         (["--colour", "1"], "--colour"),
     ],
 )
