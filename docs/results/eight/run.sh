@@ -1,5 +1,5 @@
 #!/bin/bash
-# One Gato for eight tasks: 54 minutes of one core, and 4 to play; each command may be killed and run again.
+# One Gato for eight tasks: 41 minutes of one core, and 4 to play; each command may be killed and run again.
 #   bash docs/results/eight/run.sh      (after the recordings and builds of docs/results/table/run.sh)
 set -euo pipefail
 export OMP_NUM_THREADS=1
