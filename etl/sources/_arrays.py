@@ -206,7 +206,7 @@ class ArraySource:
         if input is None and self.hub and dataset is not None:
             return self._downloaded(dataset, cache / self.name)
         if input is None:
-            by_name = f"give --dataset OWNER/NAME of the Hugging Face hub, such as {self.hub}; or " if self.hub else ""
+            by_name = f"give --dataset with a repository of the Hugging Face hub ({self.hub}); or " if self.hub else ""
             raise SourceError(f"source {self.name} needs --input; {by_name}{self.fetch}, and give --input that file or "
                               "folder")  # fmt: skip
         found = [input] if input.is_file() else self.below(input)

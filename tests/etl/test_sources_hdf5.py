@@ -208,7 +208,7 @@ def test_what_there_is_not_is_said(tmp_path):
     source = sources.load("hdf5")
     with pytest.raises(SourceError, match="no .hdf5, .h5 or .npz file"):
         source.resolve(tmp_path, None, tmp_path)
-    with pytest.raises(SourceError, match="downloads nothing"):
+    with pytest.raises(SourceError, match=r"--dataset with a repository of the Hugging Face hub \(OWNER/NAME\)"):
         source.resolve(None, None, tmp_path)
     with pytest.raises(ValueError, match="--action-row other"):
         source.options(action_row="other").check()
