@@ -60,7 +60,7 @@ def test_what_to_do_where_it_cannot_be_had(repository, tmp_path, monkeypatch):
         source.resolve(None, "someone/else", tmp_path)
     with pytest.raises(SourceError, match=r"no .hdf5 file in it"):
         source.resolve(None, f"{ID}/README", tmp_path)
-    with pytest.raises(SourceError, match=r"needs --input; give --dataset OWNER/NAME of the Hugging Face hub"):
+    with pytest.raises(SourceError, match=r"needs --input; give --dataset with a repository of the Hugging Face hub"):
         source.resolve(None, None, tmp_path)
     server.token = "hf_secret"
     with pytest.raises(SourceError, match=r"gated.*HF_TOKEN"):
