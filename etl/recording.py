@@ -12,7 +12,6 @@ Invariant: a log's bytes are a function of its id and the options, whatever else
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from rich.progress import Progress
 import simulators
 from etl.building.formats import TABLE
 from etl.record import DEFAULT_STEPS, Options, Recorded, record
-from schemas.files import sha256_of, write_rows
+from schemas.files import parse_json, sha256_of, write_rows
 from simulators import plugins, scores
 from simulators.registry import all_suites
 
@@ -186,6 +185,6 @@ def _table(output: Path) -> dict[str, Row]:
     if not path.is_file():
         return {}
     try:
-        return {id: Row(**row) for id, row in json.loads(path.read_text("utf-8")).items()}
+        return {id: Row(**row) for id, row in parse_json(path.read_bytes()).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a table of recorded logs ({error}); give another --output") from None

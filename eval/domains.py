@@ -97,7 +97,7 @@ def _scores(rows: list[EpisodeResult]) -> np.ndarray:
 
 def published() -> list[dict[str, Any]]:
     """Published interquartile means by domain, with their source; other data, simulators and references than ours."""
-    return json.loads(PUBLISHED.read_text())
+    return json.loads(PUBLISHED.read_text("utf-8"))
 
 
 def filmed(results: Sequence[DomainResult], model: str) -> list[str]:

@@ -7,9 +7,9 @@ Invariant: a dataset's bytes are those that its own folder as --input gives.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from schemas.files import parse_json
 from shards.folder import is_url
 
 TABLE = "recorded.json"
@@ -23,7 +23,7 @@ def formats_of(source: str | None, given: str | None) -> list[Path]:
     if source is not None or not given or is_url(given.removeprefix("file://")) or not (place / TABLE).is_file():
         return []
     try:
-        paths = [Path(row["path"]) for row in json.loads((place / TABLE).read_text()).values()]
+        paths = [Path(row["path"]) for row in parse_json((place / TABLE).read_bytes()).values()]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         remedy = "record again, or give --input the folder of one format"
         raise ValueError(f"{place / TABLE}: not a table of recorded logs ({error}); {remedy}") from None

@@ -51,7 +51,7 @@ class _Retry(Exception):
 
 
 def fetch(url: str, cache: Path, sha256: str | None = None, headers: Mapping[str, str] | None = None) -> Path:
-    """The file behind `url` in the folder `cache`, downloaded if it is missing. `sha256`: the hex digits of its bytes;
+    """The file behind `url` in the folder `cache`, downloaded if it is missing. `sha256`: hex digits of its bytes;
     `headers`: for the server, such as a token.
 
     SourceError, one line with file and remedy: no network, refused by the server, wrong checksum, cached file changed.
