@@ -6,7 +6,7 @@ READY := .venv/.ready
 # A module's tests stay together, and a process that has none left takes half of another's.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: setup quickstart check test slow bench lint
+.PHONY: setup quickstart check test pytest slow bench lint
 
 setup: $(READY)
 
@@ -32,12 +32,13 @@ lint: setup
 	$(BIN)/mypy
 
 # The tests that start no process: for every change.
-check: lint
-	$(PYTEST) -m "not process and not slow"
+check: TESTS = -m "not process and not slow"
+# check, and all that CI runs, beside the types
+check test: setup
+	$(MAKE) --no-print-directory --jobs 2 lint pytest TESTS='$(TESTS)'
 
-# All that CI runs.
-test: lint
-	$(PYTEST)
+pytest: setup
+	$(PYTEST) $(TESTS)
 
 slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -167,6 +167,7 @@ def held_out(dataset):
     return {n for n, held in zip(dataset.column("position"), dataset.column("held_out")) if held}
 
 
+@pytest.mark.process
 def test_one_percent_of_episodes_damaged_in_eight_ways(tmp_path):
     log = minari_log(tmp_path / "log")
     before = build_here("minari", log, tmp_path / "a")

@@ -31,7 +31,7 @@ from tests.etl.test_sources_d3rlpy import GOLDEN, v1
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 THREE = ["--direct_running_mode=multi_threading", "--direct_num_workers=3"]
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
+pytestmark = [pytest.mark.process, pytest.mark.filterwarnings("ignore::UserWarning:minari")]
 
 
 def unpacked(name, member):

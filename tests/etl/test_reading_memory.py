@@ -59,6 +59,7 @@ def read_all(name, place):
     return count, payload, status("VmHWM") - before
 
 
+@pytest.mark.process  # measures the one it is in
 @pytest.mark.skipif(not RESET.exists(), reason="the kernel's peak cannot be set back here")
 @pytest.mark.parametrize("kind", [*written.FORMATS, *OWN])
 def test_memory_is_that_of_an_episode(kind, tmp_path, monkeypatch):

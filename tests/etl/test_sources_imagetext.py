@@ -19,7 +19,7 @@ from schemas.vocabulary import DISJOINT
 from shards.stream import Stream, StreamConfig
 from shards.verify import verify
 from tests.etl.logkit import TEXT as TEXT_MODEL
-from tests.etl.logkit import build_here, contents, episodes_of, reversed_scan, scans_of
+from tests.etl.logkit import build_here, episodes_of, reversed_scan, scans_of
 from trainer.model import PRESETS, Gato
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200), "grey": (120, 120, 120)}
@@ -102,15 +102,6 @@ def test_the_caption_is_the_target_and_the_picture_is_input(tmp_path):
         assert supervised.tolist() == [False] * 4 + real[4:].tolist() and 5 < supervised.sum() < 12
         assert tokens[4:][supervised[4:]][-1] == text.processor.eos_id() + text.ids.start
     assert task.cut_texts == 0 and (batch.roles[batch.supervised] == TEXT).all()
-
-
-def test_builds_are_equal_by_workers(tmp_path):
-    tars(tmp_path / "in")
-    one = build_here("imagetext", tmp_path / "in", tmp_path / "a", picture_size=(32, 32), megabytes=0.01)
-    build_here("imagetext", tmp_path / "in", tmp_path / "b", workers=2, picture_size=(32, 32), megabytes=0.01)
-    assert len([name for name in one if name.endswith(".tar")]) > 2 and contents(tmp_path / "b").keys() == one.keys()
-    for name, data in contents(tmp_path / "b").items():
-        assert name == "dataset.json" or data == one[name]
 
 
 def repacked(path, change):

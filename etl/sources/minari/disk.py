@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,13 @@ def space_of(about: dict[str, Any], key: str) -> spaces.Space:
     if not isinstance(about.get(key), str):
         raise EpisodeError("corrupt metadata", f"no '{key}' in {METADATA}; write the dataset again with Minari 0.5")
     with damage("corrupt metadata"):
-        return deserialize_space(about[key])
+        return _deserialized(about[key])
+
+
+@lru_cache(maxsize=4)
+def _deserialized(text: str) -> spaces.Space:
+    """The bounds of large pictures are millions of numbers in JSON: a second each time."""
+    return deserialize_space(text)
 
 
 def observation_leaves(about: dict[str, Any]) -> list[Leaf]:
