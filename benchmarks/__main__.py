@@ -19,7 +19,7 @@ from benchmarks.etl import pair as timed
 from benchmarks.formats import robots, sources
 from schemas.vocabulary import DISJOINT
 from shards.stream import Stream, StreamConfig
-from trainer.loss import LossConfig, Objective
+from trainer.loss import LossConfig, Objective, Targets
 from trainer.model import PRESETS, Gato
 
 REPEATS = 3
@@ -39,7 +39,9 @@ def bench_loss(folder: Path) -> None:
 
     def step(chunk: int) -> Callable[[], None]:
         objective = Objective(
-            Gato(PRESETS["tiny"], DISJOINT).initialise(0), LossConfig(soft_bins=8.0, chunk=chunk), [True]
+            Gato(PRESETS["tiny"], DISJOINT).initialise(0),
+            LossConfig(soft_bins=8.0, chunk=chunk),
+            Targets((True,), text=True, text_shown=True),
         )
         return lambda: objective(batch).backward()
 

@@ -105,7 +105,7 @@ def trained(config: TrainConfig, stream: Stream, seconds: float) -> tuple[Gato, 
     gato = Gato(config.model, stream.vocabulary).initialise(config.seed)
     if gato.by_timesteps:
         gato.standardise(observation_scales(stream))
-    objective = Objective(gato, config.loss, *targets_of(stream))
+    objective = Objective(gato, config.loss, targets_of(stream))
     shape = config.optimiser
     optimiser = make_optimiser(gato, shape)
     schedule = replace(shape, warmup_steps=50, decay_steps=1000)  # of a thousandth of the time each

@@ -71,7 +71,7 @@ def train(
     stream, data = Stream(shards, config.data.stream, config.seed), config.data
     with device:
         gato = Gato(config.model, stream.vocabulary).initialise(config.seed)
-    run = engine.Engine(gato, config, device, *targets_of(stream))
+    run = engine.Engine(gato, config, device, targets_of(stream))
     loader, losses = Loader(stream, 0, data.global_batch, data.micro_batch, pinned=GPU), []
 
     def step(n: int) -> None:
@@ -127,7 +127,7 @@ def bare(size: str, shards: list[str]) -> Figures:
 def bare_step(config: TrainConfig, stream: Stream, steps: list[list[Batch]]) -> Callable[[int], object]:
     with DEVICE:
         gato = Gato(config.model, stream.vocabulary).initialise(0).train()
-    objective = Objective(gato, config.loss, *targets_of(stream)).to(DEVICE)
+    objective = Objective(gato, config.loss, targets_of(stream)).to(DEVICE)
     engine.prepare_blocks(gato, GPU, False)
     segments.use(segments.named(config.model.head_size) or "flash")
     optimiser = make_optimiser(gato, config.optimiser)

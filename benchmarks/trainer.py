@@ -65,7 +65,7 @@ def objective(config: TrainConfig, shards: Path) -> Objective:
     model = Gato(config.model, stream.vocabulary).initialise(0).train()
     if model.by_timesteps:
         model.standardise(observation_scales(stream))
-    return Objective(model, config.loss, *targets_of(stream))
+    return Objective(model, config.loss, targets_of(stream))
 
 
 def timed(work: Callable[[], object]) -> Turn:
@@ -204,7 +204,7 @@ def engines(table: Table, control: Path, repeats: int) -> None:
         stream = Stream([control], recipe.data.stream, seed=0)
         steps = [[stream.batch(16 * n + first, micro).to("cpu") for first in range(0, 16, micro)] for n in range(2)]
         mine, theirs = objective(config, control), objective(config, control)
-        run = engine.Engine(mine.gato, config, device, mine.continuous.tolist(), False)
+        run = engine.Engine(mine.gato, config, device, mine.asked)
         seconds = turns(repeats, whole_steps(run, steps), bare(theirs, config, steps))
         tokens = sum(batch.tokens.numel() for batches in steps for batch in batches)
         row(table, f"tiny, whole steps of {accumulation} micro-batches: engine / bare loop", tokens, *seconds)

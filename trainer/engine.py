@@ -42,7 +42,7 @@ from trainer import deepspeed_file, states
 from trainer.config import OptimiserConfig, TrainConfig
 from trainer.deepspeed_file import CONFIGS, config_names
 from trainer.distributed.ranks import complete_environment, on_rank_0
-from trainer.loss import Objective
+from trainer.loss import Objective, Targets
 from trainer.model import Gato, ModelConfig, segments
 from trainer.optimiser import make_optimiser
 from trainer.tail import Tail
@@ -111,23 +111,14 @@ class StepResult:
 
 
 class Engine:
-    """A model under DeepSpeed: this rank's share of a training run. `continuous`, `text`, `shown`: see
-    `Objective`."""
+    """A model under DeepSpeed: this rank's share of a training run."""
 
-    def __init__(
-        self,
-        model: Gato,
-        config: TrainConfig,
-        device: torch.device,
-        continuous: list[bool],
-        text: bool,
-        shown: bool | None = None,
-    ):
+    def __init__(self, model: Gato, config: TrainConfig, device: torch.device, asked: Targets):
         self.config, self.device = config, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         body = zero_config(config, self.world)
         optimiser = make_optimiser(model, config.optimiser)
-        objective = Objective(model, config.loss, continuous, text, shown)
+        objective = Objective(model, config.loss, asked)
         prepare_blocks(model, config.compile, config.activation_checkpointing)
         decide_attention(device, config)
         deepspeed_file.require_precision(config.deepspeed, body, device.type)

@@ -99,7 +99,7 @@ class Run:
             model.standardise(self.scales)
         # before the engine: under ZeRO 3 its parameters are empty
         self.counts, self.flops = model.parameter_counts(), model.flops_per_token(config.data.stream.sequence_length)
-        self.engine = Engine(model, config, device, *targets_of(self.stream))
+        self.engine = Engine(model, config, device, targets_of(self.stream))
         if record is not None:
             self.engine.restore(read, record.applied)
         self.step = record.step if record else 0

@@ -141,38 +141,49 @@ class FusedCrossEntropy(torch.autograd.Function):
         return hidden_gradient.mul_(scale), weight_gradient.mul_(scale), None, None, None, None
 
 
-def targets_of(stream: Stream) -> tuple[list[bool], bool, bool]:
-    """The arguments `continuous`, `text` and `shown` of `Objective`, for a stream's tasks."""
+@dataclass(frozen=True)
+class Targets:
+    """What the tasks of a stream ask of the loss."""
+
+    ordered: tuple[bool, ...]
+    """For each task, whether its actions are continuous: bins in an order."""
+    text: bool
+    """Whether any task's text is predicted."""
+    text_shown: bool
+    """Whether any task has text at all; where none has, the rows of its ids take no part."""
+
+
+def targets_of(stream: Stream) -> Targets:
+    """Of a stream's tasks."""
     actions = [timeline.dataset.manifest.tasks[timeline.task].spec.action for timeline in stream.timelines]
-    text = any(stream.predicts_text(timeline) for timeline in stream.timelines)
-    shown = any(timeline.layout.text for timeline in stream.timelines)
-    return [bool(action and action.kind == "continuous") for action in actions], text, shown
+    return Targets(
+        ordered=tuple(bool(action and action.kind == "continuous") for action in actions),
+        text=any(stream.predicts_text(timeline) for timeline in stream.timelines),
+        text_shown=any(timeline.layout.text for timeline in stream.timelines),
+    )
 
 
 class Objective(nn.Module):
     """Gato and its loss as one module: batch -> summed cross-entropy. All parameters are used inside one forward, as
-    ZeRO 3 needs. `continuous`: for each task, whether its actions are ordered bins; `text`: whether any task's text is
-    a target; `shown`: whether any task has text at all, which only then may be left out of what is embedded."""
+    ZeRO 3 needs."""
 
-    def __init__(
-        self, gato: Gato, config: LossConfig, continuous: list[bool], text: bool = True, shown: bool | None = None
-    ):
+    def __init__(self, gato: Gato, config: LossConfig, asked: Targets):
         super().__init__()
-        self.gato, self.config = gato, config
-        whole = text or config.softmax == "vocabulary"
+        self.gato, self.config, self.asked = gato, config, asked
+        whole = asked.text or config.softmax == "vocabulary"
         self.ids = IdRange(0, gato.vocabulary.size) if whole else action_ids(gato.vocabulary)
         # text's rows, 15 of 16 that a table has, get no gradient to be made, added and measured where there is no text
         above = min(action_ids(gato.vocabulary).start, gato.vocabulary.observation_discrete.start)
-        without = not whole and not (text if shown is None else shown)
+        without = not whole and not asked.text_shown
         self.first = gato.vocabulary.text.stop if without and above >= gato.vocabulary.text.stop else 0
-        self.continuous: Tensor
-        self.register_buffer("continuous", torch.tensor(continuous), persistent=False)
+        self.ordered: Tensor
+        self.register_buffer("ordered", torch.tensor(asked.ordered), persistent=False)
 
     def forward(self, batch: Batch, branch_scale: Tensor | None = None) -> Tensor:
         table = self.gato.tokens.weight[self.first :]
         hidden, targets, positions, tasks = select(self.gato, batch, branch_scale, table if self.first else None)
         ids = self.gato.vocabulary.action_continuous
-        ordered = self.continuous[tasks] & (targets >= ids.start) & (targets < ids.stop)
+        ordered = self.ordered[tasks] & (targets >= ids.start) & (targets < ids.stop)
         total = hidden.new_zeros((), dtype=torch.float32)
         if self.gato.config.values:
             errors = self.gato.values_at(hidden, positions).float() - centre_of(targets, ids)

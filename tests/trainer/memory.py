@@ -15,6 +15,7 @@ import torch
 from shards.loader import Loader
 from shards.stream import Stream, StreamConfig
 from trainer import engine, states
+from trainer.loss import Targets
 from trainer.model import Gato
 from trainer.model.patch import PatchEmbedding
 from trainer.recipes import RECIPES
@@ -65,7 +66,12 @@ def main(folder: str, deepspeed: str) -> None:
     device = engine.start(0, 1.0)
     stream = Stream(folder.split(","), CONFIG.data.stream, seed=0)
     config = replace(CONFIG, deepspeed=deepspeed)
-    trainer = engine.Engine(Gato(config.model, stream.vocabulary).initialise(0), config, device, [True, False], False)
+    trainer = engine.Engine(
+        Gato(config.model, stream.vocabulary).initialise(0),
+        config,
+        device,
+        Targets((True, False), text=False, text_shown=False),
+    )
     batches = Loader(stream, 0, 4, 2, trainer.rank, trainer.world, threads=0)
     trainer.train_step(0, next(batches), False)
     trainer.engine.train()

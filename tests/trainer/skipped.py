@@ -14,6 +14,7 @@ import torch
 from shards.loader import Loader
 from shards.stream import Stream, StreamConfig
 from trainer import engine
+from trainer.loss import Targets
 from trainer.model import Gato, ModelConfig
 from trainer.recipes import RECIPES
 
@@ -27,7 +28,10 @@ def main(folder: str, deepspeed: str) -> None:
     data = replace(tiny.data, global_batch=4, micro_batch=1)
     config = replace(tiny, model=SMALL, deepspeed=deepspeed, data=data)
     runs = [
-        engine.Engine(Gato(SMALL, stream.vocabulary).initialise(0), config, device, [True], False) for _ in range(2)
+        engine.Engine(
+            Gato(SMALL, stream.vocabulary).initialise(0), config, device, Targets((True,), text=False, text_shown=False)
+        )
+        for _ in range(2)
     ]
     plain, disturbed = runs
     batches = Loader(stream, 0, 4, 1, plain.rank, plain.world, threads=0)

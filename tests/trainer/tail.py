@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shards.loader import Loader
 from shards.stream import Stream, StreamConfig
 from trainer import engine, tail
+from trainer.loss import Targets
 from trainer.model import Gato, ModelConfig
 from trainer.recipes import RECIPES
 
@@ -46,7 +47,7 @@ def main(folder: str, deepspeed: str) -> None:
     for form in (tail.Tail, Theirs):
         engine.Tail = form
         gato = Gato(SMALL, stream.vocabulary).initialise(0)
-        runs.append(engine.Engine(gato, config, device, [True], False))
+        runs.append(engine.Engine(gato, config, device, Targets((True,), text=False, text_shown=False)))
     ours, theirs = runs
     usual = ours.optimiser.step
 

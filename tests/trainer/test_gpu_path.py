@@ -23,7 +23,7 @@ from shards.batch import Batch
 from shards.reader import Dataset
 from tests.conftest import run
 from trainer.engine import zero_config
-from trainer.loss import FusedCrossEntropy, LossConfig, Objective, aligned, cross_entropy
+from trainer.loss import FusedCrossEntropy, LossConfig, Objective, Targets, aligned, cross_entropy
 from trainer.model import PRESETS, Gato, ModelConfig, segments
 from trainer.model.transformer import one_query_attention
 from trainer.recipes import RECIPES
@@ -78,7 +78,9 @@ BUILT = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="fake tens
 def test_under_autocast_every_matrix_product_is_in_bfloat16(device):
     """Also the head's; on tensors without values, which may claim to be on a GPU."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
-        objective = Objective(Gato(SMALL, DISJOINT), LossConfig(soft_bins=3.0), [True], text=True)
+        objective = Objective(
+            Gato(SMALL, DISJOINT), LossConfig(soft_bins=3.0), Targets((True,), text=True, text_shown=True)
+        )
         batch = made(packed=False).to(device)
         with Products() as products, autocast(device):
             loss = objective(batch)
@@ -199,7 +201,7 @@ def test_one_query_attends_as_any_other():
 def test_executed_flops_are_those_that_torch_counts():
     """But for attention, which torch counts as if it were neither causal nor in segments."""
     batch = made()
-    objective = Objective(Gato(SMALL, DISJOINT), LossConfig(chunk=0), [True], text=True)
+    objective = Objective(Gato(SMALL, DISJOINT), LossConfig(chunk=0), Targets((True,), text=True, text_shown=True))
     with FlopCounterMode(display=False) as counter:
         objective(batch.to("cpu")).backward()
     counts = counter.get_flop_counts()["Global"]

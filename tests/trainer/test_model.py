@@ -13,7 +13,7 @@ from schemas.vocabulary import DISJOINT
 from shards.batch import Batch
 from shards.stream import Stream, StreamConfig
 from trainer.engine import branch_scales, prepare_blocks
-from trainer.loss import FusedCrossEntropy, LossConfig, Objective, cross_entropy, select, soft_targets
+from trainer.loss import FusedCrossEntropy, LossConfig, Objective, Targets, cross_entropy, select, soft_targets
 from trainer.model import PRESETS, Gato, ModelConfig, transformer
 from trainer.model import gato as gato_module
 from trainer.model.patch import PatchEmbedding
@@ -208,7 +208,7 @@ def test_loss_sees_exactly_the_supervised_tokens(model, batch):
     hidden, targets, *_ = select(model, batch)
     wanted = [int(t) for row, on in zip(batch.tokens, batch.supervised) for t in row[on]]
     assert targets.tolist() == wanted and len(hidden) == len(wanted) > 0
-    objective = Objective(model, LossConfig(), [True, False])
+    objective = Objective(model, LossConfig(), Targets((True, False), text=True, text_shown=True))
     # the loss does not move when an observation's own logits would: only places before actions count
     plain = cross_entropy(model.logits(hidden), targets[:, None], torch.ones(len(targets), 1)).sum()
     assert objective(batch).item() == pytest.approx(plain.item(), rel=1e-5)
@@ -283,7 +283,9 @@ def test_nothing_in_a_training_step_waits_for_a_tensors_value(batch, monkeypatch
     branch_scale = branch_scales(batch.sequence.numpy(), replace(SMALL, stochastic_depth=0.3), 0)
     with FakeTensorMode(allow_non_fake_inputs=False) as fake:
         gato = Gato(replace(SMALL, rotary="token"), DISJOINT)
-        objective = Objective(gato, LossConfig(soft_bins=3.0, softmax="targets"), [True, False], text=False)
+        objective = Objective(
+            gato, LossConfig(soft_bins=3.0, softmax="targets"), Targets((True, False), text=False, text_shown=False)
+        )
         shapes = {f.name: fake.from_tensor(v) for f in fields(batch) if torch.is_tensor(v := getattr(batch, f.name))}
         assert batch.packed
         objective(replace(batch, **shapes), fake.from_tensor(branch_scale)).backward()
@@ -306,7 +308,7 @@ def test_prepared_blocks_equal_plain_ones_with_their_gradients(batch, compile, a
         names = list(gato.state_dict())
         if prepared:
             prepare_blocks(gato, compile, activation_checkpointing)
-        objective = Objective(gato, LossConfig(soft_bins=3.0), [True, False])
+        objective = Objective(gato, LossConfig(soft_bins=3.0), Targets((True, False), text=True, text_shown=True))
         loss = objective(batch, branch_scale) + objective(one)
         loss.backward()
         assert list(gato.state_dict()) == names

@@ -123,7 +123,8 @@ def test_a_target_is_never_shown_and_a_prompts_action_is(stream, model):
 
 
 def test_every_parameter_but_the_unused_learns(stream, model):
-    objective = Objective(model, LossConfig(soft_bins=8.0, softmax="targets"), stream_kinds(stream), text=False)
+    objective = Objective(model, LossConfig(soft_bins=8.0, softmax="targets"), targets_of(stream))
+    assert targets_of(stream).ordered == tuple("hopper" in name for name in stream.tasks)
     objective(stream.batch(0, 8).to("cpu")).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
@@ -228,12 +229,8 @@ def test_the_objective_is_its_parts(stream, model):
         losses = cross_entropy(logits, neighbours - 33024, weights)
         expected = losses[body].sum() + 50 * squared + 3 * losses[~body].sum()
         for chunk in (0, 64):
-            found = Objective(model, replace(config, chunk=chunk), stream_kinds(stream), text=False)(batch)
+            found = Objective(model, replace(config, chunk=chunk), targets_of(stream))(batch)
             assert float(found) == pytest.approx(float(expected), rel=1e-4)
-
-
-def stream_kinds(stream):
-    return ["hopper" in name for name in stream.tasks]
 
 
 def test_an_export_keeps_its_scales(hopper, stream, model, tmp_path):
@@ -266,10 +263,8 @@ def test_a_strided_loss_learns_what_the_whole_one_does(stream):
         torch.manual_seed(0)
         model = Gato(SMALL, DISJOINT).initialise(0)
         model.standardise(observation_scales(stream, 64))
-        objective = Objective(
-            model, LossConfig(soft_bins=24.0, softmax="targets", stride=stride), stream_kinds(stream), False
-        )
-        whole = Objective(model, LossConfig(soft_bins=24.0, softmax="targets"), stream_kinds(stream), False)
+        objective = Objective(model, LossConfig(soft_bins=24.0, softmax="targets", stride=stride), targets_of(stream))
+        whole = Objective(model, LossConfig(soft_bins=24.0, softmax="targets"), targets_of(stream))
         optimiser = make_optimiser(model, OptimiserConfig(matrices="muon", bins="smooth", peak_lr=5e-3, start_lr=5e-3))
         for step in range(30):
             batch = stream.batch(8 * step, 8).to("cpu")
@@ -285,7 +280,7 @@ def test_leaving_out_text_rows_changes_no_gradient(stream, sequence):
     model = Gato(replace(SMALL, sequence=sequence), DISJOINT).initialise(0)
     if sequence == "timesteps":
         model.standardise(observation_scales(stream, 64))
-    objective = Objective(model, LossConfig(soft_bins=8.0, softmax="targets"), stream_kinds(stream), text=False)
+    objective = Objective(model, LossConfig(soft_bins=8.0, softmax="targets"), targets_of(stream))
     found = []
     for first in (objective.first, 0):
         objective.first = first
@@ -310,10 +305,10 @@ def test_an_instruction_is_shown_and_predicted_only_if_asked_for(tmp_path):
     alone = Stream([folder], replace(config, text_loss=False, tasks=("fetch",)), seed=0)
     model = Gato(SMALL, DISJOINT).initialise(0)
     model.standardise(observation_scales(alone, 64))
-    continuous, text, shown = targets_of(alone)
-    assert (text, shown) == (False, True)
+    asked = targets_of(alone)
+    assert (asked.text, asked.text_shown) == (False, True)
     batch = alone.batch(0, 8).to("cpu")
     batch.tokens[batch.roles == ACTION] = DISJOINT.action_continuous.start  # which the made ones are not
-    Objective(model, LossConfig(soft_bins=8.0, softmax="targets"), continuous, text, shown)(batch).backward()
+    Objective(model, LossConfig(soft_bins=8.0, softmax="targets"), asked)(batch).backward()
     words = batch.tokens[batch.roles == TEXT].unique().long()
     assert (model.tokens.weight.grad[words].abs().sum(dim=1) > 0).all()  # what is read is learned
