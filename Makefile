@@ -4,7 +4,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 # A module's tests stay together, and a process that has none left takes half of another's.
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+# One more than there are cores, since tests of signals and lost workers wait.
+PYTEST := $(BIN)/python -m pytest -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 4 --dist worksteal
 
 .PHONY: setup quickstart check test pytest slow bench lint
 

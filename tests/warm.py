@@ -108,6 +108,8 @@ class Popen(_Warm):
             answer = self._status.recv(64, socket.MSG_DONTWAIT if flags else 0)
         except BlockingIOError:
             return 0, 0
+        except OSError:  # closed: it was left by a test that failed
+            return self.pid, signal.SIGKILL
         self._status.close()
         return self.pid, int(answer or signal.SIGKILL)
 

@@ -18,7 +18,7 @@ from etl.sources import Rejection
 from tests.etl import test_sources_rl_unplugged as rl_unplugged
 
 RESET = Path("/proc/self/clear_refs")
-FEW, MANY = 8, 64
+FEW, MANY = 4, 32
 SHARE = 0.3  # of the bytes that the further episodes have
 
 

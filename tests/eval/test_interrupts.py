@@ -45,7 +45,7 @@ def check(moments, hopper, pong, tmp_path):
 
 @pytest.mark.process
 def test_three_interrupts(hopper, pong, tmp_path):
-    check([6.0, 9.0, 12.0], hopper, pong, tmp_path)
+    check([2.0, 5.0, 8.0], hopper, pong, tmp_path)
 
 
 @pytest.mark.process
