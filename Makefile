@@ -4,8 +4,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 # A module's tests stay together, and a process that has none left takes half of another's.
-# One more than there are cores, since tests of signals and lost workers wait.
-PYTEST := $(BIN)/python -m pytest -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 4 --dist worksteal
+WORKERS = logical
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal
 
 .PHONY: setup quickstart check test pytest slow bench lint
 
@@ -34,9 +34,11 @@ lint: setup
 
 # The tests that start no process: for every change.
 check: TESTS = -m "not process and not slow"
-# check, and all that CI runs, beside the types
+# All that CI runs; with a worker more than there are cores, since tests of signals and lost processes wait.
+test: WORKERS = $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+
 check test: setup
-	$(MAKE) --no-print-directory --jobs 2 lint pytest TESTS='$(TESTS)'
+	$(MAKE) --no-print-directory --jobs 2 lint pytest TESTS='$(TESTS)' WORKERS=$(WORKERS)
 
 pytest: setup
 	$(PYTEST) $(TESTS)

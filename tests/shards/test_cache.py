@@ -152,6 +152,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.process  # waits
 @pytest.mark.parametrize("what", FAULTS)
 def test_what_passes_is_outlasted(server, local, tmp_path, what):
     for name in ("shard-000003.tar", "index.arrow", "dataset.json"):
