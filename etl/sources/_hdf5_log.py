@@ -176,8 +176,8 @@ def _walk(group: h5py.Group, prefix: str, depth: int) -> Iterator[tuple[str, h5p
         if isinstance(node, h5py.Group):
             if depth:
                 yield from _walk(node, f"{prefix}{key}/", depth - 1)
-        elif isinstance(node, h5py.Dataset) and _hdf5.dataset(group, key) is not None:
-            yield f"{prefix}{key}", node
+        elif _hdf5.stores_rows(node, name := f"{prefix}{key}"):
+            yield name, node
 
 
 def _codes(node: h5py.Dataset, start: int, stop: int) -> Iterator[bytes]:
