@@ -27,7 +27,7 @@ from typing import Any
 
 import h5py
 import numpy as np
-from h5py import h5d, h5i, h5t, h5z
+from h5py import h5d, h5g, h5i, h5o, h5t, h5z
 from zlib_ng import zlib_ng
 
 from schemas.episode import EpisodeError
@@ -130,7 +130,7 @@ def dataset(group: h5py.Group, *keys: str) -> h5py.Dataset | None:
     for key in keys:
         if not isinstance(node, h5py.Group) or not holds(node, key):
             return None
-        node = node[key]
+        node = member(node, key)
     return node if stores_rows(node, "/".join(keys)) else None
 
 
@@ -152,6 +152,14 @@ def holds(group: h5py.Group, key: str) -> bool:
     """Whether the group itself holds something of that name, not a link to elsewhere."""
     links, name = group.id.links, key.encode()
     return links.exists(name) and links.get_info(name).type == h5py.h5l.TYPE_HARD
+
+
+def member(group: h5py.Group, key: str) -> h5py.Dataset | h5py.Group | None:
+    """What a group holds under that name, as `group[key]` gives it, in half the time."""
+    found = h5o.open(group.id, key.encode())
+    if isinstance(found, h5d.DatasetID):
+        return h5py.Dataset(found, readonly=True)
+    return h5py.Group(found) if isinstance(found, h5g.GroupID) else None
 
 
 def values(dataset: h5py.Dataset, rows: int) -> Iterator[Any]:
@@ -291,7 +299,7 @@ def _touch(path: Path) -> None:
         _allow(path, len(seen))
         for name in seen:
             try:
-                node = file[name]
+                node = member(file, name)
                 list(node.attrs.items())
                 if stores_rows(node, name):  # links to elsewhere are not visited
                     _touch_data(node)
