@@ -207,7 +207,7 @@ class _ShardWork:
         for start in range(0, T, piece):
             stop = min(start + piece, T)
             part, meta = members, episode
-            if T > piece:
+            if piece < T:
                 part = {name: array[start:stop] for name, array in members.items()}
                 meta = replace(episode, start=start, timesteps=stop - start)
             places = self.writer.add(sample_key(self.task.name, meta.episode, start), part, meta)
