@@ -4,7 +4,9 @@ logs in the format's own layout, made here -> build; the same files read by the 
 written
 
 The floor reads every episode's arrays once, with h5py, numpy, pyarrow or Pillow, and writes what the build writes, made
-as durable. One core for each side.
+as durable. One core for each side. It makes no token, looks for no copies of episodes, finds no range of actions, tries
+no file that may be damaged and hashes nothing; a second ratio has it hash what it writes, as the manifest needs. Where
+logs are neither packed nor coded (hdf5, vintix, d3rlpy) it is a copy of memory.
 
 Invariant: both sides of a pair read the same files and write the same files, in this run.
 """

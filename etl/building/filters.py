@@ -90,7 +90,7 @@ def without_copies(source: Source, scan: TaskScan) -> TaskScan:
     alike = Counter((ref.timesteps, ref.total) for ref in scan.episodes if ref.total is not None)
     suspects = [ref for ref in scan.episodes if ref.total is not None and alike[ref.timesteps, ref.total] > 1]
     blind = replace(scan.task, observation=tuple(spec for spec in scan.task.observation if spec.kind != "image"))
-    if suspects and blind.observation and blind != scan.task:
+    if suspects and blind != scan.task:
         suspects = _alike(source, blind, suspects)
     if not suspects:
         return scan

@@ -46,6 +46,8 @@ class Columns:
     @staticmethod
     def of(observation: np.ndarray | None, action: np.ndarray, task: TaskSpec) -> Columns:
         """Those of one episode: (T, D) continuous values or None, actions (T, A) or (T,)."""
+        if observation is None and action.size == 0:  # a caption
+            return Columns()
         flat = action.reshape(len(action), -1)
         clipped = np.zeros(flat.shape[1], int)
         if task.action and task.action.kind == "continuous":

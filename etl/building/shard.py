@@ -206,8 +206,10 @@ class _ShardWork:
         T = episode.episode_timesteps
         for start in range(0, T, piece):
             stop = min(start + piece, T)
-            part = {name: array[start:stop] for name, array in members.items()}
-            meta = replace(episode, start=start, timesteps=stop - start)
+            part, meta = members, episode
+            if piece < T:
+                part = {name: array[start:stop] for name, array in members.items()}
+                meta = replace(episode, start=start, timesteps=stop - start)
             places = self.writer.add(sample_key(self.task.name, meta.episode, start), part, meta)
             for name, value in (vars(meta) | places).items():
                 if name in self.rows:  # all but the task's name, which is an ordinal in the index

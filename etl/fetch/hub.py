@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -19,7 +19,7 @@ from urllib.parse import quote
 import requests
 
 from etl.fetch.download import INTERRUPTIONS, TIMEOUT_SECONDS, fetch
-from etl.sources import SourceError
+from etl.sources import Known, SourceError
 
 DONE = ".complete"
 PAGES = 10_000  # of a listing
@@ -67,6 +67,32 @@ def download(place: Place, root: Path, wanted: Callable[[str], bool], first: Cal
     if files:
         (root / place.folder / DONE).write_text(f"{len(files)} files\n", "utf-8")
     return sorted(files)
+
+
+def logs(
+    dataset: str,
+    cache: Path,
+    example: str,
+    what: str,
+    wanted: Callable[[str], bool],
+    below: Callable[[Path], list[Path]],
+) -> list[Path]:
+    """The files that `below` finds in a dataset, downloaded into `cache` unless it is there. `what` they are, and an
+    `example` of a dataset, are for messages. SourceError: there are none, or what to fetch and where to put it."""
+    place = place_of(dataset, example)
+    root = place.root(cache)
+    if not here(place, root):
+        download(place, root, wanted)
+    found = below(root / place.folder) if (root / place.folder).is_dir() else []
+    if not found:
+        raise SourceError(f"{endpoint()}/datasets/{dataset}: no {what} in it; give --dataset one such as {example}")
+    return found
+
+
+def known(cache: Path, listed: Iterable[str] = ()) -> list[Known]:
+    """Datasets that are `listed`, and those in the cache."""
+    here = {path.parent.relative_to(cache).as_posix(): path.parent for path in cache.rglob(DONE)}
+    return [Known(id, "-", f"{endpoint()}/datasets/{id}", here.get(id)) for id in sorted({*listed, *here})]
 
 
 def here(place: Place, root: Path) -> bool:

@@ -195,16 +195,15 @@ class ArraySource:
         """Those of `listed`, and what is in the cache; any other of the hub can be asked for by its repository's id."""
         from etl.fetch import hub  # which needs this package
 
-        root = cache / self.name
-        here = {path.parent.relative_to(root).as_posix(): path.parent for path in root.rglob(hub.DONE)}
-        where = f"{hub.endpoint()}/datasets"
-        return [Known(id, "-", f"{where}/{id}", here.get(id)) for id in sorted({*self.listed, *here})]
+        return hub.known(cache / self.name, self.listed)
 
     def resolve(self, input: Path | None, dataset: str | None, cache: Path) -> list[Path]:
         """The input file, or all files of the format below the input folder, sorted; `dataset` picks one task. Without
         an input, `dataset`, a repository of the hub or a folder in one, is downloaded. SourceError: there is none."""
         if input is None and self.hub and dataset is not None:
-            return self._downloaded(dataset, cache / self.name)
+            from etl.fetch import hub  # which needs this package
+
+            return hub.logs(dataset, cache / self.name, self.hub, self.what, self.wanted, self.below)
         if input is None:
             by_name = f"give --dataset with a repository of the Hugging Face hub ({self.hub}); or " if self.hub else ""
             raise SourceError(f"source {self.name} needs --input; {by_name}{self.fetch}, and give --input that file or "
@@ -218,19 +217,6 @@ class ArraySource:
         if dataset not in named:
             raise SourceError(f"{input}: no dataset '{dataset}' in it{_catalogue.suggest(dataset, named)}")
         return named[dataset]
-
-    def _downloaded(self, dataset: str, cache: Path) -> list[Path]:
-        from etl.fetch import hub  # which needs this package
-
-        place = hub.place_of(dataset, self.hub)
-        root = place.root(cache)
-        if not hub.here(place, root):
-            hub.download(place, root, self.wanted)
-        found = self.below(root / place.folder) if (root / place.folder).is_dir() else []
-        if not found:
-            raise SourceError(f"{hub.endpoint()}/datasets/{dataset}: no {self.what} in it; give --dataset one such as "
-                              f"{self.hub}")  # fmt: skip
-        return found
 
     def wanted(self, name: str) -> bool:
         """Whether a file of a repository belongs to logs of this format."""

@@ -126,7 +126,7 @@ def optional(group: h5py.Group, *keys: str) -> HDF5Column | None:
 
 def group_of(group: h5py.Group, key: str) -> h5py.Group:
     """A group in a group. EpisodeError where there is none."""
-    node = group[key] if _hdf5.holds(group, key) else None
+    node = _hdf5.member(group, key) if _hdf5.holds(group, key) else None
     if not isinstance(node, h5py.Group):
         raise EpisodeError("missing group", f"no group '{key}' in {group.name}; there are {few(group)}; {AGAIN}")
     return node
@@ -172,12 +172,12 @@ def _walk(group: h5py.Group, prefix: str, depth: int) -> Iterator[tuple[str, h5p
     for key in group:
         if not _hdf5.holds(group, key):
             continue
-        node = group[key]
+        node = _hdf5.member(group, key)
         if isinstance(node, h5py.Group):
             if depth:
                 yield from _walk(node, f"{prefix}{key}/", depth - 1)
-        elif isinstance(node, h5py.Dataset) and _hdf5.dataset(group, key) is not None:
-            yield f"{prefix}{key}", node
+        elif _hdf5.stores_rows(node, name := f"{prefix}{key}"):
+            yield name, node
 
 
 def _codes(node: h5py.Dataset, start: int, stop: int) -> Iterator[bytes]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image
@@ -46,18 +47,29 @@ REMEDY = "record pictures as uint8 (T, H, W, C)"
 def decode(data: bytes, where: str, shape: tuple[int, int, int] | None = None) -> np.ndarray:
     """(H, W, C) uint8 of a coded PNG or JPEG, C as stored (palettes become colours). `where` names it in errors;
     `shape`: what it must have. EpisodeError ('corrupt picture', 'too large', 'wrong shape', 'wrong dtype')."""
+    with opened(data, where) as image:
+        pixels = np.asarray(image, np.uint8)
+    pixels = pixels if pixels.ndim == 3 else pixels[..., None]
+    if shape is not None and pixels.shape != tuple(shape):
+        raise EpisodeError("wrong shape", f"'{where}' is a picture of {pixels.shape}, expected {tuple(shape)}")
+    return pixels
+
+
+@contextmanager
+def opened(data: bytes, where: str) -> Iterator[Image.Image]:
+    """A coded PNG or JPEG, decoded, as a picture of 1 to 4 channels of bytes. EpisodeError as of `decode`; it turns
+    what Pillow raises in the block into one."""
     with _opened(data, where) as image:
         mode = MODES.get(image.mode, image.mode)
         if mode not in PLAIN:
             raise EpisodeError("wrong dtype", f"'{where}' is a picture of mode {image.mode}; {REMEDY}")
         try:
-            pixels = np.asarray(image if image.mode == mode else image.convert(mode), np.uint8)
+            image.load()
+            yield image if image.mode == mode else image.convert(mode)
+        except EpisodeError:
+            raise
         except DAMAGE as error:
             raise _corrupt(where, error) from error
-    pixels = pixels if pixels.ndim == 3 else pixels[..., None]
-    if shape is not None and pixels.shape != tuple(shape):
-        raise EpisodeError("wrong shape", f"'{where}' is a picture of {pixels.shape}, expected {tuple(shape)}")
-    return pixels
 
 
 def decode_all(

@@ -202,7 +202,7 @@ def _equal(arrays: Mapping[str, HDF5Column], rows: int) -> None:
 
 def _scalar(file: h5py.File, key: str) -> Any:
     """A dataset of a single value; None where there is none."""
-    node = file[key] if _hdf5.holds(file, key) else None
+    node = _hdf5.member(file, key) if _hdf5.holds(file, key) else None
     if not isinstance(node, h5py.Dataset) or node.size != 1 or node.dtype.kind not in "fiubOS":
         return None
     plist = node.id.get_create_plist()

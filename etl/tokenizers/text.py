@@ -59,7 +59,7 @@ class TextTokenizer:
     def encode_lines(self, lines: np.ndarray, length: int, end: bool = False) -> tuple[np.ndarray, int]:
         """Strings (T,) to tokens uint16 (T, length), and how many strings were cut. Equal lines cost once. `end`: each
         is followed by the model's end-of-text piece, if it has one."""
-        unique, inverse = np.unique(lines, return_inverse=True)
+        unique, inverse = (lines, np.zeros(1, int)) if len(lines) == 1 else np.unique(lines, return_inverse=True)
         last = [self.processor.eos_id()] if end and self.processor.eos_id() >= 0 else []
         pieces = [self.processor.encode(str(line)) + last for line in unique]
         cut = np.array([len(p) > length for p in pieces], bool)

@@ -12,6 +12,7 @@ from etl.sources import _hdf5
 N = 1000
 STORED = {
     "contiguous": ((N, 3), np.float32, {}),
+    "plain chunks": ((N, 3, 2), np.uint8, {"chunks": (7, 3, 2)}),
     "gzip": ((N, 3), np.float32, {"chunks": (64, 3), "compression": "gzip"}),
     "shuffle": ((N, 3), np.float64, {"chunks": (64, 2), "compression": "gzip", "shuffle": True}),
     "chunks wider than rows": ((N, 3), np.int16, {"chunks": (7, 2), "maxshape": (None, None)}),
@@ -63,9 +64,12 @@ def test_our_own_unpacking_is_what_is_tested(file):
     assert [name for name, ours in own.items() if not ours] == ["contiguous", "lzf", "checksums"]
 
 
-def test_chunks_that_were_never_written_hold_the_fill_value(file):
-    dataset = file.create_dataset("x", (N, 2), np.float32, chunks=(64, 2), compression="gzip", fillvalue=7.5)
+@pytest.mark.parametrize("compression", [None, "gzip"])
+def test_chunks_that_were_never_written_hold_the_fill_value(file, compression):
+    dataset = file.create_dataset("x", (N, 2), np.float32, chunks=(64, 2), compression=compression, fillvalue=7.5)
     dataset[200:300] = 1.0
+    dataset[700:] = 2.0  # not where the rows before them end in the file
+    dataset[500:600] = 3.0
     np.testing.assert_array_equal(_hdf5.Rows(dataset)[:], dataset[:])
 
 

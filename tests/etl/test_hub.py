@@ -8,7 +8,7 @@ from etl.sources import SourceError, of_dataset
 from tests.etl.test_determinism import WRITERS
 from tests.etl.test_lerobot_hub import ID, serving
 
-KINDS = ("d3rlpy", "hdf5", "hdf5-npz", "jat", "maniskill", "rlds", "robomimic", "vintix")
+KINDS = ("d3rlpy", "hdf5", "hdf5-npz", "imagetext", "jat", "maniskill", "rlds", "robomimic", "vintix")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
-"""d3rlpy's files: v2.1 as d3rlpy 2.8 wrote it (tests/etl/golden), v1 by its written form."""
+"""d3rlpy's files: as d3rlpy 2.8 (v2.1) and 1.1 (v1) wrote them (tests/etl/golden), and more of v1 by its form."""
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import h5py
@@ -9,6 +10,7 @@ import pytest
 
 from etl import sources
 from etl.sources import Rejection
+from tests.etl.golden import make_d3rlpy_v1
 from tests.etl.golden.make_d3rlpy import episodes
 from tests.etl.logkit import build_here, episodes_of, reversed_scan, same, scans_of
 
@@ -42,6 +44,20 @@ def test_bounds_are_those_of_the_option_or_the_environment(tmp_path):
     assert scan.task.action.low == (-2.0,) and not scan.warnings
     (scan,) = scans_of("d3rlpy", tmp_path, environment="Pendulum-v1")
     assert scan.task.action.high == (2.0,) and not scan.warnings
+
+
+@pytest.mark.parametrize("kind", ["continuous", "pixels"])
+def test_v1_files_that_d3rlpy_wrote(tmp_path, kind):
+    shutil.copy(GOLDEN / f"d3rlpy-v1-{kind}.h5", tmp_path)
+    scan, found = episodes_of("d3rlpy", tmp_path)
+    kept = make_d3rlpy_v1.rows(kind)
+    assert not scan.rejected and not scan.warnings
+    assert scan.task.action.kind == ("discrete" if kind == "pixels" else "continuous")
+    for episode, (start, stop) in zip(found, pairwise([0, *make_d3rlpy_v1.STOPS]), strict=True):
+        seen, actions, rewards = (kept[key][start:stop] for key in ("observations", "actions", "rewards"))
+        seen = seen.transpose(0, 2, 3, 1) if kind == "pixels" else seen
+        same(scan, episode, {"observation": seen}, actions, rewards)
+        assert episode.terminated == (start <= make_d3rlpy_v1.TERMINAL < stop) != episode.truncated
 
 
 def v1(path, closed=True):

@@ -175,3 +175,26 @@ def test_the_trainer_learns_captions(tmp_path):
     train(tmp_path / "run", [tmp_path / "out"], *given.split(), steps=30)
     first, last = (metrics_at(tmp_path / "run", step)["held_out/imagetext-in/loss"] for step in (0, 30))
     assert first > 9 and last < 0.3 * first  # from ln 34,049 on
+
+
+def test_a_damaged_header_is_no_end_and_long_names_are_read(tmp_path):
+    kept = tars(tmp_path / "in", count=6)
+    path = tmp_path / "in" / "00000.tar"
+    with tarfile.open(path) as archive:
+        start = archive.getmembers()[9].offset
+    data = bytearray(path.read_bytes())
+    data[start + 150] ^= 1
+    (tmp_path / "damaged.tar").write_bytes(data)
+    (scan,) = scans_of("imagetext", tmp_path / "damaged.tar")
+    assert [(line.position, line.reason) for line in scan.rejected] == [(2, "corrupt tar")]
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT):
+        with tarfile.open(tmp_path / "long.tar", "w", format=form) as archive:
+            for folder in ("a", "b" * 120, "c", f"ü{form}", "a"):
+                for ending, data in (("png", coded(kept[0][1])), ("txt", f"of {folder}".encode())):
+                    member = tarfile.TarInfo(f"{folder}/1.{ending}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+            archive.addfile(tarfile.TarInfo("nothing"))
+        _, found = episodes_of("imagetext", tmp_path / "long.tar", picture_size=(32, 32))
+        captions = [pair.observation["caption"][0] for pair in found]
+        assert captions == ["of a", f"of {'b' * 120}", "of c", f"of ü{form}", "of a"]

@@ -1,6 +1,7 @@
-"""ManiSkill's trajectories, written as its RecordEpisode writes them (mani_skill/utils/wrappers/record.py)."""
+"""ManiSkill's trajectories: as its RecordEpisode wrote them (tests/etl/golden), and more in the same form."""
 
 import json
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 
 from etl import sources
 from etl.sources import Rejection
+from tests.etl.golden import make_maniskill
 from tests.etl.logkit import build_here, episodes_of, reversed_scan, same, scans_of
 
+GOLDEN = Path(__file__).parent / "golden/maniskill"
 NAME = "trajectory.rgb.pd_ee_delta_pose.physx_cpu"
 
 
@@ -49,6 +52,18 @@ def trajectories(folder, observed="rgb", count=3, rewards=True):
     info = {"env_id": "PickCube-v1", "max_episode_steps": 50, "env_kwargs": {"obs_mode": observed}}
     (folder / f"{NAME}.json").write_text(json.dumps({"env_info": info, "episodes": listed}))
     return kept
+
+
+def test_files_that_maniskill_wrote():
+    scan, found = episodes_of("maniskill", GOLDEN)
+    assert scan.task.name == f"PickCube-v1-{make_maniskill.NAME}" and not scan.rejected
+    assert scan.task.max_episode_steps == make_maniskill.LIMIT and scan.task.action.high == (1.0,) * 8
+    kept = make_maniskill.episodes()
+    for episode, one, (T, end) in zip(found, kept, make_maniskill.ENDS, strict=True):
+        seen = {"agent/qpos": one["qpos"][:T], "sensor_data/base_camera/rgb": one["rgb"][:T]}
+        same(scan, episode, seen, one["actions"], one["rewards"])
+        assert (episode.terminated, episode.truncated) == (end == "terminated", end == "truncated")
+    assert "PickCube-v1" in sources.load("maniskill").recognise(GOLDEN).evidence
 
 
 @pytest.mark.parametrize("observed", ["rgb", "state"])

@@ -1,6 +1,8 @@
-"""robomimic's HDF5 as robomimic, LIBERO and RoboCasa write it."""
+"""robomimic's HDF5: as its scripts wrote it (tests/etl/golden), and in the form of LIBERO and RoboCasa."""
 
 import json
+import lzma
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -10,8 +12,10 @@ from etl import sources
 from etl.sources import Rejection
 from schemas.dataset import DatasetError
 from shards.reader import Dataset
+from tests.etl.golden import make_robomimic
 from tests.etl.logkit import build_here, episodes_of, same, scans_of
 
+GOLDEN = Path(__file__).parent / "golden"
 SAID = "pick up the red bowl"
 
 
@@ -65,6 +69,20 @@ def test_demos_are_episodes_with_cameras_and_instructions(tmp_path, kind):
     assert scan.task.action.low == (-1.0,) * 7
     recognition = sources.load("robomimic").recognise(tmp_path)
     assert recognition.certainty == 2 and recognition.evidence == "lift.hdf5, data's attribute env_args"
+
+
+def test_a_file_that_robomimic_wrote(tmp_path):
+    (tmp_path / "lift.hdf5").write_bytes(lzma.decompress((GOLDEN / "robomimic-lift.hdf5.xz").read_bytes()))
+    scan, found = episodes_of("robomimic", tmp_path, held_out_mask="valid")
+    assert not scan.rejected and not scan.warnings and scan.task.action.low == (-1.0,) * 7
+    assert [ref.held_out for ref in scan.episodes] == [n == make_robomimic.VALID for n in range(4)]
+    with h5py.File(tmp_path / "lift.hdf5") as file:
+        for number, (episode, taken) in enumerate(zip(found, make_robomimic.actions(), strict=True)):
+            demo = file[f"data/demo_{number}"]
+            observation = {key: values[:] for key, values in demo["obs"].items()}
+            assert len(observation) == 11
+            same(scan, episode, observation, taken, demo["rewards"][:])
+            assert (episode.terminated, episode.truncated) == (True, False)
 
 
 def test_masks_hold_out_or_select(tmp_path):
