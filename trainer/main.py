@@ -11,12 +11,18 @@ from __future__ import annotations
 import faulthandler
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
     # The launcher runs this file: imports start at the root of checkout or site-packages, not at trainer/.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Nothing has to be saved before StopRequest listens. Python loses an exception that a signal raises amid an import
+    # now and then: in a callback, or in a bare `except` of a library.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Threads that spin while they wait take most of a core from other processes. Read when torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -55,6 +61,9 @@ def main() -> int:
             config, _ = load_initial_model(asked.recipe, config)
             dry_run.show(asked.recipe, config, DISJOINT, asked.world, asked.tflops)
             return 0
+        if stop.left_alone:
+            print("interrupted: the launcher has ended, and nothing was trained yet", file=sys.stderr)
+            return 130
         config = for_this_machine(asked.recipe, config)
         device = engine.start(asked.local_rank, config.run.patience_minutes)
         train(asked.recipe, config, device, stop)

@@ -1,5 +1,6 @@
 """A build in surroundings that users have: a full disk, a proxy, other people's files, a log that is being written."""
 
+import ctypes
 import os
 import resource
 import shutil
@@ -9,10 +10,15 @@ import sys
 import h5py
 import pytest
 
+from etl.building import pipeline
+from schemas.dataset import DatasetError
 from schemas.files import disk_fault
 from shards.reader import Dataset
 from tests.commands import run
 from tests.trainer.launch import ROOT
+
+
+CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 
 
 def build(logs, output, *extra):
@@ -43,6 +49,28 @@ def test_a_proxy_does_not_cut_off_the_workers(logs, tmp_path, names):
     environment = usual | dict.fromkeys(names, "http://127.0.0.1:9")
     done = run(*build(logs / "d4rl", tmp_path, "--workers", 2), env=environment)
     assert "attempt" not in done.stderr and Dataset(tmp_path).manifest.tasks
+
+
+def test_a_machine_that_cannot_reach_itself_is_one_line(capfd):
+    """A namespace of its own for the network: its loopback interface is down."""
+    child = os.fork()
+    if not child:
+        status = 77
+        try:
+            if not ctypes.CDLL(None).unshare(CLONE_NEWNET if os.geteuid() == 0 else CLONE_NEWNET | CLONE_NEWUSER):
+                pipeline.require_loopback()
+                status = 0
+        except DatasetError as error:
+            status = 1
+            print(error, file=sys.stderr, flush=True)
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status == 77:
+        pytest.skip("no namespaces here")
+    line = capfd.readouterr().err
+    assert status == 1 and "give --workers 1, or bring the loopback interface up" in line, line
+    pipeline.require_loopback()  # here it is
 
 
 def test_other_peoples_files_are_named_and_stay(logs, tmp_path):
