@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import zipfile
+import zlib
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,7 +24,7 @@ from schemas.episode import EpisodeError
 SKIP = 2**20  # bytes at a time
 MOST_ARRAYS = 1024
 DAMAGE: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, LookupError, TypeError, SyntaxError)
-DAMAGE += (zipfile.BadZipFile, NotImplementedError, RuntimeError, MemoryError, ArithmeticError)
+DAMAGE += (zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError, MemoryError, ArithmeticError)
 
 
 class NpzColumn:

@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
+from etl.sources._recognition import all_files_below
 from schemas.episode import EpisodeError
 
 INFO = "meta/info.json"
@@ -39,6 +40,11 @@ _VIDEO = {
     "v2": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
     "v3": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
 }
+
+
+def tables(folder: Path) -> list[Path]:
+    """The Parquet files below a folder, without hidden ones (a Mac leaves a "._" beside each file)."""
+    return sorted(path for path in all_files_below(folder) if path.suffix == ".parquet")
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,7 @@ class Dataset:
         """Every file of meta that the episodes depend on."""
         names = ("info.json", "tasks.parquet", "tasks.jsonl", "episodes.jsonl")
         meta = self.root / "meta"
-        return [meta / name for name in names if (meta / name).is_file()] + sorted(meta.glob("episodes/**/*.parquet"))
+        return [meta / name for name in names if (meta / name).is_file()] + tables(meta / "episodes")
 
     def _span(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         rows = self._stats
@@ -162,7 +168,7 @@ class Dataset:
         wanted = {"episode_index", "length"} | {
             f"videos/{camera}/{part}" for camera in cameras for part in ("chunk_index", "file_index", "from_timestamp")
         }
-        for path in sorted((self.root / "meta/episodes").glob("**/*.parquet")):
+        for path in tables(self.root / "meta/episodes"):
             with damage(path):
                 names = pa.parquet.read_schema(path).names
                 table = pa.parquet.read_table(path, columns=[name for name in names if name in wanted])

@@ -66,7 +66,7 @@ class Tables:
 
     def _files(self, number: int) -> list[Path]:
         folder = self.folder / str(number)
-        return sorted(path for path in folder.glob(f"*{self.suffix}") if path.is_file()) if folder.is_dir() else []
+        return sorted(path for path in folder.glob(f"[!.]*{self.suffix}") if path.is_file()) if folder.is_dir() else []
 
     def episode(self, number: int) -> Episode:
         """One of them."""
