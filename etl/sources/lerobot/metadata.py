@@ -240,13 +240,20 @@ def _feature(name: str, about: dict[str, Any]) -> Feature:
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a .jsonl file, one at a time."""
+    _require_file(path)
     with open(path, encoding="utf-8") as file:
         while line := file.readline(META_BYTES):
             if line.strip():
                 yield json.loads(line)
 
 
+def _require_file(path: Path) -> None:
+    if path.exists() and not path.is_file():  # reading a pipe may never end
+        raise ValueError("no file")
+
+
 def _json(path: Path) -> dict[str, Any]:
+    _require_file(path)
     if path.stat().st_size > META_BYTES:
         raise ValueError(f"{path.stat().st_size} bytes")
     value = json.loads(path.read_bytes())

@@ -176,6 +176,8 @@ def _beside(root: Path, name: object) -> bytes:
     path = Path(os.path.normpath(root / name))
     if not path.is_relative_to(root) or not path.resolve().is_relative_to(root.resolve()):
         raise ValueError(f"'{name[:80]}' leads out of the dataset")
+    if not path.is_file():
+        raise ValueError(f"'{name[:80]}' is no file")
     return path.read_bytes()
 
 
