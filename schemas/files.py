@@ -74,6 +74,8 @@ REMEDIES |= {errno.ENAMETOOLONG: "give a shorter name", errno.ELOOP: "it is a li
 def disk_fault(error: BaseException, folder: Path | str) -> str:
     """The line for the user if an error says that the disk of `folder` is full, that a file may not be written or read,
     or that another one is in its way; else ''. Libraries of C (HDF5) give the system's words alone."""
+    if isinstance(error, FileNotFoundError) and error.filename is None and error.strerror:
+        return "the current folder is gone (removed, or replaced by another one): cd to it again, or to another one"
     number = error.errno if isinstance(error, OSError) else None
     if number not in FULL:
         number = next((one for one in FULL if f"{os.strerror(one)}" in str(error)), None)

@@ -1,6 +1,6 @@
-"""Ctrl-C held back while native code is set up.
+"""Ctrl-C and its like held back while native code is set up.
 
-    SIGINT inside the block -> remembered -> raised when the block has ended
+    SIGINT, SIGTERM, SIGHUP inside the block -> remembered -> handled when the block has ended
 
 KeyboardInterrupt while ale-py's extension module initialises aborts the process, and with it all clean-up.
 
@@ -13,19 +13,24 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block has ended. Outside the main thread, which alone it reaches, nothing changes."""
-    handler, came = signal.getsignal(signal.SIGINT), []
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda number, at: came.append(at))
+    """What asks a command to end waits until the block has ended, where it has a handler. Outside the main thread, which
+    alone it reaches, nothing changes."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    if threading.current_thread() is not threading.main_thread():
+        handlers = {}
+    came: list[tuple[int, FrameType | None]] = []
+    for number in handlers:
+        signal.signal(number, lambda number, at: came.append((number, at)))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if came:
-            handler(signal.SIGINT, came[0])
+            handlers[signal.Signals(came[0][0])](*came[0])

@@ -89,6 +89,8 @@ def main() -> int:
             if "EADDRINUSE" not in str(error):
                 place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
                 remedy = f"rank 0 does not answer at {place}: see that it runs there, and that the port is open"
+        if "Unable to find address for" in line:
+            remedy = "GLOO_SOCKET_IFNAME must name a network interface of this machine that has an address (ip address)"
         print(f"error: rank {process_rank()}: {line}; {remedy}", file=sys.stderr)
         return 1
     if dist.is_initialized():  # after an error the other ranks may be gone

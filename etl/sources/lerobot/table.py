@@ -100,6 +100,8 @@ class Table:
             missing = [name for name in columns if name not in self.file.schema_arrow.names]
             if missing:
                 raise EpisodeError("missing key", f"no column '{missing[0]}' in {path.name}; {AGAIN}")
+            if twice := [name for name in columns if self.file.schema_arrow.names.count(name) > 1]:
+                raise EpisodeError(CORRUPT, f"two columns '{twice[0]}' in {path.name}; {AGAIN}")
             groups = range(self.file.num_row_groups)
             self.ends = np.cumsum([self.file.metadata.row_group(group).num_rows for group in groups])
         self.columns = columns
