@@ -6,10 +6,13 @@ import resource
 import shutil
 import subprocess
 import sys
+from contextlib import chdir
+from pathlib import Path
 
 import h5py
 import pytest
 
+from etl import sources
 from etl.building import pipeline
 from schemas.dataset import DatasetError
 from schemas.files import disk_fault
@@ -130,10 +133,46 @@ def test_a_full_disk_ends_a_recording_in_one_line_and_leaves_nothing(tmp_path, e
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_link_to_nothing_is_named(logs, tmp_path):
-    (tmp_path / "shards").symlink_to("nowhere")
-    done = run(*build(logs / "d4rl", tmp_path / "shards"), check=False)
-    assert done.returncode == 1 and "--output" in done.stderr and "is a link to nothing" in done.stderr, done.stderr
+@pytest.mark.parametrize("output, message", [
+    ("link", "is a link to nothing"),
+    ("/dev/null", "is a file; give a folder"),
+    ("~nobody_of_this_name/x", "no such home folder is known here; set HOME, or give the whole path"),
+    ("x" * 300, "File name too long; give a shorter name"),
+])  # fmt: skip
+def test_an_output_that_can_be_no_folder_is_named(logs, tmp_path, output, message):
+    (tmp_path / "link").symlink_to("nowhere")
+    words = ("etl.record", "--environment", "Hopper-v4", "--policy", "random", "--steps", 9, "--output", output)
+    for command in (build(logs / "d4rl", output), words):
+        done = run(*map(str, command), cwd=tmp_path, check=False)
+        assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_hidden_files_and_pipes_are_no_logs(logs, tmp_path):
+    """A Mac leaves a "._" beside each file, Jupyter a copy in a hidden folder; nobody may ever write to a pipe."""
+    folder = shutil.copytree(logs / "d4rl", tmp_path / "logs")
+    (log,) = folder.iterdir()
+    for place in (folder, folder / "__MACOSX"):
+        place.mkdir(exist_ok=True)
+        (place / f"._{log.name}").write_bytes(b"\0\5\x16\7")
+    (folder / ".ipynb_checkpoints").mkdir()
+    shutil.copy(log, folder / ".ipynb_checkpoints" / "log-checkpoint.hdf5")
+    os.mkfifo(folder / "pipe.hdf5")
+    (folder / "gone.hdf5").symlink_to("nowhere")  # its content may have been left out
+    found = sources.load("d4rl").resolve(folder, None, tmp_path)
+    assert [path.name for path in found] == ["gone.hdf5", log.name]
+    (folder / "gone.hdf5").unlink()
+    run(*build(folder, tmp_path / "shards"))
+    assert [task.spec.name for task in Dataset(tmp_path / "shards").manifest.tasks] == [log.stem]
+
+
+def test_a_current_folder_that_is_gone_is_named(tmp_path):
+    (tmp_path / "gone").mkdir()
+    with chdir(tmp_path / "gone"):
+        (tmp_path / "gone").rmdir()
+        try:
+            Path("x").absolute()
+        except OSError as error:
+            assert disk_fault(error, "x").startswith("the current folder is gone")
 
 
 def test_a_folder_in_a_files_place_has_a_remedy(tmp_path):
