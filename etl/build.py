@@ -268,10 +268,10 @@ def _existing_dataset(options: Options, folder: Folder, plan: list[ShardPlan], c
         return None
     try:
         existing = parse_manifest(data, folder.path(MANIFEST_NAME))
-    except ValueError:
+    except ValueError as error:
         if options.overwrite:
             return None
-        raise
+        raise DatasetError(f"{str(error).partition(';')[0]}; give --overwrite to build it again") from None
     # a reference score that has become known since then changes no token
     then = {task.spec.name: task.spec.score for task in existing.tasks}
     tasks = [replace(shard.task, score=then.get(shard.task.name, shard.task.score)) for shard in plan]

@@ -76,6 +76,8 @@ def disk_fault(error: BaseException, folder: Path | str) -> str:
     or that another one is in its way; else ''. Libraries of C (HDF5) give the system's words alone."""
     if isinstance(error, FileNotFoundError) and error.filename is None and error.strerror:
         return "the current folder is gone (removed, or replaced by another one): cd to it again, or to another one"
+    if isinstance(error, FileNotFoundError) and str(error.filename).endswith(".tmp"):
+        return gone(Path(error.filename).parent)
     number = error.errno if isinstance(error, OSError) else None
     if number not in FULL:
         number = next((one for one in FULL if f"{os.strerror(one)}" in str(error)), None)
@@ -84,6 +86,11 @@ def disk_fault(error: BaseException, folder: Path | str) -> str:
     if number is None:
         return ""
     return f"{folder}: the disk is full ({os.strerror(number)}); make room, then run the same command to go on"
+
+
+def gone(folder: Path | str) -> str:
+    """The line for the user if a folder vanished while it was written."""
+    return f"{folder}: was removed or renamed while it was written; see to its place, then run the same command again"
 
 
 def require_room(folder: Path, size: int) -> None:

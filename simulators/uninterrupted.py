@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """What asks a command to end waits until the block has ended, where it has a handler. Outside the main thread, which
-    alone it reaches, nothing changes."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    """What asks a command to end waits until the block has ended, where it has a handler. Outside the main thread,
+    which alone it reaches, nothing changes."""
+    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if callable(handler := signal.getsignal(number)):
+            handlers[number] = handler
     if threading.current_thread() is not threading.main_thread():
         handlers = {}
     came: list[tuple[int, FrameType | None]] = []
@@ -33,4 +36,4 @@ def uninterrupted() -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if came:
-            handlers[signal.Signals(came[0][0])](*came[0])
+            handlers[came[0][0]](*came[0])

@@ -42,6 +42,7 @@ from schemas.dataset import (
     Manifest,
     parse_shards,
 )
+from schemas.files import gone
 from shards.folder import Folder
 from shards.writer import shard_name
 from simulators import plugins
@@ -52,6 +53,7 @@ NO_PROXY = "no_grpc_proxy"
 CONNECT_SECONDS = 5.0
 BEAM_THREADS = ("run_worker", "wait_until_finish_read", "beam_control_read")
 OWN_ERROR = re.compile(r"(?:RuntimeError: )?(?:[\w.]+\.)?(?:DatasetError|SourceError): (.*)")
+VANISHED = re.compile(r"FileNotFoundError: .*\.tmp'")  # a temporary file of the output, or its folder
 LOOK_SECONDS = (0.25, 2.0)  # between looks into a local folder, into a remote one
 
 
@@ -92,6 +94,8 @@ def run(
         except RuntimeError as error:  # Beam wraps whatever a DoFn raises
             if "KeyboardInterrupt" in str(error):
                 raise KeyboardInterrupt from None
+            if VANISHED.search(_cause(error)):
+                raise DatasetError(gone(str(folder))) from None
             raise
         return
     log = (folder.local or Path(tempfile.gettempdir())) / BUILD_FOLDER / "workers.log"
@@ -113,6 +117,8 @@ def run(
         except Exception as error:  # each runner has exceptions of its own (gRPC's, Dask's)
             if own := OWN_ERROR.fullmatch(_cause(error)):
                 raise DatasetError(own.group(1)) from None
+            if VANISHED.search(_cause(error)):
+                raise DatasetError(gone(str(folder))) from None
             where = f"; see {log}" if own_workers else ""
             raise DatasetError(f"{folder}: the runner failed: {_cause(error)}{where}") from error
 
@@ -125,7 +131,7 @@ def _reach_own_workers() -> None:
 
 
 def require_loopback() -> None:
-    """DatasetError unless this machine reaches itself as Beam's processes reach each other: gRPC tries again for ever."""
+    """DatasetError unless this machine reaches itself as Beam's processes reach each other: gRPC tries for ever."""
     try:
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET

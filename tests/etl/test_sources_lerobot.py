@@ -74,7 +74,7 @@ def episodes(folder, **options):
 
 
 def columns(path, edit):
-    """Write a Parquet file again with its columns {name: array} edited; one named "twice" is another observation.grid."""
+    """Write a Parquet file again with its columns {name: array} edited; "twice" is another observation.grid."""
     table = pa.parquet.read_table(path)
     arrays = {name: table[name] for name in table.column_names}
     edit(arrays)
@@ -302,6 +302,13 @@ def test_an_episode_of_another_length_than_its_metadata_says_is_rejected(copy):
     assert [(r.position, r.reason) for r in scan.rejected] == [(1, "wrong length")]
 
 
+def test_lengths_that_the_metadata_lacks_are_named(copy):
+    folder = copy("v30")
+    columns(folder / "meta/episodes/chunk-000/file-000.parquet", lambda arrays: arrays.pop("length"))
+    (scan,) = scanned(folder)
+    assert scan.task is None and "no 'length'" in scan.rejected[0].detail
+
+
 def test_names_that_lead_out_of_the_folder_are_refused(copy):
     folder = copy("v21")
     change(folder, video_path="../../{video_key}/episode_{episode_index:06d}.mp4")
@@ -314,6 +321,8 @@ def test_an_unknown_version_names_those_that_are_read(copy):
     change(folder, codebase_version="v1.6")
     (scan,) = scanned(folder)
     assert scan.task is None and "v2.0, v2.1, v3.0 are read" in scan.rejected[0].detail
+    change(folder, codebase_version="x" * 10_000)
+    assert len(scanned(folder)[0].rejected[0].detail) < 300
     (folder / "meta/info.json").write_text("{")
     assert scanned(folder)[0].rejected[0].reason == "corrupt metadata"
     with pytest.raises(SourceError, match="no LeRobot dataset"):

@@ -16,10 +16,10 @@ from etl import sources
 from etl.building import pipeline
 from schemas.dataset import DatasetError
 from schemas.files import disk_fault
+from shards.folder import Folder
 from shards.reader import Dataset
 from tests.commands import run
 from tests.trainer.launch import ROOT
-
 
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 
@@ -163,6 +163,28 @@ def test_hidden_files_and_pipes_are_no_logs(logs, tmp_path):
     (folder / "gone.hdf5").unlink()
     run(*build(folder, tmp_path / "shards"))
     assert [task.spec.name for task in Dataset(tmp_path / "shards").manifest.tasks] == [log.stem]
+
+
+def test_an_output_that_vanishes_during_a_build_is_named(logs, tmp_path, monkeypatch):
+    def publish(self, temporary, name, usual=Folder.publish):
+        shutil.rmtree(tmp_path / "shards")
+        return usual(self, temporary, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "publish", publish)
+        done = run(*build(logs / "d4rl", tmp_path / "shards"), check=False)
+    last = f"error: {tmp_path / 'shards'}: was removed or renamed while it was written; see to its place, then"
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(last), done.stderr
+    run(*build(logs / "d4rl", tmp_path / "shards"))
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "["])
+def test_a_manifest_that_cannot_be_read_names_the_remedy_that_works(logs, tmp_path, damage):
+    (tmp_path / "dataset.json").write_text(damage)
+    done = run(*build(logs / "d4rl", tmp_path), check=False)
+    assert done.returncode == 1 and done.stderr.strip().endswith("give --overwrite to build it again"), done.stderr
+    if damage == "[":
+        run(*build(logs / "d4rl", tmp_path, "--overwrite"))
 
 
 def test_a_current_folder_that_is_gone_is_named(tmp_path):

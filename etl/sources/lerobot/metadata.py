@@ -104,7 +104,8 @@ class Dataset:
     def lengths(self) -> dict[int, int]:
         """Frames by episode_index, as meta has them. EpisodeError where the file cannot be read."""
         if self.version == "v3.0":
-            return {n: int(row["length"]) for n, row in self._episodes.items()}
+            with damage(self.root / "meta/episodes"):
+                return {n: int(row["length"]) for n, row in self._episodes.items()}
         path = self.root / "meta/episodes.jsonl"
         with damage(path):
             return {int(line["episode_index"]): int(line["length"]) for line in json_lines(path)}
@@ -205,7 +206,7 @@ def _load(root: Path, changed: int, tables: tuple) -> Dataset:
     path = root / INFO
     with damage(path):
         about = _json(path)
-        version = str(about.get("codebase_version"))
+        version = str(about.get("codebase_version"))[:80]
         if version not in VERSIONS:
             remedy = "convert it with lerobot's own scripts" if version < VERSIONS[0] else "a newer Gato may read it"
             raise EpisodeError(
