@@ -122,8 +122,15 @@ def _ending_signals() -> Iterator[None]:
             before.setdefault(signal.SIGALRM, signal.signal(signal.SIGALRM, interrupt))
         raise SignalKeyboardInterrupt(asked[-1])
 
+    usual_hook = sys.unraisablehook
+
+    def hook(about: Any) -> None:
+        if not issubclass(about.exc_type, SignalKeyboardInterrupt):  # which comes again
+            usual_hook(about)
+
     if threading.current_thread() is threading.main_thread():
         SignalKeyboardInterrupt.listening = True
+        sys.unraisablehook = hook
         # a handler that somebody else has set stays
         for number in ENDING:
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
@@ -133,6 +140,7 @@ def _ending_signals() -> Iterator[None]:
     finally:
         if before:
             SignalKeyboardInterrupt.listening = False
+            sys.unraisablehook = usual_hook
         if signal.SIGALRM in before:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():

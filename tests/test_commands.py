@@ -135,11 +135,10 @@ def test_interrupts_have_their_signals_status():
 
 
 @pytest.mark.parametrize("number", ENDINGS)
-def test_an_interrupt_that_is_lost_comes_again(monkeypatch, number):
+def test_an_interrupt_that_is_lost_comes_again(monkeypatch, capfd, number):
     """Python drops what a signal raises in a destructor, and a library may catch everything."""
     monkeypatch.setattr(terminal, "AGAIN_SECONDS", 0.1)
-    monkeypatch.setattr(sys, "unraisablehook", lambda about: None)
-    usual = signal.getsignal(signal.SIGALRM)
+    usual = signal.getsignal(signal.SIGALRM), sys.unraisablehook
     lost = []
 
     class Dropped:
@@ -159,7 +158,8 @@ def test_an_interrupt_that_is_lost_comes_again(monkeypatch, number):
         return 0
 
     assert main() == 128 + number and lost == ["in a destructor", "caught"]
-    assert signal.getsignal(signal.SIGALRM) is usual and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    assert (signal.getsignal(signal.SIGALRM), sys.unraisablehook) == usual
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 and capfd.readouterr().err == "interrupted\n"
 
 
 def test_handlers_and_streams_are_as_before_after_a_command():
