@@ -38,7 +38,7 @@ from etl.tokenizers import text as texts
 from schemas.dataset import MANIFEST_NAME, TEXT_MODEL_NAME, DatasetError, Manifest, parse_manifest
 from schemas.episode import Document
 from schemas import terminal
-from schemas.files import disk_fault, require_folder
+from schemas.files import disk_fault, home_expanded, require_folder
 from schemas.layout import PATCH_SIZE, layout_of
 from schemas.vocabulary import by_name
 from shards.folder import Folder, is_url
@@ -223,7 +223,7 @@ def _place(options: Options, console: Console) -> tuple[Path, dict[str, str]]:
 
 
 def _cache(options: Options) -> Path:
-    return options.cache.expanduser().absolute()
+    return home_expanded(options.cache).absolute()
 
 
 def _links(given: str | None) -> list[str]:
@@ -268,10 +268,10 @@ def _existing_dataset(options: Options, folder: Folder, plan: list[ShardPlan], c
         return None
     try:
         existing = parse_manifest(data, folder.path(MANIFEST_NAME))
-    except ValueError:
+    except ValueError as error:
         if options.overwrite:
             return None
-        raise
+        raise DatasetError(f"{str(error).partition(';')[0]}; give --overwrite to build it again") from None
     # a reference score that has become known since then changes no token
     then = {task.spec.name: task.spec.score for task in existing.tasks}
     tasks = [replace(shard.task, score=then.get(shard.task.name, shard.task.score)) for shard in plan]
@@ -405,7 +405,7 @@ def run(arguments: list[str], console: Console) -> int:
         flags = beam_flags(rest, options.workers)
         if options.list:
             wide = Console(width=None if sys.stdout.isatty() else 300)  # names and addresses are copied from it
-            summary.datasets(sources.load(str(options.source)), options.cache.expanduser(), wide)
+            summary.datasets(sources.load(str(options.source)), home_expanded(options.cache), wide)
             return 0
         manifest = build(options, flags, console)
     except (SourceError, ValueError, OSError) as error:

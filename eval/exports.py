@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from schemas.files import home_expanded
 from shards.cache import Cache, CacheConfig
 from shards.folder import is_url
 from trainer.checkpoint import MODEL, CheckpointError, download_export
@@ -38,7 +39,7 @@ def find_export(place: str | Path, cache: CacheConfig | None = None) -> Path:
         return WEIGHTS / place
     if is_url(place):
         return download_export(str(place), Cache(cache or CacheConfig()))
-    folder = Path(place).expanduser()
+    folder = home_expanded(place)
     for candidate in (folder, folder / "export"):
         if (candidate / MODEL).is_file():
             return candidate

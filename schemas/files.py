@@ -66,21 +66,31 @@ def parse_json(data: bytes | str, unique: bool = False) -> Any:
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 BARRED = {errno.EROFS, errno.EACCES, errno.EPERM}
 IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY}
+REMEDIES = dict.fromkeys(BARRED, "change its rights, or give another folder")
+REMEDIES |= dict.fromkeys(IN_THE_WAY, "move it away, or give another folder")
+REMEDIES |= {errno.ENAMETOOLONG: "give a shorter name", errno.ELOOP: "it is a link to itself; give another folder"}
 
 
 def disk_fault(error: BaseException, folder: Path | str) -> str:
     """The line for the user if an error says that the disk of `folder` is full, that a file may not be written or read,
     or that another one is in its way; else ''. Libraries of C (HDF5) give the system's words alone."""
+    if isinstance(error, FileNotFoundError) and error.filename is None and error.strerror:
+        return "the current folder is gone (removed, or replaced by another one): cd to it again, or to another one"
+    if isinstance(error, FileNotFoundError) and str(error.filename).endswith(".tmp"):
+        return gone(Path(error.filename).parent)
     number = error.errno if isinstance(error, OSError) else None
     if number not in FULL:
         number = next((one for one in FULL if f"{os.strerror(one)}" in str(error)), None)
-    if isinstance(error, OSError) and error.errno in BARRED | IN_THE_WAY:
-        place = error.filename2 or error.filename or folder
-        remedy = "change its rights" if error.errno in BARRED else "move it away"
-        return f"{place}: {error.strerror}; {remedy}, or give another folder"
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        return f"{error.filename2 or error.filename or folder}: {error.strerror}; {REMEDIES[error.errno]}"
     if number is None:
         return ""
     return f"{folder}: the disk is full ({os.strerror(number)}); make room, then run the same command to go on"
+
+
+def gone(folder: Path | str) -> str:
+    """The line for the user if a folder vanished while it was written."""
+    return f"{folder}: was removed or renamed while it was written; see to its place, then run the same command again"
 
 
 def require_room(folder: Path, size: int) -> None:
@@ -113,16 +123,24 @@ def write_rows(path: Path, rows: Mapping[str, Any]) -> None:
         file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
+def home_expanded(place: Path | str) -> Path:
+    """A path whose '~' or '~USER' is replaced by that home folder. ValueError where there is none."""
+    try:
+        return Path(place).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{place}: no such home folder is known here; set HOME, or give the whole path") from None
+
+
 def require_folder(option: str, place: Path | str) -> None:
     """ValueError names `option` if `place` cannot be a folder: it, or what it lies in, is a file, or a link to
     nothing."""
-    path = Path(place).expanduser()
+    path = home_expanded(place)
     if link := next((one for one in (path, *path.parents) if one.is_symlink() and not one.exists()), None):
         raise ValueError(
             f"--{option} {place}: {link} is a link to nothing; make the folder that it names, or remove it"
         )
     found = next((one for one in (path, *path.parents) if one.exists()), path)
-    if found.is_file():
+    if found.exists() and not found.is_dir():
         raise ValueError(f"--{option} {place}: {found} is a file; give a folder")
 
 

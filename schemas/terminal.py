@@ -1,7 +1,7 @@
 """What a command shares with its terminal: streams whose reader may go away, and signals that ask it to end.
 
     stdout, stderr -> LossyStream: written as long as somebody reads, dropped after that
-    SIGTERM, SIGHUP (unless it is ignored, as under nohup) -> KeyboardInterrupt, as by Ctrl-C
+    SIGINT, SIGTERM, SIGHUP (unless it is ignored, as under nohup) -> KeyboardInterrupt, again until it arrives
 
 Invariant: a closed stdout or stderr ends no command and changes no result.
 """
@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TextIO
 
-ENDING = (signal.SIGTERM, signal.SIGHUP)
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+AGAIN_SECONDS = 2.0
 
 
 class LossyStream:
@@ -96,8 +98,15 @@ def status_of(interrupt: KeyboardInterrupt) -> int:
     return 128 + number
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt(number)
+class SignalKeyboardInterrupt(KeyboardInterrupt):
+    """What a signal raises in a command; its argument is the signal's number. It may be lost: Python drops what is
+    raised in a callback or a destructor, and libraries catch everything. Then it is raised again."""
+
+    listening = False
+
+    def __del__(self) -> None:
+        if SignalKeyboardInterrupt.listening:  # else it has reached the command's end
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
 
 
 @contextmanager
@@ -105,25 +114,56 @@ def _ending_signals() -> Iterator[None]:
     """While the block runs, the signals that ask a process to end raise KeyboardInterrupt. In the main thread only;
     elsewhere they stay as they are."""
     before: dict[signal.Signals, Any] = {}
+    asked: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGALRM:
+            asked.append(number)
+            before.setdefault(signal.SIGALRM, signal.signal(signal.SIGALRM, interrupt))
+        raise SignalKeyboardInterrupt(asked[-1])
+
+    usual_hook = sys.unraisablehook
+
+    def hook(about: Any) -> None:
+        if not issubclass(about.exc_type, SignalKeyboardInterrupt):  # which comes again
+            usual_hook(about)
+
     if threading.current_thread() is threading.main_thread():
+        SignalKeyboardInterrupt.listening = True
+        sys.unraisablehook = hook
         # a handler that somebody else has set stays
         for number in ENDING:
-            if signal.getsignal(number) is signal.SIG_DFL:
-                before[number] = signal.signal(number, _interrupt)
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                before[number] = signal.signal(number, interrupt)
     try:
         yield
     finally:
+        if before:
+            SignalKeyboardInterrupt.listening = False
+            sys.unraisablehook = usual_hook
+        if signal.SIGALRM in before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
+def home_paths(arguments: Sequence[str]) -> list[str]:
+    """Arguments with the home folder for '~' in --option=~/folder, which shells leave as it is."""
+    return [re.sub(r"^(--?[\w.-]+=)?~(?=/|$)", lambda found: (found[1] or "") + _home(), word) for word in arguments]
+
+
+def _home() -> str:
+    return os.path.expanduser("~")  # itself where there is none
+
+
 def command(main: Callable[[], int]) -> Callable[[], int]:
-    """The `main` of a command, made safe: its streams lossy, SIGTERM and SIGHUP like Ctrl-C. An interrupt that `main`
-    does not handle itself ends it with one line."""
+    """The `main` of a command, made safe: its streams lossy, SIGTERM and SIGHUP like Ctrl-C, '~' the home folder. An
+    interrupt that `main` does not handle itself ends it with one line."""
 
     @functools.wraps(main)
     def run() -> int:
         usual = sys.stdout, sys.stderr
+        sys.argv[1:] = home_paths(sys.argv[1:])
         protect_streams()
         try:
             with _ending_signals():

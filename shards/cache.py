@@ -27,7 +27,7 @@ from uuid import uuid4
 
 from schemas.dataset import DatasetError, FileDigest, Shard
 from schemas.episode import STRICT
-from schemas.files import sha256_of
+from schemas.files import home_expanded, sha256_of
 from shards.folder import Folder
 
 T = TypeVar("T")
@@ -79,7 +79,7 @@ class Cache:
 
     def __init__(self, config: CacheConfig):
         self.config = config
-        self.folder = Path(config.folder).expanduser()
+        self.folder = home_expanded(config.folder)
         if not 0 < config.gigabytes < 1e9:
             raise DatasetError(f"--data.cache.gigabytes {config.gigabytes} is no size; give a positive number")
         self.limit = int(config.gigabytes * 1e9)

@@ -1,6 +1,6 @@
-"""Ctrl-C held back while native code is set up.
+"""Ctrl-C and its like held back while native code is set up.
 
-    SIGINT inside the block -> remembered -> raised when the block has ended
+    SIGINT, SIGTERM, SIGHUP inside the block -> remembered -> handled when the block has ended
 
 KeyboardInterrupt while ale-py's extension module initialises aborts the process, and with it all clean-up.
 
@@ -11,21 +11,29 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block has ended. Outside the main thread, which alone it reaches, nothing changes."""
-    handler, came = signal.getsignal(signal.SIGINT), []
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda number, at: came.append(at))
+    """What asks a command to end waits until the block has ended, where it has a handler. Outside the main thread,
+    which alone it reaches, nothing changes."""
+    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if callable(handler := signal.getsignal(number)):
+            handlers[number] = handler
+    if threading.current_thread() is not threading.main_thread():
+        handlers = {}
+    came: list[tuple[int, FrameType | None]] = []
+    for number in handlers:
+        signal.signal(number, lambda number, at: came.append((number, at)))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if came:
-            handler(signal.SIGINT, came[0])
+            handlers[came[0][0]](*came[0])

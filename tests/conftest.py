@@ -25,8 +25,10 @@ from tests.commands import run
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(workers)))
 
-# a shell starts what runs in its background with SIGINT ignored, which all processes started here would inherit
+# A shell starts what runs in its background with SIGINT ignored, and nohup with SIGHUP, which all processes started
+# here would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 started: list[str] = []
 

@@ -134,6 +134,34 @@ def test_interrupts_have_their_signals_status():
     assert terminal.status_of(KeyboardInterrupt(signal.SIGHUP)) == 129
 
 
+@pytest.mark.parametrize("number", ENDINGS)
+def test_an_interrupt_that_is_lost_comes_again(monkeypatch, capfd, number):
+    """Python drops what a signal raises in a destructor, and a library may catch everything."""
+    monkeypatch.setattr(terminal, "AGAIN_SECONDS", 0.1)
+    usual = signal.getsignal(signal.SIGALRM), sys.unraisablehook
+    lost = []
+
+    class Dropped:
+        def __del__(self):
+            lost.append("in a destructor")
+            os.kill(os.getpid(), number)
+            time.sleep(0)  # where the handler runs
+
+    @terminal.command
+    def main() -> int:
+        Dropped()
+        try:
+            time.sleep(10)
+        except BaseException:
+            lost.append("caught")
+        time.sleep(10)
+        return 0
+
+    assert main() == 128 + number and lost == ["in a destructor", "caught"]
+    assert (signal.getsignal(signal.SIGALRM), sys.unraisablehook) == usual
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 and capfd.readouterr().err == "interrupted\n"
+
+
 def test_handlers_and_streams_are_as_before_after_a_command():
     usual = [signal.getsignal(number) for number in ENDINGS], sys.stdout, sys.stderr
 
@@ -145,3 +173,12 @@ def test_handlers_and_streams_are_as_before_after_a_command():
 
     assert main() == 143
     assert ([signal.getsignal(number) for number in ENDINGS], sys.stdout, sys.stderr) == usual
+
+
+def test_a_home_folder_is_one_after_an_equals_sign_too(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = ["~/a", "--output=~/b", "--data.folders", "~", "--x=a~/b", "a~", "~you/c", "--run.start-from=~"]
+    assert terminal.home_paths(given) == [
+        "/home/me/a", "--output=/home/me/b", "--data.folders", "/home/me", "--x=a~/b", "a~", "~you/c",
+        "--run.start-from=/home/me",
+    ]  # fmt: skip

@@ -19,6 +19,7 @@ import torch
 from eval.exports import find_export
 from schemas.files import safe_name, sha256_of
 from simulators.experts import perceptron
+from tests.audit import audit
 from tests.commands import run
 from tests.test_rooms import MODULES, ROOT
 from trainer import checkpoint
@@ -156,3 +157,26 @@ def test_safe_names():
     made = [safe_name(name) for name in strange]
     assert len(set(made)) == len(made)
     assert all(name and "/" not in name and "\0" not in name and name.strip(".") and len(name) < 200 for name in made)
+
+
+ADVISORY = """
+id: PYSEC-1
+modified: 2024-10-10T17:22:00Z
+aliases: [CVE-1]
+affected:
+- package: {ecosystem: PyPI, name: Some_Package}
+  ranges:
+  - {type: GIT, events: [{introduced: "0"}]}
+  - {type: ECOSYSTEM, events: [{introduced: "1.2"}, {fixed: 1.10.1}, {introduced: "3"}]}
+  versions: ["0.9"]
+"""
+
+
+@pytest.mark.parametrize("version, hit", [("0.9", 1), ("1.1", 0), ("1.2", 1), ("1.9", 1), ("1.10.1", 0), ("3.0", 1)])
+def test_the_audit_of_dependencies_knows_which_versions_are_affected(tmp_path, version, hit):
+    (tmp_path / "lock").write_text(f"# pinned\nother==1.5\nsome.package=={version}\n")
+    (tmp_path / "a.yaml").write_text(ADVISORY)
+    (tmp_path / "b.yaml").write_text(ADVISORY + "withdrawn: 2024-11-01T00:00:00Z\n")
+    found, summary = audit(tmp_path / "lock", tmp_path)
+    assert found == [f"some-package {version}: PYSEC-1 CVE-1"] * hit
+    assert summary == f"2 packages, 1 advisories, the newest of 2024-10-10: {hit} apply"

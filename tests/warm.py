@@ -171,6 +171,9 @@ def serve(requests: socket.socket) -> None:
         if requests.fileno() in ready:
             body, fds, _, _ = socket.recv_fds(requests, MESSAGE_BYTES, 4)
             if not body:
+                for pid in running:  # the test that started it was ended, or failed
+                    with suppress(OSError):
+                        (os.killpg if os.getpgid(pid) == pid else os.kill)(pid, signal.SIGKILL)
                 return
             status, streams = socket.socket(fileno=fds[0]), fds[1:]
             if (pid := os.fork()) == 0:

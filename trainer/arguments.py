@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import tyro
 
+from schemas.terminal import home_paths
 from trainer.config import TrainConfig, load_config
 from trainer.metrics import PEAK_TFLOPS
 from trainer.recipes import RECIPES
@@ -31,7 +32,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, TrainConfig]:
     first.add_argument("--dry-run", action="store_true")
     first.add_argument("--world", type=int, default=1)
     first.add_argument("--tflops", type=float, default=PEAK_TFLOPS["H100"])
-    known, rest = first.parse_known_args(arguments)
+    known, rest = first.parse_known_args(home_paths(arguments))
     if known.config is None:
         default = RECIPES[known.recipe]
     else:

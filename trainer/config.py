@@ -199,10 +199,13 @@ RANGES = (
     ("loss.soft_bins", 0, 1024), ("loss.stride", 1, 128), ("loss.squared", 0, 1e9), ("loss.discrete", 1e-6, 1e6),
     ("loss.chunk", 0, 2**31),
     ("model.blocks", 1, 10_000), ("model.heads", 1, 10_000), ("model.width", 1, 2**20), ("model.head_size", 1, 2**16),
-    ("model.feed_forward", 1, 2**24), ("model.dropout", 0, 0.99), ("model.stochastic_depth", 0, 0.99),
+    ("model.feed_forward", 1, 2**24), ("model.local_positions", 1, 2**20),
+    ("model.patch_channels", 2, 2**16), ("model.patch_groups", 1, 2**15),
+    ("model.dropout", 0, 0.99), ("model.stochastic_depth", 0, 0.99),
     ("run.log_every", 1, 2**40), ("run.evaluate_every", 1, 2**40), ("run.evaluate_sequences", 0, 2**31),
     ("run.save_every", 1, 2**40), ("run.keep_last", 1, 2**31), ("run.keep_best", 0, 2**31),
     ("run.export_every", 0, 2**40), ("run.skip_limit", 1, 2**31), ("run.patience_minutes", 0, 1e6),
+    ("run.peak_tflops", 0, 1e9),
 )  # fmt: skip
 
 

@@ -42,6 +42,7 @@ class StopRequest:
         if self._launched:
             signal_on_parent_death(signal.SIGTERM)
         self._launchers = _launchers()
+        self.left_alone = self._launched and _left_alone()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
@@ -71,6 +72,22 @@ def _launchers() -> tuple[int, ...]:
             if "deepspeed.launcher.launch" not in " ".join(process.cmdline()):
                 break
     return tuple(found)
+
+
+def _left_alone() -> bool:
+    """Whether the `deepspeed` command or its launcher ended before this rank could look: by a Ctrl-C that was lost on
+    the way to the rank, while Python loaded DeepSpeed. Its process group has lost its leader, and the rank or the
+    launcher above it is the child of a process of another session, such as init."""
+    with suppress(psutil.Error, OSError):
+        process = psutil.Process()
+        leader, session = os.getpgid(0), os.getsid(0)
+        if psutil.pid_exists(leader) and psutil.Process(leader).status() != psutil.STATUS_ZOMBIE:
+            return False
+        parent = process.parent()
+        if parent is not None and "deepspeed.launcher.launch" in " ".join(parent.cmdline()):
+            parent = parent.parent()
+        return parent is None or os.getsid(parent.pid) != session
+    return False
 
 
 @contextmanager

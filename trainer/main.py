@@ -11,12 +11,18 @@ from __future__ import annotations
 import faulthandler
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
     # The launcher runs this file: imports start at the root of checkout or site-packages, not at trainer/.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Nothing has to be saved before StopRequest listens. Python loses an exception that a signal raises amid an import
+    # now and then: in a callback, or in a bare `except` of a library.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Threads that spin while they wait take most of a core from other processes. Read when torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -55,6 +61,9 @@ def main() -> int:
             config, _ = load_initial_model(asked.recipe, config)
             dry_run.show(asked.recipe, config, DISJOINT, asked.world, asked.tflops)
             return 0
+        if stop.left_alone:
+            print("interrupted: the launcher has ended, and nothing was trained yet", file=sys.stderr)
+            return 130
         config = for_this_machine(asked.recipe, config)
         device = engine.start(asked.local_rank, config.run.patience_minutes)
         train(asked.recipe, config, device, stop)
@@ -80,6 +89,8 @@ def main() -> int:
             if "EADDRINUSE" not in str(error):
                 place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
                 remedy = f"rank 0 does not answer at {place}: see that it runs there, and that the port is open"
+        if "Unable to find address for" in line:
+            remedy = "GLOO_SOCKET_IFNAME must name a network interface of this machine that has an address (ip address)"
         print(f"error: rank {process_rank()}: {line}; {remedy}", file=sys.stderr)
         return 1
     if dist.is_initialized():  # after an error the other ranks may be gone

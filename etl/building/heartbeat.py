@@ -6,7 +6,7 @@ driver: a worker is lost when no heartbeat at all is seen for most of a minute, 
 Beam's local runners wait for ever for a worker that was killed. Runners of clusters notice one by themselves, and
 where the driver sees no heartbeat at all (the workers are on other machines), it waits without a limit.
 
-Invariant: a worker that lives is never taken for dead, however slow its shard is.
+Invariant: a worker that lives is never taken for dead, however slow its shard is, and whatever the clocks say.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from shards.folder import Folder
 
 BEAT_SECONDS = 1.0
 PATIENCE_SECONDS = 20.0  # a heartbeat older than this has stopped; a loaded machine delays one by a few seconds
+LOOK_SECONDS = 5.0  # the most that one look counts for
 SILENCE_SECONDS = 45.0  # between one shard and the next, or before the first one
 
 
@@ -65,24 +66,32 @@ class Watch:
         self.place.mkdir(parents=True, exist_ok=True)
         for path in self.place.glob("*.alive"):  # of an earlier build that was killed
             path.unlink(missing_ok=True)
-        self.heard = time.time()
-        self.seen = False
+        self.beats: dict[Path, tuple[int, float]] = {}  # mtime of each heartbeat, and when that was new
+        self.watched, self.looked = 0.0, time.monotonic()
+        self.heard, self.seen = 0.0, False
+        self.finished: int | None = None
 
     def check(self, finished: int) -> None:
         """Look once; `finished` is the number of shards that are done. WorkerLost says what is missing."""
-        now, youngest = time.time(), 0.0
+        # A build that was stopped (Ctrl-Z, a laptop asleep) has not watched, and files' times may be of another clock.
+        now = time.monotonic()
+        self.watched, self.looked = self.watched + min(now - self.looked, LOOK_SECONDS), now
+        beats = {}
         for path in self.place.glob("*.alive"):
             try:
-                beat = path.stat().st_mtime
+                time_ns = path.stat().st_mtime_ns
             except FileNotFoundError:
                 continue  # its shard was finished this moment
-            if now - beat > PATIENCE_SECONDS:
-                if not self.local:
-                    continue  # such a runner gives the shard to another worker; silence of all is a loss
-                raise WorkerLost(f"the worker that wrote {path.stem} gave no sign of life for {now - beat:.0f} s")
-            youngest = max(youngest, beat)
-        if youngest or finished != getattr(self, "finished", finished):
-            self.heard, self.seen = now, True
+            before = self.beats.get(path)
+            beats[path] = before if before and before[0] == time_ns else (time_ns, self.watched)
+            silent = self.watched - beats[path][1]
+            if silent <= PATIENCE_SECONDS:
+                self.heard, self.seen = self.watched, True
+            elif self.local:  # else the runner gives the shard to another worker; silence of all is a loss
+                raise WorkerLost(f"the worker that wrote {path.stem} gave no sign of life for {silent:.0f} s")
+        self.beats = beats
+        if self.finished is not None and finished != self.finished:
+            self.heard, self.seen = self.watched, True
         self.finished = finished
-        if (self.local or self.seen) and now - self.heard > SILENCE_SECONDS:
+        if (self.local or self.seen) and self.watched - self.heard > SILENCE_SECONDS:
             raise WorkerLost(f"no worker gave a sign of life for {SILENCE_SECONDS:.0f} s")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import socket
 import sys
 import tempfile
 import threading
@@ -41,6 +42,7 @@ from schemas.dataset import (
     Manifest,
     parse_shards,
 )
+from schemas.files import gone
 from shards.folder import Folder
 from shards.writer import shard_name
 from simulators import plugins
@@ -48,8 +50,10 @@ from simulators import plugins
 ATTEMPTS = 3  # of a build whose own worker processes die
 OWN_NAMES = (MANIFEST_NAME, INDEX_NAME, SHARDS_NAME, REJECTED_NAME, TEXT_MODEL_NAME, oddities.NAME, "shard-*.tar")
 NO_PROXY = "no_grpc_proxy"
+CONNECT_SECONDS = 5.0
 BEAM_THREADS = ("run_worker", "wait_until_finish_read", "beam_control_read")
 OWN_ERROR = re.compile(r"(?:RuntimeError: )?(?:[\w.]+\.)?(?:DatasetError|SourceError): (.*)")
+VANISHED = re.compile(r"FileNotFoundError: .*\.tmp'")  # a temporary file of the output, or its folder
 LOOK_SECONDS = (0.25, 2.0)  # between looks into a local folder, into a remote one
 
 
@@ -79,6 +83,8 @@ def run(
     _reach_own_workers()
     options = PipelineOptions(beam_arguments, save_main_session=False)
     own_workers = options.view_as(DirectOptions).direct_running_mode == "multi_processing"
+    if own_workers:
+        require_loopback()
     loopback = folder.local is not None and _external_here(options.view_as(PortableOptions))
     if any("FnApiRunner" in argument for argument in beam_arguments) and not own_workers:
         try:
@@ -88,6 +94,8 @@ def run(
         except RuntimeError as error:  # Beam wraps whatever a DoFn raises
             if "KeyboardInterrupt" in str(error):
                 raise KeyboardInterrupt from None
+            if VANISHED.search(_cause(error)):
+                raise DatasetError(gone(str(folder))) from None
             raise
         return
     log = (folder.local or Path(tempfile.gettempdir())) / BUILD_FOLDER / "workers.log"
@@ -109,6 +117,8 @@ def run(
         except Exception as error:  # each runner has exceptions of its own (gRPC's, Dask's)
             if own := OWN_ERROR.fullmatch(_cause(error)):
                 raise DatasetError(own.group(1)) from None
+            if VANISHED.search(_cause(error)):
+                raise DatasetError(gone(str(folder))) from None
             where = f"; see {log}" if own_workers else ""
             raise DatasetError(f"{folder}: the runner failed: {_cause(error)}{where}") from error
 
@@ -118,6 +128,21 @@ def _reach_own_workers() -> None:
     other there."""
     excepted = [os.environ.get(NO_PROXY) or os.environ.get("no_proxy", "")]
     os.environ[NO_PROXY] = ",".join([*filter(None, excepted), "localhost", "127.0.0.1", "::1"])
+
+
+def require_loopback() -> None:
+    """DatasetError unless this machine reaches itself as Beam's processes reach each other: gRPC tries for ever."""
+    try:
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        with socket.create_server(("", 0), family=family, dualstack_ipv6=both) as server:
+            socket.create_connection(("localhost", server.getsockname()[1]), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise DatasetError(
+            f"--workers: processes on this machine cannot reach each other at localhost ({error.strerror or error}); "
+            "give --workers 1, or bring the loopback interface up (ip link set lo up) and see that /etc/hosts has "
+            "'127.0.0.1 localhost'"
+        ) from None
 
 
 def _external_here(options: PortableOptions) -> bool:

@@ -55,10 +55,12 @@ def files_below(input: Path) -> list[Path]:
 
 
 def all_files_below(folder: Path) -> Iterator[Path]:
-    """All files below a folder but hidden ones; links to folders are not followed."""
+    """All files below a folder but hidden ones, and pipes and devices, whose reading may never end; links to folders
+    are not followed."""
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(root, name) for name in sorted(files) if not name.startswith("."))
+        paths = (Path(root, name) for name in sorted(files) if not name.startswith("."))
+        yield from (path for path in paths if path.is_file() or not path.exists())
 
 
 def below(input: Path, path: Path) -> str:
@@ -105,9 +107,9 @@ def _harmless(path: Path, size: int, changed: int) -> bool:
 
 
 def json_of(path: Path) -> Any:
-    """What a JSON file holds; None where it is none, or too large to be a description."""
+    """What a JSON file holds; None where it is none, or too large to be a description. Reading a pipe may never end."""
     try:
-        return json.loads(path.read_bytes()) if path.stat().st_size <= JSON_BYTES else None
+        return json.loads(path.read_bytes()) if path.is_file() and path.stat().st_size <= JSON_BYTES else None
     except (OSError, ValueError, RecursionError):
         return None
 

@@ -93,7 +93,7 @@ class Text:
             if _kind(input) is None:
                 raise SourceError(f"{input}: not a text file; {_ENDINGS}{_unpack([input])}")
             return [input]
-        below = sorted(p for p in input.rglob("*") if p.is_file())
+        below = sorted(p for p in _recognition.all_files_below(input) if p.is_file())
         found = [p for p in below if _kind(p) is not None]
         archives = [p for p in below if _is_archive(p)]
         if not found:

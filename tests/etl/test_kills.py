@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from etl.building import heartbeat
+from shards.folder import Folder
 from tests import warm
 from tests.conftest import run
 from tests.etl.test_build import d4rl_file, digests
@@ -100,25 +103,30 @@ def test_two_builds_of_one_folder_do_not_mix(inputs, built, tmp_path):
     assert digests(tmp_path / "d") == digests(built[0])
 
 
-def test_a_silent_worker_is_lost_and_a_slow_one_is_not(tmp_path, monkeypatch):
-    from etl.building import heartbeat as watch
-    from shards.folder import Folder
+def test_a_silent_worker_is_lost_and_a_slow_one_or_a_stopped_build_is_not(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    folder, beat = Folder(tmp_path), tmp_path / ".build" / "shard-000001.tar.alive"
+    elsewhere, here = heartbeat.Watch(folder, local=False), heartbeat.Watch(folder, local=True)
 
-    monkeypatch.setattr(watch, "PATIENCE_SECONDS", 1.5)
-    monkeypatch.setattr(watch, "SILENCE_SECONDS", 1.5)
-    folder = Folder(tmp_path)
-    seen = watch.Watch(folder, local=False)
-    time.sleep(2)
-    seen.check(0)  # nobody was ever heard: the workers are elsewhere
-    with watch.Heartbeat(folder, "shard-000000.tar"):
-        time.sleep(2.5)
-        seen.check(0)
-    time.sleep(2)
-    with pytest.raises(watch.WorkerLost, match="no worker gave a sign of life"):
-        seen.check(0)
-    ours = watch.Watch(folder, local=True)
-    (tmp_path / ".build" / "shard-000001.tar.alive").touch()
-    os.utime(tmp_path / ".build" / "shard-000001.tar.alive", (time.time() - 5, time.time() - 5))
-    with pytest.raises(watch.WorkerLost, match="shard-000001.tar"):
-        ours.check(1)
-    seen.check(1)  # a cluster gives the shard to another worker
+    def look(watch, seconds, beating=True, finished=0):
+        for _ in range(seconds):
+            now[0] += 1
+            if beating:
+                beat.touch()
+                os.utime(beat, (0, now[0]))  # by a clock that is an age behind
+            watch.check(finished)
+
+    look(elsewhere, 100, beating=False)  # nobody was ever heard: the workers are elsewhere
+    look(elsewhere, 100)
+    look(here, 100)
+    now[0] += 3600  # Ctrl-Z, or a laptop asleep: neither side was there
+    here.check(0)
+    elsewhere.check(0)
+    look(here, 5)
+    with pytest.raises(heartbeat.WorkerLost, match=r"shard-000001.tar gave no sign of life for 2\d s"):
+        look(here, 30, beating=False)
+    look(elsewhere, 40, beating=False)  # a cluster gives the shard to another worker
+    look(elsewhere, 40, beating=False, finished=1)
+    with pytest.raises(heartbeat.WorkerLost, match="no worker gave a sign of life"):
+        look(elsewhere, 10, beating=False, finished=1)

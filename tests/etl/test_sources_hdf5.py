@@ -197,9 +197,14 @@ def test_damaged_npz(tmp_path):
             np.save(buffer, values)
             archive.writestr(f"{key}.npy", buffer.getvalue()[: -5 if key == "image" else None])
     np.savez(tmp_path / "3.npz", **(dreamer() | {"action": np.array([{}] * 7)}))
+    np.savez_compressed(tmp_path / "4.npz", **dreamer())
+    packed = bytearray((tmp_path / "4.npz").read_bytes())
+    start = 30 + int.from_bytes(packed[26:28], "little") + int.from_bytes(packed[28:30], "little")
+    packed[start : start + 20] = b"\xff" * 20  # no deflate
+    (tmp_path / "4.npz").write_bytes(packed)
     scan, found = episodes_of("hdf5", tmp_path)
     assert [(line.file, line.reason) for line in scan.rejected] == [
-        ("0.npz", "corrupt npz"), ("2.npz", "wrong length"), ("3.npz", "wrong dtype")
+        ("0.npz", "corrupt npz"), ("2.npz", "wrong length"), ("3.npz", "wrong dtype"), ("4.npz", "corrupt npz")
     ]  # fmt: skip
     assert len(found) == 1 and "pickled" in scan.rejected[2].detail
 

@@ -1,6 +1,7 @@
 """LeRobot datasets that its own writers made (v2.1, v3.0) and a v2.0 made of one: values, pictures, frames; damage."""
 
 import json
+import os
 import random
 import shutil
 import tarfile
@@ -73,11 +74,12 @@ def episodes(folder, **options):
 
 
 def columns(path, edit):
-    """Write a Parquet file again with its columns {name: array} edited."""
+    """Write a Parquet file again with its columns {name: array} edited; "twice" is another observation.grid."""
     table = pa.parquet.read_table(path)
     arrays = {name: table[name] for name in table.column_names}
     edit(arrays)
-    pa.parquet.write_table(pa.table(arrays), path)
+    names = [name.replace("twice", "observation.grid") for name in arrays]
+    pa.parquet.write_table(pa.table(arrays).rename_columns(names), path)
 
 
 def wrist(rows, data, name):
@@ -225,6 +227,22 @@ def test_a_video_that_is_shorter_than_its_table_is_a_rejection_and_no_repeated_f
     assert "no frame at 0.800 s (timestep 8): it ends before" in read[2].detail
 
 
+def test_a_video_of_an_unknown_codec_and_pipes_in_place_of_files_are_rejections(copy):
+    """Nothing waits for a pipe that nobody writes."""
+    folder = copy("v21")
+    videos = sorted((folder / "videos").glob("**/*.mp4"))
+    videos[1].write_bytes(videos[1].read_bytes().replace(b"av01", b"zzzz"))
+    videos[2].unlink()
+    os.mkfifo(videos[2])
+    (folder / "data/chunk-000/._episode_000000.parquet").write_bytes(b"\0\5\x16\7")  # as a Mac leaves it
+    os.mkfifo(folder / "data/chunk-000/x.parquet")
+    _, read = episodes(folder)
+    assert [getattr(episode, "reason", "") for episode in read] == ["", "corrupt video", "missing file", ""]
+    (folder / "meta/tasks.jsonl").unlink()
+    os.mkfifo(folder / "meta/tasks.jsonl")
+    assert scanned(folder)[0].rejected[0].reason == "corrupt metadata"
+
+
 def test_a_video_of_other_fps_than_its_table_is_a_rejection(copy):
     folder = copy("v21")
     path = sorted((folder / "data").glob("**/*.parquet"))[1]
@@ -261,6 +279,7 @@ def test_a_missing_file_is_named(copy, version, name, reason):
     (lambda a: a.update(action=pa.array([[float("nan"), 0.0]] * len(a["action"]))), "not finite"),
     (lambda a: a.update(action=pa.array([None] * len(a["action"]), pa.list_(pa.float32()))), "not finite"),
     (lambda a: a.pop("observation.grid"), "missing key"),
+    (lambda a: a.update(twice=a["observation.grid"]), "corrupt Parquet"),
     (lambda a: a.update(frame_index=pa.array(range(1, len(a["action"]) + 1))), "wrong length"),
     (lambda a: a.update(task_index=pa.array([7] * len(a["action"]))), "missing key"),
     (lambda a: a.update({"observation.images.wrist": wrist(len(a["action"]), b"\x89PNG", None)}), "corrupt picture"),
@@ -283,6 +302,13 @@ def test_an_episode_of_another_length_than_its_metadata_says_is_rejected(copy):
     assert [(r.position, r.reason) for r in scan.rejected] == [(1, "wrong length")]
 
 
+def test_lengths_that_the_metadata_lacks_are_named(copy):
+    folder = copy("v30")
+    columns(folder / "meta/episodes/chunk-000/file-000.parquet", lambda arrays: arrays.pop("length"))
+    (scan,) = scanned(folder)
+    assert scan.task is None and "no 'length'" in scan.rejected[0].detail
+
+
 def test_names_that_lead_out_of_the_folder_are_refused(copy):
     folder = copy("v21")
     change(folder, video_path="../../{video_key}/episode_{episode_index:06d}.mp4")
@@ -295,6 +321,8 @@ def test_an_unknown_version_names_those_that_are_read(copy):
     change(folder, codebase_version="v1.6")
     (scan,) = scanned(folder)
     assert scan.task is None and "v2.0, v2.1, v3.0 are read" in scan.rejected[0].detail
+    change(folder, codebase_version="x" * 10_000)
+    assert len(scanned(folder)[0].rejected[0].detail) < 300
     (folder / "meta/info.json").write_text("{")
     assert scanned(folder)[0].rejected[0].reason == "corrupt metadata"
     with pytest.raises(SourceError, match="no LeRobot dataset"):

@@ -170,6 +170,12 @@ def test_damage_is_named(folder):
     path.write_bytes(frame(first))
     scan, _ = episodes(folder)
     assert {(r.position, r.reason) for r in scan.rejected} == {(1, "missing record"), (2, "missing record")}
+    about = json.loads((folder / "dataset_info.json").read_text())
+    split = next(one for one in about["splits"] if one["name"] == "train")
+    split["shardLengths"][1] = str(2**40)
+    (folder / "dataset_info.json").write_text(json.dumps(about))
+    scan, _ = episodes(folder)
+    assert len(scan.rejected) == 10_000 and f"counts {2**40} episodes" in scan.rejected[0].detail
 
 
 def tensor(step, *path):

@@ -1,18 +1,27 @@
 """A build in surroundings that users have: a full disk, a proxy, other people's files, a log that is being written."""
 
+import ctypes
 import os
 import resource
 import shutil
 import subprocess
 import sys
+from contextlib import chdir
+from pathlib import Path
 
 import h5py
 import pytest
 
+from etl import sources
+from etl.building import pipeline
+from schemas.dataset import DatasetError
 from schemas.files import disk_fault
+from shards.folder import Folder
 from shards.reader import Dataset
 from tests.commands import run
 from tests.trainer.launch import ROOT
+
+CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 
 
 def build(logs, output, *extra):
@@ -43,6 +52,28 @@ def test_a_proxy_does_not_cut_off_the_workers(logs, tmp_path, names):
     environment = usual | dict.fromkeys(names, "http://127.0.0.1:9")
     done = run(*build(logs / "d4rl", tmp_path, "--workers", 2), env=environment)
     assert "attempt" not in done.stderr and Dataset(tmp_path).manifest.tasks
+
+
+def test_a_machine_that_cannot_reach_itself_is_one_line(capfd):
+    """A namespace of its own for the network: its loopback interface is down."""
+    child = os.fork()
+    if not child:
+        status = 77
+        try:
+            if not ctypes.CDLL(None).unshare(CLONE_NEWNET if os.geteuid() == 0 else CLONE_NEWNET | CLONE_NEWUSER):
+                pipeline.require_loopback()
+                status = 0
+        except DatasetError as error:
+            status = 1
+            print(error, file=sys.stderr, flush=True)
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status == 77:
+        pytest.skip("no namespaces here")
+    line = capfd.readouterr().err
+    assert status == 1 and "give --workers 1, or bring the loopback interface up" in line, line
+    pipeline.require_loopback()  # here it is
 
 
 def test_other_peoples_files_are_named_and_stay(logs, tmp_path):
@@ -102,10 +133,68 @@ def test_a_full_disk_ends_a_recording_in_one_line_and_leaves_nothing(tmp_path, e
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_link_to_nothing_is_named(logs, tmp_path):
-    (tmp_path / "shards").symlink_to("nowhere")
-    done = run(*build(logs / "d4rl", tmp_path / "shards"), check=False)
-    assert done.returncode == 1 and "--output" in done.stderr and "is a link to nothing" in done.stderr, done.stderr
+@pytest.mark.parametrize("output, message", [
+    ("link", "is a link to nothing"),
+    ("/dev/null", "is a file; give a folder"),
+    ("~nobody_of_this_name/x", "no such home folder is known here; set HOME, or give the whole path"),
+    ("x" * 300, "File name too long; give a shorter name"),
+])  # fmt: skip
+def test_an_output_that_can_be_no_folder_is_named(logs, tmp_path, output, message):
+    (tmp_path / "link").symlink_to("nowhere")
+    words = ("etl.record", "--environment", "Hopper-v4", "--policy", "random", "--steps", 9, "--output", output)
+    for command in (build(logs / "d4rl", output), words):
+        done = run(*map(str, command), cwd=tmp_path, check=False)
+        assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_hidden_files_and_pipes_are_no_logs(logs, tmp_path):
+    """A Mac leaves a "._" beside each file, Jupyter a copy in a hidden folder; nobody may ever write to a pipe."""
+    folder = shutil.copytree(logs / "d4rl", tmp_path / "logs")
+    (log,) = folder.iterdir()
+    for place in (folder, folder / "__MACOSX"):
+        place.mkdir(exist_ok=True)
+        (place / f"._{log.name}").write_bytes(b"\0\5\x16\7")
+    (folder / ".ipynb_checkpoints").mkdir()
+    shutil.copy(log, folder / ".ipynb_checkpoints" / "log-checkpoint.hdf5")
+    os.mkfifo(folder / "pipe.hdf5")
+    (folder / "gone.hdf5").symlink_to("nowhere")  # its content may have been left out
+    found = sources.load("d4rl").resolve(folder, None, tmp_path)
+    assert [path.name for path in found] == ["gone.hdf5", log.name]
+    (folder / "gone.hdf5").unlink()
+    run(*build(folder, tmp_path / "shards"))
+    assert [task.spec.name for task in Dataset(tmp_path / "shards").manifest.tasks] == [log.stem]
+
+
+def test_an_output_that_vanishes_during_a_build_is_named(logs, tmp_path, monkeypatch):
+    def publish(self, temporary, name, usual=Folder.publish):
+        shutil.rmtree(tmp_path / "shards")
+        return usual(self, temporary, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "publish", publish)
+        done = run(*build(logs / "d4rl", tmp_path / "shards"), check=False)
+    last = f"error: {tmp_path / 'shards'}: was removed or renamed while it was written; see to its place, then"
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(last), done.stderr
+    run(*build(logs / "d4rl", tmp_path / "shards"))
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "["])
+def test_a_manifest_that_cannot_be_read_names_the_remedy_that_works(logs, tmp_path, damage):
+    (tmp_path / "dataset.json").write_text(damage)
+    done = run(*build(logs / "d4rl", tmp_path), check=False)
+    assert done.returncode == 1 and done.stderr.strip().endswith("give --overwrite to build it again"), done.stderr
+    if damage == "[":
+        run(*build(logs / "d4rl", tmp_path, "--overwrite"))
+
+
+def test_a_current_folder_that_is_gone_is_named(tmp_path):
+    (tmp_path / "gone").mkdir()
+    with chdir(tmp_path / "gone"):
+        (tmp_path / "gone").rmdir()
+        try:
+            Path("x").absolute()
+        except OSError as error:
+            assert disk_fault(error, "x").startswith("the current folder is gone")
 
 
 def test_a_folder_in_a_files_place_has_a_remedy(tmp_path):

@@ -1,4 +1,4 @@
-"""What the other formats mean: gzipped .npy, JSON, JSON lines, Parquet.
+"""What the other formats mean: gzipped .npy, JSON, JSON lines, Parquet, TFRecord.
 
 Invariant: below the damaged layer every layer is sound (a broken .npy header comes in a gzip with a right checksum),
 so that damage reaches the code that it is meant for.
@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
+from tests.fuzz import columns
 from tests.fuzz.hdf5 import COUNTS, hdf5
 from tests.fuzz.mutate import NUMBERS, Structure, Tree, damage
 
@@ -163,7 +164,9 @@ def _twist(value: Any, rng: Random) -> Any:
 
 
 def parquet(tree: Tree, name: str, rng: Random) -> str:
-    """Another table in its place."""
+    """Another table in its place, or one column of it."""
+    if rng.random() < 0.6:
+        return columns.column(tree, name, rng)
     column = rng.choice(COLUMNS)
     names = rng.choice([["text"], ["text"], ["other"], ["text", "text"], ["other", "text"], ["text.x"]])
     table = pa.Table.from_arrays([pa.concat_arrays([column] * rng.choice((1, 2, 100)))] * len(names), names)
@@ -176,4 +179,4 @@ def parquet(tree: Tree, name: str, rng: Random) -> str:
 
 
 MUTATORS: dict[str, Structure] = {".hdf5": hdf5, ".h5": hdf5, ".gz": npy, ".json": json_text, ".jsonl": json_text}
-MUTATORS[".parquet"] = parquet
+MUTATORS |= {".parquet": parquet, "-of-": columns.records}

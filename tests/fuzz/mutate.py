@@ -10,6 +10,7 @@ Invariant: a function of the seeds and the state of the random numbers alone.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,7 @@ Tree = dict[str, bytes | str]
 Structure = Callable[[Tree, str, Random], str]
 Edit = Callable[[bytes, int, int, Random], tuple[int, int, bytes]]
 
+SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 NUMBERS = [0, 1, 2, 7, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**20, 2**28, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62]
 NUMBERS += [2**63 - 1, 2**63, 2**64 - 1]
 TOKENS = [b"\x89HDF\r\n\x1a\n", b"TREE", b"SNOD", b"HEAP", b"GCOL", b"OHDR", b"OCHK", b"FRHP", b"\x93NUMPY\x01\0"]
@@ -48,7 +50,8 @@ NAMES += [
 
 
 def mutate(seeds: list[Tree], structures: dict[str, Structure], rng: Random) -> tuple[Tree, list[str]]:
-    """A damaged copy of one of the seeds. `structures`: file ending -> its format's mutator."""
+    """A damaged copy of one of the seeds. `structures`: file ending, or "-of-" for one of NNNNN-of-NNNNN
+    -> its format's mutator."""
     tree, done, damaged = dict(rng.choice(seeds)), [], set()
     for _ in range(1 + min(4, int(rng.expovariate(0.9)))):
         files = sorted(name for name, content in tree.items() if isinstance(content, bytes))
@@ -56,7 +59,7 @@ def mutate(seeds: list[Tree], structures: dict[str, Structure], rng: Random) -> 
             done.append(_folder(tree, rng.choice(seeds), rng))
             continue
         name = rng.choice(files)
-        structure = structures.get(PurePosixPath(name).suffix)
+        structure = structures.get("-of-" if SHARD.search(name) else PurePosixPath(name).suffix)
         if structure and name not in damaged and rng.random() < 0.6:
             with suppress(Exception):  # what the writer itself refuses is no case
                 done.append(f"{name}: {structure(tree, name, rng)}")

@@ -272,6 +272,12 @@ def captions(folder: Path) -> None:
                 archive.addfile(member, io.BytesIO(data))
 
 
+def unpacked(archive: str, folder_name: str, folder: Path) -> None:
+    """What the format's own library wrote, see tests/fixtures."""
+    with tarfile.open(FIXTURES / archive) as file:
+        file.extractall(folder, [m for m in file if m.name.startswith(f"{folder_name}/")], filter="data")
+
+
 def _png(picture: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG")
@@ -283,6 +289,7 @@ def minari_tables(form: str, folder: Path) -> None:
     minari(_SEEING, spaces.Discrete(4), folder, form)
 
 
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 _PARTS = {"place": spaces.Box(-5, 5, (2, 2), np.float64), "level": spaces.Discrete(5, start=2), "say": spaces.Text(8)}
 _NESTED = spaces.Dict(_PARTS | {"pair": spaces.Tuple((spaces.MultiDiscrete([3, 4]), spaces.MultiBinary(3)))})
 _SEEING = spaces.Dict({"frame": spaces.Box(0, 255, (32, 32, 3), np.uint8)})
@@ -306,6 +313,8 @@ SEEDS: dict[str, list[Callable[[Path], None]]] = {
     "hdf5": [aloha, dreamer],
     "jat": [jat],
     "rl_unplugged": [control_records, atari_records],
+    "lerobot": [partial(unpacked, "lerobot.tar.xz", "v21"), partial(unpacked, "lerobot.tar.xz", "v30")],
+    "rlds": [partial(unpacked, "rlds.tar.xz", "two_cameras")],
     "imagetext": [captions],
     "text": [lines_text, mixed_text],
 }

@@ -1,7 +1,7 @@
 """Every DeepSpeed configuration parses; offload saves and resumes; every recipe is a run that can be made."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 
 import numpy as np
 import pytest
@@ -10,11 +10,32 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from safetensors.numpy import load_file
 
 from tests.trainer.launch import losses, train
-from trainer.config import check, differences, from_dict, to_dict
+from trainer.config import RANGES, check, differences, from_dict, to_dict
 from trainer.engine import CONFIGS, config_names, read_config, zero_config
 from trainer.recipes import RECIPES
 
 NAMES = config_names()
+
+
+def numbers(config, prefix=""):
+    """Dotted names of all settings that are numbers."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            yield from numbers(value, f"{prefix}{field.name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix + field.name
+
+
+def test_every_number_has_a_range():
+    """Those of the stream and the cache are checked where they are used."""
+    found = {name for name in numbers(RECIPES["tiny"]) if not name.startswith(("data.stream.", "data.cache."))}
+    assert found <= {name for name, _, _ in RANGES}, found - {name for name, _, _ in RANGES}
+    for name in ("patch_groups", "local_positions", "patch_channels"):
+        for wrong in (0, 10**30):
+            config = replace(RECIPES["tiny"], model=replace(RECIPES["tiny"].model, **{name: wrong}))
+            with pytest.raises(ValueError, match=f"--model.{name.replace('_', '-')} {wrong}: must be"):
+                check(config, 1)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,13 +3,14 @@
 import os
 import signal
 import subprocess
+import time
 
 import pytest
 
 from tests import warm
 from tests.trainer.launch import ROOT, command, family, latest_step, losses, nobody_left, train
 from trainer.checkpoint import load_export
-from trainer.lifecycle import StopRequest, _launchers
+from trainer.lifecycle import StopRequest, _launchers, _left_alone
 
 pytestmark = pytest.mark.process
 
@@ -82,3 +83,32 @@ def test_a_shell_that_ends_is_no_launcher_that_died(monkeypatch):
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("leader_ends", [True, False])
+def test_a_rank_notices_a_launcher_that_ended_before_it_could_look(leader_ends):
+    """A Ctrl-C that ended the `deepspeed` command was lost in what it had started."""
+    read, write = os.pipe()
+    ours, theirs = os.pipe()
+    leader = os.fork()
+    if not leader:
+        os.setsid()
+        if os.fork():
+            os.close(write)
+            if not leader_ends:
+                os.close(theirs)
+                os.read(ours, 1)
+            os._exit(0)
+        parent = os.getppid()
+        while leader_ends and os.getppid() == parent:
+            time.sleep(0.01)
+        os.write(write, str(int(_left_alone())).encode())
+        os._exit(0)
+    os.close(write)
+    if leader_ends:
+        os.waitpid(leader, 0)
+    assert os.read(read, 1) == str(int(leader_ends)).encode()
+    os.close(theirs)
+    if not leader_ends:
+        os.waitpid(leader, 0)
+    os.close(read), os.close(ours)

@@ -114,7 +114,8 @@ class Atari:
         if input is None:
             return [self._download(dataset or self.default_dataset, cache)]
         input = Path(os.path.abspath(input))
-        found = {_action_file(p) for p in ([input] if input.is_file() else input.rglob("*")) if STORE.fullmatch(p.name)}
+        below = [input] if input.is_file() else _recognition.all_files_below(input)
+        found = {_action_file(p) for p in below if STORE.fullmatch(p.name)}
         if not found:
             raise SourceError(f"{input}: no $store$_*_ckpt.N.gz in it; give --input a folder GAME/RUN/replay_logs")
         files = [p for p in found if dataset is None or dataset in (_dataset(p), f"{_dataset(p)}/{number_of(p)}")]

@@ -104,7 +104,8 @@ class D4RL:
         without an input, `dataset` is downloaded. SourceError where there is none."""
         if input is None:
             return [self._download(dataset or self.default_dataset, cache)]
-        found = [input] if input.is_file() else sorted(p for p in input.rglob("*") if p.suffix in SUFFIXES)
+        below = _recognition.all_files_below(input)
+        found = [input] if input.is_file() else sorted(p for p in below if p.suffix in SUFFIXES)
         if not found:
             raise SourceError(f"{input}: no .hdf5 file in it; give --input a folder of D4RL logs, or leave it out")
         files = [p for p in found if dataset is None or task_name(p) == dataset]

@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
+from etl.sources._recognition import all_files_below
 from schemas.episode import EpisodeError
 
 INFO = "meta/info.json"
@@ -39,6 +40,11 @@ _VIDEO = {
     "v2": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
     "v3": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
 }
+
+
+def tables(folder: Path) -> list[Path]:
+    """The Parquet files below a folder, without hidden ones (a Mac leaves a "._" beside each file)."""
+    return sorted(path for path in all_files_below(folder) if path.suffix == ".parquet")
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,8 @@ class Dataset:
     def lengths(self) -> dict[int, int]:
         """Frames by episode_index, as meta has them. EpisodeError where the file cannot be read."""
         if self.version == "v3.0":
-            return {n: int(row["length"]) for n, row in self._episodes.items()}
+            with damage(self.root / "meta/episodes"):
+                return {n: int(row["length"]) for n, row in self._episodes.items()}
         path = self.root / "meta/episodes.jsonl"
         with damage(path):
             return {int(line["episode_index"]): int(line["length"]) for line in json_lines(path)}
@@ -135,7 +142,7 @@ class Dataset:
         """Every file of meta that the episodes depend on."""
         names = ("info.json", "tasks.parquet", "tasks.jsonl", "episodes.jsonl")
         meta = self.root / "meta"
-        return [meta / name for name in names if (meta / name).is_file()] + sorted(meta.glob("episodes/**/*.parquet"))
+        return [meta / name for name in names if (meta / name).is_file()] + tables(meta / "episodes")
 
     def _span(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         rows = self._stats
@@ -162,7 +169,7 @@ class Dataset:
         wanted = {"episode_index", "length"} | {
             f"videos/{camera}/{part}" for camera in cameras for part in ("chunk_index", "file_index", "from_timestamp")
         }
-        for path in sorted((self.root / "meta/episodes").glob("**/*.parquet")):
+        for path in tables(self.root / "meta/episodes"):
             with damage(path):
                 names = pa.parquet.read_schema(path).names
                 table = pa.parquet.read_table(path, columns=[name for name in names if name in wanted])
@@ -199,7 +206,7 @@ def _load(root: Path, changed: int, tables: tuple) -> Dataset:
     path = root / INFO
     with damage(path):
         about = _json(path)
-        version = str(about.get("codebase_version"))
+        version = str(about.get("codebase_version"))[:80]
         if version not in VERSIONS:
             remedy = "convert it with lerobot's own scripts" if version < VERSIONS[0] else "a newer Gato may read it"
             raise EpisodeError(
@@ -234,13 +241,20 @@ def _feature(name: str, about: dict[str, Any]) -> Feature:
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a .jsonl file, one at a time."""
+    _require_file(path)
     with open(path, encoding="utf-8") as file:
         while line := file.readline(META_BYTES):
             if line.strip():
                 yield json.loads(line)
 
 
+def _require_file(path: Path) -> None:
+    if path.exists() and not path.is_file():  # reading a pipe may never end
+        raise ValueError("no file")
+
+
 def _json(path: Path) -> dict[str, Any]:
+    _require_file(path)
     if path.stat().st_size > META_BYTES:
         raise ValueError(f"{path.stat().st_size} bytes")
     value = json.loads(path.read_bytes())

@@ -27,7 +27,7 @@ def scan_dataset(name: str, root: Path, options: Options) -> list[TaskScan]:
     try:
         dataset = metadata.load(root)
         fields, notes = fields_of(dataset, options)
-        paths = sorted((root / "data").glob("**/*.parquet"))
+        paths = metadata.tables(root / "data")
         if not paths:
             raise EpisodeError("missing file", f"no Parquet file in data; {AGAIN}")
         refs, tasks, rejected = _scan_rows(name, dataset, paths)

@@ -100,6 +100,8 @@ class Table:
             missing = [name for name in columns if name not in self.file.schema_arrow.names]
             if missing:
                 raise EpisodeError("missing key", f"no column '{missing[0]}' in {path.name}; {AGAIN}")
+            if twice := [name for name in columns if self.file.schema_arrow.names.count(name) > 1]:
+                raise EpisodeError(CORRUPT, f"two columns '{twice[0]}' in {path.name}; {AGAIN}")
             groups = range(self.file.num_row_groups)
             self.ends = np.cumsum([self.file.metadata.row_group(group).num_rows for group in groups])
         self.columns = columns
@@ -176,6 +178,8 @@ def _beside(root: Path, name: object) -> bytes:
     path = Path(os.path.normpath(root / name))
     if not path.is_relative_to(root) or not path.resolve().is_relative_to(root.resolve()):
         raise ValueError(f"'{name[:80]}' leads out of the dataset")
+    if not path.is_file():
+        raise ValueError(f"'{name[:80]}' is no file")
     return path.read_bytes()
 
 

@@ -42,9 +42,9 @@ class Video:
         try:
             self.container = av.open(str(path))
             self.stream = self.container.streams.video[0]
-        except (self.error, OSError, IndexError, ValueError) as error:
+            self.stream.codec_context.thread_count = 1  # the build's own processes share the cores; no codec: None
+        except (self.error, OSError, IndexError, ValueError, AttributeError) as error:
             raise EpisodeError("corrupt video", f"{path.name} cannot be opened ({_brief(error)}); {AGAIN}") from error
-        self.stream.codec_context.thread_count = 1  # the build's own processes share the cores
         self.pending: list[Any] = []  # decoded frames that the next call may need
         self.decoded: Any = None
 

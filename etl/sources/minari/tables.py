@@ -13,7 +13,6 @@ kind, or an EpisodeError says why not.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 from gymnasium import spaces
 
+from etl.sources._recognition import json_of
 from schemas.episode import EpisodeError
 from simulators.spaces import is_picture, is_real, shape_of
 
@@ -66,7 +66,7 @@ class Tables:
 
     def _files(self, number: int) -> list[Path]:
         folder = self.folder / str(number)
-        return sorted(path for path in folder.glob(f"*{self.suffix}") if path.is_file()) if folder.is_dir() else []
+        return sorted(path for path in folder.glob(f"[!.]*{self.suffix}") if path.is_file()) if folder.is_dir() else []
 
     def episode(self, number: int) -> Episode:
         """One of them."""
@@ -144,10 +144,7 @@ class Episode:
         return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
 
     def _attributes(self) -> dict[str, Any]:
-        try:
-            about = json.loads(self.path.with_name(METADATA).read_bytes())
-        except (OSError, ValueError, RecursionError):
-            return {}
+        about = json_of(self.path.with_name(METADATA))
         return about if isinstance(about, dict) else {}
 
 

@@ -31,6 +31,7 @@ from schemas.episode import EpisodeError
 
 FEATURES, INFO = "features.json", "dataset_info.json"
 OBSERVATION, ACTION, INSTRUCTION = "observation/", "action", "language_instruction"
+MISSING_LISTED = 10_000  # records that dataset_info.json counts and the file lacks
 EVERYTHING = "all"  # after KEYS: also arrays that are left out unless named
 _FILE = re.compile(r"(?P<name>.+)-(?P<split>[^-.]+)\.tfrecord-(?P<index>\d{5})-of-(?P<count>\d{5})")
 
@@ -139,8 +140,9 @@ class _File(Log):
                 return
             yield position, self._tried_record(data, names, pictures=False)
             position += 1
-        for lost in range(position, self._expected()):
-            yield lost, EpisodeError("missing record", f"{INFO} counts {self._expected()} episodes in it; {AGAIN}")
+        expected = self._expected()
+        for lost in range(position, min(expected, position + MISSING_LISTED)):
+            yield lost, EpisodeError("missing record", f"{INFO} counts {expected} episodes in it; {AGAIN}")
 
     def read(self, refs: list[EpisodeRef]) -> Iterator[StoredEpisode | EpisodeError]:
         names = self._names(self.observed)
@@ -243,7 +245,7 @@ class _File(Log):
             count = int(split["shardLengths"][int(self.match["index"])])
         except (LookupError, TypeError, ValueError, AssertionError, StopIteration):
             return 0
-        return min(count, 2**24)
+        return count
 
 
 class _All(dict[int, bool]):
