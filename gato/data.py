@@ -95,6 +95,7 @@ def build(
 
     from etl import sources
     from etl.building import filters, oddities, summary
+    from etl.building.plan import BuildConfig
     from shards.folder import Folder
     from simulators import plugins
 
@@ -110,7 +111,7 @@ def build(
     # the dataclasses that the command's options are fields of
     homes: dict[type, dict[str, Any]] = {
         command.Options: {},
-        command.BuildConfig: {},
+        BuildConfig: {},
         filters.Filter: {},
         scan_options: {},
     }
@@ -123,7 +124,7 @@ def build(
             raise TypeError(f"build has no option '{option}' for source {name}; {remedy}")
         value = Path(value) if option in ("cache", "text_model") else value
         homes[own[0]][option] = tuple(value) if isinstance(value, list) else value
-    config = command.BuildConfig(filter=filters.Filter(**homes[filters.Filter]), **homes[command.BuildConfig])
+    config = BuildConfig(filter=filters.Filter(**homes[filters.Filter]), **homes[BuildConfig])
     chosen = command.Options(
         config=config, scan=scan_options(**homes[scan_options]), **places, **homes[command.Options]
     )
