@@ -299,7 +299,8 @@ def _touch(path: Path) -> None:
         _allow(path, len(seen))
         for name in seen:
             try:
-                node = member(file, name)
+                if (node := member(file, name)) is None:  # a type that has a name
+                    continue
                 list(node.attrs.items())
                 if stores_rows(node, name):  # links to elsewhere are not visited
                     _touch_data(node)

@@ -261,13 +261,12 @@ def _wanted(path: Path, refs: list[EpisodeRef], status: os.stat_result) -> Itera
     for ref in refs:
         if ref.position <= at:
             pairs, at = enumerate(_pairs(path)), -1
-        found: Pair | EpisodeError | None = None
+        found: Pair | None = None
         try:
             while at < ref.position:
-                at, pair = next(pairs, (ref.position, None))
-                found = pair
+                at, found = next(pairs, (ref.position, None))
         except EpisodeError as error:
-            wrong = error
+            found, wrong = None, error
         if found is not None and found.start >= 0:
             _last.place = stamp, at, found.start
         yield found or wrong or EpisodeError("missing key", f"no {ref.position}-th sample in it; {AGAIN}")
