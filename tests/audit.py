@@ -2,7 +2,7 @@
 
 requirements.lock, advisories of a checkout of github.com/pypa/advisory-database (OSV's form) -> those that apply
 
-Invariant: a version is affected if an advisory lists it, or lies in one of its ranges; withdrawn ones count for nothing.
+Invariant: a version is affected if an advisory lists it, or lies in one of its ranges; withdrawn ones do not count.
 """
 
 from __future__ import annotations
