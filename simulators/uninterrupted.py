@@ -22,7 +22,7 @@ def uninterrupted() -> Iterator[None]:
     """What asks a command to end waits until the block has ended, where it has a handler. Outside the main thread,
     which alone it reaches, nothing changes."""
     handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in map(int, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)):
         if callable(handler := signal.getsignal(number)):
             handlers[number] = handler
     if threading.current_thread() is not threading.main_thread():

@@ -316,7 +316,7 @@ def load_export(folder: Path, vocabulary: Vocabulary | None = None) -> tuple[Gat
     path = Path(folder) / "model.json"
     if not path.is_file():
         inner = Path(folder) / "export"
-        remedy = f"give {inner}" if (inner / MODEL).is_file() else "train with deepspeed trainer/main.py"
+        remedy = f"give {inner}" if (inner / MODEL).is_file() else "give the export folder of a run, RUN/export"
         raise CheckpointError(f"{folder}: no model.json, so no export; {remedy}")
     try:
         info = parse_export(path.read_bytes())

@@ -161,6 +161,14 @@ def test_other_starters_need_no_launcher(hopper, tmp_path, environment):
     assert done.returncode == 0 and latest_step(tmp_path) == 2, done.stdout + done.stderr
 
 
+def test_a_network_interface_that_is_none_is_named(hopper, tmp_path):
+    environment = clean_environment(GLOO_SOCKET_IFNAME="none0", PMI_RANK="0", PMI_SIZE="1")
+    environment |= {"MASTER_PORT": str(free_port())}
+    done = warm.run(line(hopper, "--run.output", tmp_path), cwd=ROOT, timeout=200, env=environment)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "none0; GLOO_SOCKET_IFNAME must name a network interface of this machine" in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("starter", ["mpirun", "torchrun"])
 def test_the_starters_themselves(hopper, tmp_path, starter):
     if not (found := shutil.which(starter, path=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])):
