@@ -1,6 +1,6 @@
 """Reading LeRobot, RLDS and Minari holds an episode, not the file: as tests/etl/test_reading_memory.py has it.
 
-the benchmark's writers, and Minari's own -> 4 and 24 episodes in one dataset -> growth of the process's peak
+the benchmark's writers, and Minari's own -> 4 and 40 episodes in one dataset -> growth of the process's peak
 """
 
 import pytest
@@ -10,7 +10,7 @@ from benchmarks.formats import robots
 from tests.etl import test_sources_minari as minari
 from tests.etl.test_reading_memory import RESET, SHARE, read_all
 
-FEW, MANY = 4, 24
+FEW, MANY = 4, 40
 STEPS = {"lerobot": 24, "rlds": 120, "hdf5": 60, "arrow": 60, "parquet": 60}
 
 pytestmark = [
