@@ -1,6 +1,6 @@
 """Reading a file holds an episode of it, not the file: peak memory with few and with many episodes in one file.
 
-the benchmark's writers, 4 and 32 episodes of one size -> scan, read all -> growth of the process's peak
+the benchmark's writers, 8 and 64 episodes of one size -> scan, read all -> growth of the process's peak
 
 The peak is the kernel's own (VmHWM), set back before each measurement: what Python does not see counts too.
 """
@@ -19,7 +19,7 @@ from etl.sources import Rejection
 from tests.etl import test_sources_rl_unplugged as rl_unplugged
 
 RESET = Path("/proc/self/clear_refs")
-FEW, MANY = 4, 32
+FEW, MANY = 8, 64
 SHARE = 0.3  # of the bytes that the further episodes have
 
 
