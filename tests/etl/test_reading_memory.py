@@ -7,10 +7,11 @@ The peak is the kernel's own (VmHWM), set back before each measurement: what Pyt
 
 import gc
 import re
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from benchmarks.formats import sources as written
@@ -49,7 +50,6 @@ def read_all(name, place):
     """Every episode of the only task; its payload in bytes, and the peak of memory above what was held before."""
     source = sources.load(name)
     gc.collect()
-    pa.default_memory_pool().release_unused()  # what tests before left there would be used again, uncounted
     RESET.write_text("5")
     before, payload, count = status("VmRSS"), 0, 0
     (scan,) = source.scan(source.resolve(place, None, place), source.options())
@@ -61,13 +61,20 @@ def read_all(name, place):
     return count, payload, status("VmHWM") - before
 
 
+def read_each(name, places):
+    """`read_all` of each, in one fresh process, since what other tests left in Arrow's pool would be used again. The
+    pool grows to some 20 MB before it reuses what it has: the second of three has to be large enough to fill it."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        return [fresh.submit(read_all, name, place).result(120) for place in places]
+
+
 @pytest.mark.process  # measures the one it is in
 @pytest.mark.skipif(not RESET.exists(), reason="the kernel's peak cannot be set back here")
 @pytest.mark.parametrize("kind", [*written.FORMATS, *OWN])
 def test_memory_is_that_of_an_episode(kind, tmp_path, monkeypatch):
-    found = []
-    for count in (FEW, FEW, MANY):  # the first one imports, and warms up
-        place = tmp_path / f"{len(found)}"
+    places = []
+    for count in (FEW, MANY, 4 * MANY) if kind == "jat" else (FEW, FEW, MANY):  # the first one imports, and warms up
+        places.append(place := tmp_path / f"{len(places)}")
         place.mkdir()
         if kind in OWN:
             name, write = kind.split()[0], OWN[kind]
@@ -76,6 +83,6 @@ def test_memory_is_that_of_an_episode(kind, tmp_path, monkeypatch):
             name, write, _ = written.FORMATS[kind]
             monkeypatch.setattr(written, "T", {"d3rlpy": 2000, "vintix": 2000, "imagetext": 200}.get(kind, 100))
             write(place, np.random.default_rng(0), count if kind in written.PLAIN else 4 * count)
-        found.append(read_all(name, place))
+    found = read_each(name, places) if kind == "jat" else [read_all(name, place) for place in places]
     (_, few, least), (_, many, most) = found[1:]
-    assert many > 4 * few and most - least < SHARE * (many - few) + 2**21, found
+    assert many >= 4 * few and most - least < SHARE * (many - few) + 2**21, found
