@@ -21,12 +21,13 @@ from typing import Any
 def uninterrupted() -> Iterator[None]:
     """What asks a command to end waits until the block has ended, where it has a handler. Outside the main thread,
     which alone it reaches, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
     for number in map(int, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)):
         if callable(handler := signal.getsignal(number)):
             handlers[number] = handler
-    if threading.current_thread() is not threading.main_thread():
-        handlers = {}
     came: list[tuple[int, FrameType | None]] = []
     for number in handlers:
         signal.signal(number, lambda number, at: came.append((number, at)))

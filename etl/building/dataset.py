@@ -69,7 +69,7 @@ class Options:
     strict: bool = False
     """Refuse what may be read wrongly, where otherwise a warning is given; of clipped actions, more than 1 in 100."""
     overwrite: bool = False
-    """Replace a different dataset that stands in the output folder."""
+    """Replace a different dataset in the output folder."""
     text_model: Path = texts.DEFAULT_MODEL
     """SentencePiece model of text tokens; one of 32,000 pieces ships."""
     train_tokenizer: bool = False

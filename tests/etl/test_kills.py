@@ -114,7 +114,7 @@ def test_a_silent_worker_is_lost_and_a_slow_one_or_a_stopped_build_is_not(tmp_pa
             now[0] += 1
             if beating:
                 beat.touch()
-                os.utime(beat, (0, now[0]))  # by a clock that is an age behind
+                os.utime(beat, (0, now[0]))  # by a clock that is far slow
             watch.check(finished)
 
     look(elsewhere, 100, beating=False)  # nobody was ever heard: the workers are elsewhere

@@ -2,7 +2,7 @@
 
     pip install mani_skill==3.0.1 (with torch for CPUs); python make_maniskill.py FOLDER
 
-Its simulator needs a GPU to draw: an environment of written-down values stands for it, batched as ManiSkill's are.
+Its simulator needs a GPU to draw: an environment of given values takes its place, batched as ManiSkill's are.
 
 Invariant: the values are those of `episodes`, which the tests make again.
 """
