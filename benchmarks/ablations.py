@@ -21,9 +21,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from eval.agent import GatoAgent
+from eval.agents import AgentConfig, demonstration, make_agent
 from eval.environments import play
-from eval.prompts import AgentConfig, demonstration
 from shards.stream import Stream
 from trainer.checkpoint import ExportInfo, TrainingInfo
 from trainer.config import TrainConfig
@@ -139,7 +138,7 @@ def measured(name: str, options: Options) -> dict[str, Any]:
         info = ExportInfo(
             "", 0, config.model, stream.vocabulary, fingerprint, data.sequence_length, 0, (), {}, TrainingInfo()
         )
-        player = GatoAgent(gato, info, spec, agent, prompt)
+        player = make_agent(gato, info, spec, agent, prompt)
         totals = [one.episode_return for one in play(player, spec, [1000 + n for n in range(options.episodes)])]
         result[f"returns/{spec.name}"] = [float(np.mean(totals)), float(np.std(totals))]
     return result

@@ -29,10 +29,9 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.stream import build
-from eval.agent import GatoAgent
+from eval.agents import AgentConfig, Prompt, TokenAgent, demonstration
 from eval.charts import COLOURS, STYLE
 from eval.environments import play
-from eval.prompts import AgentConfig, Prompt, demonstration
 from schemas.layout import SEPARATOR
 from shards.batch import Batch
 from shards.reader import Dataset
@@ -47,7 +46,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64)
 class Naive:
     """One environment, greedy; what it saw and did as stored tokens, cut to the window."""
 
-    def __init__(self, agent: GatoAgent, prompt: Prompt):
+    def __init__(self, agent: TokenAgent, prompt: Prompt):
         self.agent, self.stored = agent, prompt.tokens[-agent.window :]
 
     def act(self, observation: dict[str, np.ndarray]) -> np.ndarray:
@@ -76,10 +75,10 @@ class Naive:
         return self.agent.model(batch.to("cpu"))[0, -1] @ self.agent.head.T
 
 
-def player(dataset: Dataset, task: int, model: Gato, context: int, config: AgentConfig) -> GatoAgent:
+def player(dataset: Dataset, task: int, model: Gato, context: int, config: AgentConfig) -> TokenAgent:
     vocabulary, spec = dataset.manifest.vocabulary, dataset.manifest.tasks[task].spec
     info = ExportInfo("", 0, model.config, vocabulary, vocabulary.fingerprint, context, 0, (spec,), {}, TrainingInfo())
-    return GatoAgent(model, info, spec, config, demonstration(dataset, task, config))
+    return TokenAgent(model, info, spec, config, demonstration(dataset, task, config))
 
 
 def logged(dataset: Dataset, task: int) -> np.ndarray:
@@ -120,7 +119,7 @@ def against_naive(table: Table, dataset: Dataset, task: int, size: str, timestep
     table.add_row(name, *cells, f"{1e3 * middle:.1f}", f"{1e3 * late:.1f}")
 
 
-def act(agent: GatoAgent, observations: dict[str, np.ndarray]) -> np.ndarray:
+def act(agent: TokenAgent, observations: dict[str, np.ndarray]) -> np.ndarray:
     count = len(next(iter(observations.values())))
     return agent.act(observations, np.zeros(count), np.ones(count, bool), np.random.default_rng(0))
 
@@ -164,7 +163,7 @@ def draw(rates: dict[int, float], picture: Path) -> None:
     print(f"drawn: {picture}", flush=True)
 
 
-class Leader(GatoAgent):
+class Leader(TokenAgent):
     """Keeps each token's logits and choice."""
 
     def reset(self, batch: int) -> None:

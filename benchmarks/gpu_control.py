@@ -1,6 +1,6 @@
 """Control as `benchmarks.gpu` measures it: timesteps per second of the agent at a full window, without a simulator.
 
-shards, random weights -> eval.agent, as a graph | compiled | plain; one environment, then several -> rates, p50, p99
+shards, random weights -> eval.agents, as a graph | compiled | plain; one environment, then several -> rates, p50, p99
 
 What is most wanted comes first, and every figure is kept as soon as it is known, so a part that time cuts loses only
 what it had not reached.
@@ -16,8 +16,7 @@ import torch
 
 from benchmarks.control import act, player
 from benchmarks.gpu_timing import DEVICE, GPU, Figures, keep, timed
-from eval.agent import GatoAgent
-from eval.prompts import AgentConfig
+from eval.agents import AgentConfig, TokenAgent
 from shards.reader import Dataset
 from trainer.model import PRESETS, Gato
 from trainer.recipes import RECIPES
@@ -62,7 +61,7 @@ def control(size: str, shards: list[str], seconds: float) -> Figures:
     return found
 
 
-def agent_of(size: str, dataset: Dataset, task: int, model: Gato, launch: str) -> GatoAgent:
+def agent_of(size: str, dataset: Dataset, task: int, model: Gato, launch: str) -> TokenAgent:
     config = AgentConfig(decoding="greedy", prompt_share=1.0, launch=launch)  # type: ignore[arg-type]
     return player(dataset, task, model, RECIPES[size].data.stream.sequence_length, config)
 
@@ -73,7 +72,7 @@ def task_of(dataset: Dataset) -> int:
     return next((number for number, name in enumerate(names) if name.startswith(WANTED)), 0)
 
 
-def fits(agent: GatoAgent, count: int) -> bool:
+def fits(agent: TokenAgent, count: int) -> bool:
     """Whether the cache of so many environments is within bounds."""
     config = agent.model.config
     numbers = 2 * config.blocks * config.heads * config.head_size * len(agent.slot)
@@ -90,7 +89,7 @@ def graph_as_plain(size: str, dataset: Dataset, task: int, model: Gato, turns: i
     return bool((acted[0] == acted[1]).all())
 
 
-def floor(model: Gato, agent: GatoAgent) -> Figures:
+def floor(model: Gato, agent: TokenAgent) -> Figures:
     """Bytes that a timestep must read whatever its kernels: weights once per forward pass, the cache once for each
     environment and pass."""
     config, passes, e = model.config, agent.layout.action, model.tokens.weight.element_size()
@@ -99,7 +98,7 @@ def floor(model: Gato, agent: GatoAgent) -> Figures:
     return {"passes": passes, "weights_gigabytes": passes * weights / 1e9, "cache_gigabytes": passes * cache / 1e9}
 
 
-def latencies(agent: GatoAgent, dataset: Dataset, task: int, count: int) -> Figures:
+def latencies(agent: TokenAgent, dataset: Dataset, task: int, count: int) -> Figures:
     seen = logged(dataset, task, count)
     timed(lambda n: act(agent, next(seen)), 0.0, 5, 5)
     taken = timed(lambda n: act(agent, next(seen)), 1.5, 30, 300)

@@ -22,9 +22,8 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from eval.agent import agent_for
+from eval.agents import AgentConfig, agent_for
 from eval.environments import play
-from eval.prompts import AgentConfig
 from schemas.dataset import DatasetError
 from schemas.files import atomic_write, parse_json
 from schemas.terminal import command, status_of

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
-from eval.prompts import AgentConfig
+from eval.agents import AgentConfig
 from schemas.files import require_folder
 from schemas.ranges import require
 from simulators import plugins

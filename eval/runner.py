@@ -24,13 +24,12 @@ import torch
 
 import simulators
 from eval import scores
-from eval.agent import GatoAgent, agent_for
+from eval.agents import agent_for, make_agent, prompted
 from eval.baselines import decision_transformer, device, trajectory_transformer
 from eval.environments import Played, play
 from eval.exports import find_export, newest_export
 from eval.jobs import Job, KnownTask, plan_jobs
 from eval.options import Options, check
-from eval.prompts import prompted
 from eval.provenance import host
 from eval.rows import load_rows, save_rows
 from eval.ship import shipped_prompt
@@ -241,7 +240,7 @@ class ComparisonRunner:
             return agent_for(model, info, job.dataset, job.task.number, self.options.agent)
         config = prompted(self.options.agent, info, job.spec)
         prompt = shipped_prompt(self.exports[job.seed], info, job.spec.name, config)
-        return GatoAgent(model, info, job.spec, config, prompt)
+        return make_agent(model, info, job.spec, config, prompt)
 
     def _play(self, job: Job, progress: ProgressCallback) -> list[Played]:
         seeds = [self.options.first_seed + n for n in range(self.options.episodes)]

@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 from safetensors.numpy import load_file, save
 
-from eval.prompts import AgentConfig, Prompt, best_demonstration
+from eval.agents.prompts import AgentConfig, Prompt, best_demonstration
 from schemas.dataset import DatasetError
 from schemas.files import atomic_write, sha256_of
 from schemas.terminal import command

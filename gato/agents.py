@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.agent import GatoAgent, agent_for
+from eval.agents import AgentConfig, GatoAgent, agent_for, make_agent, prompted
 from eval.baselines import device as default_device
 from eval.exports import find_export
-from eval.prompts import AgentConfig, prompted
 from eval.ship import shipped_prompt
 from gato.observations import Observations
 from schemas.task import TaskSpec
@@ -85,7 +84,7 @@ class Model:
             task: a task's name, or the environment's id; not needed where the model has a single task.
             dataset: folder or URL of the task's dataset, from which prompts and the text tokenizer are taken. Only
                 needed for tasks with text, and for prompts that were not shipped with the weights.
-            options: of eval.prompts.AgentConfig: decoding="sample", temperature=0.5, prompt="end", window="exact", ...
+            options: of eval.agents.AgentConfig: decoding="sample", temperature=0.5, prompt="end", window="exact", ...
 
         Raises:
             ValueError: an unknown task or option, or a task that cannot be played without `dataset`.
@@ -112,7 +111,7 @@ class Model:
                 f"task '{spec.name}' needs a prompt, and none was shipped with these weights; give dataset=FOLDER, or "
                 "prompt='none' to play without"
             )
-        return Agent(GatoAgent(self.network, self.info, spec, config, prompt), spec, seed)
+        return Agent(make_agent(self.network, self.info, spec, config, prompt), spec, seed)
 
     def _task(self, wanted: str | None) -> TaskSpec:
         tasks = [task for task in self.info.tasks if task.action is not None]

@@ -16,11 +16,11 @@ from typing import Any
 
 from rich.console import Console
 
+from eval.agents import AgentConfig
 from eval.compare import Outcome
 from eval.compare import compare as run_comparison
 from eval.display import lossy_console
 from eval.options import Options
-from eval.prompts import AgentConfig
 from shards.folder import is_url
 
 Place = str | os.PathLike[str]

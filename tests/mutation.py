@@ -35,8 +35,7 @@ TESTS = {
     "shards/sampler": ("tests/shards/test_sampler.py", "tests/shards/test_stream.py", "tests/trainer/test_golden.py"),
     "shards/timeline": ("tests/shards/test_stream.py", "tests/shards/test_faults.py", "tests/trainer/test_golden.py"),
     "trainer/loss": ("tests/trainer/test_model.py", "tests/trainer/test_golden.py"),
-    "eval/agent": ("tests/eval/test_agent.py", "tests/eval/test_compare.py"),
-    "eval/prompts": ("tests/eval/test_agent.py", "tests/eval/test_compare.py"),
+    "eval/agents": ("tests/eval/test_agent.py", "tests/eval/test_compare.py"),
     "eval/scores": ("tests/eval/test_scores.py", "tests/eval/test_report.py"),
     "trainer/checkpoint": (
         "tests/trainer/test_losing_nothing.py::test_the_last_and_the_best_checkpoints_are_kept",
@@ -46,7 +45,7 @@ TESTS = {
 }  # fmt: skip
 
 CONTINUOUS, IMAGE, TEXT = (f"etl/tokenizers/{name}.py" for name in ("continuous", "image", "text"))
-SAMPLER, TIMELINE, LOSS, AGENT = "shards/sampler.py", "shards/timeline.py", "trainer/loss.py", "eval/agent.py"
+SAMPLER, TIMELINE, LOSS, AGENT = "shards/sampler.py", "shards/timeline.py", "trainer/loss.py", "eval/agents/base.py"
 SCORES, CHECKPOINT = "eval/scores.py", "trainer/checkpoint.py"
 MISTAKES = (
     (CONTINUOUS, "np.log(vocabulary.scale * vocabulary.mu + 1.0)\n    return np.copysign",
@@ -81,10 +80,10 @@ MISTAKES = (
     (LOSS, "ids.stop for ids in ranges) - start", "ids.stop for ids in ranges) - start - 1"),
     (AGENT, "(odds * self.centres).sum(dim=1) + 1)", "(odds * self.centres).sum(dim=1) + 1.02)"),
     (AGENT, "logits.double() / self.config", "logits.double() * self.config"),
-    (AGENT, "self.layout.length - self.window + 1)", "self.layout.length - self.window + 2)"),
+    ("eval/agents/tokens.py", "self.layout.length - self.window + 1)", "self.layout.length - self.window + 2)"),
     (AGENT, 'shown = slice(length) if self.config.prompt == "start"',
      'shown = slice(length) if self.config.prompt == "end"'),
-    ("eval/prompts.py", "other.name != task.name and", "other.name != task.name or"),
+    ("eval/agents/prompts.py", "other.name != task.name and", "other.name != task.name or"),
     (SCORES, "cut = n // 4", "cut = n // 5"),
     (SCORES, "values.std(ddof=1)", "values.std()"),
     (SCORES, "50.0 * (1.0 - CONFIDENCE)", "100.0 * (1.0 - CONFIDENCE)"),

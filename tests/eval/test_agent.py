@@ -7,10 +7,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from eval import agent as agent_module
-from eval.agent import GatoAgent
+from eval.agents import AgentConfig, TokenAgent, demonstration, prompted, tokens
 from eval.environments import play
-from eval.prompts import AgentConfig, demonstration, prompted
 from schemas.layout import PATCH, SEPARATOR
 from shards.batch import Batch
 from shards.reader import Dataset
@@ -22,7 +20,7 @@ from trainer.model.transformer import rope_cos_sin, rotate
 SMALL = ModelConfig(blocks=2, heads=2, width=32, feed_forward=64, head_size=16, patch_channels=16)
 
 
-class Recorder(GatoAgent):
+class Recorder(TokenAgent):
     """Keeps the logits of every action token and the observed columns of every timestep."""
 
     def reset(self, batch):
@@ -176,7 +174,7 @@ def test_episodes_that_end_at_different_times_are_those_played_alone(hopper, dec
 
 def test_a_timestep_is_one_graph_of_fixed_shapes(hopper):
     """No break in it and no new one when the window wraps: what a compiler or a CUDA graph asks for."""
-    agent, dataset = setup(hopper, kind=GatoAgent, decoding="greedy")
+    agent, dataset = setup(hopper, kind=TokenAgent, decoding="greedy")
     plain, graphs = acts(agent, dataset, 3 * agent.window, 2), []
 
     def count(graph, inputs):
@@ -194,8 +192,8 @@ def test_a_timestep_is_one_graph_of_fixed_shapes(hopper):
 def test_a_replayed_agent_plays_as_the_plain_one(data, request):
     """On a CPU without the capture; batches of two sizes, and a cache that was used before."""
     folder = request.getfixturevalue(data)
-    plain, dataset = setup(folder, decoding="sample", kind=GatoAgent)
-    agent, _ = setup(folder, decoding="sample", kind=GatoAgent, launch="graph")
+    plain, dataset = setup(folder, decoding="sample", kind=TokenAgent)
+    agent, _ = setup(folder, decoding="sample", kind=TokenAgent, launch="graph")
     for size in (3, 2, 2):
         count = 2 * agent.window + 1
         assert np.array_equal(acts(agent, dataset, count, size), acts(plain, dataset, count, size))
@@ -203,8 +201,8 @@ def test_a_replayed_agent_plays_as_the_plain_one(data, request):
 
 
 def test_a_replayed_agent_keeps_its_rows_when_episodes_end(hopper):
-    plain, dataset = setup(hopper, decoding="sample", kind=GatoAgent)
-    agent, _ = setup(hopper, decoding="sample", kind=GatoAgent, launch="graph")
+    plain, dataset = setup(hopper, decoding="sample", kind=TokenAgent)
+    agent, _ = setup(hopper, decoding="sample", kind=TokenAgent, launch="graph")
     task, seeds = dataset.manifest.tasks[0].spec, [3, 4, 5, 6, 7, 8]
     mine, theirs = (play(one, task, seeds, step_limit=60, policy_seed=11) for one in (agent, plain))
     assert [one.episode_return for one in mine] == [one.episode_return for one in theirs] and len(
@@ -219,14 +217,14 @@ def test_a_replayed_agent_keeps_its_rows_when_episodes_end(hopper):
 def test_a_compiled_timestep_chooses_what_the_plain_one_does(hopper):
     found = []
     for launch in ("plain", "compiled"):
-        agent, dataset = setup(hopper, decoding="greedy", kind=GatoAgent, launch=launch)
+        agent, dataset = setup(hopper, decoding="greedy", kind=TokenAgent, launch=launch)
         found.append(acts(agent, dataset, 2 * agent.window, 2))
     assert np.array_equal(*found)
 
 
 def test_nothing_in_a_timestep_waits_for_a_tensors_value(hopper):
     """What a capture would refuse; fake tensors have no values to give."""
-    agent, dataset = setup(hopper, decoding="mean", kind=GatoAgent)
+    agent, dataset = setup(hopper, decoding="mean", kind=TokenAgent)
     acts(agent, dataset, 3, 2)
     K, A = agent.layout.length, agent.layout.action
     with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True):
@@ -238,9 +236,9 @@ def test_nothing_in_a_timestep_waits_for_a_tensors_value(hopper):
 @pytest.mark.parametrize("data", ["hopper", "pong"])
 def test_slots_beyond_the_window_are_never_attended_to(data, request, monkeypatch):
     """A GPU's cache has them; here it is made on the CPU."""
-    plain, dataset = setup(request.getfixturevalue(data), decoding="greedy", kind=GatoAgent)
-    monkeypatch.setitem(agent_module.ALIGNMENT, "cpu", 64)
-    agent, _ = setup(request.getfixturevalue(data), decoding="greedy", kind=GatoAgent)
+    plain, dataset = setup(request.getfixturevalue(data), decoding="greedy", kind=TokenAgent)
+    monkeypatch.setitem(tokens.ALIGNMENT, "cpu", 64)
+    agent, _ = setup(request.getfixturevalue(data), decoding="greedy", kind=TokenAgent)
     count = 3 * agent.window
     assert np.array_equal(acts(agent, dataset, count, 3), acts(plain, dataset, count, 3))
     held = agent.cache.blocks[0][0]
@@ -258,7 +256,7 @@ def test_rotary_angles_are_right_far_into_an_episode():
 
 
 def test_the_mean_of_two_bins_is_the_one_between_them(hopper):
-    agent, _ = setup(hopper, kind=GatoAgent, decoding="mean")
+    agent, _ = setup(hopper, kind=TokenAgent, decoding="mean")
     first = torch.arange(0, 1024, 7)
     distance = torch.arange(len(first)) % ((1024 - first) // 2)
     logits = torch.full((len(first), 1024), -torch.inf)
@@ -314,7 +312,7 @@ def test_a_context_too_short_is_refused(pong):
     agent, dataset = setup(pong)
     info = replace(ExportInfo("gato.model", 1, SMALL, agent.model.vocabulary, "", 30, 0, (), {}, TrainingInfo()))
     with pytest.raises(ValueError, match="two timesteps"):
-        GatoAgent(agent.model, info, dataset.manifest.tasks[0].spec, AgentConfig())
+        TokenAgent(agent.model, info, dataset.manifest.tasks[0].spec, AgentConfig())
 
 
 def test_auto_prompts_where_tasks_share_an_environment(hopper):

@@ -7,10 +7,9 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from eval.agent import GatoAgent
+from eval.agents import AgentConfig, make_agent
 from eval.baselines import decision_transformer as dt
 from eval.baselines import trajectory_transformer as tt
-from eval.prompts import AgentConfig
 from schemas.layout import ACTION
 from schemas.task import ActionSpec, FieldSpec, TaskSpec
 from schemas.vocabulary import DISJOINT
@@ -36,7 +35,7 @@ def agent_of(task, length=200, **config):
     )
     model = Gato(SMALL, vocabulary).initialise(1).eval()
     model.tokens.weight.data.mul_(20)  # far from uniform, also over ids that the space does not have
-    return GatoAgent(model, info, task, AgentConfig(**config))
+    return make_agent(model, info, task, AgentConfig(**config))
 
 
 @pytest.mark.parametrize("decoding", ["sample", "greedy"])

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from etl.tokenizers import continuous
-from eval.agent import GatoAgent
-from eval.prompts import AgentConfig, demonstration
+from eval.agents import AgentConfig, demonstration, make_agent
 from schemas.layout import ACTION, OBSERVATION, SEPARATOR, TEXT
 from schemas.vocabulary import DISJOINT, bin_centres
 from shards.reader import Dataset
@@ -136,8 +135,8 @@ def test_play_is_training(hopper, stream, model, prompt):
     dataset = Dataset(hopper)
     spec, info = exported(dataset, stream)
     options = AgentConfig(prompt=prompt, decoding="greedy", prompt_share=0.34)
-    agent = GatoAgent(model, info, spec, options, demonstration(dataset, 0, options))
-    valued = GatoAgent(model, info, spec, replace(options, decoding="value"), agent.prompt)
+    agent = make_agent(model, info, spec, options, demonstration(dataset, 0, options))
+    valued = make_agent(model, info, spec, replace(options, decoding="value"), agent.prompt)
     config = StreamConfig(sequence_length=LENGTH, prompt_probability=0.0)
     batch = Stream([hopper], config, seed=0).batch(0, 1)
     batch.tasks[:] = stream.tasks.index(spec.name)
@@ -177,7 +176,7 @@ def test_an_episode_is_played_alike_alone_and_among_others(hopper, stream, model
     seen = [{"observation": rng.normal(size=(5, 11)).astype(np.float32)} for _ in range(9)]
 
     def played(rows):
-        agent = GatoAgent(model, info, spec, options, demonstration(dataset, 0, options))
+        agent = make_agent(model, info, spec, options, demonstration(dataset, 0, options))
         agent.reset(len(rows))
         active = np.ones(len(rows), bool)
         return [agent.act({"observation": o["observation"][rows]}, np.zeros(len(rows)), active, rng) for o in seen]
@@ -185,7 +184,7 @@ def test_an_episode_is_played_alike_alone_and_among_others(hopper, stream, model
     together, alone = played(np.arange(5)), played(np.array([3]))
     assert all(np.array_equal(a[[3]], b) for a, b in zip(together, alone))
     with pytest.raises(ValueError, match="--agent.launch graph"):
-        GatoAgent(model, info, spec, AgentConfig(launch="graph"))
+        make_agent(model, info, spec, AgentConfig(launch="graph"))
 
 
 def test_what_is_asked_for_decides_what_is_played(hopper, stream, model):
@@ -194,7 +193,7 @@ def test_what_is_asked_for_decides_what_is_played(hopper, stream, model):
     seen = {"observation": np.zeros((1, 11), np.float32)}
 
     def played(asked):
-        agent = GatoAgent(model, info, spec, AgentConfig(asked_return=asked))
+        agent = make_agent(model, info, spec, AgentConfig(asked_return=asked))
         agent.reset(1)
         return agent.act(seen, np.zeros(1), np.ones(1, bool), np.random.default_rng(0))
 
@@ -207,10 +206,10 @@ def test_a_task_is_scaled_as_others_of_its_environment_or_refused(hopper, stream
     dataset = Dataset(hopper)
     spec, info = exported(dataset, stream)
     other = replace(spec, name="hopper-other")
-    ours, theirs = (GatoAgent(model, info, task, AgentConfig()) for task in (spec, other))
+    ours, theirs = (make_agent(model, info, task, AgentConfig()) for task in (spec, other))
     assert torch.equal(ours.spread, theirs.spread) and torch.equal(ours.asked, theirs.asked)
     with pytest.raises(ValueError, match="no scale of its observations"):
-        GatoAgent(model, info, replace(other, environment=None), AgentConfig())
+        make_agent(model, info, replace(other, environment=None), AgentConfig())
 
 
 def test_the_objective_is_its_parts(stream, model):
@@ -238,7 +237,7 @@ def test_an_export_keeps_its_scales(hopper, stream, model, tmp_path):
     export(tmp_path / "now", dict(model.state_dict()), info)
     again, read = load_export(tmp_path / "now")
     assert (read.observations, read.returns) == (info.observations, info.returns)
-    before, after = GatoAgent(model, info, spec, AgentConfig()), GatoAgent(again, read, spec, AgentConfig())
+    before, after = make_agent(model, info, spec, AgentConfig()), make_agent(again, read, spec, AgentConfig())
     assert torch.equal(before.spread, after.spread) and torch.equal(before.asked, after.asked)
     export(tmp_path / "older", dict(model.state_dict()), replace(info, version=2))
     with pytest.raises(CheckpointError, match="train again"):

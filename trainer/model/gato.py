@@ -262,10 +262,10 @@ class Gato(nn.Module):
         blocks: Blocks | None = None,
     ) -> Tensor:
         """Hidden states of new embedded tokens x (B, T, W). Their keys are written to cache `slots` (T,) int64, then
-        they attend to all S slots where `mask` (T, S) float is 0 and not -inf. Rows of x behind those that the cache
-        has are padding, which matrix products may want (see eval/agent.py). All shapes stay while a window moves, and
-        nothing is decided here by a tensor's values, so a graph may be captured of it. `blocks`: the model's own in
-        another form."""
+        they attend to all S slots where `mask` (T, S) float is 0 and not -inf. Rows of x after those that the cache
+        has are padding, which matrix products may want (see eval/agents/base.py). All shapes stay while a window moves,
+        and nothing is decided here by a tensor's values, so a graph may be captured of it. `blocks`: the model's own
+        in another form."""
         form: Blocks = list(self.blocks) if blocks is None else blocks
         for block, held in zip(form, cache.blocks):
             x = block(x, mask, None, held, slots, rope)
