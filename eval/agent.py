@@ -20,7 +20,6 @@ episode's actions are the same to the bit whatever else is in the batch (see `ba
 from __future__ import annotations
 
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,7 +30,6 @@ from etl.tokenizers.text import TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer
 from eval.cuda_graph import Replay, compiled
 from eval.prompts import AgentConfig, Prompt, demonstration, prompted, text_tokenizer
-from schemas.dataset import ObservationScale, ReturnScale
 from schemas.episode import TaskSpec
 from schemas.layout import SEPARATOR
 from schemas.vocabulary import bin_centres
@@ -42,20 +40,9 @@ from trainer.model import Gato
 from trainer.model.gato import Blocks
 from trainer.model.transformer import Cache
 
-Scale = TypeVar("Scale", ObservationScale, ReturnScale)
-
 ROWS = 4  # that a CPU's matrix products need to round as they do for more
 # by device: the cache has a multiple of so many slots; none attends to those beyond the window
 ALIGNMENT = {"cuda": 64}
-
-
-def _scale_of(scales: dict[str, Scale], info: ExportInfo, task: TaskSpec) -> Scale | None:
-    """The scale of a task, or of another one of its environment; None where the model was trained on neither."""
-    alike: list[str] = [
-        other.name for other in info.tasks if task.environment and other.environment == task.environment
-    ]
-    found = [scales[name] for name in [task.name, *alike] if name in scales]
-    return found[0] if found else None
 
 
 class GatoAgent:
@@ -116,7 +103,7 @@ class GatoAgent:
 
     def _spread(self, info: ExportInfo, task: TaskSpec) -> Tensor:
         """(K, 2): what standardises values in each column of the task's timestep."""
-        scale = _scale_of(info.observations, info, task)
+        scale = info.observation_scale(task)
         if scale is None:
             known = ", ".join(info.observations)
             raise ValueError(
@@ -128,7 +115,7 @@ class GatoAgent:
 
     def _asked(self, info: ExportInfo, task: TaskSpec) -> Tensor | None:
         """(W,): what the return that is asked for adds to each timestep; None where the model reads none."""
-        scale = _scale_of(info.returns, info, task)
+        scale = info.return_scale(task)
         if self.config.asked_return is not None and (not self.model.config.returns or scale is None):
             raise ValueError(f"--agent.asked-return: this model was not trained with returns of task '{task.name}'")
         if not self.model.config.returns or scale is None:

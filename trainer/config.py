@@ -178,7 +178,7 @@ def resume_critical(config: TrainConfig) -> dict[str, Any]:
         ("model", "sequence", "tokens"), ("optimiser", "schedule", "cosine"),
         ("optimiser", "matrices", "adamw"), ("optimiser", "bins", "rows"), ("loss", "stride", 1),
         ("model", "values", False), ("model", "returns", False), ("loss", "squared", 100.0),
-        ("loss", "discrete", 1.0),
+        ("loss", "discrete", 1.0), ("model", "shared_scales", ()),
     )  # fmt: skip
     for part, name, default in later:
         if raw[part][name] == default:
