@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import gymnasium
 import numpy as np
 
 NOOP, FIRE, RIGHT, LEFT = range(4)  # minimal action sets of Pong and Breakout; RIGHT is up in Pong
