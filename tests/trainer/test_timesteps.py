@@ -65,7 +65,8 @@ def test_values_are_standardised_column_by_column(stream, model):
 
 
 def test_tasks_of_a_domain_that_is_one_body_share_a_scale_and_give_it_to_unseen_ones(tmp_path):
-    tasks = [Task("reach", (40, 30)), Task("push", (300,)), Task("hop", (40,), observation=5)]
+    # the 33rd episode's tokens are observations
+    tasks = [Task("reach", (5,) * 33), Task("push", (20,) * 33), Task("hop", (5,) * 33, observation=5)]
     unseen, maze = Task("pull", (9,)), Task("maze", (9,), observation=0, patches=(1, 1))
     folder = make(tmp_path / "made", [*tasks, unseen, maze])
     config = StreamConfig(sequence_length=60, mixture_block=8, excluded_tasks=("pull", "maze"))
