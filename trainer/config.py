@@ -92,7 +92,7 @@ class RunConfig:
     evaluate_every: int = 200
     """Steps between evaluations; the weights with the lowest mean held-out loss are kept in best/."""
     evaluate_sequences: int = 16
-    """Held-out sequences of each task at every evaluation."""
+    """Held-out sequences of each task at every evaluation; 0: no evaluation."""
     save_every: int = 200
     """Steps between checkpoints."""
     keep_last: int = 2
