@@ -189,7 +189,8 @@ def curves_chart(curves: Curves) -> str:
         return _svg_uri(figure)
 
 
-def _svg_uri(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """A figure as SVG text whose ink follows the reader's colour scheme."""
     canvas, buffer = FigureCanvasSVG(figure), io.BytesIO()
     figure.patch.set_alpha(0)
     for axes in figure.axes:
@@ -197,5 +198,8 @@ def _svg_uri(figure: Figure) -> str:
     canvas.print_svg(buffer, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue().decode().replace(INK, "var(--ink)").replace(FAINT, "var(--faint)")
     start = text.index("<defs>")
-    text = text[:start] + INK_RULE + text[start:]
-    return "data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode()
+    return text[:start] + INK_RULE + text[start:]
+
+
+def _svg_uri(figure: Figure) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg(figure).encode()).decode()

@@ -121,9 +121,9 @@ def markdown(
     aggregates: Sequence[Aggregate], tasks: Mapping[str, TaskSpec] | None = None, by_domain: Sequence[Comparison] = ()
 ) -> str:
     """All tables as GitHub Markdown: those by domain, if any, the main one, published figures."""
-    parts = [_markdown_table(body) for body in (*by_domain, comparison(aggregates, tasks))]
+    parts = [markdown_table(body) for body in (*by_domain, comparison(aggregates, tasks))]
     if scores := published(aggregates):
-        parts += ["**Published figures, not ours**\n", _markdown_table(scores)]
+        parts += ["**Published figures, not ours**\n", markdown_table(scores)]
     return "\n".join(parts)
 
 
@@ -260,7 +260,7 @@ def _superscript(ordinal: int) -> str:
     return str(ordinal).translate(SUPERSCRIPTS)
 
 
-def _markdown_table(body: Comparison) -> str:
+def markdown_table(body: Comparison) -> str:
     lines = ["| " + " | ".join(body.header) + " |", "|" + "|".join("---" for _ in body.header) + "|"]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in body.rows]
     lines += ["", body.caption, ""]

@@ -171,7 +171,7 @@ class TaskSummary:
 
 @dataclass(frozen=True)
 class ObservationScale:
-    """Mean and standard deviation of each column of a task's timestep, over all tasks of the environment; 0 and 1 where
+    """Mean and standard deviation of each column of a task's timestep, over all tasks that share it; 0 and 1 where
     a column holds no continuous observation."""
 
     __pydantic_config__ = STRICT

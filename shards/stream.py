@@ -48,6 +48,8 @@ class StreamConfig:
     sequence_length: int = 1024
     tasks: tuple[str, ...] = ()
     """Only these tasks; all where none is named."""
+    excluded_tasks: tuple[str, ...] = ()
+    """None of these tasks: what is left of the mixture, so that they stay unseen."""
     demonstrations: int = 0
     """Only this many training episodes of each task, the first ones; 0: all."""
     weights: dict[str, float] = field(default_factory=dict)
@@ -111,9 +113,11 @@ class Stream:
             for task in range(len(dataset.manifest.tasks))
         ]
         known = sorted({timeline.name for timeline in timelines})
-        if strange := sorted(set(config.tasks) - set(known)):
-            raise DatasetError(f"--data.stream.tasks: unknown task '{strange[0]}'; tasks: {', '.join(known)}")
-        wanted = [timeline for timeline in timelines if timeline.total and timeline.name in (config.tasks or known)]
+        for option, names in (("tasks", config.tasks), ("excluded-tasks", config.excluded_tasks)):
+            if strange := sorted(set(names) - set(known)):
+                raise DatasetError(f"--data.stream.{option}: unknown task '{strange[0]}'; tasks: {', '.join(known)}")
+        chosen = set(config.tasks or known) - set(config.excluded_tasks)
+        wanted = [timeline for timeline in timelines if timeline.total and timeline.name in chosen]
         # by name, so that the datasets' folders do not matter
         self.timelines = sorted(wanted, key=lambda timeline: timeline.name)
         if not self.timelines:
@@ -181,6 +185,7 @@ class Stream:
     def fingerprint(self) -> str:
         """sha256 of all that decides sequence i; a resumed run must match it."""
         chosen = {"tasks": sorted(self.config.tasks), "demonstrations": self.config.demonstrations}
+        chosen |= {"excluded_tasks": sorted(self.config.excluded_tasks)}
         chosen |= {"prompt_start_share": self.config.prompt_start_share, "domains": self.config.domains}
         chosen |= {"text_loss": "" if self.config.text_loss else "none"}
         # defaults are left out: older checkpoints, made before these options existed, still resume

@@ -36,6 +36,7 @@ from schemas import upgrade
 from schemas.dataset import ObservationScale, ReturnScale
 from schemas.episode import STRICT, TaskSpec
 from schemas.files import atomic_write, parse_json, sha256_of, sync_folder, temporary_name
+from schemas.layout import layout_of
 from schemas.vocabulary import Vocabulary
 from shards.cache import Cache
 from shards.folder import Folder, digest_of
@@ -272,6 +273,23 @@ class ExportInfo:
     """What a model that reads timesteps standardises by, by task."""
     returns: dict[str, ReturnScale] = field(default_factory=dict)
     """What a model with `returns` is asked for, by task."""
+
+    def observation_scale(self, task: TaskSpec) -> ObservationScale | None:
+        """The scale of a task: its own, that of a task of its environment, or in a domain whose tasks share theirs,
+        that of a task of its layout; one that changes nothing where nothing is continuous, and else None."""
+        layout = layout_of(task)
+        if all(field.kind != "continuous" for field in task.observation):
+            return ObservationScale((0.0,) * layout.length, (1.0,) * layout.length)
+        alike = [other for other in self.tasks if task.environment and other.environment == task.environment]
+        if task.domain in self.model.shared_scales:
+            alike += [other for other in self.tasks if other.domain == task.domain and layout_of(other) == layout]
+        names = [task.name, *(other.name for other in alike)]
+        return next((self.observations[name] for name in names if name in self.observations), None)
+
+    def return_scale(self, task: TaskSpec) -> ReturnScale | None:
+        """The scale of a task, or of another one of its environment; None where the model was trained on neither."""
+        alike = [other.name for other in self.tasks if task.environment and other.environment == task.environment]
+        return next((self.returns[name] for name in [task.name, *alike] if name in self.returns), None)
 
 
 _EXPORT: TypeAdapter[ExportInfo] = TypeAdapter(ExportInfo)

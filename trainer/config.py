@@ -92,7 +92,7 @@ class RunConfig:
     evaluate_every: int = 200
     """Steps between evaluations; the weights with the lowest mean held-out loss are kept in best/."""
     evaluate_sequences: int = 16
-    """Held-out sequences of each task at every evaluation."""
+    """Held-out sequences of each task at every evaluation; 0: no evaluation."""
     save_every: int = 200
     """Steps between checkpoints."""
     keep_last: int = 2
@@ -178,7 +178,7 @@ def resume_critical(config: TrainConfig) -> dict[str, Any]:
         ("model", "sequence", "tokens"), ("optimiser", "schedule", "cosine"),
         ("optimiser", "matrices", "adamw"), ("optimiser", "bins", "rows"), ("loss", "stride", 1),
         ("model", "values", False), ("model", "returns", False), ("loss", "squared", 100.0),
-        ("loss", "discrete", 1.0),
+        ("loss", "discrete", 1.0), ("model", "shared_scales", ()),
     )  # fmt: skip
     for part, name, default in later:
         if raw[part][name] == default:

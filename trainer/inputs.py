@@ -125,7 +125,8 @@ def longest_timestep(config: TrainConfig) -> int:
 
 
 def open_streams(config: TrainConfig) -> tuple[Stream, Stream | None]:
-    """The training stream, and the held-out stream if there are held-out episodes. DatasetError says what is wrong."""
+    """The training stream, and the held-out stream if there are held-out episodes to be evaluated. DatasetError says
+    what is wrong."""
     data = config.data
     folders = find_folders(data)
     store = Store(data.cache)
@@ -137,6 +138,7 @@ def open_streams(config: TrainConfig) -> tuple[Stream, Stream | None]:
                 f"{data.stream.sequence_length} or the {config.model.local_positions} local positions; raise "
                 "--data.stream.sequence-length or --model.local-positions"
             )
-    if not any(t.dataset.manifest.tasks[t.task].held_out_episodes for t in stream.timelines):
+    known = any(t.dataset.manifest.tasks[t.task].held_out_episodes for t in stream.timelines)
+    if not known or not config.run.evaluate_sequences:
         return stream, None
     return stream, Stream(folders, data.stream, config.seed, True, "size", data.on_bad_shard, store)

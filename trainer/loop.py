@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from schemas.dataset import DatasetError
+from schemas.dataset import DatasetError, ObservationScale
 from schemas.files import atomic_write
 from shards.loader import Loader
 from trainer import checkpoint
@@ -94,8 +94,12 @@ class Run:
             model.load_state_dict({name: read(f"{name}/weight") for name, _ in model.named_parameters()})
         elif initial is not None:
             model.load_state_dict(initial[0].state_dict())
-        self.scales = observation_scales(self.stream) if model.by_timesteps else {}
-        if self.scales:
+        self.scales: dict[str, ObservationScale] = {}
+        if model.by_timesteps:
+            self.scales = observation_scales(self.stream, shared=config.model.shared_scales)
+            if initial is not None:  # whose weights know values as they were scaled then
+                own = [(spec.name, initial[1].observation_scale(spec)) for spec in self.specs]
+                self.scales |= {name: scale for name, scale in own if scale}
             model.standardise(self.scales)
         # before the engine: under ZeRO 3 its parameters are empty
         self.counts, self.flops = model.parameter_counts(), model.flops_per_token(config.data.stream.sequence_length)

@@ -3,12 +3,14 @@
 first sequences of the stream -> values that tokens stand for -> mean and deviation of each column, by environment
 
 Tasks of one environment have one scale, so that their levels stay comparable; tasks of different ones share places of
-a timestep, not scales (docs/ablations.md).
+a timestep, not scales (docs/ablations.md), unless their domain is one body in all of its tasks, as Meta-World's arm is.
 
 Invariant: a pure function of the stream, so a run that resumes computes the same.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,18 +20,24 @@ from schemas.vocabulary import bin_values
 from shards.stream import Stream
 
 SEQUENCES = 1024
+PER_TASK = 64  # sequences at least, where they are drawn evenly
 CHUNK = 64
 SMALLEST = 0.01  # deviation
 
 
-def observation_scales(stream: Stream, sequences: int = SEQUENCES) -> dict[str, ObservationScale]:
-    """The scale of each task of a stream by name, from its first `sequences` sequences. A task that has none among them
-    is left as it is."""
+def observation_scales(
+    stream: Stream, sequences: int | None = None, shared: Sequence[str] = ()
+) -> dict[str, ObservationScale]:
+    """The scale of each task of a stream by name, from its first `sequences` sequences; by default SEQUENCES, or
+    PER_TASK of each task. A task that has none among them is left as it is. Tasks of one layout share a scale in the
+    domains `shared`."""
+    sequences = sequences or max(SEQUENCES, PER_TASK * len(stream.tasks))
     values, ids = bin_values(stream.vocabulary).astype(np.float64), stream.vocabulary.observation_continuous
     specs = [timeline.dataset.manifest.tasks[timeline.task].spec for timeline in stream.timelines]
     lengths = [timeline.layout.length for timeline in stream.timelines]
-    # the first task that shares environment and layout
-    kinds = [(spec.environment or spec.name, timeline.layout) for spec, timeline in zip(specs, stream.timelines)]
+    # the first task that shares environment, or domain, and layout
+    bodies = [spec.domain if spec.domain in shared else spec.environment or spec.name for spec in specs]
+    kinds = [(body, timeline.layout) for body, timeline in zip(bodies, stream.timelines)]
     group = np.array([kinds.index(kind) for kind in kinds])
     moments = np.zeros((3, len(specs), max(lengths)))
     for first in range(0, sequences, CHUNK):

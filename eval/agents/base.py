@@ -11,7 +11,6 @@ episode's actions are the same to the bit whatever else is in the batch (see `ba
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,25 +20,13 @@ from torch.nn import functional as F
 from etl.tokenizers.text import TextTokenizer
 from etl.tokenizers.timestep import Encoded, TimestepTokenizer
 from eval.agents.prompts import AgentConfig, Prompt
-from schemas.dataset import ObservationScale, ReturnScale
 from schemas.episode import TaskSpec
 from schemas.vocabulary import bin_centres
 from simulators.policy import EpisodeRng
 from trainer.checkpoint import ExportInfo
 from trainer.model import Gato
 
-Scale = TypeVar("Scale", ObservationScale, ReturnScale)
-
 ROWS = 4  # that a CPU's matrix products need to round as they do for more
-
-
-def scale_of(scales: dict[str, Scale], info: ExportInfo, task: TaskSpec) -> Scale | None:
-    """The scale of a task, or of another one of its environment; None where the model was trained on neither."""
-    alike: list[str] = [
-        other.name for other in info.tasks if task.environment and other.environment == task.environment
-    ]
-    found = [scales[name] for name in [task.name, *alike] if name in scales]
-    return found[0] if found else None
 
 
 class GatoAgent(ABC):
@@ -86,7 +73,7 @@ class GatoAgent(ABC):
 
     def _asked(self, info: ExportInfo, task: TaskSpec) -> Tensor | None:
         """(W,): what the return that is asked for adds to each timestep; None where the model reads none."""
-        scale = scale_of(info.returns, info, task)
+        scale = info.return_scale(task)
         if self.config.asked_return is not None and (not self.model.config.returns or scale is None):
             raise ValueError(f"--agent.asked-return: this model was not trained with returns of task '{task.name}'")
         if not self.model.config.returns or scale is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from etl.tokenizers.timestep import Encoded
-from eval.agents.base import GatoAgent, scale_of
+from eval.agents.base import GatoAgent
 from eval.agents.prompts import AgentConfig
 from schemas.episode import TaskSpec
 from schemas.layout import SEPARATOR
@@ -30,7 +30,7 @@ class TimestepAgent(GatoAgent):
         super().__init__(model, info, task, config, *rest)
         if config.launch in ("graph", "compiled"):
             raise ValueError(f"--agent.launch {config.launch}: a model that reads timesteps is played plain")
-        scale = scale_of(info.observations, info, task)
+        scale = info.observation_scale(task)
         if scale is None:
             known = ", ".join(info.observations)
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Experts of gymnasium's classic problems: feedback rules, value iteration, and the heuristic of LunarLander.
+"""Experts of gymnasium's small problems: feedback rules, value iteration, and the heuristic of LunarLander.
 
     observation {"observation": ...} -> a rule of one or two lines -> action
 
@@ -59,6 +59,31 @@ def pendulum(state: np.ndarray) -> list[float]:
         energy = rate**2 / 6 + 5.0 * (state[0] - 1)  # of a rod of mass 1, length 1, g 10; 0 at rest upright
         torque = -2.0 * np.sign(rate) * np.sign(energy) if abs(rate) > 1e-3 else 2.0
     return [float(np.clip(torque, -2.0, 2.0))]
+
+
+def inverted_pendulum(state: np.ndarray) -> list[float]:
+    """(position, angle, speed, its rate) -> force [-3, 3]: linear-quadratic regulator of MuJoCo's cart and pole."""
+    return [float(np.clip(state[:4] @ (1.73, 12.259, 2.014, 1.819), -3.0, 3.0))]
+
+
+def inverted_double_pendulum(state: np.ndarray) -> list[float]:
+    """(position, sines, cosines of both angles, speed, their rates, ...) -> force [-1, 1]: as `inverted_pendulum`."""
+    angles = np.arctan2(state[1:3], state[3:5])
+    return [float(np.clip(-np.r_[state[0], angles, state[5:8]] @ (0.08, 1.357, 5.362, 0.185, 0.75, 0.768), -1.0, 1.0))]
+
+
+def reacher(state: np.ndarray) -> np.ndarray:
+    """(cosines, sines of both joints, target (2,), joints' rates, ...) -> torques [-1, 1]: towards the joint angles,
+    of the two that put the fingertip on the target, that are nearer."""
+    upper, lower = 0.1, 0.11  # lengths of the arm
+    joints, (x, y) = np.arctan2(state[2:4], state[0:2]), state[4:6]
+    bend = np.arccos(np.clip((x * x + y * y - upper**2 - lower**2) / (2 * upper * lower), -1.0, 1.0))
+    ways = []
+    for second in (bend, -bend):
+        first = np.arctan2(y, x) - np.arctan2(lower * np.sin(second), upper + lower * np.cos(second))
+        ways.append(np.array([(first - joints[0] + np.pi) % (2 * np.pi) - np.pi, second - joints[1]]))
+    nearer = min(ways, key=lambda way: float(np.abs(way).sum()))
+    return np.clip(0.3 * nearer - 0.05 * state[6:8], -1.0, 1.0)
 
 
 def lunar_lander(env: gymnasium.Env) -> Rule:

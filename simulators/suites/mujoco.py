@@ -24,7 +24,8 @@ import numpy as np
 
 from schemas.episode import EnvironmentSpec, ScoreReference
 from simulators import pictures, spaces
-from simulators.experts import SHIPPED, perceptron
+from simulators.experts import SHIPPED, classic, perceptron
+from simulators.experts.classic import Rule
 from simulators.suite import SimulatorError, Suite
 
 HERE = Path(__file__).resolve().parent
@@ -35,7 +36,12 @@ class MuJoCo(Suite):
     module = "mujoco"
     extra = "mujoco"
     distributions = ("gymnasium", "mujoco")
-    experts = {"Hopper-": lambda env: perceptron.load(SHIPPED / "hopper.safetensors")}
+    experts = {
+        "Hopper-": lambda env: perceptron.load(SHIPPED / "hopper.safetensors"),
+        "InvertedDoublePendulum-": lambda env: Rule(classic.inverted_double_pendulum),
+        "InvertedPendulum-": lambda env: Rule(classic.inverted_pendulum),
+        "Reacher-": lambda env: Rule(classic.reacher),
+    }
 
     def owns(self, id: str) -> bool:
         return environments().get(id, {}).get("suite") == self.name

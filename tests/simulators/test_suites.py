@@ -30,7 +30,8 @@ def test_tasks_are_the_newest_versions_that_an_expert_plays():
     tasks = {suite.name: suite.tasks() for suite in all_suites().values()}
     assert len(tasks["metaworld"]) == 50 and "Meta-World/reach-v3" in tasks["metaworld"]
     assert "Taxi-v4" in tasks["classic"] and "Taxi-v3" not in tasks["classic"]
-    assert tasks["mujoco"] == ("Hopper-v5",) and tasks["gymnasium"] == ()
+    assert tasks["mujoco"] == ("Hopper-v5", "InvertedDoublePendulum-v5", "InvertedPendulum-v5", "Reacher-v5")
+    assert tasks["gymnasium"] == ()
     assert len(tasks["minigrid"]) == 90 and not any("Carrying" in id for id in tasks["minigrid"])
     assert sum(map(len, tasks.values())) >= 150
     for name, ids in tasks.items():
@@ -61,7 +62,15 @@ def test_scripted_actions_stay_in_the_range_that_the_simulator_uses():
 
 @pytest.mark.parametrize(
     "id, least",
-    [("CartPole-v1", 500), ("MountainCarContinuous-v0", 90), ("CliffWalking-v1", -13), ("LunarLander-v3", 100)],
+    [
+        ("CartPole-v1", 500),
+        ("MountainCarContinuous-v0", 90),
+        ("CliffWalking-v1", -13),
+        ("LunarLander-v3", 100),
+        ("InvertedPendulum-v5", 1000),
+        ("InvertedDoublePendulum-v5", 9300),
+        ("Reacher-v5", -8),
+    ],
 )
 def test_experts_play_well(id, least):
     env = simulators.make(simulators.environment_spec(id))

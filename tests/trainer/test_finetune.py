@@ -100,6 +100,16 @@ def shown(stream: Stream, count: int) -> set[tuple[int, ...]]:
     return {tuple(step) for row in rows for step in row[: len(row) // K * K].reshape(-1, K).tolist()}
 
 
+def test_excluded_tasks_are_never_drawn(hopper, pong):
+    config = StreamConfig(sequence_length=120)
+    stream = Stream([hopper, pong], replace(config, excluded_tasks=(TASK,)), 0)
+    assert stream.tasks == Stream([pong], config, 0).tasks
+    assert (stream.batch(0, 8).tokens == Stream([pong], config, 0).batch(0, 8).tokens).all()
+    assert stream.fingerprint != Stream([hopper, pong], config, 0).fingerprint
+    with pytest.raises(DatasetError, match="excluded-tasks: unknown task 'chess'; tasks: hopper-random-v4"):
+        Stream([hopper, pong], StreamConfig(excluded_tasks=("chess",)), 0)
+
+
 @pytest.mark.parametrize("episodes", [1, 3, 10_000])
 def test_only_the_first_episodes_of_the_tasks_are_seen(hopper, pong, episodes):
     config = StreamConfig(sequence_length=120, mixture_block=1, tasks=(TASK,), demonstrations=episodes)
@@ -151,7 +161,7 @@ def test_what_was_added_leaves_older_checkpoints_as_they_were(hopper):
     tuned = resume_critical(RECIPES["finetune"])
     assert (tuned["model"]["dropout"], tuned["optimiser"]["schedule"]) == (0.1, "constant")
     stream = Stream([hopper], StreamConfig(), 0)
-    later = ("tasks", "demonstrations", "prompt_start_share", "domains", "text_loss")
+    later = ("tasks", "excluded_tasks", "demonstrations", "prompt_start_share", "domains", "text_loss")
     plain = {k: v for k, v in asdict(StreamConfig()).items() if k not in later}
     body = [[stream.datasets[0].manifest.fingerprint], plain, 0, False]
     assert stream.fingerprint == hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
@@ -180,6 +190,8 @@ def test_sequence_length_loss_and_precision_come_from_the_export_and_the_machine
     shipped, info = load_export(start)[1], load_export(tmp_path / "a" / "export")[1]
     assert info.sequence_length == shipped.sequence_length and info.training.loss and shipped.training.loss
     assert {**info.training.loss, "chunk": 0} == {**shipped.training.loss, "chunk": 0}
+    # values reach its weights as they were scaled for them
+    assert info.observations[TASK] == shipped.observation_scale(info.tasks[0]) is not None
     assert "sequence_length 264 (recipe 1024)" in done.stdout and "loss.soft_bins 24.0 (recipe 0.0)" in done.stdout
     own = ("--data.stream.sequence-length", "120", "--loss.soft-bins", "8", "--deepspeed", "zero0_cpu")
     done = finish([*launcher(), "trainer/main.py", *words, *own, "--run.output", str(tmp_path / "b")])

@@ -12,7 +12,9 @@ from shards.loader import Loader
 from shards.stream import Stream, StreamConfig
 from tests.shards.made import Task, make
 from trainer.heldout import mean_losses
+from trainer.inputs import open_streams
 from trainer.metrics import tasks_in_words, words
+from trainer.recipes import RECIPES
 
 CONFIG = StreamConfig(sequence_length=16)
 
@@ -34,6 +36,15 @@ def test_the_line_of_an_evaluated_step_has_one_value_per_domain():
     tasks = {f"held_out/task-{n}/loss": 1.0 for n in range(200)}
     assert "held-out 3.0000 (arms 2.00, made 5.00)  " in words(metrics | by_domain | tasks, 3.0)
     assert "held-out 3.0000  " in words(metrics, 3.0)
+
+
+@pytest.mark.parametrize("sequences", [0, 2])
+def test_without_sequences_to_evaluate_there_is_no_evaluation(tmp_path, sequences):
+    folder = make(tmp_path / "control", [Task("body", (40, 30), held_out=(1,))])
+    config = RECIPES["tiny-tokens"]
+    config = replace(config, data=replace(config.data, folders=(str(folder),), stream=CONFIG))
+    _, held_out = open_streams(replace(config, run=replace(config.run, evaluate_sequences=sequences)))
+    assert (held_out is not None) == (sequences > 0)
 
 
 @pytest.mark.parametrize("count", [NAMED_TASKS, NAMED_TASKS + 1])

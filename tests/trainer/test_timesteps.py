@@ -63,6 +63,31 @@ def test_values_are_standardised_column_by_column(stream, model):
     assert model.spreads[1 - task].unique(dim=0).tolist() == [[1.0, 0.0]]  # pictures have no such column
 
 
+def test_tasks_of_a_domain_that_is_one_body_share_a_scale_and_give_it_to_unseen_ones(tmp_path):
+    # the 33rd episode's tokens are observations
+    tasks = [Task("reach", (5,) * 33), Task("push", (20,) * 33), Task("hop", (5,) * 33, observation=5)]
+    unseen, maze = Task("pull", (9,)), Task("maze", (9,), observation=0, patches=(1, 1))
+    folder = make(tmp_path / "made", [*tasks, unseen, maze])
+    config = StreamConfig(sequence_length=60, mixture_block=8, excluded_tasks=("pull", "maze"))
+    stream = Stream([folder], config, seed=0)
+    own, shared = observation_scales(stream, 96), observation_scales(stream, 96, shared=("made",))
+    assert own["reach"] != own["push"] and own["hop"] == shared["hop"]
+    assert shared["reach"] == shared["push"] != own["push"]
+
+    def info(shares):
+        specs = tuple(timeline.spec for timeline in stream.timelines)
+        model = replace(SMALL, shared_scales=shares)
+        return ExportInfo("gato.model", 3, model, DISJOINT, DISJOINT.fingerprint, 60, 0, specs, {}, TrainingInfo(),
+                          observations=shared, returns={})  # fmt: skip
+
+    model = Gato(SMALL, DISJOINT).initialise(0)
+    agent = make_agent(model, info(("made",)), unseen.spec, AgentConfig())
+    assert torch.equal(agent.spread[:3], model.spread_of(shared["push"])[:3])
+    with pytest.raises(ValueError, match="'pull': this model has no scale of its observations"):
+        make_agent(model, info(()), unseen.spec, AgentConfig())
+    assert make_agent(model, info(()), maze.spec, AgentConfig()).spread.unique(dim=0).tolist() == [[1.0, 0.0]]
+
+
 def plain(model, batch):
     """Hidden states of the targets, each sequence, timestep and target by itself."""
     found, tokens = [], model.tokens(batch.tokens.int())

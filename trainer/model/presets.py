@@ -43,6 +43,9 @@ class ModelConfig:
     returns: bool = False
     """Each timestep shows the return of its episode, as `schemas.dataset.ReturnScale` scales it, along a learned
     direction; at play the one that is asked for (ours, after Decision Transformer)."""
+    shared_scales: tuple[str, ...] = ()
+    """Domains of one body, such as metaworld: their tasks of one layout share a scale of observations, which a task
+    that was not trained on is played with, too. Elsewhere each environment has its own."""
     local_positions: int = 512
     patch_channels: int = 32
     """Channels of the patch ResNet; the paper does not give them."""
