@@ -32,6 +32,8 @@ def test_tasks_are_the_newest_versions_that_an_expert_plays():
     assert "Taxi-v4" in tasks["classic"] and "Taxi-v3" not in tasks["classic"]
     assert tasks["mujoco"] == ("Hopper-v5",) and tasks["gymnasium"] == ()
     assert len(tasks["minigrid"]) == 90 and not any("Carrying" in id for id in tasks["minigrid"])
+    assert len(tasks["gridworlds"]) == 70 and not any("WFC" in id for id in tasks["gridworlds"])
+    assert {"FetchPush-v4", "PointMaze_UMaze-v3"} < set(tasks["robotics"]) and "FetchPush-v1" not in tasks["robotics"]
     assert sum(map(len, tasks.values())) >= 150
     for name, ids in tasks.items():
         assert {simulators.suite_of_id(id).name for id in ids} <= {name}
@@ -61,7 +63,15 @@ def test_scripted_actions_stay_in_the_range_that_the_simulator_uses():
 
 @pytest.mark.parametrize(
     "id, least",
-    [("CartPole-v1", 500), ("MountainCarContinuous-v0", 90), ("CliffWalking-v1", -13), ("LunarLander-v3", 100)],
+    [
+        ("CartPole-v1", 500),
+        ("MountainCarContinuous-v0", 90),
+        ("CliffWalking-v1", -13),
+        ("LunarLander-v3", 100),
+        ("FetchReach-v4", -5),
+        ("FetchPush-v4", -35),
+        ("FetchPickAndPlace-v4", -25),
+    ],
 )
 def test_experts_play_well(id, least):
     env = simulators.make(simulators.environment_spec(id))
