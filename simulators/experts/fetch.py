@@ -2,7 +2,7 @@
 
     observation (10,) or (25,), goals (3,) -> where the gripper should be -> move towards it, open or close
 
-A full action moves the gripper by some 3 cm; an action is the distance times `GAIN`, clipped.
+A full action moves the gripper by some 3 cm; an action is the way times `GAIN`, shortened to what is allowed.
 
 Invariant: an action is a function of the observation.
 """
@@ -39,7 +39,8 @@ class Controller:
         thing, goal = (np.asarray(observation[key], np.float64) for key in ("achieved_goal", "desired_goal"))
         gap = float(state[9:11].sum()) if len(state) > 10 else 0.0
         place, fingers = self.target(state[:3], thing, goal, gap)
-        return np.clip([*(GAIN * (place - state[:3])), fingers], -1.0, 1.0).astype(np.float32)
+        move = GAIN * (place - state[:3])
+        return np.array([*(move / max(1.0, np.abs(move).max())), fingers], np.float32)
 
 
 def reach(gripper: np.ndarray, thing: np.ndarray, goal: np.ndarray, gap: float) -> tuple[np.ndarray, float]:
