@@ -1,4 +1,4 @@
-"""Minigrid and BabyAI's levels (arXiv 1810.08272): partial view as a picture, facing, and the mission's text.
+"""BabyAI's levels, made of minigrid (arXiv 1810.08272): partial view as a picture, facing, and the mission's text.
 
     (T, 7, 7, 3) uint8: object, colour, state of each cell the agent sees -> (T, 56, 56, 3) uint8, 8 x 8 pixels a cell
 
@@ -41,7 +41,7 @@ class Minigrid(Suite):
     experts = {"BabyAI-": lambda env: Bot(env)}
 
     def owns(self, id: str) -> bool:
-        return id.startswith(("BabyAI-", "MiniGrid-"))
+        return id.startswith("BabyAI-")
 
     def tasks(self) -> tuple[str, ...]:
         """Without the levels that the bot cannot solve, or in less than half of the episodes."""

@@ -7,7 +7,7 @@ Invariant: as in simulators/suites/mujoco.py, whose tables hold these ids too.
 
 from __future__ import annotations
 
-from simulators.experts import scripted
+from simulators.experts import fetch, scripted
 from simulators.suites.mujoco import MuJoCo
 
 
@@ -16,7 +16,12 @@ class Robotics(MuJoCo):
     module = "gymnasium_robotics"
     extra = "robotics"
     distributions = ("gymnasium-robotics", "mujoco")
-    experts = {"PointMaze_": lambda env: scripted.Waypoints(env.spec.kwargs["maze_map"] if env.spec else [])}
+    experts = {
+        "FetchPickAndPlace": lambda env: fetch.Controller(fetch.pick_and_place),
+        "FetchPush": lambda env: fetch.Controller(fetch.push),
+        "FetchReach": lambda env: fetch.Controller(fetch.reach),
+        "PointMaze_": lambda env: scripted.Waypoints(env.spec.kwargs["maze_map"] if env.spec else []),
+    }
 
 
 SUITE = Robotics()

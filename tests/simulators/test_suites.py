@@ -33,6 +33,8 @@ def test_tasks_are_the_newest_versions_that_an_expert_plays():
     assert tasks["mujoco"] == ("Hopper-v5", "InvertedDoublePendulum-v5", "InvertedPendulum-v5", "Reacher-v5")
     assert tasks["gymnasium"] == ()
     assert len(tasks["minigrid"]) == 90 and not any("Carrying" in id for id in tasks["minigrid"])
+    assert len(tasks["gridworlds"]) == 70 and not any("WFC" in id for id in tasks["gridworlds"])
+    assert {"FetchPush-v4", "PointMaze_UMaze-v3"} < set(tasks["robotics"]) and "FetchPush-v1" not in tasks["robotics"]
     assert sum(map(len, tasks.values())) >= 150
     for name, ids in tasks.items():
         assert {simulators.suite_of_id(id).name for id in ids} <= {name}
@@ -70,6 +72,9 @@ def test_scripted_actions_stay_in_the_range_that_the_simulator_uses():
         ("InvertedPendulum-v5", 1000),
         ("InvertedDoublePendulum-v5", 9300),
         ("Reacher-v5", -8),
+        ("FetchReach-v4", -5),
+        ("FetchPush-v4", -35),
+        ("FetchPickAndPlace-v4", -25),
     ],
 )
 def test_experts_play_well(id, least):

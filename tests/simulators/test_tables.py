@@ -35,6 +35,7 @@ def test_every_id_belongs_to_one_suite():
         suite = simulators.suite_of_id(id)
         assert (suite.name, suite.time_limit(id)) == (row["suite"], row["max_episode_steps"])
     others = {"ALE/Pong-v5": "atari", "BabyAI-GoToLocal-v0": "minigrid", "gym/Hopper-v2": "gym"}
+    others |= {"MiniGrid-Empty-5x5-v0": "gridworlds"}
     others |= {"CartPole-v1": "classic", "LunarLander-v3": "box2d", "Meta-World/reach-v3": "metaworld"}
     others |= {"Blackjack-v1": "gymnasium", "module:Hopper-v4": "gymnasium", "Hopper-v99": "gymnasium"}
     assert {id: simulators.suite_of_id(id).name for id in others} == others

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -262,8 +263,8 @@ SOURCE = Minari()
 
 
 def is_babyai(marks: list[tuple[str, dict[str, Any]]]) -> bool:
-    """Whether all of `disk.marks` are logs of BabyAI's levels."""
-    return bool(marks) and all("BabyAI-" in json.dumps(about) for _, about in marks)
+    """Whether all of `disk.marks` are logs of BabyAI's levels or of minigrid's other environments."""
+    return bool(marks) and all(re.search("BabyAI-|MiniGrid-", json.dumps(about)) for _, about in marks)
 
 
 def task_name(path: Path) -> str:
