@@ -83,4 +83,4 @@ def test_logs_are_recognised_and_built(tmp_path):
     run("etl.build", "--input", tmp_path / "logs", "--output", tmp_path / "shards")
     (task,) = Dataset(tmp_path / "shards").manifest.tasks
     assert (task.spec.environment.suite, task.episodes) == ("gridworlds", 3)
-    assert [spec.key for spec in task.spec.observations] == ["mission", "image", "direction"]
+    assert {spec.key for spec in task.spec.observation} == {"mission", "image", "direction"}
