@@ -21,13 +21,14 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
-from h5py import h5d, h5g, h5i, h5o, h5t, h5z
+from h5py import h5a, h5d, h5g, h5i, h5o, h5s, h5t, h5z
 from zlib_ng import zlib_ng
 
 from schemas.episode import EpisodeError
@@ -123,7 +124,74 @@ def _refused(path: Path) -> EpisodeError | None:
     return None
 
 
-def dataset(group: h5py.Group, *keys: str) -> h5py.Dataset | None:
+class Dataset:
+    """A dataset of a file that is only read, as h5py has it; what describes it costs a third of h5py's time."""
+
+    def __init__(self, id: h5d.DatasetID):
+        self.id = id
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        return self.id.shape
+
+    @cached_property
+    def dtype(self) -> np.dtype:
+        return self.id.dtype
+
+    @cached_property
+    def properties(self) -> Any:
+        """How it is stored."""
+        return self.id.get_create_plist()
+
+    @cached_property
+    def as_h5py(self) -> h5py.Dataset:
+        """h5py's own object of it."""
+        return h5py.Dataset(self.id, readonly=True)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Values; 0 where it has no dataspace."""
+        return 0 if self.shape is None else math.prod(self.shape)
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether its values lie in this very file one after the other, unpacked."""
+        return self.id.get_offset() is not None
+
+    @property
+    def chunks(self) -> Any:
+        """Sides of a chunk; None where it is not stored in chunks."""
+        if self.plain or self.properties.get_layout() != h5d.CHUNKED:
+            return None
+        return self.properties.get_chunk()
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether its values lie in other files or datasets."""
+        if self.plain:
+            return False
+        return self.properties.get_layout() == h5d.VIRTUAL or self.properties.get_external_count() > 0
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> Any:
+        return self.as_h5py[rows]
+
+    def read(self) -> Any:
+        """All values, as h5py gives them; numbers in half the time."""
+        if self.dtype.kind not in "fiub" or 0 in self.shape:
+            return self.as_h5py[()]
+        out = np.empty(self.shape, self.dtype)
+        self.id.read(h5s.ALL, h5s.ALL, out)
+        return out[()]
+
+
+def dataset(group: h5py.Group, *keys: str) -> Dataset | None:
     """The dataset at that path in this very file, with all the bytes that its shape says; None where there is none:
     links to elsewhere and data in other files do not count. EpisodeError where its bytes cannot be all there."""
     node: Any = group
@@ -137,13 +205,11 @@ def dataset(group: h5py.Group, *keys: str) -> h5py.Dataset | None:
 def stores_rows(node: Any, name: str) -> bool:
     """Whether an object of a file is a dataset with rows in this very file. EpisodeError where the bytes of the one
     called `name` cannot be all there."""
-    if not isinstance(node, h5py.Dataset) or not (shape := node.shape):
+    if not isinstance(node, Dataset) or not (shape := node.shape) or node.elsewhere:
         return False
-    plist = node.id.get_create_plist()
-    if plist.get_layout() == h5d.VIRTUAL or plist.get_external_count():
-        return False
-    size = math.prod(shape) * node.id.get_type().get_size()
-    if size > node.id.get_storage_size() * (DEFLATE_RATIO if plist.get_nfilters() else 1):
+    width = node.id.get_type().get_size() if node.dtype.hasobject else node.dtype.itemsize
+    packed = not node.plain and node.properties.get_nfilters() > 0
+    if math.prod(shape) * width > node.id.get_storage_size() * (DEFLATE_RATIO if packed else 1):
         raise EpisodeError("wrong length", f"'{name}' has fewer bytes than its shape {shape}; {AGAIN}")
     return True
 
@@ -154,15 +220,15 @@ def holds(group: h5py.Group, key: str) -> bool:
     return links.exists(name) and links.get_info(name).type == h5py.h5l.TYPE_HARD
 
 
-def member(group: h5py.Group, key: str) -> h5py.Dataset | h5py.Group | None:
-    """What a group holds under that name, as `group[key]` gives it, in half the time."""
+def member(group: h5py.Group, key: str) -> Dataset | h5py.Group | None:
+    """What a group holds under that name."""
     found = h5o.open(group.id, key.encode())
     if isinstance(found, h5d.DatasetID):
-        return h5py.Dataset(found, readonly=True)
+        return Dataset(found)
     return h5py.Group(found) if isinstance(found, h5g.GroupID) else None
 
 
-def values(dataset: h5py.Dataset, rows: int) -> Iterator[Any]:
+def values(dataset: Dataset, rows: int) -> Iterator[Any]:
     """The first `rows` values of variable length, a few in memory at a time."""
     for start in range(0, rows, VALUES):
         yield from dataset[start : min(start + VALUES, rows)]
@@ -171,7 +237,7 @@ def values(dataset: h5py.Dataset, rows: int) -> Iterator[Any]:
 class Rows:
     """Rows of a dataset, read forwards: the last band is kept, since the next slice often starts in it."""
 
-    def __init__(self, dataset: h5py.Dataset):
+    def __init__(self, dataset: Dataset):
         self.dataset, self.shape, self.dtype = dataset, dataset.shape, dataset.dtype
         self.filters = _own_filters(dataset)
         if self.filters is not None:
@@ -210,7 +276,7 @@ class Rows:
     def _read(self, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop); `start` is at the edge of a chunk."""
         if self.filters is None:
-            return self.dataset[start:stop]
+            return self.dataset.read() if stop - start == self.shape[0] else self.dataset[start:stop]
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
         if not self.filters and self.chunks[1:] == self.shape[1:]:
             self._read_plain(start, out)
@@ -230,7 +296,7 @@ class Rows:
             where, stored, _ = self.places.get((start + row, *self.corner), (None, 0, 0))
             low = row // self.step * self.chunk_bytes
             if where is None:
-                out[row : row + self.step] = self.dataset.fillvalue
+                out[row : row + self.step] = self.dataset.as_h5py.fillvalue
             elif stored != self.chunk_bytes:
                 raise ValueError(f"the chunk of row {start + row} has {stored} bytes, expected {self.chunk_bytes}")
             elif runs and runs[-1][2] == low and runs[-1][0] + low - runs[-1][1] == where:
@@ -249,7 +315,7 @@ class Rows:
         """The chunk that begins there, or the value that fills it where it was never written."""
         where, packed, mask = self.places.get(at, (None, 0, 0))
         if where is None:
-            return self.dataset.fillvalue
+            return self.dataset.as_h5py.fillvalue
         size = self.chunk_bytes
         if packed > size + SLACK:
             raise ValueError(f"the chunk at {at} has {packed} bytes packed, {size} unpacked")
@@ -267,7 +333,7 @@ class Rows:
         return np.frombuffer(data, self.dtype).reshape(self.chunks)
 
 
-def _places(dataset: h5py.Dataset) -> dict[tuple[int, ...], tuple[int, int, int]]:
+def _places(dataset: Dataset) -> dict[tuple[int, ...], tuple[int, int, int]]:
     """Corner of each chunk -> where its bytes begin in the file, how many there are, which filters they skipped."""
     found = {}
 
@@ -278,13 +344,13 @@ def _places(dataset: h5py.Dataset) -> dict[tuple[int, ...], tuple[int, int, int]
     return found
 
 
-def _own_filters(dataset: h5py.Dataset) -> list[int] | None:
+def _own_filters(dataset: Dataset) -> list[int] | None:
     """Filters of the chunks that are unpacked here, in the order of writing; None where h5py reads the dataset."""
-    plist = dataset.id.get_create_plist()
-    if plist.get_layout() != h5d.CHUNKED or dataset.dtype.hasobject:
+    if dataset.chunks is None or dataset.dtype.hasobject:
         return None
     if h5i.get_file_id(dataset.id).get_create_plist().get_userblock():
         return None
+    plist = dataset.properties
     filters = [plist.get_filter(n)[0] for n in range(plist.get_nfilters())]
     plain = dataset.id.get_type().equal(h5t.py_create(dataset.dtype, logical=True))
     return filters if plain and OWN_FILTERS.issuperset(filters) else None
@@ -301,7 +367,8 @@ def _touch(path: Path) -> None:
             try:
                 if (node := member(file, name)) is None:  # a type that has a name
                     continue
-                list(node.attrs.items())
+                if h5a.get_num_attrs(node.id):
+                    list(h5py.AttributeManager(node).items())
                 if stores_rows(node, name):  # links to elsewhere are not visited
                     _touch_data(node)
             except MemoryError:
@@ -310,8 +377,8 @@ def _touch(path: Path) -> None:
                 continue
 
 
-def _touch_data(node: h5py.Dataset) -> None:
-    if node.size == 0:  # of any number of rows
+def _touch_data(node: Dataset) -> None:
+    if node.size == 0 or (node.dtype.kind in "fiub" and node.chunks is None):
         return
     if h5py.check_vlen_dtype(node.dtype) is not None or h5py.check_string_dtype(node.dtype) is not None:
         if any(len(item) > VALUE_BYTES for value in values(node, len(node)) for item in np.atleast_1d(value)):

@@ -14,6 +14,7 @@ Invariant: the episodes of a file are disjoint, in order, and cover all its rows
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -130,6 +131,7 @@ class _Joined:
         self.stops = list(accumulate(column.shape[0] for column in columns))
         self.shape = (self.stops[-1], *columns[0].shape[1:])
         self.dtype: np.dtype = columns[0].dtype
+        self.opened = range(0)  # groups of which a band may be in memory
 
     def parts(self) -> Iterable[tuple[int, np.ndarray]]:
         """(first row, rows) of each group."""
@@ -139,13 +141,15 @@ class _Joined:
 
     def __getitem__(self, rows: slice, /) -> np.ndarray:
         start, stop, _ = rows.indices(self.shape[0])
+        groups = range(bisect_right(self.stops, start), bisect_left(self.stops, stop) + 1)
+        for number in set(self.opened).difference(groups):
+            self.columns[number].rows = None
+        self.opened = groups
         found = []
-        for column, last in zip(self.columns, self.stops):
-            first = last - column.shape[0]
-            if start < last and first < stop:
-                found.append(column[max(0, start - first) : stop - first])
-            else:
-                column.rows = None
+        for number in groups:
+            column = self.columns[number]
+            first = self.stops[number] - column.shape[0]
+            found.append(column[max(0, start - first) : stop - first])
         return found[0] if len(found) == 1 else np.concatenate(found or [self.columns[0][:0]])
 
 
