@@ -32,9 +32,9 @@ T = 200
 SIDE = 64
 CAMERAS = ("agentview_image", "eye_in_hand_image")
 PLAIN = ("d3rlpy", "vintix", "imagetext")  # logs without pictures, or of one timestep: a quarter as many of the others
-# a build of so many takes some 5 to 15 s; 0.8 s of it start Beam and the process that tries HDF5 files
-EPISODES = {"robomimic": 600, "d3rlpy": 1200, "maniskill": 800, "hdf5, ALOHA": 1200, "hdf5, npz": 1200}
-EPISODES |= {"vintix": 4000, "jat": 1200, "imagetext": 400}
+# builds of so many take 5 to 10 s; half a second of it starts Beam and the process that tries HDF5 files
+EPISODES = {"robomimic": 1000, "d3rlpy": 4000, "maniskill": 1600, "hdf5, ALOHA": 2400, "hdf5, npz": 4000}
+EPISODES |= {"vintix": 12000, "jat": 2000, "imagetext": 600}
 
 
 def pictures(rng: np.random.Generator, count: int, channels: int = 3) -> np.ndarray:
@@ -254,7 +254,7 @@ def bench(name: str, folder: Path) -> None:
 
 
 def run(folder: Path, names: list[str] | None = None) -> None:
-    """All of them, or some; `folder` is for scratch files, some 2 GB at a time."""
+    """All of them, or some; `folder` is for scratch files, some 5 GB at a time."""
     for number, name in enumerate(names or list(FORMATS)):
         bench(name, folder / str(number))
 

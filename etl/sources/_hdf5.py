@@ -28,7 +28,7 @@ from typing import Any
 
 import h5py
 import numpy as np
-from h5py import h5a, h5d, h5g, h5i, h5o, h5s, h5t, h5z
+from h5py import h5a, h5d, h5g, h5i, h5l, h5o, h5s, h5t, h5z
 from zlib_ng import zlib_ng
 
 from schemas.episode import EpisodeError
@@ -217,7 +217,12 @@ def stores_rows(node: Any, name: str) -> bool:
 def holds(group: h5py.Group, key: str) -> bool:
     """Whether the group itself holds something of that name, not a link to elsewhere."""
     links, name = group.id.links, key.encode()
-    return links.exists(name) and links.get_info(name).type == h5py.h5l.TYPE_HARD
+    try:
+        return links.get_info(name).type == h5l.TYPE_HARD
+    except (KeyError, RuntimeError):  # what it raises says nothing
+        if links.exists(name):
+            raise
+        return False
 
 
 def member(group: h5py.Group, key: str) -> Dataset | h5py.Group | None:
@@ -264,8 +269,10 @@ class Rows:
         if not bands:
             start -= (skipped := start % self.step)
             return self._read(start, stop)[skipped:]
-        whole = bands[0] if len(bands) == 1 else np.concatenate(bands)
-        return whole[start - first * self.band : stop - first * self.band]
+        start, stop = start - first * self.band, stop - first * self.band
+        if len(bands) == 1:
+            return bands[0][start:stop]
+        return np.concatenate([bands[0][start:], bands[1][: stop - self.band]])
 
     def _band(self, number: int) -> np.ndarray:
         if self.kept is None or self.kept[0] != number:
