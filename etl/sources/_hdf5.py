@@ -44,6 +44,7 @@ ADDRESSES = 2**32  # bytes of address space of the child
 SECONDS, RATE, NODES = 20, 2**24, 100  # of the child: for a file, for its bytes, for what lies in it
 SLACK = 2**16  # bytes by which packing may have lengthened a chunk
 VALUES, VALUE_BYTES = 64, 2**24  # of variable length: so many are read at once, of so many bytes
+NUMBERS = (h5t.INTEGER, h5t.FLOAT, h5t.ENUM)
 OWN_FILTERS = {h5z.FILTER_DEFLATE, h5z.FILTER_SHUFFLE}
 
 
@@ -376,6 +377,8 @@ def _touch(path: Path) -> None:
                     continue
                 if h5a.get_num_attrs(node.id):
                     list(h5py.AttributeManager(node).items())
+                if isinstance(node, Dataset) and node.plain and node.id.get_type().get_class() in NUMBERS:
+                    continue
                 if stores_rows(node, name):  # links to elsewhere are not visited
                     _touch_data(node)
             except MemoryError:
@@ -385,7 +388,7 @@ def _touch(path: Path) -> None:
 
 
 def _touch_data(node: Dataset) -> None:
-    if node.size == 0 or (node.dtype.kind in "fiub" and node.chunks is None):
+    if node.size == 0:  # of any number of rows
         return
     if h5py.check_vlen_dtype(node.dtype) is not None or h5py.check_string_dtype(node.dtype) is not None:
         if any(len(item) > VALUE_BYTES for value in values(node, len(node)) for item in np.atleast_1d(value)):
