@@ -44,6 +44,7 @@ ADDRESSES = 2**32  # bytes of address space of the child
 SECONDS, RATE, NODES = 20, 2**24, 100  # of the child: for a file, for its bytes, for what lies in it
 SLACK = 2**16  # bytes by which packing may have lengthened a chunk
 VALUES, VALUE_BYTES = 64, 2**24  # of variable length: so many are read at once, of so many bytes
+USUAL = tuple((h5t.py_create(np.dtype(name)), np.dtype(name)) for name in ("<f4", "<f8", "<i8", "<i4", "|u1"))
 NUMBERS = (h5t.INTEGER, h5t.FLOAT, h5t.ENUM)
 OWN_FILTERS = {h5z.FILTER_DEFLATE, h5z.FILTER_SHUFFLE}
 
@@ -137,7 +138,8 @@ class Dataset:
 
     @cached_property
     def dtype(self) -> np.dtype:
-        return self.id.dtype
+        kind = self.id.get_type()
+        return next((dtype for known, dtype in USUAL if kind.equal(known)), None) or kind.dtype
 
     @cached_property
     def properties(self) -> Any:

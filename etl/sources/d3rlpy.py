@@ -117,7 +117,7 @@ class _V2(HDF5Log):
         if not observation:
             raise EpisodeError("missing key", f"no array '{key}' in it; there are {few(self.file)}; {AGAIN}")
         _equal(observation, T)
-        terminated = _scalar(self.file, f"terminated_{position}")
+        terminated = _flag(self.file, f"terminated_{position}")
         if terminated is None:
             raise EpisodeError("missing key", f"no 'terminated_{position}' in it; {AGAIN}")
         reward = HDF5Column(required(self.file, f"rewards_{position}"))
@@ -198,6 +198,19 @@ def _equal(arrays: Mapping[str, HDF5Column], rows: int) -> None:
     for key, array in arrays.items():
         if array.shape[0] != rows:
             raise EpisodeError("wrong length", f"'{key}' has {array.shape[0]} rows, expected {rows}; {AGAIN}")
+
+
+def _flag(file: h5py.File, key: str) -> Any:
+    """A dataset of a single truth value; None where there is none. A byte is read as it is stored: h5py spends more on
+    the type of a bool than on all else of an episode."""
+    node = _hdf5.member(file, key) if _hdf5.holds(file, key) else None
+    if isinstance(node, Dataset) and node.plain and node.id.get_storage_size() == 1:
+        kind = node.id.get_type()
+        if kind.get_class() in (h5py.h5t.ENUM, h5py.h5t.INTEGER) and kind.get_size() == node.size == 1:
+            byte = np.empty(node.shape, np.uint8)
+            node.id.read(h5py.h5s.ALL, h5py.h5s.ALL, byte, kind)
+            return bool(byte)
+    return _scalar(file, key)
 
 
 def _scalar(file: h5py.File, key: str) -> Any:
