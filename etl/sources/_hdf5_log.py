@@ -1,6 +1,6 @@
 """Groups of HDF5 files as the arrays of an episode.
 
-group -> `columns`: every array at and below it, by its path -> Column: rows read by etl/sources/_hdf5.py,
+group -> `columns`: every array at and below it, by its path -> Column: rows read by etl/sources/_hdf5,
 strings, and pictures that are stored as PNG or JPEG bytes
 
 Invariant: looking at a group reads no rows, but the first one of an array of bytes that may be coded pictures.
