@@ -1,10 +1,10 @@
-"""`python -m benchmarks.formats.robots`: builds of robots' datasets against bare loops, and LeRobot's own loader.
+"""`python -m benchmarks.formats.robots`: builds of robots' datasets against plain loops, and LeRobot's own loader.
 
-two-camera dataset in both formats, made longer than the fixtures -> build, floor -> ratio
+two-camera dataset in both formats, made longer than the fixtures -> build, loop.py -> ratios
 
-The floor reads its files with the plainest light library (pyarrow, Pillow, PyAV; our TFRecord reader, since there is no
-other without TensorFlow) and writes the bytes that the build writes. With LEROBOT_PYTHON, the interpreter of an
-environment with lerobot, its loader reads the same frames, one core each.
+A reader gives every episode's arrays with the plainest light library (pyarrow, Pillow, PyAV; our TFRecord reader, since
+there is no other without TensorFlow), and loop.py makes the build's bytes of them. With LEROBOT_PYTHON, the interpreter
+of an environment with lerobot, its loader reads the same frames, one core each.
 
 Invariant: both sides of a pair read the same files and write the same files, in this run.
 """
