@@ -20,11 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -57,21 +58,40 @@ def pair(
     repeats: int,
     after: Callable[[], object] = lambda: None,
 ) -> tuple[float, float]:
-    """Print `amount` / best time of both and the ratio, above 1 where the first is faster; returns both times. Beside
-    it the ratio of their best processor times, children's included, which other work on the machine disturbs less.
-    `after` each of them something is done that is not timed."""
-    best, least = [float("inf"), float("inf")], [float("inf"), float("inf")]
+    """Print `ratios` of both, `amount` of work each; returns their wall times. `after` each of them something is done
+    that is not timed."""
+    times = best_times((first, second), repeats, after)
+    ratios(name, *times, unit, amount)
+    return times[0].wall, times[1].wall
+
+
+class Times(NamedTuple):
+    """Least seconds of a few turns: on the wall, and of the processor, children's included."""
+
+    wall: float
+    processor: float
+
+
+def best_times(works: Sequence[Callable[[], object]], repeats: int, after: Callable[[], object]) -> list[Times]:
+    """Of works that take turns; `after` each something is done that is not timed."""
+    best = [Times(float("inf"), float("inf"))] * len(works)
     for _ in range(repeats):
-        for n, work in enumerate((first, second)):
+        for n, work in enumerate(works):
             begun, spent = time.perf_counter(), sum(os.times()[:4])
             work()
-            best[n] = min(best[n], time.perf_counter() - begun)
-            least[n] = min(least[n], sum(os.times()[:4]) - spent)
+            wall, processor = time.perf_counter() - begun, sum(os.times()[:4]) - spent
+            best[n] = Times(min(best[n].wall, wall), min(best[n].processor, processor))
             after()
-    rates = f"{amount / best[0]:,.4g} against {amount / best[1]:,.4g} {unit}"
-    processor = f"{least[1] / least[0]:.2f} by processor time" if least[0] > 0 else "no processor time"
-    print(f"{name}: {rates}, ratio {best[1] / best[0]:.2f} ({processor})", flush=True)
-    return best[0], best[1]
+    return best
+
+
+def ratios(name: str, first: Times, second: Times, unit: str, amount: float) -> None:
+    """Print the rates of both and their ratio, above 1 where the first is faster; beside it that of their processor
+    times, which other work on the machine disturbs less."""
+    rates = f"{amount / first.wall:,.4g} against {amount / second.wall:,.4g} {unit}"
+    share = second.processor / first.processor if first.processor > 0 else 0.0
+    processor = f"{share:.2f} by processor time" if share else "no processor time"
+    print(f"{name}: {rates}, ratio {second.wall / first.wall:.2f} ({processor})", flush=True)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import active_children, get_context
 from pathlib import Path
 
@@ -26,30 +26,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 import simulators
-from etl.building.formats import TABLE
+from etl.building.formats import TABLE, Row, recorded
 from etl.record import DEFAULT_STEPS, Options, Recorded, record
-from schemas.files import parse_json, sha256_of, write_rows
+from schemas.files import sha256_of, write_rows
 from simulators import plugins, scores
 from simulators.registry import all_suites
 
 DEFAULT_FOLDER = Path("data/logs")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One log in recorded.json. `path` is relative to it; returns are of whole episodes, unclipped."""
-
-    path: str
-    suite: str
-    episodes: int
-    timesteps: int
-    mean_return: float
-    std_return: float
-    seconds: float
-    bytes: int
-    sha256: str
-    asked: dict[str, object]
-    """What decided the log's bytes: episodes or steps, seed, noise, policy."""
 
 
 def record_suites(options: Options, console: Console) -> int:
@@ -57,7 +40,7 @@ def record_suites(options: Options, console: Console) -> int:
     does not exist, ValueError where a log was recorded with other options."""
     output = (options.output or DEFAULT_FOLDER).absolute()
     todo = _tasks(options.suite or "all", console)
-    rows = _table(output)
+    rows = recorded(output, "give another --output")
     asked = _asked(options)
     for id in todo:
         if id in rows and rows[id].asked != asked and not options.overwrite:
@@ -178,13 +161,3 @@ def _measure(path: Path) -> tuple[int, str]:
     for file in files:
         total.update(f"{file.relative_to(path).as_posix()}\0{sha256_of(file)}\n".encode())
     return sum(file.stat().st_size for file in files), total.hexdigest()
-
-
-def _table(output: Path) -> dict[str, Row]:
-    path = output / TABLE
-    if not path.is_file():
-        return {}
-    try:
-        return {id: Row(**row) for id, row in parse_json(path.read_bytes()).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a table of recorded logs ({error}); give another --output") from None

@@ -45,7 +45,7 @@ class ShardWriter:
         self.file = open(self.temporary, "wb")  # noqa: SIM115
         self.digest = hashlib.sha256()
         self.offset = self.written = self.started = self.samples = self.timesteps = 0
-        self.waiting: list[bytes | memoryview] = []
+        self.waiting: list[bytes] = []
 
     def add(self, key: str, members: dict[str, np.ndarray], meta: SampleMeta) -> dict[str, int]:
         """Append one sample. Returns `{member}_offset` and `{member}_bytes` of every known member,
@@ -85,21 +85,30 @@ class ShardWriter:
     def _member(self, name: str, head: bytes, body: memoryview) -> int:
         size = len(head) + len(body)
         start = self.offset + BLOCK
-        self._write(tar_header(name, size) + head)
-        self._write(body)
-        self._write(bytes(-size % BLOCK))
+        header, padding = tar_header(name, size) + head, bytes(-size % BLOCK)
+        if size < PIECE:
+            self._write(b"".join((header, body, padding)))
+            return start
+        self._write(header)
+        self._flush()
+        self.offset += len(body)
+        self._put(body)
+        self._write(padding)
         return start
 
-    def _write(self, data: bytes | memoryview) -> None:
-        """Join small parts; write large ones piece by piece, hashed while the processor's cache still holds them."""
+    def _write(self, data: bytes) -> None:
+        """Small parts wait for others."""
         self.offset += len(data)
         self.waiting.append(data)
         if self.offset - self.written >= PIECE:
             self._flush()
 
     def _flush(self) -> None:
-        data = memoryview(self.waiting[0] if len(self.waiting) == 1 else b"".join(self.waiting))
+        self._put(memoryview(b"".join(self.waiting)))
         self.waiting = []
+
+    def _put(self, data: memoryview) -> None:
+        """Write piece by piece, hashed while the processor's cache still holds it."""
         for start in range(0, len(data), PIECE):
             piece = data[start : start + PIECE]
             self.file.write(piece)

@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
-from etl.sources import _hdf5
+from etl.sources._hdf5 import trial
 from tests import warm
 from tests.commands import run
 
@@ -60,7 +60,7 @@ def pytest_runtest_teardown(item):
 def warm_hdf5_child():
     """The process in which the code tries HDF5 files starts warm; tests of it alone start it cold."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_hdf5, "subprocess", SimpleNamespace(run=_run_warm))
+        patch.setattr(trial, "subprocess", SimpleNamespace(run=_run_warm))
         yield
 
 

@@ -1,10 +1,10 @@
-"""`python -m benchmarks.formats.robots`: builds of robots' datasets against bare loops, and LeRobot's own loader.
+"""`python -m benchmarks.formats.robots`: builds of robots' datasets against plain loops, and LeRobot's own loader.
 
-two-camera dataset in both formats, made longer than the fixtures -> build, floor -> ratio
+two-camera dataset in both formats, made longer than the fixtures -> build, loop.py -> ratios
 
-The floor reads its files with the plainest light library (pyarrow, Pillow, PyAV; our TFRecord reader, since there is no
-other without TensorFlow) and writes the bytes that the build writes. With LEROBOT_PYTHON, the interpreter of an
-environment with lerobot, its loader reads the same frames, one core each.
+A reader gives every episode's arrays with the plainest light library (pyarrow, Pillow, PyAV; our TFRecord reader, since
+there is no other without TensorFlow), and loop.py makes the build's bytes of them. With LEROBOT_PYTHON, the interpreter
+of an environment with lerobot, its loader reads the same frames, one core each.
 
 Invariant: both sides of a pair read the same files and write the same files, in this run.
 """
@@ -17,8 +17,9 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
-from itertools import product
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import islice, product
 from pathlib import Path
 
 import av
@@ -27,7 +28,8 @@ import pyarrow as pa
 import pyarrow.parquet
 from PIL import Image
 
-from benchmarks.etl import against_floor, command, one_core, timesteps
+from benchmarks.etl import command, one_core, timesteps
+from benchmarks.formats.loop import Episode, Reader, against_loop
 from etl.sources._tfrecord import Records, Values, example, frame
 from tests.etl.tfexample import written
 
@@ -160,43 +162,57 @@ def write_rlds(root: Path, episodes: int = 4 * EPISODES) -> Path:
     return root
 
 
-def read_lerobot(place: Path) -> None:
-    for path in sorted(place.rglob("*.parquet")):
-        table = pa.parquet.read_table(path)
-        if "action" not in table.column_names:
-            continue
-        for key in ("observation.state", "action"):
-            table[key].combine_chunks().flatten().to_numpy().reshape(-1, 6)
-        for cell in table["observation.images.wrist"].to_pylist():
-            np.asarray(Image.open(io.BytesIO(cell["bytes"])))
-    for path in sorted(place.rglob("*.mp4")):
-        with av.open(str(path)) as container:
-            container.streams.video[0].codec_context.thread_count = 1
-            for picture in container.decode(video=0):
-                picture.to_ndarray(format="rgb24")
+def read_lerobot(place: Path) -> Iterator[Episode]:
+    data, video = "data/chunk-000/file-000.parquet", f"videos/{CAMERA}/chunk-000/file-000.mp4"
+    with av.open(str(place / video)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        decoded = (frame.to_ndarray(format="rgb24") for frame in container.decode(video=0))
+        for position, rows in enumerate(pa.parquet.ParquetFile(place / data).iter_batches(ROWS)):
+            state, action = (
+                rows[key].flatten().to_numpy().reshape(ROWS, -1) for key in ("observation.state", "action")
+            )
+            codes = rows["observation.images.wrist"].field("bytes").to_pylist()
+            wrist = np.stack([np.asarray(Image.open(io.BytesIO(code))) for code in codes])
+            frames = [np.stack(list(islice(decoded, ROWS))), wrist]
+            ends = np.zeros(ROWS), False, True
+            yield Episode(data, position, position * ROWS, action, *ends, frames, [state], ["stack the cubes"] * ROWS)
 
 
-def read_rlds(place: Path) -> None:
-    for path in sorted(place.rglob("*.tfrecord-*")):
-        for _, data in Records(path):
-            lists = example(data)
-            for key in ("steps/observation/image", "steps/observation/wrist_image"):
-                for code in lists[key]:
-                    np.asarray(Image.open(io.BytesIO(code)))
+def read_rlds(place: Path) -> Iterator[Episode]:
+    path = next(place.rglob("*.tfrecord-*"))
+    for position, (_, data) in enumerate(Records(path)):
+        lists = example(data)
+        T = len(lists["steps/is_last"]) - 1  # no action follows the last step
+        frames = [
+            np.stack([np.asarray(Image.open(io.BytesIO(code))) for code in lists[f"steps/observation/{key}"][:T]])
+            for key in ("image", "wrist_image")
+        ]
+        packed = np.frombuffer(b"".join(map(zlib.decompress, lists["steps/observation/packed"])), np.float32)
+        real = {key: lists[f"steps/observation/{key}"] for key in ("joints/ragged_flat_values", "pose", "state")}
+        real = {key: values.reshape(T + 1, -1)[:T] for key, values in real.items()}
+        moving, gripper = (lists[f"steps/observation/{key}"][:T] for key in ("arm/moving", "gripper"))
+        joints, pose, state = real.values()
+        numbers = [moving, gripper + 2, joints, packed.reshape(T + 1, -1)[:T], pose, state]
+        parts = [lists[f"steps/action/{key}"].reshape(T + 1, -1)[:T] for key in ("open_gripper", "world_vector")]
+        reward = lists["steps/reward"].copy()
+        reward[T - 1] += reward[T]
+        ended = bool(lists["steps/is_terminal"][T])
+        texts = [line.decode() for line in lists["steps/language_instruction"][:T]]
+        action = np.concatenate(parts, axis=1)
+        yield Episode(path.name, position, 0, action, reward[:T], ended, not ended, frames, numbers, texts)
 
 
-SOURCES: dict[str, tuple[Callable[..., Path], Callable[[Path], None]]] = {
-    "lerobot": (write_lerobot, read_lerobot),
-    "rlds": (write_rlds, read_rlds),
+SOURCES: dict[str, tuple[Callable[..., Path], Reader, int]] = {  # the last: timesteps of an episode
+    "lerobot": (write_lerobot, read_lerobot, ROWS),
+    "rlds": (write_rlds, read_rlds, ROWS - 1),
 }
 
 
 def bench_source(folder: Path, source: str) -> None:
-    """Build against its floor."""
-    write, read = SOURCES[source]
+    """Build against both loops."""
+    write, read, length = SOURCES[source]
     place = write(folder / source)
-    reads = {f"etl: {source} build / read and write only": read}
-    against_floor(folder, source, place, reads, timesteps(place, source))
+    against_loop(source, folder, source, place, read, timesteps(place, source) // length, length)
 
 
 def bench_loader(place: Path) -> None:

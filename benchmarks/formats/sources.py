@@ -1,12 +1,9 @@
-"""`python -m benchmarks.formats.sources`: the build of each log format against its floor.
+"""`python -m benchmarks.formats.sources`: the build of each log format against a loop that makes the same bytes.
 
-logs in the format's own layout, made here -> build; the same files read by the lightest library, and the same bytes
-written
+logs in the format's own layout, made here -> build; the same files read by the lightest library -> loop.py, the same
+bytes written
 
-The floor reads every episode's arrays once, with h5py, numpy, pyarrow or Pillow, and writes what the build writes, made
-as durable. One core for each side. It makes no token, looks for no copies of episodes, finds no range of actions, tries
-no file that may be damaged and hashes nothing; a second ratio has it hash what it writes, as the manifest needs. Where
-logs are neither packed nor coded (hdf5, vintix, d3rlpy) it is a copy of memory.
+A reader gives every episode's arrays as they are stored, with h5py, numpy, pyarrow or Pillow. One core for each side.
 
 Invariant: both sides of a pair read the same files and write the same files, in this run.
 """
@@ -19,7 +16,8 @@ import shutil
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import h5py
@@ -28,15 +26,15 @@ import pyarrow as pa
 import pyarrow.parquet
 from PIL import Image
 
-from benchmarks.etl import against_floor
+from benchmarks.formats.loop import Episode, Reader, against_loop
 
 T = 200
 SIDE = 64
 CAMERAS = ("agentview_image", "eye_in_hand_image")
 PLAIN = ("d3rlpy", "vintix", "imagetext")  # logs without pictures, or of one timestep: a quarter as many of the others
-# a build of so many takes some 5 to 15 s; 0.8 s of it start Beam and the process that tries HDF5 files
-EPISODES = {"robomimic": 600, "d3rlpy": 1200, "maniskill": 800, "hdf5, ALOHA": 1200, "hdf5, npz": 1200}
-EPISODES |= {"vintix": 4000, "jat": 1200, "imagetext": 400}
+# builds of so many take 5 to 10 s; half a second of it starts Beam and the process that tries HDF5 files
+EPISODES = {"robomimic": 1000, "d3rlpy": 7000, "maniskill": 1600, "hdf5, ALOHA": 2400, "hdf5, npz": 4000}
+EPISODES |= {"vintix": 12000, "jat": 2000, "imagetext": 600}
 
 
 def pictures(rng: np.random.Generator, count: int, channels: int = 3) -> np.ndarray:
@@ -58,11 +56,14 @@ def write_robomimic(folder: Path, rng: np.random.Generator, episodes: int) -> in
     return episodes // 4 * T
 
 
-def read_robomimic(folder: Path) -> None:
+def read_robomimic(folder: Path) -> Iterator[Episode]:
     with h5py.File(folder / "lift.hdf5") as file:
-        for demo in file["data"].values():
-            for key in ("actions", "rewards", "dones", "obs/pos", *(f"obs/{name}" for name in CAMERAS)):
-                demo[key][()]
+        for number in range(len(file["data"])):
+            demo = file[f"data/demo_{number}"]
+            frames = [demo[f"obs/{name}"][()] for name in CAMERAS]
+            flags = bool(demo["dones"][()][-1]), False
+            numbers = [demo["obs/pos"][()]]
+            yield Episode("lift.hdf5", number, 0, demo["actions"][()], demo["rewards"][()], *flags, frames, numbers)
 
 
 def write_d3rlpy(folder: Path, rng: np.random.Generator, episodes: int) -> int:
@@ -76,11 +77,12 @@ def write_d3rlpy(folder: Path, rng: np.random.Generator, episodes: int) -> int:
     return episodes * T
 
 
-def read_d3rlpy(folder: Path) -> None:
+def read_d3rlpy(folder: Path) -> Iterator[Episode]:
     with h5py.File(folder / "log.h5") as file:
-        for number in range(int(file["num_episodes"][()])):
-            for key in ("observations", "actions", "rewards", "terminated"):
-                file[f"{key}_{number}"][()]
+        for n in range(int(file["num_episodes"][()])):
+            seen, action, reward = (file[f"{key}_{n}"][()] for key in ("observations", "actions", "rewards"))
+            ended = bool(file[f"terminated_{n}"][()])
+            yield Episode("log.h5", n, 0, action, reward[:, 0], ended, not ended, numbers=[seen])
 
 
 def write_maniskill(folder: Path, rng: np.random.Generator, episodes: int) -> int:
@@ -99,11 +101,14 @@ def write_maniskill(folder: Path, rng: np.random.Generator, episodes: int) -> in
     return episodes // 4 * T
 
 
-def read_maniskill(folder: Path) -> None:
+def read_maniskill(folder: Path) -> Iterator[Episode]:
     with h5py.File(folder / "trajectory.h5") as file:
-        for group in file.values():
-            for key in ("actions", "rewards", "terminated", "truncated", "obs/agent/qpos", "obs/rgb"):
-                group[key][()]
+        for number in range(len(file)):
+            group = file[f"traj_{number}"]
+            action, reward, *flags = (group[key][()] for key in ("actions", "rewards", "terminated", "truncated"))
+            ends = (bool(flag[-1]) for flag in flags)
+            seen = group["obs/agent/qpos"][()], group["obs/rgb"][()]  # one row more than there are actions
+            yield Episode("trajectory.h5", number, 0, action, reward, *ends, [seen[1][:-1]], [seen[0][:-1]])
 
 
 def write_hdf5(folder: Path, rng: np.random.Generator, episodes: int) -> int:
@@ -115,11 +120,12 @@ def write_hdf5(folder: Path, rng: np.random.Generator, episodes: int) -> int:
     return episodes // 4 * T
 
 
-def read_hdf5(folder: Path) -> None:
+def read_hdf5(folder: Path) -> Iterator[Episode]:
     for path in sorted(folder.glob("*.hdf5")):
         with h5py.File(path) as file:
-            for key in ("action", "observations/qpos", "observations/images/top"):
-                file[key][()]
+            keys = ("action", "observations/qpos", "observations/images/top")
+            action, joints, frames = (file[key][()] for key in keys)
+        yield Episode(path.name, 0, 0, action, np.zeros(len(action)), False, True, [frames], [joints])
 
 
 def write_npz(folder: Path, rng: np.random.Generator, episodes: int) -> int:
@@ -130,11 +136,14 @@ def write_npz(folder: Path, rng: np.random.Generator, episodes: int) -> int:
     return episodes // 4 * T
 
 
-def read_npz(folder: Path) -> None:
+def read_npz(folder: Path) -> Iterator[Episode]:
     for path in sorted(folder.glob("*.npz")):
         with np.load(path) as file:
-            for key in file:
-                file[key]
+            frames, action, reward, _, last = (
+                file[key] for key in ("image", "action", "reward", "is_first", "is_last")
+            )
+        # a row's action led to its picture
+        yield Episode(path.name, 0, 0, action[1:], reward[1:], False, bool(last[-1]), [frames[:-1]])
 
 
 def write_vintix(folder: Path, rng: np.random.Generator, episodes: int) -> int:
@@ -149,11 +158,19 @@ def write_vintix(folder: Path, rng: np.random.Generator, episodes: int) -> int:
     return rows
 
 
-def read_vintix(folder: Path) -> None:
+def read_vintix(folder: Path) -> Iterator[Episode]:
     with h5py.File(folder / "trajectories_0000.h5") as file:
-        for group in file.values():
-            for key in ("proprio_observation", "action", "reward", "step_num"):
-                group[key][()]
+        names = sorted(file, key=lambda name: int(name.split("-")[0]))
+        position = row = 0
+        for name in names:
+            keys = ("proprio_observation", "action", "reward", "step_num")
+            seen, action, reward, steps = (file[name][key][()] for key in keys)
+            for start, stop in pairwise([*np.flatnonzero(steps == 0).tolist(), len(steps)]):
+                own, whole = slice(start, stop), name != names[-1] or stop < len(steps)  # the file cuts its last one
+                place = "trajectories_0000.h5", position, row + start
+                yield Episode(*place, action[own], reward[own], False, whole, numbers=[seen[own]])
+                position += 1
+            row += len(steps)
 
 
 def write_jat(folder: Path, rng: np.random.Generator, episodes: int) -> int:
@@ -169,11 +186,13 @@ def write_jat(folder: Path, rng: np.random.Generator, episodes: int) -> int:
     return episodes // 4 * T
 
 
-def read_jat(folder: Path) -> None:
-    file = pa.parquet.ParquetFile(folder / "train-00000-of-00001.parquet")
-    for batch in file.iter_batches(1):
-        for code in batch.column("image_observations").flatten().field("bytes"):
-            np.asarray(Image.open(io.BytesIO(code.as_py())))
+def read_jat(folder: Path) -> Iterator[Episode]:
+    path = folder / "train-00000-of-00001.parquet"
+    for position, batch in enumerate(pa.parquet.ParquetFile(path).iter_batches(1)):
+        codes = batch.column("image_observations").flatten().field("bytes")
+        frames = np.stack([np.asarray(Image.open(io.BytesIO(code.as_py())))[..., -1:] for code in codes])
+        action, reward = (batch.column(key).flatten().to_numpy() for key in ("discrete_actions", "rewards"))
+        yield Episode(path.name, position, 0, action, reward, False, True, [frames])
 
 
 def write_imagetext(folder: Path, rng: np.random.Generator, episodes: int) -> int:
@@ -187,15 +206,16 @@ def write_imagetext(folder: Path, rng: np.random.Generator, episodes: int) -> in
     return count
 
 
-def read_imagetext(folder: Path) -> None:
+def read_imagetext(folder: Path) -> Iterator[Episode]:
     with tarfile.open(folder / "00000.tar") as archive:
-        for member in archive:
+        for position, member in enumerate(archive):
             data = archive.extractfile(member)
             assert data is not None
             if member.name.endswith(".png"):
-                np.asarray(Image.open(data).resize((128, 128), Image.Resampling.BILINEAR))
-            else:
-                data.read().decode()
+                frame = np.asarray(Image.open(data).resize((128, 128), Image.Resampling.BILINEAR))
+                continue
+            place = "00000.tar", position // 2, position // 2
+            yield Episode(*place, None, np.zeros(1), True, False, [frame[None]], texts=[data.read().decode()])
 
 
 def png(frame: np.ndarray) -> bytes:
@@ -204,8 +224,8 @@ def png(frame: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-Write, Read = Callable[[Path, np.random.Generator, int], int], Callable[[Path], None]
-FORMATS: dict[str, tuple[str, Write, Read]] = {
+Write = Callable[[Path, np.random.Generator, int], int]
+FORMATS: dict[str, tuple[str, Write, Reader]] = {
     "robomimic": ("robomimic", write_robomimic, read_robomimic),
     "d3rlpy": ("d3rlpy", write_d3rlpy, read_d3rlpy),
     "maniskill": ("maniskill", write_maniskill, read_maniskill),
@@ -217,18 +237,24 @@ FORMATS: dict[str, tuple[str, Write, Read]] = {
 }
 
 
+def timesteps_of(name: str) -> int:
+    """Of an episode of a format's logs."""
+    return 1 if name == "imagetext" else T
+
+
 def bench(name: str, folder: Path) -> None:
-    """One format's build against its floor."""
+    """One format's build against both loops."""
     source, write, read = FORMATS[name]
     logs = folder / "logs"
     logs.mkdir(parents=True)
-    count = write(logs, np.random.default_rng(0), EPISODES[name])
-    against_floor(folder, source, logs, {f"etl: {name} build / read and write only": read}, count)
+    timesteps = write(logs, np.random.default_rng(0), EPISODES[name])
+    length = timesteps_of(name)
+    against_loop(name, folder, source, logs, read, timesteps // length, length)
     shutil.rmtree(folder)
 
 
 def run(folder: Path, names: list[str] | None = None) -> None:
-    """All of them, or some; `folder` is for scratch files, some 2 GB at a time."""
+    """All of them, or some; `folder` is for scratch files, some 5 GB at a time."""
     for number, name in enumerate(names or list(FORMATS)):
         bench(name, folder / str(number))
 

@@ -7,6 +7,8 @@ Invariant: a dataset's bytes are those that its own folder as --input gives.
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from schemas.files import parse_json
@@ -16,18 +18,48 @@ TABLE = "recorded.json"
 DEFAULT_OUTPUT = "data/shards"
 
 
+@dataclass(frozen=True)
+class Row:
+    """One log in recorded.json. `path` is relative to it; returns are of whole episodes, unclipped."""
+
+    path: str
+    suite: str
+    episodes: int
+    timesteps: int
+    mean_return: float
+    std_return: float
+    seconds: float
+    bytes: int
+    sha256: str
+    asked: dict[str, object]
+    """What decided the log's bytes: episodes or steps, seed, noise, policy."""
+
+
+def recorded(folder: Path, remedy: str) -> dict[str, Row]:
+    """The logs that etl.record wrote into a folder, by the environment's id; none without a recorded.json. ValueError
+    with the remedy for a damaged one."""
+    path = folder / TABLE
+    if not path.is_file():
+        return {}
+    try:
+        rows = {id: Row(**row) for id, row in parse_json(path.read_bytes()).items()}
+        for id, row in rows.items():
+            parts = Path(row.path).parts
+            if not parts or parts[0] == os.sep or ".." in parts:
+                raise ValueError(f"'{row.path}', the path of {id}, leads out of the folder")
+        return rows
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a table of recorded logs ({error}); {remedy}") from None
+
+
 def formats_of(source: str | None, given: str | None) -> list[Path]:
     """The folder of each format in what etl.record wrote; none for any other input, or where a source is named.
     ValueError for a damaged recorded.json."""
     place = Path((given or "").removeprefix("file://"))
-    if source is not None or not given or is_url(given.removeprefix("file://")) or not (place / TABLE).is_file():
+    if source is not None or not given or is_url(given.removeprefix("file://")):
         return []
-    try:
-        paths = [Path(row["path"]) for row in parse_json((place / TABLE).read_bytes()).values()]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        remedy = "record again, or give --input the folder of one format"
-        raise ValueError(f"{place / TABLE}: not a table of recorded logs ({error}); {remedy}") from None
-    return [place / name for name in sorted({path.parts[0] for path in paths}) if (place / name).is_dir()]
+    logs = recorded(place, "record again, or give --input the folder of one format").values()
+    return [place / name for name in sorted({Path(log.path).parts[0] for log in logs}) if (place / name).is_dir()]
 
 
 def output_of(folder: Path, output: str | None) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from operator import gt, lt
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -49,11 +50,13 @@ class Columns:
         if observation is None and action.size == 0:  # a caption
             return Columns()
         flat = action.reshape(len(action), -1)
-        clipped = np.zeros(flat.shape[1], int)
-        if task.action and task.action.kind == "continuous":
-            clipped = ((flat < np.array(task.action.low)) | (flat > np.array(task.action.high))).sum(axis=0)
         ranges = [_range(values) for values in (observation, flat)]
-        return Columns(*ranges[0], *ranges[1], tuple(clipped.tolist()))
+        clipped = (0,) * flat.shape[1]
+        if task.action and task.action.kind == "continuous":
+            low, high = task.action.low, task.action.high
+            if any(map(lt, ranges[1][0], low)) or any(map(gt, ranges[1][1], high)):
+                clipped = tuple(((flat < np.array(low)) | (flat > np.array(high))).sum(axis=0).tolist())
+        return Columns(*ranges[0], *ranges[1], clipped)
 
     @staticmethod
     def joined(parts: Iterable[Columns]) -> Columns:

@@ -94,8 +94,6 @@ def run(
         except RuntimeError as error:  # Beam wraps whatever a DoFn raises
             if "KeyboardInterrupt" in str(error):
                 raise KeyboardInterrupt from None
-            if VANISHED.search(_cause(error)):
-                raise DatasetError(gone(str(folder))) from None
             raise
         return
     log = (folder.local or Path(tempfile.gettempdir())) / BUILD_FOLDER / "workers.log"
@@ -117,8 +115,6 @@ def run(
         except Exception as error:  # each runner has exceptions of its own (gRPC's, Dask's)
             if own := OWN_ERROR.fullmatch(_cause(error)):
                 raise DatasetError(own.group(1)) from None
-            if VANISHED.search(_cause(error)):
-                raise DatasetError(gone(str(folder))) from None
             where = f"; see {log}" if own_workers else ""
             raise DatasetError(f"{folder}: the runner failed: {_cause(error)}{where}") from error
 
@@ -161,13 +157,18 @@ def _cause(error: Exception) -> str:
 
 
 def _write(plan: list[ShardPlan], folder: Folder, options: PipelineOptions, imports: tuple[str, ...]) -> None:
-    with beam.Pipeline(options=options) as pipeline:
-        _ = (
-            pipeline
-            | "plan" >> beam.Create([shard.to_bytes() for shard in plan], reshuffle=False)
-            | "spread" >> beam.Reshuffle()
-            | "write" >> beam.ParDo(WriteShard(str(folder), imports))
-        )
+    try:
+        with beam.Pipeline(options=options) as pipeline:
+            _ = (
+                pipeline
+                | "plan" >> beam.Create([shard.to_bytes() for shard in plan], reshuffle=False)
+                | "spread" >> beam.Reshuffle()
+                | "write" >> beam.ParDo(WriteShard(str(folder), imports))
+            )
+    except Exception as error:  # each runner has exceptions of its own
+        if VANISHED.search(_cause(error)):
+            raise DatasetError(gone(str(folder))) from None
+        raise
 
 
 def _watched(

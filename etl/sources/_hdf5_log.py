@@ -1,6 +1,6 @@
 """Groups of HDF5 files as the arrays of an episode.
 
-group -> `columns`: every array at and below it, by its path -> Column: rows read by etl/sources/_hdf5.py,
+group -> `columns`: every array at and below it, by its path -> Column: rows read by etl/sources/_hdf5,
 strings, and pictures that are stored as PNG or JPEG bytes
 
 Invariant: looking at a group reads no rows, but the first one of an array of bytes that may be coded pictures.
@@ -18,7 +18,7 @@ import numpy as np
 
 from etl.sources import _hdf5, _pictures
 from etl.sources._arrays import ArraySource, Log
-from etl.sources._hdf5 import AGAIN, VALUES
+from etl.sources._hdf5 import AGAIN, VALUES, Dataset
 from schemas.episode import EpisodeError
 
 TEXT_BYTES = 4096  # of one timestep
@@ -31,7 +31,7 @@ ATTRIBUTE_BYTES = 2**24
 class HDF5Column:
     """An array of numbers."""
 
-    def __init__(self, node: h5py.Dataset):
+    def __init__(self, node: Dataset):
         self.node = node
         self.shape: tuple[int, ...] = node.shape
         self.dtype: np.dtype = node.dtype
@@ -45,7 +45,7 @@ class HDF5Column:
 class Strings(HDF5Column):
     """An array of one string per row."""
 
-    def __init__(self, node: h5py.Dataset):
+    def __init__(self, node: Dataset):
         super().__init__(node)
         self.dtype = np.dtype(object)
 
@@ -60,7 +60,7 @@ class Strings(HDF5Column):
 class CodedPictures(HDF5Column):
     """An array of one PNG or JPEG per row: bytes of variable length, or padded to the longest."""
 
-    def __init__(self, node: h5py.Dataset, picture: tuple[int, int, int], name: str):
+    def __init__(self, node: Dataset, picture: tuple[int, int, int], name: str):
         super().__init__(node)
         self.picture, self.name = picture, name
         self.shape, self.dtype = (len(node), *picture), np.dtype(np.uint8)
@@ -99,7 +99,7 @@ def columns(group: h5py.Group, prefix: str = "") -> dict[str, HDF5Column]:
     return dict(sorted(found.items(), key=lambda item: item[0].split("/")))
 
 
-def column(node: h5py.Dataset, name: str) -> HDF5Column:
+def column(node: Dataset, name: str) -> HDF5Column:
     """What an array holds: numbers, strings or coded pictures."""
     if h5py.check_string_dtype(node.dtype) is not None and node.ndim == 1:
         return Strings(node)
@@ -109,7 +109,7 @@ def column(node: h5py.Dataset, name: str) -> HDF5Column:
     return HDF5Column(node)
 
 
-def required(group: h5py.Group, *keys: str) -> h5py.Dataset:
+def required(group: h5py.Group, *keys: str) -> Dataset:
     """The array at a path. EpisodeError where there is none."""
     node = _hdf5.dataset(group, *keys)
     if node is None:
@@ -168,19 +168,19 @@ def last_flag(flags: HDF5Column | None, T: int, name: str) -> bool:
     return bool(np.any(flags[T - 1 : T]))
 
 
-def _walk(group: h5py.Group, prefix: str, depth: int) -> Iterator[tuple[str, h5py.Dataset]]:
+def _walk(group: h5py.Group, prefix: str, depth: int) -> Iterator[tuple[str, Dataset]]:
     for key in group:
         if not _hdf5.holds(group, key):
             continue
-        node = _hdf5.member(group, key)
+        node, name = _hdf5.member(group, key), f"{prefix}{key}"
         if isinstance(node, h5py.Group):
             if depth:
-                yield from _walk(node, f"{prefix}{key}/", depth - 1)
-        elif _hdf5.stores_rows(node, name := f"{prefix}{key}"):
+                yield from _walk(node, f"{name}/", depth - 1)
+        elif isinstance(node, Dataset) and _hdf5.stores_rows(node, name):
             yield name, node
 
 
-def _codes(node: h5py.Dataset, start: int, stop: int) -> Iterator[bytes]:
+def _codes(node: Dataset, start: int, stop: int) -> Iterator[bytes]:
     if node.ndim == 2:
         yield from (row.tobytes() for row in _hdf5.Rows(node)[start:stop])
     else:

@@ -107,11 +107,25 @@ def _harmless(path: Path, size: int, changed: int) -> bool:
 
 
 def json_of(path: Path) -> Any:
-    """What a JSON file holds; None where it is none, or too large to be a description. Reading a pipe may never end."""
+    """What a JSON file holds; None where it is none, or too large to be a description."""
     try:
-        return json.loads(path.read_bytes()) if path.is_file() and path.stat().st_size <= JSON_BYTES else None
+        return read_json(path, JSON_BYTES)
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def read_json(path: Path, most: int) -> Any:
+    """What a JSON file of up to `most` bytes holds. ValueError where it is larger, or no JSON."""
+    require_file(path)
+    if path.stat().st_size > most:
+        raise ValueError(f"{path.stat().st_size} bytes")
+    return json.loads(path.read_bytes())
+
+
+def require_file(path: Path) -> None:
+    """ValueError for what is there and no file: reading a pipe may never end."""
+    if path.exists() and not path.is_file():
+        raise ValueError("no file")
 
 
 def first_line(path: Path) -> str:

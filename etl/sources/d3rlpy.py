@@ -25,7 +25,7 @@ import numpy as np
 
 from etl.sources import _hdf5
 from etl.sources._arrays import ArrayOptions, Log, Part, StoredEpisode, names_of, path_of
-from etl.sources._hdf5 import AGAIN
+from etl.sources._hdf5 import AGAIN, Dataset
 from etl.sources._hdf5_log import HDF5Column, HDF5Log, HDF5Source, few, last_flag, required
 from etl.sources._recognition import MARK, Recognition, below, files_below, first_with, hdf5_keys
 from schemas.episode import EpisodeError
@@ -117,7 +117,7 @@ class _V2(HDF5Log):
         if not observation:
             raise EpisodeError("missing key", f"no array '{key}' in it; there are {few(self.file)}; {AGAIN}")
         _equal(observation, T)
-        terminated = _scalar(self.file, f"terminated_{position}")
+        terminated = _flag(self.file, f"terminated_{position}")
         if terminated is None:
             raise EpisodeError("missing key", f"no 'terminated_{position}' in it; {AGAIN}")
         reward = HDF5Column(required(self.file, f"rewards_{position}"))
@@ -183,7 +183,7 @@ class _V1(HDF5Log):
 class _Choices(HDF5Column):
     """Discrete actions that were recorded as floats."""
 
-    def __init__(self, node: h5py.Dataset):
+    def __init__(self, node: Dataset):
         super().__init__(node)
         self.dtype = np.dtype(np.int64)
 
@@ -200,12 +200,25 @@ def _equal(arrays: Mapping[str, HDF5Column], rows: int) -> None:
             raise EpisodeError("wrong length", f"'{key}' has {array.shape[0]} rows, expected {rows}; {AGAIN}")
 
 
+def _flag(file: h5py.File, key: str) -> Any:
+    """A dataset of a single truth value; None where there is none. A byte is read as it is stored: h5py spends more on
+    the type of a bool than on all else of an episode."""
+    node = _hdf5.member(file, key) if _hdf5.holds(file, key) else None
+    if isinstance(node, Dataset) and node.plain and node.id.get_storage_size() == 1:
+        kind = node.id.get_type()
+        if kind.get_class() in (h5py.h5t.ENUM, h5py.h5t.INTEGER) and kind.get_size() == node.size == 1:
+            byte = np.empty(node.shape, np.uint8)
+            node.id.read(h5py.h5s.ALL, h5py.h5s.ALL, byte, kind)
+            return bool(byte)
+    return _scalar(file, key)
+
+
 def _scalar(file: h5py.File, key: str) -> Any:
     """A dataset of a single value; None where there is none."""
     node = _hdf5.member(file, key) if _hdf5.holds(file, key) else None
-    if not isinstance(node, h5py.Dataset) or node.size != 1 or node.dtype.kind not in "fiubOS":
+    if not isinstance(node, Dataset) or node.size != 1 or node.dtype.kind not in "fiubOS":
         return None
-    plist = node.id.get_create_plist()
-    if plist.get_external_count() or plist.get_layout() == h5py.h5d.VIRTUAL:
+    if node.elsewhere:
         return None
-    return np.ravel(node[()])[0] if node.shape else node[()]
+    value = node.read()
+    return np.ravel(value)[0] if node.shape else value

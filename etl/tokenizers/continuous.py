@@ -113,9 +113,10 @@ Bounds = float | Sequence[float]
 def scale_action(a: np.ndarray, low: Bounds, high: Bounds) -> np.ndarray:
     """Actions (..., A) scaled so that each dimension's bounds become -1 and 1, float64."""
     y = np.array(a, np.float64)
-    least, most = (np.broadcast_to(np.asarray(bound, np.float64), y.shape[-1:]) for bound in (low, high))
+    least, most = np.asarray(low, np.float64), np.asarray(high, np.float64)
     scaled = (least != -1.0) | (most != 1.0)  # the others are there already, without a rounding
     if scaled.any():
+        scaled, least, most = (np.broadcast_to(bound, y.shape[-1:]) for bound in (scaled, least, most))
         least, most = least[scaled], most[scaled]
         y[..., scaled] = 2.0 * (y[..., scaled] - least) / (most - least) - 1.0
     return y

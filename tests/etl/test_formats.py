@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import fields
 
 import pytest
 
+from etl.building.formats import TABLE, Row, formats_of, recorded
 from schemas.dataset import load_manifest
 from schemas.files import sha256_of
 from shards.stream import Stream, StreamConfig, find_datasets
@@ -49,6 +52,18 @@ def test_one_that_fails_leaves_the_others_and_the_same_command_builds_it(logs, s
     shutil.copytree(logs / "d4rl", copy / "d4rl", dirs_exist_ok=True)
     assert "already built" in run("etl.build", "-i", copy, "-o", output).stderr
     assert len(find_datasets(output)) == 2
+
+
+@pytest.mark.parametrize("change", [{"path": ".."}, {"path": "/d4rl/a.hdf5"}, {"path": ""}, {"path": 1}, {"odd": 1}])
+def test_a_table_is_checked_alike_by_who_records_and_by_who_builds(tmp_path, change):
+    row = dict.fromkeys((one.name for one in fields(Row)), 1) | {"path": "d4rl/a.hdf5"}
+    (tmp_path / "d4rl").mkdir()
+    (tmp_path / TABLE).write_text(json.dumps({"a": row}))
+    assert formats_of(None, str(tmp_path)) == [tmp_path / "d4rl"]
+    (tmp_path / TABLE).write_text(json.dumps({"a": row | change}))
+    for read in (lambda: formats_of(None, str(tmp_path)), lambda: recorded(tmp_path, "give another --output")):
+        with pytest.raises(ValueError, match="not a table of recorded logs .*; (record again|give another)"):
+            read()
 
 
 def test_a_damaged_table_is_refused_and_a_named_source_reads_the_folder_as_it_is(logs, tmp_path):

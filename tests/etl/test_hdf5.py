@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from etl.sources import _hdf5
+from etl.sources._hdf5 import rows as _rows
+from etl.sources._hdf5 import trial
+from schemas.episode import EpisodeError
 
 N = 1000
 STORED = {
@@ -29,7 +32,7 @@ STORED = {
 @pytest.fixture(autouse=True)
 def cold(monkeypatch):
     """The child is started here as by a user."""
-    monkeypatch.setattr(_hdf5, "subprocess", subprocess)
+    monkeypatch.setattr(trial, "subprocess", subprocess)
 
 
 @pytest.fixture
@@ -45,12 +48,12 @@ def random(shape, dtype):
 
 
 @pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("band", [1, 4096, _hdf5.BAND])
+@pytest.mark.parametrize("band", [1, 4096, _rows.BAND])
 def test_rows_are_those_of_h5py(file, monkeypatch, stored, band):
-    monkeypatch.setattr(_hdf5, "BAND", band)
+    monkeypatch.setattr(_rows, "BAND", band)
     shape, dtype, options = STORED[stored]
     dataset = file.create_dataset("x", data=random(shape, dtype), **options)
-    rows = _hdf5.Rows(dataset)
+    rows = _hdf5.Rows(_hdf5.Dataset(dataset.id))
     assert (len(rows), rows.shape, rows.dtype) == (N, shape, dataset.dtype)
     for start, stop in ((0, 1), (0, 64), (60, 130), (130, 130), (500, 999), (999, 1000), (0, None), (10, 20)):
         np.testing.assert_array_equal(rows[start:stop], dataset[start:stop])
@@ -58,10 +61,10 @@ def test_rows_are_those_of_h5py(file, monkeypatch, stored, band):
 
 def test_our_own_unpacking_is_what_is_tested(file):
     own = {
-        name: _hdf5._own_filters(file.create_dataset(name, data=random(shape, dtype), **options)) is not None
+        name: _hdf5.Rows(_hdf5.Dataset(file.create_dataset(name, data=random(shape, dtype), **options).id)).filters
         for name, (shape, dtype, options) in STORED.items()
     }
-    assert [name for name, ours in own.items() if not ours] == ["contiguous", "lzf", "checksums"]
+    assert [name for name, ours in own.items() if ours is None] == ["contiguous", "lzf", "checksums"]
 
 
 @pytest.mark.parametrize("compression", [None, "gzip"])
@@ -70,14 +73,14 @@ def test_chunks_that_were_never_written_hold_the_fill_value(file, compression):
     dataset[200:300] = 1.0
     dataset[700:] = 2.0  # not where the rows before them end in the file
     dataset[500:600] = 3.0
-    np.testing.assert_array_equal(_hdf5.Rows(dataset)[:], dataset[:])
+    np.testing.assert_array_equal(_hdf5.Rows(_hdf5.Dataset(dataset.id))[:], dataset[:])
 
 
 def test_a_chunk_shorter_than_its_shape_is_damage(file):
     dataset = file.create_dataset("x", (N,), np.float32, chunks=(500,), compression="gzip")
     dataset[:] = 1.0
     dataset.id.write_direct_chunk((500,), b"\x78\x9c\x03\x00\x00\x00\x00\x01")  # inflates to nothing
-    rows = _hdf5.Rows(dataset)
+    rows = _hdf5.Rows(_hdf5.Dataset(dataset.id))
     assert rows[:500].sum() == 500
     with pytest.raises(ValueError, match="has 0 bytes, expected 2000"):
         rows[500:]
@@ -94,6 +97,39 @@ def test_links_and_data_elsewhere_do_not_count(file, tmp_path):
     file.create_virtual_dataset("virtual", layout)
     found = {key: _hdf5.dataset(file, key) is not None for key in ("own", "external", "soft", "virtual", "absent")}
     assert [key for key, there in found.items() if there] == ["own"]
+
+
+@pytest.mark.parametrize("userblock", [0, 512])
+def test_values_in_other_files_do_not_count(tmp_path, userblock):
+    (tmp_path / "raw").write_bytes(bytes(800))
+    with h5py.File(tmp_path / "x.hdf5", "w", userblock_size=userblock) as file:
+        file.create_dataset("external", (100,), np.float64, external=[(str(tmp_path / "raw"), 0, 800)])
+        file["own"], file["none"] = np.zeros(100), h5py.Empty("f")
+        file.create_dataset("never written", (100,), np.float64)
+    with h5py.File(tmp_path / "x.hdf5") as file:
+        assert _hdf5.dataset(file, "own") is not None and _hdf5.dataset(file, "external") is None
+        assert _hdf5.dataset(file, "none") is None and _hdf5.member(file, "none").size == 0
+        with pytest.raises(EpisodeError, match="fewer bytes than its shape"):
+            _hdf5.dataset(file, "never written")
+
+
+KINDS = {
+    "float32": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "big-endian": np.arange(6, dtype=">f8"),
+    "bool": np.array([True, False]),
+    "a bool": np.True_,
+    "an integer": np.int64(-3),
+    "bytes": np.array([b"ab", b"c"]),
+    "compound": np.zeros(2, [("a", "i4"), ("b", "f8")]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dataset_is_described_and_read_as_by_h5py(file, kind):
+    known = file.create_dataset("x", data=KINDS[kind])
+    found = _hdf5.Dataset(known.id)
+    assert (found.shape, found.dtype, found.size, found.chunks) == (known.shape, known.dtype, known.size, None)
+    assert np.array_equal(found.read(), known[()]) and type(found.read()) is type(known[()])
 
 
 def test_a_file_that_kills_its_reader_costs_that_file(tmp_path):
@@ -118,7 +154,7 @@ def test_a_file_that_is_none_is_refused_unopened(tmp_path):
     assert {e.reason for e in _hdf5.tried(tmp_path / name for name in names).values()} == {"missing file"}
 
 
-def test_endless_rows_of_nothing_cost_no_time(tmp_path):
+def test_endless__rows_nothing_cost_no_time(tmp_path):
     with h5py.File(tmp_path / "log.hdf5", "w") as file:
         file.create_dataset("x", (2**40, 0), h5py.string_dtype(), chunks=(64, 1), maxshape=(None, None))
         file.create_dataset("y", (2**40, 0), np.float32, chunks=(64, 1), maxshape=(None, None), fletcher32=True)

@@ -9,7 +9,7 @@ log. The mazes' `infos/goal` (N, G), which their observations leave out, is a fi
 the kitchen's goal is a part of its observations; other `infos` and `metadata` are not read. Rows of bytes are
 flattened pictures. Numbered files of one episode each are one task. `scan` reads flags, rewards and shapes, and
 observations where the flags leave a doubt; `read` slices one episode at a time. How the bytes are read, and what
-becomes of damaged ones, is in etl/sources/_hdf5.py.
+becomes of damaged ones, is in etl/sources/_hdf5.
 
 Invariant: the episodes of a file are disjoint, in order, and cover all its rows.
 """

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from etl.sources import EpisodeRef, _hdf5
@@ -143,7 +142,7 @@ class Log:
         return arrays
 
 
-def _is_goal(dataset: h5py.Dataset) -> bool:
+def _is_goal(dataset: _hdf5.Dataset) -> bool:
     return dataset.dtype.kind == "f" and dataset.ndim == 2 and 0 < dataset.shape[1] < WIDEST
 
 

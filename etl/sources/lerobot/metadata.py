@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from etl.sources._recognition import all_files_below
+from etl.sources._recognition import all_files_below, read_json, require_file
 from schemas.episode import EpisodeError
 
 INFO = "meta/info.json"
@@ -241,23 +241,15 @@ def _feature(name: str, about: dict[str, Any]) -> Feature:
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a .jsonl file, one at a time."""
-    _require_file(path)
+    require_file(path)
     with open(path, encoding="utf-8") as file:
         while line := file.readline(META_BYTES):
             if line.strip():
                 yield json.loads(line)
 
 
-def _require_file(path: Path) -> None:
-    if path.exists() and not path.is_file():  # reading a pipe may never end
-        raise ValueError("no file")
-
-
 def _json(path: Path) -> dict[str, Any]:
-    _require_file(path)
-    if path.stat().st_size > META_BYTES:
-        raise ValueError(f"{path.stat().st_size} bytes")
-    value = json.loads(path.read_bytes())
+    value = read_json(path, META_BYTES)
     if not isinstance(value, dict):
         raise ValueError("no object")
     return value

@@ -239,7 +239,7 @@ def rows_of(
     return _hdf5.Rows(node)[:T].reshape(T, *shape)
 
 
-def _node(group: h5py.Group, path: tuple[str, ...]) -> h5py.Dataset:
+def _node(group: h5py.Group, path: tuple[str, ...]) -> _hdf5.Dataset:
     """The dataset at that path, in this very file, with all the bytes that its shape says."""
     node = _hdf5.dataset(group, *path)
     if node is None:
@@ -247,7 +247,7 @@ def _node(group: h5py.Group, path: tuple[str, ...]) -> h5py.Dataset:
     return node
 
 
-def _strings(node: h5py.Dataset, name: str, T: int) -> np.ndarray:
+def _strings(node: _hdf5.Dataset, name: str, T: int) -> np.ndarray:
     kind = h5py.check_string_dtype(node.dtype)
     if kind is None or node.ndim != 1:
         raise EpisodeError("wrong dtype", f"'{name}' is {node.dtype} {node.shape}, expected a string a row")

@@ -14,13 +14,17 @@ Invariant: the episodes of a file are disjoint, in order, and cover all its rows
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 import h5py
 import numpy as np
 
+from etl.sources import _hdf5
 from etl.sources._arrays import Log, Part, StoredEpisode
 from etl.sources._hdf5 import AGAIN
 from etl.sources._hdf5_log import HDF5Column, HDF5Log, HDF5Source, group_of, required
@@ -63,91 +67,110 @@ class Vintix(HDF5Source):
 SOURCE = Vintix()
 
 
+@dataclass(frozen=True)
+class _Outline:
+    """What a file holds. `names`: its groups, by their first step; `arrays`: key -> row after the last of each group,
+    shape of a row, dtype; `bounds`: rows of each episode; `late`: positions of those that lack their first steps."""
+
+    names: list[str]
+    arrays: dict[str, tuple[list[int], tuple[int, ...], np.dtype]]
+    bounds: list[tuple[int, int]]
+    late: list[int]
+
+
+@lru_cache(maxsize=1)
+def _outline(path: Path, size: int, changed: int) -> _Outline:
+    """Of a file of that size, last changed then: all shards of it need the same. EpisodeError says what is wrong."""
+    with _hdf5.opened(path) as file:
+        names = sorted((key for key in file if _GROUP.fullmatch(key)), key=lambda key: int(key.split("-")[0]))
+        if not names:
+            raise EpisodeError("empty", f"no group FIRST-LAST in it; {AGAIN}")
+        groups = [{key: required(group, key) for key in ARRAYS} for group in (group_of(file, name) for name in names)]
+        arrays = {}
+        for key in ARRAYS:
+            nodes = [group[key] for group in groups]
+            shapes, dtypes = {node.shape[1:] for node in nodes}, {node.dtype for node in nodes}
+            if len(shapes) > 1 or len(dtypes) > 1:
+                raise EpisodeError("wrong shape", f"groups of unequal arrays, {sorted(shapes)[:3]}; {AGAIN}")
+            arrays[key] = list(accumulate(map(len, nodes))), shapes.pop(), dtypes.pop()
+        rows = arrays["step_num"][0][-1]
+        if rows > MOST_ROWS:
+            raise EpisodeError("too large", f"{rows} rows, more than {MOST_ROWS}; split the file")
+        for key, (stops, _, _) in arrays.items():
+            if stops[-1] != rows:
+                raise EpisodeError("wrong length", f"'{key}' has {stops[-1]} rows, 'step_num' {rows}; {AGAIN}")
+        return _Outline(names, arrays, *_episodes([HDF5Column(group["step_num"]) for group in groups], rows))
+
+
+def _episodes(columns: list[HDF5Column], rows: int) -> tuple[list[tuple[int, int]], list[int]]:
+    """Rows of each episode, and the positions of those that lack their first steps; `columns`: step_num of each
+    group, `rows` in all."""
+    starts: list[int] = []
+    steps: list[float] = []  # of the rows at `starts`
+    before, first = -1.0, 0
+    for column in columns:
+        if column.dtype.kind not in "fiu" or column.node.size != len(column.node):
+            raise EpisodeError("wrong dtype", f"'step_num' is {column.dtype} {column.shape}, expected integers; "
+                               f"{AGAIN}")  # fmt: skip
+        own = column[:].reshape(-1).astype(np.float64)
+        column.rows = None  # a band of every group would be all of the file
+        at = np.flatnonzero((np.diff(own, prepend=before) != 1) | (own == 0))
+        starts, steps = starts + (first + at).tolist(), steps + own[at].tolist()
+        before, first = own[-1] if len(own) else before, first + len(own)
+    if not rows:
+        return [], []
+    begins = min(steps)  # 0, or 1 where steps are counted from there
+    return list(pairwise([*starts, rows])), [n for n, step in enumerate(steps) if step != begins]
+
+
 class _Trajectory(HDF5Log):
     """One file: the rows of its groups, one after the other."""
 
     def __init__(self, path: Path):
         super().__init__(path)
         try:
-            names = sorted((key for key in self.file if _GROUP.fullmatch(key)), key=lambda key: int(key.split("-")[0]))
-            if not names:
-                raise EpisodeError("empty", f"no group FIRST-LAST in it; {AGAIN}")
-            self.arrays = {key: _Joined([_in(self.file, name, key) for name in names]) for key in ARRAYS}
-            rows = self.arrays["step_num"].shape[0]
-            if rows > MOST_ROWS:
-                raise EpisodeError("too large", f"{rows} rows, more than {MOST_ROWS}; split the file")
-            for key, array in self.arrays.items():
-                if array.shape[0] != rows:
-                    raise EpisodeError("wrong length", f"'{key}' has {array.shape[0]} rows, 'step_num' {rows}; {AGAIN}")
-            self.bounds, late = self._episodes(rows)
-            self.cut = {len(self.bounds) - 1, *late, *(n - 1 for n in late)}
-            if late:
-                count = f"{len(late)} of {len(self.bounds)}"
-                self.warnings = (f"{path.name}: {count} pieces do not begin with the first step of an episode, since "
-                                 "step_num leaves some out: they and those before them count as cut, without a "
-                                 "return; download or record the file again",)  # fmt: skip
+            status = path.stat()
+            outline = _outline(path, status.st_size, status.st_mtime_ns)
         except BaseException:
             self.close()
             raise
+        self.bounds, late = outline.bounds, outline.late
+        self.arrays = [_Joined(self.file, key, outline) for key in ARRAYS[:-1]]
+        self.cut = {len(self.bounds) - 1, *late, *(n - 1 for n in late)}
+        if late:
+            count = f"{len(late)} of {len(self.bounds)}"
+            self.warnings = (f"{path.name}: {count} pieces do not begin with the first step of an episode, since "
+                             "step_num leaves some out: they and those before them count as cut, without a "
+                             "return; download or record the file again",)  # fmt: skip
 
     def positions(self) -> Iterable[int]:
         return range(len(self.bounds))
 
     def episode(self, position: int) -> StoredEpisode:
         start, stop = self.bounds[position]
-        seen, action, reward, _ = (Part(self.arrays[key], start, stop) for key in ARRAYS)
+        seen, action, reward = (Part(array, start, stop) for array in self.arrays)
         whole = position not in self.cut  # nothing says whether a limit or the environment ended it
         return StoredEpisode(stop - start, {"observation": seen}, action, reward, False, whole, start)
 
-    def _episodes(self, rows: int) -> tuple[list[tuple[int, int]], list[int]]:
-        """Rows of each episode, and the positions of those that lack their first steps."""
-        numbers = self.arrays["step_num"]
-        if numbers.dtype.kind not in "fiu" or int(np.prod(numbers.shape)) != rows:
-            raise EpisodeError("wrong dtype", f"'step_num' is {numbers.dtype} {numbers.shape}, expected integers; "
-                               f"{AGAIN}")  # fmt: skip
-        starts: list[int] = []
-        steps: list[float] = []  # of the rows at `starts`
-        before = -1.0
-        for first, part in numbers.parts():
-            own = part.reshape(-1).astype(np.float64)
-            at = np.flatnonzero((np.diff(own, prepend=before) != 1) | (own == 0))
-            starts, steps = starts + (first + at).tolist(), steps + own[at].tolist()
-            before = own[-1] if len(own) else before
-        if not rows:
-            return [], []
-        begins = min(steps)  # 0, or 1 where steps are counted from there
-        return list(pairwise([*starts, rows])), [n for n, step in enumerate(steps) if step != begins]
-
 
 class _Joined:
-    """Arrays of successive groups as one."""
+    """Arrays of successive groups as one. A group is opened when its rows are asked for, and left when others are."""
 
-    def __init__(self, columns: list[HDF5Column]):
-        self.columns = columns
-        shapes = {tuple(column.shape[1:]) for column in columns}
-        if len(shapes) > 1 or len({column.dtype for column in columns}) > 1:
-            raise EpisodeError("wrong shape", f"groups of unequal arrays, {sorted(shapes)[:3]}; {AGAIN}")
-        self.stops = list(accumulate(column.shape[0] for column in columns))
-        self.shape = (self.stops[-1], *columns[0].shape[1:])
-        self.dtype: np.dtype = columns[0].dtype
-
-    def parts(self) -> Iterable[tuple[int, np.ndarray]]:
-        """(first row, rows) of each group."""
-        for column, stop in zip(self.columns, self.stops):
-            yield stop - column.shape[0], column[: column.shape[0]]
-            column.rows = None  # a band of every group would be all of the file
+    def __init__(self, file: h5py.File, key: str, outline: _Outline):
+        self.file, self.key, self.names = file, key, outline.names
+        self.stops, shape, dtype = outline.arrays[key]
+        self.shape, self.dtype = (self.stops[-1], *shape), dtype
+        self.opened: dict[int, HDF5Column] = {}
 
     def __getitem__(self, rows: slice, /) -> np.ndarray:
         start, stop, _ = rows.indices(self.shape[0])
+        groups = range(bisect_right(self.stops, start), bisect_left(self.stops, stop) + 1)
+        self.opened = {number: self.opened.get(number) or self._column(number) for number in groups}
         found = []
-        for column, last in zip(self.columns, self.stops):
-            first = last - column.shape[0]
-            if start < last and first < stop:
-                found.append(column[max(0, start - first) : stop - first])
-            else:
-                column.rows = None
-        return found[0] if len(found) == 1 else np.concatenate(found or [self.columns[0][:0]])
+        for number, column in self.opened.items():
+            first = self.stops[number - 1] if number else 0
+            found.append(column[max(0, start - first) : stop - first])
+        return found[0] if len(found) == 1 else np.concatenate([np.empty((0, *self.shape[1:]), self.dtype), *found])
 
-
-def _in(file: h5py.File, name: str, key: str) -> HDF5Column:
-    return HDF5Column(required(group_of(file, name), key))
+    def _column(self, number: int) -> HDF5Column:
+        return HDF5Column(required(group_of(self.file, self.names[number]), self.key))

@@ -1,0 +1,6 @@
+"""The child that tries HDF5 files: paths on stdin, a verdict a line on stdout."""
+
+from etl.sources._hdf5.trial import main
+
+if __name__ == "__main__":
+    main()
