@@ -129,6 +129,8 @@ def chart(found: Sequence[Point]) -> str:
             axes.set_ylim(min(-5.0, *(one.score for one in own)), max(105.0, *(one.score for one in own)))
             axes.grid(axis="y")
             axes.tick_params(length=0, labelsize=7)
+        figure.supxlabel("demonstrations", fontsize=8)
+        figure.supylabel("score", fontsize=8)
         handles = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels())}
         figure.legend(list(handles.values()), list(handles), loc="outside lower left", ncols=4, frameon=False)
         return svg(figure)

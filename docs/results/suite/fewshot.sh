@@ -3,7 +3,8 @@
 # demonstrations. Held out by rule: of the tasks in alphabetical order, every fifth of Meta-World from the third on and
 # every ninth of BabyAI from the fifth on, ten of each (held-out.txt).
 #   bash docs/results/suite/fewshot.sh train      one training without these tasks: some hours of one core
-#   bash docs/results/suite/fewshot.sh            demonstrations, 20 x 2 fine-tunings, play, few-shot.{md,svg}: not measured
+#   bash docs/results/suite/fewshot.sh            demonstrations, 20 x 2 fine-tunings, play, few-shot.{md,svg}; by arithmetic,
+#                                                 some 35 minutes of one core with STEPS=100 and EPISODES=10
 # from the root of the checkout, environment activated. Each command may be killed and run again. STARTS="trained scratch"
 # fine-tunes from random weights too. Lists and numbers are variables, so that a small trial is one line.
 set -euo pipefail
@@ -11,7 +12,7 @@ export OMP_NUM_THREADS=1
 IDS=${IDS:-$(cat docs/results/suite/held-out.txt)}
 SHARDS=${SHARDS:-data/suite/shards} DEMONSTRATIONS=${DEMONSTRATIONS:-data/suite/few-shot}
 RUN=${RUN:-runs/suite-unseen} TUNED=${TUNED:-runs/few-shot} OUTPUT=${OUTPUT:-results/few-shot}
-STEPS=${STEPS:-100} NUMBERS=${NUMBERS:-10 100} EPISODES=${EPISODES:-20} STARTS=${STARTS:-trained} RECORDED=${RECORDED:-115}
+STEPS=${STEPS:-100} NUMBERS=${NUMBERS:-10 100} EPISODES=${EPISODES:-20} STARTS=${STARTS:-trained} RECORDED=${RECORDED:-115} PORT=${PORT:-29500}
 
 task() { sed -E 's#/#-#; s#-v([0-9]+)$#-expert-v\1#' <<< "$1" | tr '[:upper:]' '[:lower:]'; }
 TASKS=$(for id in $IDS; do task "$id"; done)
@@ -19,9 +20,11 @@ TASKS=$(for id in $IDS; do task "$id"; done)
 if [ "${1:-}" = train ]; then
     # prompts are shown with their actions, so they carry no loss; one arm's tasks share a scale, which unseen ones need
     # shellcheck disable=SC2086
-    exec deepspeed --num_gpus 1 trainer/main.py --recipe tiny --data.root "$SHARDS" --run.output "$RUN" \
+    exec deepspeed --num_gpus 1 --master_port "$PORT" trainer/main.py --recipe tiny --data.root "$SHARDS" --run.output "$RUN" \
         --data.stream.excluded-tasks $TASKS --data.stream.prompt-probability 0.25 --data.stream.no-prompt-loss \
-        --model.shared-scales metaworld --run.evaluate-sequences 2 ${TRAIN:-}
+        --model.shared-scales metaworld --run.evaluate-sequences 2 --data.stream.sequence-length 528 \
+        --data.global-batch 192 --data.micro-batch 48 \
+        --data.stream.domains metaworld 10 minigrid 10 mujoco 10 atari 6 robotics 4 classic 1 box2d 1 ${TRAIN:-}
 fi
 
 for id in $IDS; do
@@ -47,7 +50,7 @@ for start in $STARTS; do
             [ $start = scratch ] && from="--recipe tiny --optimiser.decay-steps $STEPS" ||
                 from="--recipe finetune --deepspeed zero0_cpu --run.start-from $RUN/export --optimiser.peak-lr 1e-3 --optimiser.start-lr 1e-3"
             # shellcheck disable=SC2086
-            [ -e "$run/export/model.json" ] || deepspeed --num_gpus 1 trainer/main.py $from --steps $STEPS \
+            [ -e "$run/export/model.json" ] || deepspeed --num_gpus 1 --master_port "$PORT" trainer/main.py $from --steps $STEPS \
                 --data.root "$DEMONSTRATIONS/shards" --data.stream.tasks "$task" --data.stream.demonstrations $n \
                 --data.stream.prompt-probability 0 --data.stream.no-text-loss --data.global-batch 64 \
                 --data.micro-batch 64 --run.evaluate-every $STEPS --run.save-every $STEPS --run.export-every 0 --run.output "$run"
