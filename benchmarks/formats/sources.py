@@ -10,23 +10,31 @@ Invariant: both sides of a pair read the same files and write the same files, in
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import os
 import shutil
 import sys
 import tarfile
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import h5py
+import minari
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+from gymnasium import spaces
+from minari.data_collector import EpisodeBuffer
 from PIL import Image
 
 from benchmarks.formats.loop import Episode, Reader, against_loop
+from etl.sources._tfrecord import Records, example, frame
+from tests.etl.tfexample import written
 
 T = 200
 SIDE = 64
@@ -34,7 +42,7 @@ CAMERAS = ("agentview_image", "eye_in_hand_image")
 PLAIN = ("d3rlpy", "vintix", "imagetext")  # logs without pictures, or of one timestep: a quarter as many of the others
 # builds of so many take 5 to 10 s; half a second of it starts Beam and the process that tries HDF5 files
 EPISODES = {"robomimic": 1000, "d3rlpy": 7000, "maniskill": 1600, "hdf5, ALOHA": 2400, "hdf5, npz": 4000}
-EPISODES |= {"vintix": 12000, "jat": 2000, "imagetext": 600}
+EPISODES |= {"vintix": 12000, "jat": 2000, "imagetext": 600, "minari, Parquet": 8000, "rl_unplugged": 6000}
 
 
 def pictures(rng: np.random.Generator, count: int, channels: int = 3) -> np.ndarray:
@@ -173,6 +181,62 @@ def read_vintix(folder: Path) -> Iterator[Episode]:
             row += len(steps)
 
 
+def write_minari(folder: Path, rng: np.random.Generator, episodes: int) -> int:
+    """By Minari's own writer, as Parquet."""
+    seen, allowed = spaces.Box(-np.inf, np.inf, (17,)), spaces.Box(-1, 1, (6,))
+    count = episodes // 4
+    buffers = [
+        EpisodeBuffer(
+            observations=rng.normal(size=(T + 1, 17)).astype(np.float32),
+            actions=rng.uniform(-1, 1, (T, 6)).astype(np.float32),
+            rewards=rng.normal(size=T).tolist(),
+            terminations=[False] * T,
+            truncations=[False] * (T - 1) + [True],
+            infos={},
+        )
+        for _ in range(count)
+    ]
+    os.environ["MINARI_DATASETS_PATH"] = str(folder)
+    with warnings.catch_warnings(action="ignore"):  # of what a dataset should say of itself
+        minari.create_dataset_from_buffers(
+            "bench-v0", buffers, observation_space=seen, action_space=allowed, data_format="parquet"
+        )
+    return count * T
+
+
+def read_minari(folder: Path) -> Iterator[Episode]:
+    data = folder / "bench-v0/data"
+    for number in range(len(list(data.glob("*/*.parquet")))):
+        table = pa.parquet.read_table(data / f"{number}/part-0.parquet")
+        seen, action = (table[key].combine_chunks().flatten().to_numpy() for key in ("observations", "actions"))
+        rest = (table[key].to_numpy() for key in ("rewards", "terminations", "truncations"))
+        reward, *flags = (values[:-1] for values in rest)  # the last row holds an observation alone
+        arrays = action.reshape(T + 1, -1)[:-1], reward, bool(flags[0][-1]), bool(flags[1][-1])
+        yield Episode(
+            f"bench-v0/{number}/part-0.parquet", number, number * T, *arrays, numbers=[seen.reshape(T + 1, -1)[:-1]]
+        )
+
+
+def write_rl_unplugged(folder: Path, rng: np.random.Generator, episodes: int) -> int:
+    with gzip.open(folder / "walker_walk-00000-of-00001", "wb", compresslevel=1) as file:
+        for number in range(episodes):
+            rows = {"observation/pose": rng.normal(size=(T + 1, 14)), "observation/speed": rng.normal(size=(T + 1, 9))}
+            rows |= {"action": rng.uniform(-1, 1, (T + 1, 6)), "reward": rng.uniform(size=T + 1)}
+            rows |= {"discount": np.ones(T + 1), "step_type": np.array([0.0, *[1.0] * (T - 1), 2.0])}
+            lists = {key: values.astype(np.float32).ravel() for key, values in rows.items()}
+            file.write(frame(written(**lists, episode_id=[number], timestamp=[1])))
+    return episodes * T
+
+
+def read_rl_unplugged(folder: Path) -> Iterator[Episode]:
+    path = folder / "walker_walk-00000-of-00001"
+    for position, (_, data) in enumerate(Records(path)):
+        lists = example(data)
+        keys = ("observation/pose", "observation/speed", "action")
+        pose, speed, action = (np.asarray(lists[key]).reshape(T + 1, -1)[:-1] for key in keys)
+        yield Episode(path.name, position, 0, action, np.asarray(lists["reward"])[1:], False, True, [], [pose, speed])
+
+
 def write_jat(folder: Path, rng: np.random.Generator, episodes: int) -> int:
     rows = [
         {
@@ -233,6 +297,8 @@ FORMATS: dict[str, tuple[str, Write, Reader]] = {
     "hdf5, npz": ("hdf5", write_npz, read_npz),
     "vintix": ("vintix", write_vintix, read_vintix),
     "jat": ("jat", write_jat, read_jat),
+    "minari, Parquet": ("minari", write_minari, read_minari),
+    "rl_unplugged": ("rl_unplugged", write_rl_unplugged, read_rl_unplugged),
     "imagetext": ("imagetext", write_imagetext, read_imagetext),
 }
 
