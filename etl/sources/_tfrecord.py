@@ -12,10 +12,10 @@ allocated that the file's own bytes do not fill.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 
 from etl.sources import _gzip
@@ -24,9 +24,7 @@ from schemas.episode import EpisodeError
 AGAIN = "download or write the file again"
 RECORD_BYTES = 2**31  # protobuf's own limit
 HEADER, FOOTER = 12, 4
-POLYNOMIAL, MASK_DELTA = 0x82F63B78, 0xA282EAD8
-LONGEST_LANE = 2**10  # bytes of a part of a long record, computed beside the others
-LONG = 2**12  # bytes from which that pays
+MASK_DELTA = 0xA282EAD8
 VARINT_BYTES = 10
 Values = np.ndarray | list[bytes]
 
@@ -247,38 +245,8 @@ def _wrong() -> EpisodeError:
 
 def masked_crc32c(data: bytes) -> int:
     """The checksum that TFRecord stores."""
-    crc = crc32c(data)
+    crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + MASK_DELTA) & 0xFFFFFFFF
-
-
-def crc32c(data: bytes) -> int:
-    """CRC-32C (Castagnoli). A long record is split into lanes that are computed side by side, two bytes a step; the
-    checksum is linear, so that neighbours join by moving the left one on by the right one's length. Lanes have powers
-    of two bytes, so that few tables serve records of any size."""
-    if len(data) < LONG:
-        return _serial(data, 0xFFFFFFFF) ^ 0xFFFFFFFF
-    length = min(LONGEST_LANE, 1 << (len(data).bit_length() - 1) // 2)
-    head = len(data) % length
-    start = _serial(data[:head], 0xFFFFFFFF)
-    steps = np.ascontiguousarray(np.frombuffer(data, "<u2", offset=head).reshape(-1, length // 2).T)
-    crc = np.zeros(steps.shape[1], np.uint32)
-    crc[0] = start
-    table = _table16()
-    for step in steps:
-        crc = table.take(crc & 0xFFFF ^ step) ^ crc >> np.uint32(16)
-    while len(crc) > 1:
-        if len(crc) % 2:
-            crc = np.concatenate([np.zeros(1, np.uint32), crc])  # before the first byte: zeros leave nothing
-        crc = _moved(crc[::2], length) ^ crc[1::2]
-        length *= 2
-    return int(crc[0]) ^ 0xFFFFFFFF
-
-
-def _serial(data: bytes, crc: int) -> int:
-    table = _table8()
-    for byte in data:
-        crc = table[(crc ^ byte) & 255] ^ crc >> 8
-    return crc
 
 
 def _is_header(head: bytes) -> bool:
@@ -287,54 +255,3 @@ def _is_header(head: bytes) -> bool:
 
 def _masked(data: bytes) -> bytes:
     return masked_crc32c(data).to_bytes(4, "little")
-
-
-@cache
-def _table8() -> list[int]:
-    table = []
-    for crc in range(256):
-        for _ in range(8):
-            crc = crc >> 1 ^ (POLYNOMIAL if crc & 1 else 0)
-        table.append(crc)
-    return table
-
-
-@cache
-def _table16() -> np.ndarray:
-    """(65536,) uint32: what two bytes leave."""
-    table = np.array(_table8(), np.uint32)
-    low = table[np.arange(2**16) & 255]
-    return table[(low ^ np.arange(2**16) >> 8) & 255] ^ low >> np.uint32(8)
-
-
-def _moved(crc: np.ndarray, zeros: int) -> np.ndarray:
-    """What each checksum becomes after so many bytes of zero."""
-    first, second, third, fourth = _tables(zeros)
-    high = crc >> np.uint32(16)
-    return first[crc & 255] ^ second[crc >> np.uint32(8) & 255] ^ third[high & 255] ^ fourth[high >> np.uint32(8)]
-
-
-@cache
-def _tables(zeros: int) -> np.ndarray:
-    """(4, 256) uint32: what each of a checksum's bytes becomes after so many bytes of zero."""
-    columns, values = np.array(_shift(zeros), np.uint32).reshape(4, 8), np.arange(256)
-    bits = values[:, None] >> np.arange(8) & 1
-    return np.bitwise_xor.reduce(np.where(bits[None], columns[:, None], np.uint32(0)), axis=2)
-
-
-@cache
-def _shift(zeros: int) -> tuple[int, ...]:
-    """Images of the 32 bits after so many bytes of zero, by squaring."""
-    if zeros == 1:
-        return tuple(_serial(b"\0", 1 << bit) for bit in range(32))
-    half = _shift(zeros // 2)
-    twice = tuple(_apply(half, column) for column in half)
-    return tuple(_serial(b"\0", column) for column in twice) if zeros % 2 else twice
-
-
-def _apply(columns: tuple[int, ...], crc: int) -> int:
-    out = 0
-    for bit, column in enumerate(columns):
-        if crc >> bit & 1:
-            out ^= column
-    return out

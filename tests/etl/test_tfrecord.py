@@ -5,7 +5,7 @@ import gzip
 import numpy as np
 import pytest
 
-from etl.sources._tfrecord import LONGEST_LANE, Records, _serial, crc32c, example, frame, is_tfrecord
+from etl.sources._tfrecord import Records, example, frame, is_tfrecord, masked_crc32c
 from schemas.episode import EpisodeError
 from tests.etl.tfexample import Example, written
 
@@ -13,12 +13,9 @@ INTEGERS = [0, 1, 127, 128, -1, 2**63 - 1, -(2**63), 300]
 FEATURES = {"a": [1.5, -2.25, np.inf], "b": INTEGERS, "c": [b"", b"x" * 300, b"\0\xff"], "steps/reward": [0.1]}
 
 
-def test_crc32c_is_the_published_one_in_every_length():
-    assert crc32c(b"123456789") == 0xE3069283  # RFC 3720's check value
-    assert crc32c(bytes(32)) == 0x8A9136AA
-    data = np.random.default_rng(0).integers(0, 256, 300 * LONGEST_LANE, np.uint8).tobytes()
-    for length in (0, 1, 4095, 4096, 4097, 2 * LONGEST_LANE * 3, 9 * LONGEST_LANE - 1, 9 * LONGEST_LANE, 300_001):
-        assert crc32c(data[:length]) == _serial(data[:length], 0xFFFFFFFF) ^ 0xFFFFFFFF
+def test_the_checksum_is_the_published_one():
+    for data, crc in ((b"123456789", 0xE3069283), (bytes(32), 0x8A9136AA)):  # RFC 3720's check values
+        assert masked_crc32c(data) == ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
 
 
 def test_examples_equal_protobuf():
