@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +131,9 @@ class Episode:
 
     def _read(self, key: str) -> pa.Array:
         if self.path.suffix == ".parquet":
-            with pa.parquet.ParquetFile(self.path) as file:
-                if key not in file.schema_arrow.names:
-                    raise EpisodeError("missing key", f"no '{key}' in {self.name}; {AGAIN}")
-                column = file.read([key]).column(key)
+            if key not in self.parquet.schema_arrow.names:
+                raise EpisodeError("missing key", f"no '{key}' in {self.name}; {AGAIN}")
+            column = self.parquet.read([key], use_threads=False).column(key)
         else:
             with pa.memory_map(str(self.path)) as memory, pa.ipc.open_file(memory) as file:
                 if key not in file.schema.names:
@@ -142,6 +142,11 @@ class Episode:
                 table.validate(full=True)
                 column = table.column(key)
         return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+
+    @cached_property
+    def parquet(self) -> pa.parquet.ParquetFile:
+        """Opened once: its footer costs as much as a column."""
+        return pa.parquet.ParquetFile(self.path)
 
     def _attributes(self) -> dict[str, Any]:
         about = json_of(self.path.with_name(METADATA))
