@@ -37,12 +37,13 @@ from etl.sources._tfrecord import Records, example, frame
 from tests.etl.tfexample import written
 
 T = 200
+LONG = 1000  # timesteps of an episode of dm_control and of most of Minari's
 SIDE = 64
 CAMERAS = ("agentview_image", "eye_in_hand_image")
 PLAIN = ("d3rlpy", "vintix", "imagetext")  # logs without pictures, or of one timestep: a quarter as many of the others
 # builds of so many take 5 to 10 s; half a second of it starts Beam and the process that tries HDF5 files
 EPISODES = {"robomimic": 1000, "d3rlpy": 7000, "maniskill": 1600, "hdf5, ALOHA": 2400, "hdf5, npz": 4000}
-EPISODES |= {"vintix": 12000, "jat": 2000, "imagetext": 600, "minari, Parquet": 8000, "rl_unplugged": 6000}
+EPISODES |= {"vintix": 12000, "jat": 2000, "imagetext": 600, "minari, Parquet": 4000, "rl_unplugged": 2000}
 
 
 def pictures(rng: np.random.Generator, count: int, channels: int = 3) -> np.ndarray:
@@ -187,11 +188,11 @@ def write_minari(folder: Path, rng: np.random.Generator, episodes: int) -> int:
     count = episodes // 4
     buffers = [
         EpisodeBuffer(
-            observations=rng.normal(size=(T + 1, 17)).astype(np.float32),
-            actions=rng.uniform(-1, 1, (T, 6)).astype(np.float32),
-            rewards=rng.normal(size=T).tolist(),
-            terminations=[False] * T,
-            truncations=[False] * (T - 1) + [True],
+            observations=rng.normal(size=(LONG + 1, 17)).astype(np.float32),
+            actions=rng.uniform(-1, 1, (LONG, 6)).astype(np.float32),
+            rewards=rng.normal(size=LONG).tolist(),
+            terminations=[False] * LONG,
+            truncations=[False] * (LONG - 1) + [True],
             infos={},
         )
         for _ in range(count)
@@ -201,7 +202,7 @@ def write_minari(folder: Path, rng: np.random.Generator, episodes: int) -> int:
         minari.create_dataset_from_buffers(
             "bench-v0", buffers, observation_space=seen, action_space=allowed, data_format="parquet"
         )
-    return count * T
+    return count * LONG
 
 
 def read_minari(folder: Path) -> Iterator[Episode]:
@@ -211,21 +212,28 @@ def read_minari(folder: Path) -> Iterator[Episode]:
         seen, action = (table[key].combine_chunks().flatten().to_numpy() for key in ("observations", "actions"))
         rest = (table[key].to_numpy() for key in ("rewards", "terminations", "truncations"))
         reward, *flags = (values[:-1] for values in rest)  # the last row holds an observation alone
-        arrays = action.reshape(T + 1, -1)[:-1], reward, bool(flags[0][-1]), bool(flags[1][-1])
+        arrays = action.reshape(LONG + 1, -1)[:-1], reward, bool(flags[0][-1]), bool(flags[1][-1])
         yield Episode(
-            f"bench-v0/{number}/part-0.parquet", number, number * T, *arrays, numbers=[seen.reshape(T + 1, -1)[:-1]]
+            f"bench-v0/{number}/part-0.parquet",
+            number,
+            number * LONG,
+            *arrays,
+            numbers=[seen.reshape(LONG + 1, -1)[:-1]],
         )
 
 
 def write_rl_unplugged(folder: Path, rng: np.random.Generator, episodes: int) -> int:
     with gzip.open(folder / "walker_walk-00000-of-00001", "wb", compresslevel=1) as file:
         for number in range(episodes):
-            rows = {"observation/pose": rng.normal(size=(T + 1, 14)), "observation/speed": rng.normal(size=(T + 1, 9))}
-            rows |= {"action": rng.uniform(-1, 1, (T + 1, 6)), "reward": rng.uniform(size=T + 1)}
-            rows |= {"discount": np.ones(T + 1), "step_type": np.array([0.0, *[1.0] * (T - 1), 2.0])}
+            rows = {
+                "observation/pose": rng.normal(size=(LONG + 1, 14)),
+                "observation/speed": rng.normal(size=(LONG + 1, 9)),
+            }
+            rows |= {"action": rng.uniform(-1, 1, (LONG + 1, 6)), "reward": rng.uniform(size=LONG + 1)}
+            rows |= {"discount": np.ones(LONG + 1), "step_type": np.array([0.0, *[1.0] * (LONG - 1), 2.0])}
             lists = {key: values.astype(np.float32).ravel() for key, values in rows.items()}
             file.write(frame(written(**lists, episode_id=[number], timestamp=[1])))
-    return episodes * T
+    return episodes * LONG
 
 
 def read_rl_unplugged(folder: Path) -> Iterator[Episode]:
@@ -233,7 +241,7 @@ def read_rl_unplugged(folder: Path) -> Iterator[Episode]:
     for position, (_, data) in enumerate(Records(path)):
         lists = example(data)
         keys = ("observation/pose", "observation/speed", "action")
-        pose, speed, action = (np.asarray(lists[key]).reshape(T + 1, -1)[:-1] for key in keys)
+        pose, speed, action = (np.asarray(lists[key]).reshape(LONG + 1, -1)[:-1] for key in keys)
         yield Episode(path.name, position, 0, action, np.asarray(lists["reward"])[1:], False, True, [], [pose, speed])
 
 
@@ -305,7 +313,7 @@ FORMATS: dict[str, tuple[str, Write, Reader]] = {
 
 def timesteps_of(name: str) -> int:
     """Of an episode of a format's logs."""
-    return 1 if name == "imagetext" else T
+    return {"imagetext": 1, "minari, Parquet": LONG, "rl_unplugged": LONG}.get(name, T)
 
 
 def bench(name: str, folder: Path) -> None:
