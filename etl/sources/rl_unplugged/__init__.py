@@ -102,8 +102,8 @@ class _Episodes(Log):
     def __init__(self, records: Records):
         self.records = records
 
-    def scan(self) -> Iterator[tuple[int, StoredEpisode | EpisodeError]]:
-        """A record that is damaged ends its file: where the next one begins is not known."""
+    def scan(self, start: int = 0) -> Iterator[tuple[int, StoredEpisode | EpisodeError]]:
+        """From a position on. A record that is damaged ends its file: where the next one begins is not known."""
         position = 0
         rows = iter(self.records)
         while True:
@@ -114,11 +114,12 @@ class _Episodes(Log):
                 return
             if record is None:
                 return
-            yield position, self._tried_record(record[1])
+            if position >= start:
+                yield position, self._tried_record(record[1])
             position += 1
 
     def read(self, refs: list[EpisodeRef]) -> Iterator[StoredEpisode | EpisodeError]:
-        return in_stream(lambda start: self.scan(), refs, f"record {{}} in it; {AGAIN}")
+        return in_stream(self.scan, refs, f"record {{}} in it; {AGAIN}")
 
     def close(self) -> None:
         self.records.file.close()
