@@ -21,8 +21,8 @@ from trainer.model.presets import PRESETS
 # command   deepspeed --num_gpus 1 trainer/main.py --recipe tiny
 # hardware  1 CPU core, no GPU
 # hours     1.7 for eight tasks (85,000 tokens/s, other work beside it)
-# expected  of behaviour's return, two seeds (docs/results/table): 106, 106, 103 % on halfcheetah, hopper, walker2d of
-#           level medium, 94, 94, 106 % of level expert; Pong 13.6 of 14.8, Breakout 96.3 of 146
+# expected  of behaviour's return, three seeds (docs/results/table): 106, 107, 103 % on halfcheetah, hopper, walker2d of
+#           level medium, 96, 94, 104 % of level expert; Pong 14.0 of 14.8, Breakout 92.9 of 146
 TINY = TrainConfig(
     steps=5_000,
     model=replace(PRESETS["tiny"], sequence="timesteps", blocks=2, values=True, returns=True),
