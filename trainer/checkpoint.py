@@ -280,16 +280,20 @@ class ExportInfo:
         layout = layout_of(task)
         if all(field.kind != "continuous" for field in task.observation):
             return ObservationScale((0.0,) * layout.length, (1.0,) * layout.length)
-        alike = [other for other in self.tasks if task.environment and other.environment == task.environment]
+        names = self._of_environment(task)
         if task.domain in self.model.shared_scales:
-            alike += [other for other in self.tasks if other.domain == task.domain and layout_of(other) == layout]
-        names = [task.name, *(other.name for other in alike)]
+            alike = (other for other in self.tasks if other.domain == task.domain and layout_of(other) == layout)
+            names += [other.name for other in alike]
         return next((self.observations[name] for name in names if name in self.observations), None)
 
     def return_scale(self, task: TaskSpec) -> ReturnScale | None:
         """The scale of a task, or of another one of its environment; None where the model was trained on neither."""
-        alike = [other.name for other in self.tasks if task.environment and other.environment == task.environment]
-        return next((self.returns[name] for name in [task.name, *alike] if name in self.returns), None)
+        return next((self.returns[name] for name in self._of_environment(task) if name in self.returns), None)
+
+    def _of_environment(self, task: TaskSpec) -> list[str]:
+        """The task, then those of its environment."""
+        alike = (other for other in self.tasks if task.environment and other.environment == task.environment)
+        return [task.name, *(other.name for other in alike)]
 
 
 _EXPORT: TypeAdapter[ExportInfo] = TypeAdapter(ExportInfo)

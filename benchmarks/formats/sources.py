@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import h5py
 import minari
@@ -40,7 +41,8 @@ T = 200
 LONG = 1000  # timesteps of an episode of dm_control and of most of Minari's
 SIDE = 64
 CAMERAS = ("agentview_image", "eye_in_hand_image")
-PLAIN = ("d3rlpy", "vintix", "imagetext")  # logs without pictures, or of one timestep: a quarter as many of the others
+# logs without pictures, or of one timestep: a quarter as many of the others
+PLAIN = ("d3rlpy", "vintix", "imagetext", "rl_unplugged")
 # builds of so many take 5 to 10 s; half a second of it starts Beam and the process that tries HDF5 files
 EPISODES = {"robomimic": 1000, "d3rlpy": 7000, "maniskill": 1600, "hdf5, ALOHA": 2400, "hdf5, npz": 4000}
 EPISODES |= {"vintix": 12000, "jat": 2000, "imagetext": 600, "minari, Parquet": 4000, "rl_unplugged": 2000}
@@ -197,8 +199,8 @@ def write_minari(folder: Path, rng: np.random.Generator, episodes: int) -> int:
         )
         for _ in range(count)
     ]
-    os.environ["MINARI_DATASETS_PATH"] = str(folder)
-    with warnings.catch_warnings(action="ignore"):  # of what a dataset should say of itself
+    there = mock.patch.dict(os.environ, MINARI_DATASETS_PATH=str(folder))
+    with there, warnings.catch_warnings(action="ignore"):  # of what a dataset should say of itself
         minari.create_dataset_from_buffers(
             "bench-v0", buffers, observation_space=seen, action_space=allowed, data_format="parquet"
         )

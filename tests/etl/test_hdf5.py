@@ -154,7 +154,7 @@ def test_a_file_that_is_none_is_refused_unopened(tmp_path):
     assert {e.reason for e in _hdf5.tried(tmp_path / name for name in names).values()} == {"missing file"}
 
 
-def test_endless__rows_nothing_cost_no_time(tmp_path):
+def test_endless_rows_of_nothing_cost_no_time(tmp_path):
     with h5py.File(tmp_path / "log.hdf5", "w") as file:
         file.create_dataset("x", (2**40, 0), h5py.string_dtype(), chunks=(64, 1), maxshape=(None, None))
         file.create_dataset("y", (2**40, 0), np.float32, chunks=(64, 1), maxshape=(None, None), fletcher32=True)

@@ -94,4 +94,4 @@ def test_memory_is_that_of_an_episode(kind, tmp_path, monkeypatch):
     def seeded(place, count):
         write(place, np.random.default_rng(0), times * count)
 
-    check(name, seeded, tmp_path, FEW, MANY, arrow=kind == "jat")
+    check(name, seeded, tmp_path, FEW, MANY, arrow=kind in ("jat", "minari, Parquet"))
