@@ -49,8 +49,9 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        if self._launched and not self._signalled:
-            self._signalled = _launchers() != self._launchers
+        # a signal may arrive while the launchers are looked up: what it set is never overwritten
+        if self._launched and not self._signalled and _launchers() != self._launchers:
+            self._signalled = True
         return self._signalled
 
 

@@ -69,20 +69,35 @@ def test_nohup_outlives_the_terminal(hopper, tmp_path):
             one.kill()
 
 
-def test_a_shell_that_ends_is_no_launcher_that_died(monkeypatch):
-    """Under torchrun or mpirun the parent's parent is the user's shell: nothing to end for."""
+@pytest.fixture
+def stop(monkeypatch):
+    """A rank's own, in this process; its signals are as before afterwards."""
     monkeypatch.setenv("LOCAL_RANK", "0")
     usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     monkeypatch.setattr("trainer.lifecycle.signal_on_parent_death", lambda number: None)
     try:
-        stop = StopRequest()
-        assert _launchers() == (os.getppid(),)  # and none above it
-        assert not stop.requested
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.requested
+        yield StopRequest()
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
+
+
+def test_a_shell_that_ends_is_no_launcher_that_died(stop):
+    """Under torchrun or mpirun the parent's parent is the user's shell: nothing to end for."""
+    assert _launchers() == (os.getppid(),)  # and none above it
+    assert not stop.requested
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.requested
+
+
+def test_a_signal_is_kept_that_arrives_while_the_launchers_are_looked_up(stop, monkeypatch):
+    def looked_up():
+        os.kill(os.getpid(), signal.SIGTERM)
+        return _launchers()
+
+    monkeypatch.setattr("trainer.lifecycle._launchers", looked_up)
+    assert stop.requested
+    assert stop.requested
 
 
 @pytest.mark.parametrize("leader_ends", [True, False])
