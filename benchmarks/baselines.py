@@ -15,7 +15,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from eval.baselines.trajectory_transformer import Config, Discretiser, Policy, TrajectoryTransformer
+from eval.baselines.trajectory_transformer.model import TrajectoryTransformer
+from eval.baselines.trajectory_transformer.planning import Policy
+from eval.baselines.trajectory_transformer.tokens import Config, Discretiser
 from schemas.episode import ActionSpec, EnvironmentSpec, FieldSpec, TaskSpec
 
 BEAMS, ENVIRONMENTS, REPEATS = 32, 8, 2

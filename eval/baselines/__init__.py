@@ -1,4 +1,4 @@
-"""The baselines of the comparison, a single file each, and what both share: one training loop, one export.
+"""The baselines of the comparison, and what both share: one training loop, one export.
 
 episodes -> train -> FOLDER/weights.safetensors, then FOLDER/config.json -> load -> policy
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from eval.baselines import trajectory_transformer as tt
+from eval.baselines.trajectory_transformer.planning import Rows, draw
 from schemas.episode import ActionSpec, EnvironmentSpec, FieldSpec, TaskSpec
 
 VECTORS = (FieldSpec("observation", "continuous", (3,)),)
@@ -152,7 +153,7 @@ def test_growing_rows_predict_as_the_last_transitions_from_scratch(tmp_path):
     model = rough(tt.load(train(tmp_path))).model
     tokens = torch.randint(0, 13, (4, 40), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        rows = tt.Rows(model, tokens[:, :3].clone(), cached=True)
+        rows = Rows(model, tokens[:, :3].clone(), cached=True)
         order = torch.arange(4)
         for t in range(3, 40):
             begin = 7 * max(0, -(-(t - 20) // 7))
@@ -192,7 +193,7 @@ def test_what_is_played_is_an_action_even_where_the_end_is_likeliest(tmp_path):
 def test_draw_keeps_the_likeliest():
     rng = np.random.default_rng(0)
     logits = torch.tensor([[0.05, 0.5, 0.15, 0.3]]).log().repeat(4000, 1)
-    shares = lambda *limits: np.bincount(tt.draw(logits, *limits, rng), minlength=4) / 4000  # noqa: E731
+    shares = lambda *limits: np.bincount(draw(logits, *limits, rng), minlength=4) / 4000  # noqa: E731
     assert np.allclose(shares(None, None), [0.05, 0.5, 0.15, 0.3], atol=0.03)
     assert np.allclose(shares(2, None), [0, 5 / 8, 0, 3 / 8], atol=0.03)
     assert np.allclose(shares(None, 0.3), [0, 5 / 8, 0, 3 / 8], atol=0.03)
