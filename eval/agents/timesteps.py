@@ -18,7 +18,7 @@ from etl.tokenizers.timestep import Encoded
 from eval.agents.base import GatoAgent
 from eval.agents.prompts import AgentConfig
 from schemas.episode import TaskSpec
-from schemas.layout import SEPARATOR
+from schemas.layout import PATCH, SEPARATOR, TEXT
 from trainer.checkpoint import ExportInfo
 from trainer.model import Gato
 
@@ -72,5 +72,9 @@ class TimestepAgent(GatoAgent):
         k = ids.shape[1]
         x = self._looked_up(ids, pixels)
         shown = self.roles[:k] != SEPARATOR
+        if self.model.config.text_gates and pixels is not None:
+            text, patches = self.roles[:k] == TEXT, self.roles[:k] == PATCH
+            texts = self.model.scaled(x, ids, self.positions[:k], text, self.spread[:k]).sum(dim=1, keepdim=True)
+            x[:, patches] = self.model.gated(x[:, patches], texts)
         x = self.model.scaled(x, ids, self.positions[:k], shown, self.spread[:k]).sum(dim=1)
         return x if self.asked is None else x + self.asked

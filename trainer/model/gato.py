@@ -39,6 +39,13 @@ def observed(roles: Tensor) -> Tensor:
     return (roles == TEXT) | (roles == PATCH) | (roles == OBSERVATION)
 
 
+def timestep_slots(batch: Batch) -> Tensor:
+    """(B, L): each token's timestep among the B * S of the batch."""
+    first = (batch.positions == 0) & (batch.roles != PAD)
+    row = torch.arange(len(batch.tokens), device=batch.tokens.device)[:, None]
+    return (first.cumsum(1) - 1).clamp(min=0) + batch.timesteps * row
+
+
 class Gato(nn.Module):
     """One network for all tasks of a vocabulary."""
 
@@ -64,6 +71,8 @@ class Gato(nn.Module):
         if config.returns:
             self.asked = nn.Embedding(1, config.width)
         self.patches = PatchEmbedding(config)
+        if config.text_gates:
+            self.gates = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, 2 * config.width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(config.width)
 
@@ -78,12 +87,12 @@ class Gato(nn.Module):
         generator = torch.Generator(self.tokens.weight.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
-                nn.init.constant_(parameter, float("norm" in name and name.endswith("weight")))
+                nn.init.constant_(parameter, float(("norm" in name or "gates.0" in name) and name.endswith("weight")))
             elif name == "scales.weight":
                 parameter.data.normal_(0.0, 1.0, generator=generator)
             elif name == "outputs.weight":
                 parameter.data.zero_()
-            elif name in ("slopes.weight", "asked.weight"):
+            elif name in ("slopes.weight", "asked.weight", "gates.1.weight"):
                 parameter.data.normal_(0.0, self.config.width**-0.5, generator=generator)
             elif "patches" in name and parameter.ndim == 4:
                 fan_in = math.prod(parameter.shape[1:])
@@ -119,6 +128,8 @@ class Gato(nn.Module):
             x = F.embedding((batch.tokens.int() - len(self.tokens.weight) + len(table)).clamp(min=0), table)
         # also where a batch has no patches: every rank must make the same gradients, or their reduction jams
         embedded = self.patches(batch.patches, batch.patch_positions).to(x.dtype)
+        if self.config.text_gates:
+            embedded = self.gated(embedded, self._texts(batch, x))
         x = x.flatten(0, 1).index_copy(0, batch.patch_index.long(), embedded).view_as(x)
         if self.by_timesteps:
             # an action token without loss is a prompt's
@@ -131,6 +142,21 @@ class Gato(nn.Module):
             asked = batch.returns.gather(1, batch.segments.long())
             x = x + self.asked_for(asked * (batch.roles == SEPARATOR))
         return x
+
+    def gated(self, patches: Tensor, texts: Tensor) -> Tensor:
+        """Patches (..., W), and what of them concerns the text of their timestep, given as `texts` (..., W), the sum
+        of its scaled tokens: they are scaled and moved channel by channel (FiLM, arXiv 1709.07871)."""
+        scale, move = self.gates(texts).chunk(2, dim=-1)
+        return patches + F.gelu(patches * scale + move)
+
+    def _texts(self, batch: Batch, x: Tensor) -> Tensor:
+        """(M, W): the sum of the scaled text tokens in the timestep of each of a batch's M patches."""
+        slot = timestep_slots(batch).flatten()
+        positions = batch.positions.long().clamp(max=self.config.local_positions - 1)
+        x = (x * self.scales_at(positions) + self.positions(positions)) * (batch.roles == TEXT)[..., None]
+        texts = torch.zeros(len(batch.tokens) * batch.timesteps, x.shape[-1], dtype=x.dtype, device=x.device)
+        texts = texts.index_add(0, slot, x.flatten(0, 1))
+        return texts.index_select(0, slot.index_select(0, batch.patch_index.long()))
 
     def asked_for(self, returns: Tensor) -> Tensor:
         """(..., W): what standardised returns (...) add to the separators of their timesteps."""
@@ -210,9 +236,7 @@ class Gato(nn.Module):
         """`forward` with one element per timestep: hidden states (N, W) that predict the tokens after
         `predict_index`."""
         B, S, device = len(batch.tokens), batch.timesteps, batch.tokens.device
-        first = (batch.positions == 0) & (batch.roles != PAD)
-        row = torch.arange(B, device=device)[:, None]
-        slot = (first.cumsum(1) - 1).clamp(min=0) + S * row  # each token's timestep among all of the batch
+        slot = timestep_slots(batch)
         x = self.embed(batch, table).flatten(0, 1)
         x = torch.zeros(B * S, x.shape[-1], dtype=x.dtype, device=device).index_add(0, slot.flatten(), x)
         mask = None

@@ -43,6 +43,9 @@ class ModelConfig:
     returns: bool = False
     """Each timestep shows the return of its episode, as `schemas.dataset.ReturnScale` scales it, along a learned
     direction; at play the one that is asked for (ours, after Decision Transformer)."""
+    text_gates: bool = False
+    """What a timestep's text says scales and moves its patches, channel by channel, before they are summed to the
+    timestep's element (ours, after FiLM, arXiv 1709.07871)."""
     shared_scales: tuple[str, ...] = ()
     """Domains of one body, such as metaworld: their tasks of one layout share a scale of observations, which a task
     that was not trained on is played with, too. Elsewhere each environment has its own."""
