@@ -92,9 +92,9 @@ class Crossing:
     """The highest speed at which the vehicle meets no other that keeps its own."""
 
     algorithm = "scripted"
-    TIMES = np.arange(0.2, 3.1, 0.2)  # seconds
+    TIMES = np.arange(0.2, 2.5, 0.2)  # seconds
     REACTION = 0.6  # seconds in which most of a change of speed happens
-    NEAR = 7.0  # metres between centres
+    NEAR = 5.5  # metres between centres
 
     def __init__(self, env: gymnasium.Env):
         self.raw: Any = env.unwrapped
@@ -119,6 +119,12 @@ class Crossing:
         """Where a vehicle on its route will be at TIMES when it goes over to `speed`, metres (T, 2)."""
         gained = (vehicle.speed - speed) * self.REACTION * (1 - np.exp(-self.TIMES / self.REACTION))
         along = vehicle.lane.local_coordinates(vehicle.position)[0] + speed * self.TIMES + gained
-        route, network = getattr(vehicle, "route", None) or [vehicle.lane_index], vehicle.road.network
-        ways = [network.position_heading_along_route(route, x, 0.0, vehicle.lane_index) for x in along]
-        return np.array([place for place, _ in ways])
+        roads = vehicle.road.network.graph
+        here, lane = vehicle.lane_index[:2], vehicle.lane_index[2]
+        ways = [roads[start][end] for start, end, _ in getattr(vehicle, "route", None) or [] if (start, end) != here]
+        lanes = [vehicle.lane, *(way[min(lane, len(way) - 1)] for way in ways)]
+        places = np.array([lanes[0].position(x, 0.0) for x in along])
+        for lane, following in zip(lanes, lanes[1:]):
+            along = along - lane.length
+            places[along > 0] = [following.position(x, 0.0) for x in along if x > 0]
+        return places

@@ -18,7 +18,7 @@ import numpy as np
 from gymnasium import spaces
 
 from schemas.episode import EnvironmentSpec
-from simulators import pictures
+from simulators import opengl, pictures
 from simulators.suites.mujoco import MuJoCo
 
 PREFIX = "dm_control/"
@@ -28,7 +28,7 @@ ENDLESS = "lqr-"
 
 class DMControl(MuJoCo):
     name = "dm_control"
-    module = "dm_control.suite"
+    module = "dm_control"
     extra = "dm-control"
     distributions = ("dm-control", "mujoco")
     experts = {}
@@ -46,9 +46,8 @@ class DMControl(MuJoCo):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*DISPLAY.*")  # its renderer's, which is not used
             super().register()
-        from dm_control import suite
-
-        for domain, task in suite.ALL_TASKS:
+            tasks = opengl.import_module("dm_control.suite").ALL_TASKS
+        for domain, task in tasks:
             if (id := f"{PREFIX}{domain}-{task}-v0") not in gymnasium.registry:
                 gymnasium.register(id, f"{__name__}:Control", kwargs={"domain": domain, "task": task})
 
@@ -64,7 +63,7 @@ SUITE = DMControl()
 
 
 class Control(gymnasium.Env):
-    """One task of the suite as gymnasium has them; a number is an array of one."""
+    """One task of the suite as gymnasium has them; an observation is flattened to a vector per key."""
 
     metadata = {"render_modes": ["rgb_array"]}
 
@@ -74,9 +73,8 @@ class Control(gymnasium.Env):
         self.render_mode = render_mode
         self.env: Any = suite.load(domain, task, task_kwargs={"random": 0})
         fields = self.env.observation_spec().items()
-        self.shapes = {key: field.shape or (1,) for key, field in fields}
         self.observation_space = spaces.Dict(
-            {key: spaces.Box(-np.inf, np.inf, shape, np.float32) for key, shape in self.shapes.items()}
+            {key: spaces.Box(-np.inf, np.inf, (int(np.prod(field.shape)),), np.float32) for key, field in fields}
         )
         action = self.env.action_spec()
         low, high = (np.broadcast_to(bound, action.shape) for bound in (action.minimum, action.maximum))
@@ -106,4 +104,4 @@ class Control(gymnasium.Env):
         self.env.close()
 
     def _fields(self, observation: Any) -> dict[str, np.ndarray]:
-        return {key: np.array(observation[key], np.float32).reshape(shape) for key, shape in self.shapes.items()}
+        return {key: np.array(value, np.float32).reshape(-1) for key, value in observation.items()}

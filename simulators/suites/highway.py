@@ -37,7 +37,7 @@ class Highway(Suite):
         "merge-generic-v": driving.Lanes,
         "roundabout-v": driving.Crossing,
         "two-way-v": driving.Lanes,
-        "u-turn-v": driving.Lanes,
+        "u-turn-v": driving.Crossing,
     }
 
     def owns(self, id: str) -> bool:

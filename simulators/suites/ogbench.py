@@ -12,6 +12,7 @@ Invariant: an episode is a function of its seed and the actions, though ogbench 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -76,7 +77,9 @@ class OGBench(MuJoCo):
         return (-1.0, 1.0) if self.owns(id) else None
 
     def build(self, environment: EnvironmentSpec, render: bool) -> gymnasium.Env:
-        return Reproducible(super().build(environment, render=False))  # they name no render mode, and have a renderer
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*DISPLAY.*")  # dm_control's renderer's, which is not used
+            return Reproducible(super().build(environment, render=False))  # they know no render mode
 
     def picture(self, env: gymnasium.Env) -> np.ndarray:
         raw: Any = env.unwrapped
