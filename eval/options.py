@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import tyro
 
@@ -58,7 +58,6 @@ class Options:
 
 def check(options: Options) -> None:
     """ValueError names a setting that makes no sense."""
-    agent = options.agent
     for name, value, least, most in (
         ("episodes", options.episodes, 1, 10**6),
         ("seeds", options.seeds, 1, 10**4),
@@ -66,16 +65,8 @@ def check(options: Options) -> None:
         ("step-limit", 1 if options.step_limit is None else options.step_limit, 1, 10**9),
         ("processes", options.processes, 0, 4096),
         ("threads", options.threads, 1, 4096),
-        ("agent.temperature", agent.temperature, 1e-6, 1e6),
-        ("agent.prompt-share", agent.prompt_share, 0, 1),
     ):
         require(name, value, least, most)
-    for name, given, known in (
-        ("models", options.models, get_args(Model)),
-        ("budget", [options.budget], get_args(Budget)),
-    ):
-        if strange := [one for one in given if one not in known]:
-            raise ValueError(f"--{name} {strange[0]}: unknown; known: {', '.join(known)}")
-    agent.check()
+    options.agent.check()
     require_folder("output", options.output)
     require_folder("baselines", options.baselines)

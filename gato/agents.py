@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from numbers import Integral
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from eval.baselines import device as default_device
 from eval.exports import find_export
 from eval.ship import shipped_prompt
 from gato.observations import Observations
+from schemas.ranges import typed
 from schemas.task import TaskSpec
 from shards.reader import Dataset
 from simulators.policy import EpisodeRng
@@ -163,15 +165,20 @@ class Agent:
             seed: of sampled actions: one per environment, or the first one's, the others counting up from it.
 
         Raises:
-            TypeError: a batch that is not an integer.
-            ValueError: a batch below 1, or seeds that are not one per environment.
+            TypeError: a batch or a seed that is not an integer.
+            ValueError: a batch below 1, a seed below 0, or seeds that are not one per environment.
         """
         if batch is not None and (isinstance(batch, bool) or not isinstance(batch, Integral)):
             raise TypeError(f"reset(batch={batch!r}): give the number of environments, an integer of 1 or more")
         rows = 1 if batch is None else int(batch)
         if rows < 1:
             raise ValueError(f"reset(batch={batch}): give the number of environments, 1 or more")
-        seeds = [int(seed) + n for n in range(rows)] if isinstance(seed, int | np.integer) else [int(s) for s in seed]
+        try:
+            seeds = [index(seed) + n for n in range(rows)] if isinstance(seed, Integral) else [index(s) for s in seed]
+        except TypeError:
+            raise TypeError(f"reset(seed={seed!r}): give an integer, or one for each environment") from None
+        if min(seeds, default=0) < 0:
+            raise ValueError(f"reset(seed={seed!r}): give a seed of 0 or more")
         if len(seeds) != rows:
             raise ValueError(f"reset: {len(seeds)} seeds for {rows} environments; give one each, or a single number")
         self._player.reset(rows)
@@ -229,4 +236,6 @@ def _config(options: dict[str, Any]) -> AgentConfig:
         if name not in known:
             near = get_close_matches(name, known, n=1)
             raise ValueError(f"unknown option '{name}'; {f'perhaps {near[0]}' if near else f'known: {known}'}")
-    return AgentConfig(**options)
+    config = typed(AgentConfig, options)
+    config.check()
+    return config

@@ -16,11 +16,11 @@ from typing import Any
 
 from rich.console import Console
 
-from eval.agents import AgentConfig
 from eval.compare import Outcome
 from eval.compare import compare as run_comparison
 from eval.display import lossy_console
 from eval.options import Options
+from schemas.ranges import typed
 from shards.folder import is_url
 
 Place = str | os.PathLike[str]
@@ -67,17 +67,11 @@ def compare(
         if name not in known:
             near = get_close_matches(name, known, n=1)
             raise TypeError(f"compare has no option '{name}'; {f'perhaps {near[0]}' if near else f'known: {known}'}")
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
-    }
     for name in ("models", "tasks", "imports"):
-        if isinstance(values.get(name), str):
-            values[name] = (values[name],)
-    if isinstance(values.get("agent"), dict):
-        values["agent"] = AgentConfig(**values["agent"])
-    if "baselines" in values:
-        values["baselines"] = Path(values["baselines"])
-    chosen = Options(gato=_places(gato), datasets=_places(datasets), output=Path(output), **values)
+        if isinstance(options.get(name), str):
+            options[name] = (options[name],)
+    places = {"gato": _places(gato), "datasets": _places(datasets), "output": output}
+    chosen = typed(Options, places | options)
     return run_comparison(chosen, lossy_console() if progress else Console(quiet=True))
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from schemas.dataset import Manifest
+from schemas.ranges import typed
 from schemas.vocabulary import Vocabulary
 from shards.batch import Batch
 from shards.loader import Loader
@@ -122,12 +123,10 @@ def build(
             near = " or ".join(difflib.get_close_matches(option, known, n=3))
             remedy = f"perhaps {near}" if near else "see python -m etl.build --help"
             raise TypeError(f"build has no option '{option}' for source {name}; {remedy}")
-        value = Path(value) if option in ("cache", "text_model") else value
-        homes[own[0]][option] = tuple(value) if isinstance(value, list) else value
-    config = BuildConfig(filter=filters.Filter(**homes[filters.Filter]), **homes[BuildConfig])
-    chosen = command.Options(
-        config=config, scan=scan_options(**homes[scan_options]), **places, **homes[command.Options]
-    )
+        homes[own[0]][option] = value
+    config = typed(BuildConfig, homes[BuildConfig] | {"filter": typed(filters.Filter, homes[filters.Filter])})
+    scan = typed(scan_options, homes[scan_options])
+    chosen = typed(command.Options, places | homes[command.Options] | {"config": config, "scan": scan})
     flags = command.beam_flags(list(beam_arguments), chosen.workers)
     manifest = command.build(chosen, flags, console)
     odd = oddities.load(Folder(str(chosen.output)))
@@ -175,8 +174,7 @@ class Stream:
         known = sorted({field.name for field in dataclasses.fields(StreamConfig)} - {"sequence_length"})
         if strange := sorted(set(options) - set(known)):
             raise TypeError(f"Stream has no option '{strange[0]}'; options: {', '.join(known)}")
-        options |= {"tasks": tuple(options.get("tasks", ()))}
-        config = StreamConfig(sequence_length=sequence_length, **options)
+        config = typed(StreamConfig, options | {"sequence_length": sequence_length})
         self.sequences = SequenceStream(folder_list(folders), config, seed, held_out)
         """Sequence i by number: `stream.sequences.batch(first, count)`."""
         self.next_sequence = start

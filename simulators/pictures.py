@@ -18,6 +18,7 @@ PIXELS_PER_METRE = 110
 VIEWS = {"side": (0, 2, -1), "above": (0, 1, 1)}
 SKY, FLOOR, TICK, OUTLINE = (196, 214, 232), (120, 124, 118), (90, 94, 90), (40, 40, 48)
 PLANE, HEIGHT_FIELD, SPHERE, CAPSULE, ELLIPSOID, CYLINDER, BOX, MESH = range(8)
+UNSET = (0.5, 0.5, 0.5, 1.0)  # MuJoCo's colour of what was given none
 HIDDEN_GROUP = 3  # MuJoCo's viewer hides groups 3 and up too
 
 
@@ -62,7 +63,7 @@ def draw(
 
 def convex_hull(points: np.ndarray) -> np.ndarray:
     """Corners (H, 2) of the convex hull of (N, 2) points, counter-clockwise (Andrew's monotone chain)."""
-    ordered = sorted(map(tuple, points.tolist()))
+    ordered = sorted(map(tuple, _outer(points).tolist()))
 
     def chain(sequence: list[tuple[float, float]]) -> list[tuple[float, float]]:
         hull: list[tuple[float, float]] = []
@@ -78,14 +79,26 @@ def convex_hull(points: np.ndarray) -> np.ndarray:
     return np.array(chain(ordered) + chain(ordered[::-1]))
 
 
+def _outer(points: np.ndarray) -> np.ndarray:
+    """Those of (N, 2) points that may be corners of the hull: of a fine mesh, whose hull takes seconds, some 1 %."""
+    if len(points) < 100:
+        return points
+    furthest = points[np.argmax(points @ _DIRECTIONS.T, axis=0)]
+    way = np.roll(furthest, -1, axis=0) - furthest
+    offset = points[:, None] - furthest
+    left = way[:, 0] * offset[..., 1] - way[:, 1] * offset[..., 0] > 1e-9
+    return points[~left[:, np.abs(way).any(axis=1)].all(axis=1)]
+
+
 def _shapes(model: Any, data: Any, what: Literal["geom", "site"]) -> list[tuple[np.ndarray, tuple[int, int, int]]]:
     """Surface points (N, 3) in the world and colour of every visible geom or site."""
     kinds, sizes, groups = (getattr(model, f"{what}_{name}") for name in ("type", "size", "group"))
     positions, rotations = getattr(data, f"{what}_xpos"), getattr(data, f"{what}_xmat")
     shapes = []
     for n, kind in enumerate(kinds):
-        material = getattr(model, f"{what}_matid")[n]
-        rgba = model.mat_rgba[material] if material >= 0 else getattr(model, f"{what}_rgba")[n]
+        material, rgba = getattr(model, f"{what}_matid")[n], getattr(model, f"{what}_rgba")[n]
+        if material >= 0 and np.allclose(rgba, UNSET):  # a colour of its own wins, as in MuJoCo's renderer
+            rgba = model.mat_rgba[material]
         if kind in (PLANE, HEIGHT_FIELD) or rgba[3] == 0 or groups[n] >= HIDDEN_GROUP:
             continue
         if kind == MESH:
@@ -120,5 +133,6 @@ def _ball(rings: int = 9, around: int = 16) -> np.ndarray:
 
 
 _BALL = _ball()
+_DIRECTIONS = np.stack([np.cos(a := np.linspace(0, 2 * np.pi, 16, endpoint=False)), np.sin(a)], -1)
 _RIM = np.stack([np.cos(a := np.linspace(0, 2 * np.pi, 24, endpoint=False)), np.sin(a), np.zeros(24)], -1)
 _CORNERS = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], float)

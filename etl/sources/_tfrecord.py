@@ -11,6 +11,7 @@ allocated that the file's own bytes do not fill.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,25 +31,34 @@ Values = np.ndarray | list[bytes]
 
 
 class Records:
-    """The records of one file, in order or by their offset. EpisodeError ('truncated TFRecord', 'corrupt TFRecord',
-    'missing file') names the byte."""
+    """The records of one file, in order, by position or by offset. EpisodeError ('truncated TFRecord', 'corrupt
+    TFRecord', 'missing file') names the byte."""
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            self.size = path.stat().st_size
+            self.stamp = _stamp(path)
+            self.size = self.stamp[1]
             with open(path, "rb") as file:
                 head = file.read(HEADER)
             self.gzip = head[:2] == b"\x1f\x8b" and not _is_header(head)
             self.file: Any = _gzip.Gunzip(path) if self.gzip else open(path, "rb")  # noqa: SIM115
         except OSError as error:
             raise EpisodeError("missing file", f"{path.name} cannot be opened ({error.strerror}); {AGAIN}") from None
+        self.starts = array("q", [0])  # bytes where the records known so far begin, and where the next one does
 
     def __enter__(self) -> Records:
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.file.close()
+
+    def is_of(self, path: Path) -> bool:
+        """Whether that file is this one, as it was when it was opened."""
+        try:
+            return path == self.path and _stamp(path) == self.stamp
+        except OSError:
+            return False
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
         """(offset, data) of each record. A damaged one ends the iteration: where the next begins is unknown."""
@@ -58,19 +68,21 @@ class Records:
             yield at, self._data(at, length)
             at += HEADER + length + FOOTER
 
-    def places(self) -> Iterator[tuple[int, int]]:
-        """(offset, length) of each record, by headers alone: the data are skipped."""
-        at = 0
-        self._seek(0)
-        while (length := self._header(at)) is not None:
-            at, before = at + HEADER + length + FOOTER, at
-            if not self.gzip and at > self.size:
-                raise self._truncated(before)
-            yield before, length
+    def record(self, position: int, check: bool = True) -> bytes | None:
+        """The `position`-th record; None where the file ends before it. Those before it are skipped by their headers.
+        `check`: its checksum, which a scan may leave to the reading."""
+        while position >= len(self.starts) - 1:
+            at = self.starts[-1]
             self._seek(at)
+            if (length := self._header(at)) is None:
+                return None
+            self.starts.append(at + HEADER + length + FOOTER)
+            if position == len(self.starts) - 2:
+                return self._data(at, length, check)
+        return self.read(self.starts[position], check)
 
     def read(self, offset: int, check: bool = True) -> bytes:
-        """The record that begins at that byte. `check`: its checksum, which a scan may leave to the reading."""
+        """The record that begins at that byte."""
         self._seek(offset)
         length = self._header(offset)
         if length is None:
@@ -116,6 +128,11 @@ class Records:
 
     def _truncated(self, at: int) -> EpisodeError:
         return EpisodeError("truncated TFRecord", f"{self.path.name} ends in the record at byte {at}; {AGAIN}")
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def is_tfrecord(path: Path) -> bool:

@@ -14,6 +14,8 @@ import numpy as np
 
 from etl.tokenizers.text import TextTokenizer
 from schemas.episode import TaskSpec
+from schemas.ranges import require
+from schemas.task import STRICT
 from shards.reader import Dataset
 from trainer.checkpoint import ExportInfo
 
@@ -21,6 +23,8 @@ from trainer.checkpoint import ExportInfo
 @dataclass(frozen=True)
 class AgentConfig:
     """How actions are decoded."""
+
+    __pydantic_config__ = STRICT
 
     decoding: Literal["auto", "sample", "greedy", "mean", "value"] = "auto"
     """sample from the restricted softmax; greedy; mean of bins or value (continuous actions only), the number that a
@@ -44,7 +48,11 @@ class AgentConfig:
     torch.compile merged, faster and rounded otherwise; or auto: graph on a GPU with the rolling window, else plain."""
 
     def check(self) -> None:
-        """ValueError for settings that do not go together."""
+        """ValueError for a number out of its range, and for settings that do not go together."""
+        require("agent.temperature", self.temperature, 1e-6, 1e6)
+        require("agent.prompt-share", self.prompt_share, 0, 1)
+        if self.asked_return is not None:
+            require("agent.asked-return", self.asked_return, -1e38, 1e38)
         if self.launch in ("graph", "compiled") and self.window == "exact":
             raise ValueError(f"--agent.launch {self.launch}: the exact window's timesteps differ in shape; use plain")
 

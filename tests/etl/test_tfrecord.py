@@ -47,7 +47,7 @@ def delimited(number, data):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_records_in_order_and_by_offset(tmp_path, packed):
+def test_records_in_order_by_position_and_by_offset(tmp_path, packed):
     records = [written(**FEATURES), b"", bytes(10_000), b"last"]
     data = b"".join(map(frame, records))
     path = tmp_path / "a.tfrecord"
@@ -56,8 +56,8 @@ def test_records_in_order_and_by_offset(tmp_path, packed):
     with Records(path) as file:
         found = list(file)
         assert [data for _, data in found] == records
-        assert list(file.places()) == [(at, len(data)) for at, data in found]
         assert [file.read(at) for at, _ in reversed(found)] == records[::-1]
+        assert [file.record(n) for n in (2, 0, 3, 1, 4)] == [records[2], records[0], records[3], records[1], None]
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -199,6 +200,28 @@ def test_a_call_out_of_order_is_refused(model):
     assert agent.act(eight).shape == (8, 3)
     with pytest.raises(ValueError, match="2 seeds for 8 environments"):
         agent.reset(batch=8, seed=[1, 2])
+    with pytest.raises(ValueError, match="give a seed of 0 or more"):
+        agent.reset(seed=-1)
+    for seed in (None, 1.5, "one"):
+        with pytest.raises(TypeError, match="give an integer, or one for each environment"):
+            agent.reset(seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decoding": "gready"}, "--decoding 'gready': Input should be 'auto', 'sample', 'greedy', 'mean' or 'value'"),
+        ({"prompt": "beginning"}, "--prompt 'beginning': Input should be"),
+        ({"window": 3}, "--window 3: Input should be 'rolling' or 'exact'"),
+        ({"temperature": "warm"}, "--temperature 'warm': Input should be a valid number"),
+        ({"temperature": float("nan")}, "--agent.temperature nan: must be from"),
+        ({"decoding": "sample", "temperature": 0}, "--agent.temperature 0.0: must be from"),
+        ({"prompt_share": 2}, "--agent.prompt-share 2.0: must be from 0 to 1"),
+    ],
+)
+def test_an_agent_refuses_options_that_mean_nothing(model, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model.agent("hopper-medium-v4", **options)
 
 
 def test_names_that_are_not_there_are_refused_with_those_that_are(model, tmp_path):

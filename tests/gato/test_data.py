@@ -201,12 +201,16 @@ def test_a_task_that_gato_does_not_know_is_marked_in_the_table(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"models": ["random", "nope"]}, "--models nope: unknown; known: random, behaviour, dt, tt, gato"),
-        ({"models": "nope"}, "--models nope: unknown"),
-        ({"budget": "large"}, "--budget large: unknown; known: quick, cpu, paper"),
+        ({"models": ["random", "nope"]}, "--models 'nope': Input should be 'random', 'behaviour', 'dt', 'tt' or 'gato'"),
+        ({"models": "nope"}, "--models 'nope': Input should be"),
+        ({"budget": "large"}, "--budget 'large': Input should be 'quick', 'cpu' or 'paper'"),
+        ({"episodes": 2.5}, "--episodes 2.5: Input should be a valid integer"),
+        ({"agent": {"decoding": "gready"}}, "--agent.decoding 'gready': Input should be"),
+        ({"agent": {"temprature": 0.5}}, "--agent.temprature 0.5: Unexpected"),
+        ({"agent": {"asked_return": float("nan")}}, "--agent.asked-return nan: must be from"),
     ],
 )
-def test_compare_refuses_unknown_models(tmp_path, options, message):
+def test_compare_refuses_values_that_mean_nothing(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         gato.compare("tiny", output=tmp_path / "out", root=str(tmp_path), **options)
     assert not list(tmp_path.iterdir())
@@ -222,6 +226,9 @@ def test_the_range_of_actions_is_never_assumed(tmp_path):
 def test_build_names_wrong_options_and_inputs(tmp_path, dataset):
     with pytest.raises(TypeError, match="held_out_share"):
         gato.build(tmp_path, tmp_path / "out", "minari", held_out_shar=0.1)
+    for option, value in (("action_bounds", "lgo"), ("held_out_share", "few"), ("image_size", [64])):
+        with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} .*: (Input|Field)"):
+            gato.build(f"{dataset.folder}/../logs", tmp_path / "out", "minari", **{option: value})
     with pytest.raises(ValueError, match="holds no log"):
         gato.build(tmp_path, tmp_path / "out")
     with pytest.raises(ValueError, match="another dataset"):
@@ -242,6 +249,8 @@ def test_a_stream_is_what_training_sees_and_continues(dataset):
     assert np.array_equal(np.concatenate([share.tokens for share in shares]), batches[0].tokens)
     with pytest.raises(TypeError, match="prompt_probability"):
         gato.Stream(dataset, prompts=0.5)
+    with pytest.raises(ValueError, match="--weights.my-task 'two': Input should be a valid number"):
+        gato.Stream(dataset, weights={"my-task": "two"})
 
 
 SMALL = {

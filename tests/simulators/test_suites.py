@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 
@@ -27,7 +29,7 @@ def played(env, policy, seed: int) -> tuple[np.ndarray, float, bool]:
 
 
 def test_tasks_are_the_newest_versions_that_an_expert_plays():
-    tasks = {suite.name: suite.tasks() for suite in all_suites().values()}
+    tasks = {suite.name: suite.tasks() for suite in all_suites().values() if find_spec(suite.module)}
     assert len(tasks["metaworld"]) == 50 and "Meta-World/reach-v3" in tasks["metaworld"]
     assert "Taxi-v4" in tasks["classic"] and "Taxi-v3" not in tasks["classic"]
     assert tasks["mujoco"] == ("Hopper-v5", "InvertedDoublePendulum-v5", "InvertedPendulum-v5", "Reacher-v5")

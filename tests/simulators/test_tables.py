@@ -37,5 +37,7 @@ def test_every_id_belongs_to_one_suite():
     others = {"ALE/Pong-v5": "atari", "BabyAI-GoToLocal-v0": "minigrid", "gym/Hopper-v2": "gym"}
     others |= {"MiniGrid-Empty-5x5-v0": "gridworlds"}
     others |= {"CartPole-v1": "classic", "LunarLander-v3": "box2d", "Meta-World/reach-v3": "metaworld"}
+    others |= {"scene-singletask-task4-v0": "ogbench", "antmaze-medium-play-v0": "gymnasium", "u-turn-v1": "highway"}
+    others |= {"dm_control/cheetah-run-v0": "dm_control"}
     others |= {"Blackjack-v1": "gymnasium", "module:Hopper-v4": "gymnasium", "Hopper-v99": "gymnasium"}
     assert {id: simulators.suite_of_id(id).name for id in others} == others

@@ -52,7 +52,7 @@ from etl.sources.minari import disk
 from etl.sources.minari.disk import DATA, METADATA, TIMESTEP_VALUES, Leaf, damage
 from etl.sources.minari.download import DEFAULT, address, d4rl_environments, download
 from etl.sources.minari.episodes import all_actions, label_of, odd_flags, rejection, scan_episodes
-from etl.sources.minari.tables import SUFFIXES, Tables
+from etl.sources.minari.tables import SUFFIXES, Episode, Tables
 from etl.sources.minari.writer import MinariWriter
 from schemas.episode import ActionSpec, EnvironmentSpec, EpisodeError, FieldSpec, RawEpisode, ScoreReference, TaskSpec
 from schemas.layout import layout_of
@@ -129,14 +129,13 @@ class Minari:
 
     def read(self, task: TaskSpec, refs: Iterable[EpisodeRef]) -> Iterator[RawEpisode | Rejection]:
         """Episodes in the order of refs: float32, integers from 0, images (T, H, W, C) uint8, text (T,) strings."""
-        for name, group in groupby(refs, key=lambda ref: ref.file):
-            path = Path(name)
+        for path, group in groupby(refs, key=lambda ref: disk.dataset_of(ref.file)):
             try:
                 about = disk.metadata(path)
                 leaves, action = disk.observation_leaves(about), disk.space_of(about, "action_space")
                 file = disk.opened(path)
             except EpisodeError as error:
-                yield from (rejection(task.name, path, ref.position, ref.start, error) for ref in group)
+                yield from (rejection(task.name, Path(ref.file), ref.position, ref.start, error) for ref in group)
                 continue
             with file:
                 for ref in group:
@@ -236,6 +235,8 @@ class Minari:
         try:
             with damage():
                 group = disk.episode_group(file, ref.position)
+                if isinstance(group, Episode):
+                    group.load()
                 observation = {}
                 for leaf in leaves:
                     if spec := specs.get(leaf.key):

@@ -112,17 +112,17 @@ def place(folder: Path) -> Path:
     return folder / METADATA if tables else path
 
 
+def dataset_of(file: str) -> Path:
+    """The `place` of the dataset that a ref's file is of."""
+    path = Path(file)
+    return path.parents[1] / METADATA if path.suffix in SUFFIXES else path
+
+
 def opened(path: Path) -> h5py.File | Tables:
-    """The episodes of a dataset, by its `place` or by the file of one. EpisodeError says what is wrong."""
-    if path.suffix in SUFFIXES or path.name == METADATA:
-        folder = path.parents[1] if path.suffix in SUFFIXES else path.parent
-        return Tables(folder, str(metadata(path).get("data_format")))
+    """The episodes of a dataset, by its `place`. EpisodeError says what is wrong."""
+    if path.name == METADATA:
+        return Tables(path.parent, str(metadata(path).get("data_format")))
     return _hdf5.opened(path)
-
-
-def file_of(file: h5py.File | Tables, path: Path, number: int) -> Path:
-    """The file that an episode lies in."""
-    return file.file(number) if isinstance(file, Tables) else path
 
 
 def space_of(about: dict[str, Any], key: str) -> spaces.Space:

@@ -21,10 +21,11 @@ from etl.sources import EpisodeRef, Rejection
 from etl.sources._numbers import as_float32
 from etl.sources.minari import disk
 from etl.sources.minari.disk import AGAIN, damage
-from etl.sources.minari.tables import SUFFIXES, Tables
+from etl.sources.minari.tables import SUFFIXES, Episode, Tables
 from schemas.episode import EpisodeError
 from simulators import spaces as rules
 
+FLAGS = ("terminations", "truncations")
 FLAGS_SAMPLED = 64  # episodes whose flags are looked at by `scan`
 MISSING_LISTED = 10_000  # groups that the metadata counts and the file lacks: beyond, one line for all
 _EPISODE = re.compile(r"episode_(0|[1-9]\d{0,8})")
@@ -61,7 +62,7 @@ def scan_episodes(
         except EpisodeError as error:
             rejected.append(rejection(name, path, number, row, error))
             continue
-        place = str(disk.file_of(file, path, number))
+        place = str(path if isinstance(group, h5py.Group) else group.path)
         refs.append(EpisodeRef(place, number, row, row + len(values), total if math.isfinite(total) else None))
         row += len(values)
     return refs, rejected
@@ -94,7 +95,9 @@ def odd_flags(
         try:
             with damage():
                 group = disk.episode_group(file, ref.position)
-                flags = [disk.column(group, key, ref.timesteps) for key in ("terminations", "truncations")]
+                if isinstance(group, Episode):
+                    group.load(FLAGS)
+                flags = [disk.column(group, key, ref.timesteps) for key in FLAGS]
         except EpisodeError:
             continue
         looked += 1

@@ -7,13 +7,14 @@ data/EPISODE/metadata.json            id, total_steps
 
 Box, MultiDiscrete and MultiBinary are fixed-size lists, pictures may be JPEG bytes, tuples are structs of '0', '1'.
 
-Invariant: a file is one episode, read by the columns that are asked for; an array is whole and of its space's shape and
-kind, or an EpisodeError says why not.
+Invariant: a file is one episode, its columns read one by one or all at once; an array is whole and of its space's shape
+and kind, or an EpisodeError says why not.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -66,8 +67,12 @@ class Tables:
         return files[0]
 
     def _files(self, number: int) -> list[Path]:
-        folder = self.folder / str(number)
-        return sorted(path for path in folder.glob(f"[!.]*{self.suffix}") if path.is_file()) if folder.is_dir() else []
+        try:
+            with os.scandir(self.folder / str(number)) as entries:
+                names = sorted(e.name for e in entries if e.name.endswith(self.suffix) and e.is_file())
+        except OSError:
+            return []
+        return [self.folder / str(number) / name for name in names if not name.startswith(".")]
 
     def episode(self, number: int) -> Episode:
         """One of them."""
@@ -75,12 +80,26 @@ class Tables:
 
 
 class Episode:
-    """The columns of one file, read when they are asked for."""
+    """The columns of one file, read when they are asked for, or before that by `load`."""
 
     def __init__(self, path: Path):
         self.path, self.name = path, f"data/{path.parent.name}"
-        self.attrs = self._attributes()
         self.columns: dict[str, pa.Array] = {}
+
+    @cached_property
+    def attrs(self) -> dict[str, Any]:
+        """What Minari wrote beside the file."""
+        about = json_of(self.path.with_name(METADATA))
+        return about if isinstance(about, dict) else {}
+
+    def load(self, keys: tuple[str, ...] = COLUMNS) -> None:
+        """Read several columns in one go; one that is missing is an error once it is asked for. EpisodeError where the
+        bytes make no sense."""
+        try:
+            self._load(keys)
+        except DAMAGE as error:
+            why = " ".join(str(error).split())[:200] or type(error).__name__
+            raise EpisodeError(f"corrupt {self.path.suffix[1:]}", f"{self.path.name}: {why}; {AGAIN}") from error
 
     def column(self, key: str, rows: int | None = None) -> np.ndarray:
         """rewards, terminations or truncations: (T,), of `rows` rows where given, never empty."""
@@ -120,37 +139,23 @@ class Episode:
     def _column(self, key: str) -> pa.Array:
         """A column of the file. EpisodeError where it is not there, or its bytes make no sense."""
         if key not in self.columns:
-            try:
-                self.columns[key] = self._read(key)
-            except EpisodeError:
-                raise
-            except DAMAGE as error:
-                why = " ".join(str(error).split())[:200] or type(error).__name__
-                raise EpisodeError(f"corrupt {self.path.suffix[1:]}", f"{self.path.name}: {why}; {AGAIN}") from error
+            self.load((key,))
+        if key not in self.columns:
+            raise EpisodeError("missing key", f"no '{key}' in {self.name}; {AGAIN}")
         return self.columns[key]
 
-    def _read(self, key: str) -> pa.Array:
+    def _load(self, keys: tuple[str, ...]) -> None:
         if self.path.suffix == ".parquet":
-            if key not in self.parquet.schema_arrow.names:
-                raise EpisodeError("missing key", f"no '{key}' in {self.name}; {AGAIN}")
-            column = self.parquet.read([key], use_threads=False).column(key)
+            # without buffering ahead nothing waits for another thread
+            with pa.OSFile(str(self.path)) as source, pa.parquet.ParquetFile(source, pre_buffer=False) as file:
+                table = file.read([key for key in keys if key in file.schema_arrow.names], use_threads=False)
         else:
-            with pa.memory_map(str(self.path)) as memory, pa.ipc.open_file(memory) as file:
-                if key not in file.schema.names:
-                    raise EpisodeError("missing key", f"no '{key}' in {self.name}; {AGAIN}")
-                table = file.read_all().select([key])
+            with pa.memory_map(str(self.path)) as source, pa.ipc.open_file(source) as file:
+                table = file.read_all().select([key for key in keys if key in file.schema.names])
                 table.validate(full=True)
-                column = table.column(key)
-        return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-
-    @cached_property
-    def parquet(self) -> pa.parquet.ParquetFile:
-        """Opened once: its footer costs as much as a column."""
-        return pa.parquet.ParquetFile(self.path)
-
-    def _attributes(self) -> dict[str, Any]:
-        about = json_of(self.path.with_name(METADATA))
-        return about if isinstance(about, dict) else {}
+        for key in table.column_names:
+            column = table.column(key)
+            self.columns[key] = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
 
 
 def _whole(values: pa.Array, name: str) -> pa.Array:

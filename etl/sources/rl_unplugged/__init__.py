@@ -17,14 +17,16 @@ Invariant: an episode holds successive timesteps, or is rejected; memory is that
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from etl.sources import EpisodeRef, _pictures
-from etl.sources._arrays import ArraySource, Column, Log, StoredEpisode, damage, in_stream
+from etl.sources._arrays import ArraySource, Column, Log, StoredEpisode, damage
 from etl.sources._recognition import MARK, Recognition, all_files_below, below, files_below
 from etl.sources._tfrecord import AGAIN, Records, Values, example
 from schemas.episode import EpisodeError
@@ -71,58 +73,76 @@ class RLUnplugged(ArraySource):
         return dict(sorted(named.items()))
 
     def open(self, place: str) -> Log:
-        path = Path(place)
+        """The log, open already where this thread read it last."""
+        path, held = Path(place), getattr(_thread, "log", None)
+        _thread.log = None
+        if held is not None and held.records.is_of(path):
+            return held
+        if held is not None:
+            held.records.file.close()
         records = Records(path)
         try:
-            first = next(iter(records), None)
-            if first is None:
-                raise EpisodeError("empty", f"no record in it; {AGAIN}")
-            names = set(example(first[1]))
+            return _log_of(records)
         except BaseException:
             records.file.close()
             raise
-        if names >= TRANSITION:
-            return _Transitions(records)
-        for kind, keys in ((_Atari, ATARI), (_Control, CONTROL)):
-            if keys <= names:
-                return kind(records)
-        records.file.close()
-        known = " or ".join(", ".join(sorted(keys)) for keys in (TRANSITION, ATARI, CONTROL))
-        raise EpisodeError("missing key", f"an example of {', '.join(sorted(names)[:8])}; expected {known}")
 
 
 SOURCE = RLUnplugged()
+_thread = threading.local()
 
 
-class _Episodes(Log):
-    """A file of an episode per record."""
+def _log_of(records: Records) -> Log:
+    """By the features of the first example."""
+    first = records.record(0)
+    if first is None:
+        raise EpisodeError("empty", f"no record in it; {AGAIN}")
+    names = set(example(first))
+    if names >= TRANSITION:
+        return _Transitions(records)
+    for kind, keys in ((_Atari, ATARI), (_Control, CONTROL)):
+        if keys <= names:
+            return kind(records)
+    known = " or ".join(", ".join(sorted(keys)) for keys in (TRANSITION, ATARI, CONTROL))
+    raise EpisodeError("missing key", f"an example of {', '.join(sorted(names)[:8])}; expected {known}")
 
-    keys: set[str] = set()
+
+class _File(Log):
+    """A log that its thread keeps open for the next shard, so that gzip is unpacked once for all of them."""
 
     def __init__(self, records: Records):
         self.records = records
 
-    def scan(self, start: int = 0) -> Iterator[tuple[int, StoredEpisode | EpisodeError]]:
-        """From a position on. A record that is damaged ends its file: where the next one begins is not known."""
-        position = 0
-        rows = iter(self.records)
-        while True:
+    def close(self) -> None:
+        _thread.log = self
+
+
+class _Episodes(_File):
+    """A file of an episode per record."""
+
+    keys: set[str] = set()
+
+    def scan(self) -> Iterator[tuple[int, StoredEpisode | EpisodeError]]:
+        """A record that is damaged ends its file: where the next one begins is not known."""
+        for position in count():
             try:
-                record = next(rows, None)
+                data = self.records.record(position)
             except EpisodeError as error:
                 yield position, error
                 return
-            if record is None:
+            if data is None:
                 return
-            if position >= start:
-                yield position, self._tried_record(record[1])
-            position += 1
+            yield position, self._tried_record(data)
 
     def read(self, refs: list[EpisodeRef]) -> Iterator[StoredEpisode | EpisodeError]:
-        return in_stream(self.scan, refs, f"record {{}} in it; {AGAIN}")
-
-    def close(self) -> None:
-        self.records.file.close()
+        for ref in refs:
+            try:
+                data = self.records.record(ref.position)
+                if data is None:
+                    raise EpisodeError("empty", f"no record {ref.position} in it; {AGAIN}")
+                yield self._tried_record(data)
+            except EpisodeError as error:
+                yield error
 
     def _tried_record(self, data: bytes) -> StoredEpisode | EpisodeError:
         try:
@@ -183,11 +203,11 @@ class _Control(_Episodes):
         return StoredEpisode(T, observation, _array(given["action"], rows, "action"), reward[after:], terminated, cut)
 
 
-class _Transitions(Log):
+class _Transitions(_File):
     """A file of an example per transition."""
 
     def __init__(self, records: Records):
-        self.records = records
+        super().__init__(records)
         places, episodes = [], []
         try:
             for at, data in records:
@@ -212,9 +232,6 @@ class _Transitions(Log):
         yield from super().scan()
         if self.broken is not None:  # what follows the damage is lost
             yield len(self.bounds), self.broken
-
-    def close(self) -> None:
-        self.records.file.close()
 
     def positions(self) -> Iterable[int]:
         return range(len(self.bounds))

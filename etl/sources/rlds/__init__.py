@@ -126,18 +126,16 @@ class _File(Log):
 
     def scan(self) -> Iterator[tuple[int, StoredEpisode | EpisodeError]]:
         """Numbers only, without checksums: pictures are neither copied nor decoded."""
-        position = 0
         names = self._names([leaf for leaf in self.observed if leaf.kind != "picture"])
-        places = self.records.places()
+        position = 0
         while True:
             try:
-                place = next(places, None)
-                if place is None:
-                    break
-                data = self.records.read(place[0], check=False)
+                data = self.records.record(position, check=False)
             except EpisodeError as error:
                 yield position, error
                 return
+            if data is None:
+                break
             yield position, self._tried_record(data, names, pictures=False)
             position += 1
         expected = self._expected()
@@ -146,15 +144,12 @@ class _File(Log):
 
     def read(self, refs: list[EpisodeRef]) -> Iterator[StoredEpisode | EpisodeError]:
         names = self._names(self.observed)
-        offsets: list[int] = []
-        places = self.records.places()
         for ref in refs:
             try:
-                while len(offsets) <= ref.position and (place := next(places, None)) is not None:
-                    offsets.append(place[0])
-                if len(offsets) <= ref.position:
+                data = self.records.record(ref.position)
+                if data is None:
                     raise EpisodeError("empty", f"no record {ref.position} in it; {AGAIN}")
-                yield self._tried_record(self.records.read(offsets[ref.position]), names, pictures=True)
+                yield self._tried_record(data, names, pictures=True)
             except EpisodeError as error:
                 yield error
 

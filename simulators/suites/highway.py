@@ -1,0 +1,47 @@
+"""highway-env: driving on highways, merges, roundabouts and crossings, and parking.
+
+    gymnasium.make -> {"observation": float32 (vehicles, 5 or 7)}: presence, place and speed of the nearest vehicles
+
+Actions are changes of lane and speed, one per second. Drivers of lanes and crossings are experts; tracks, parking and
+continuous steering are there to be played.
+
+Invariant: an episode is a function of its seed and the actions.
+"""
+
+from __future__ import annotations
+
+import re
+
+from simulators.experts import driving
+from simulators.suite import Suite
+
+OF_OURS = re.compile(
+    r"(highway|highway-fast|exit|intersection|intersection-multi-agent|lane-keeping|merge|merge-generic|parking"
+    r"|parking-ActionRepeat|parking-parked|racetrack|racetrack-large|racetrack-oval|roundabout|roundabout-generic"
+    r"|two-way|u-turn)-v\d+"
+)
+
+
+class Highway(Suite):
+    name = "highway"
+    module = "highway_env"
+    extra = "highway"
+    distributions = ("highway-env", "gymnasium")
+    renders = True
+    experts = {
+        "exit-v": driving.Lanes,
+        "highway-v": driving.Lanes,
+        "highway-fast-v": driving.Lanes,
+        "intersection-v": driving.Crossing,
+        "merge-v": driving.Lanes,
+        "merge-generic-v": driving.Lanes,
+        "roundabout-v": driving.Crossing,
+        "two-way-v": driving.Lanes,
+        "u-turn-v": driving.Crossing,
+    }
+
+    def owns(self, id: str) -> bool:
+        return OF_OURS.fullmatch(id) is not None
+
+
+SUITE = Highway()
