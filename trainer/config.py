@@ -179,6 +179,7 @@ def resume_critical(config: TrainConfig) -> dict[str, Any]:
         ("optimiser", "matrices", "adamw"), ("optimiser", "bins", "rows"), ("loss", "stride", 1),
         ("model", "values", False), ("model", "returns", False), ("loss", "squared", 100.0),
         ("loss", "discrete", 1.0), ("model", "shared_scales", ()),
+        ("model", "text_gates", False),
     )  # fmt: skip
     for part, name, default in later:
         if raw[part][name] == default:
@@ -225,6 +226,8 @@ def check(config: TrainConfig, world: int) -> None:
             f"--loss.stride {config.loss.stride}: wider than what a target is spread over; make --loss.soft-bins as "
             "large, or the stride 1"
         )
+    if config.model.text_gates and config.model.sequence != "timesteps":
+        raise ValueError("--model.text-gates: is for models that read timesteps; give --model.sequence timesteps")
     output = config.run.output
     for name in ("", "checkpoints", "export", "exports", "best", "tensorboard"):
         require_folder("run.output", output / name)

@@ -70,6 +70,7 @@ def test_every_recipe_survives_json_is_in_range_and_fits_its_configuration(name)
         ("optimiser", "beta_1", 1.5, 1),
         ("model", "dropout", 1.0, 1),
         ("model", "blocks", 0, 1),
+        ("model", "text_gates", True, 1),
         ("loss", "soft_bins", -3.0, 1),
         ("run", "log_every", 0, 1),
         ("data", "global_batch", 17, 1),

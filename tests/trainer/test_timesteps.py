@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from etl.tokenizers import continuous
 from eval.agents import AgentConfig, demonstration, make_agent
-from schemas.layout import ACTION, OBSERVATION, SEPARATOR, TEXT
+from schemas.layout import ACTION, OBSERVATION, PAD, SEPARATOR, TEXT
 from schemas.vocabulary import DISJOINT, bin_centres
 from shards.reader import Dataset
 from shards.stream import Stream, StreamConfig
@@ -88,12 +89,30 @@ def test_tasks_of_a_domain_that_is_one_body_share_a_scale_and_give_it_to_unseen_
     assert make_agent(model, info(()), maze.spec, AgentConfig()).spread.unique(dim=0).tolist() == [[1.0, 0.0]]
 
 
+def gate_patches(model, batch, tokens):
+    """In `tokens` (B, L, W), one patch after the other: what the texts of its timestep make of it."""
+    for place in batch.patch_index.tolist():
+        row, place = divmod(place, LENGTH)
+        begins = [at for at in range(LENGTH) if batch.positions[row, at] == 0 and batch.roles[row, at] != PAD]
+        first = max(at for at in begins if at <= place)
+        stop = min([at for at in begins if at > place], default=LENGTH)
+        texts = torch.zeros(model.config.width)
+        for at in range(first, stop):
+            if batch.roles[row, at] == TEXT:
+                index = batch.positions[row, at].long()
+                texts = texts + tokens[row, at] * model.scales.weight[index] + model.positions.weight[index]
+        scale, move = model.gates(texts).chunk(2)
+        tokens[row, place] += F.gelu(tokens[row, place] * scale + move)
+
+
 def plain(model, batch):
     """Hidden states of the targets, each sequence, timestep and target by itself."""
     found, tokens = [], model.tokens(batch.tokens.int())
     patches = model.patches(batch.patches, batch.patch_positions)
     for n, place in enumerate(batch.patch_index.tolist()):
         tokens[place // LENGTH, place % LENGTH] = patches[n]
+    if model.config.text_gates:
+        gate_patches(model, batch, tokens)
     for row in range(len(tokens)):
         begins = torch.nonzero(batch.positions[row] == 0).flatten().tolist()
         elements = []
@@ -130,6 +149,50 @@ def test_hidden_states_are_those_of_the_plain_form(stream, model):
         batch = stream.batch(first, 8).to("cpu")
         assert batch.packed or first
         torch.testing.assert_close(select(model, batch)[0], plain(model, batch), atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture
+def missions(tmp_path):
+    """Pictures with a text and with none, and a model whose texts gate them."""
+    tasks = [Task("mission", (9, 30), text=4, patches=(2, 2), action=1, observation=0),
+             Task("game", (9, 30), patches=(2, 2), action=1), Task("body", (30,))]  # fmt: skip
+    folder = make(tmp_path / "made", tasks)
+    config = StreamConfig(sequence_length=LENGTH, mixture_block=8, prompt_probability=0.0, text_loss=False)
+    stream = Stream([folder], config, seed=0)
+    model = Gato(replace(SMALL, text_gates=True), DISJOINT).initialise(0).eval()
+    model.standardise(observation_scales(stream, 64))
+    return folder, stream, model
+
+
+@torch.no_grad()
+def test_texts_gate_the_patches_of_their_own_timestep(missions):
+    _, stream, model = missions
+    batch = stream.batch(0, 8).to("cpu")
+    assert len(set(batch.tasks.tolist())) == 3
+    hidden = select(model, batch)[0]
+    torch.testing.assert_close(hidden, plain(model, batch), atol=1e-5, rtol=1e-4)
+    model.gates[1].weight.zero_()
+    assert (select(model, batch)[0] - hidden).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_an_agent_gates_patches_as_training_does(missions):
+    folder, stream, model = missions
+    dataset = Dataset(folder)
+    spec = dataset.manifest.tasks[0].spec
+    info = replace(exported(dataset, stream)[1], model=model.config, tasks=(spec,))
+    agent = make_agent(model, info, spec, AgentConfig(), text=object())  # only whether there is one is asked
+    agent.asked = None
+    batch = stream.batch(0, 8).to("cpu")
+    row = batch.tasks.tolist().index(stream.tasks.index(spec.name))
+    first = int(torch.nonzero(batch.positions[row] == 0)[0])
+    columns = slice(first, first + agent.layout.length - agent.layout.action)
+    inside = [columns.start <= place - row * LENGTH < columns.stop for place in batch.patch_index.tolist()]
+    pixels = batch.patches[torch.tensor(inside)].numpy().reshape(1, *agent.layout.patch_shape)
+    batch.patch_positions[torch.tensor(inside)] = agent.patch_centres.to(batch.patch_positions.dtype)
+    elements = model.embed(replace(batch, returns=torch.zeros_like(batch.returns)))
+    seen = agent._elements(batch.tokens[row, columns].long()[None], pixels)[0]
+    torch.testing.assert_close(seen, elements[row, columns].sum(dim=0), atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()

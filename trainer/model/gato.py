@@ -65,14 +65,15 @@ class Gato(nn.Module):
             self.register_buffer("values", values, persistent=False)
             self.spreads: Tensor
             self.register_buffer("spreads", torch.zeros(0), persistent=False)
+        if config.text_gates:
+            # from what a timestep's text is to how its patches are scaled and moved
+            self.gates = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, 2 * config.width))
         if config.values:
             # a direction and an offset for each place of a timestep
             self.outputs = nn.Embedding(config.local_positions, config.width + 1)
         if config.returns:
             self.asked = nn.Embedding(1, config.width)
         self.patches = PatchEmbedding(config)
-        if config.text_gates:
-            self.gates = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, 2 * config.width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(config.width)
 
@@ -87,7 +88,7 @@ class Gato(nn.Module):
         generator = torch.Generator(self.tokens.weight.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
-                nn.init.constant_(parameter, float(("norm" in name or "gates.0" in name) and name.endswith("weight")))
+                nn.init.constant_(parameter, float(name.endswith("weight")))
             elif name == "scales.weight":
                 parameter.data.normal_(0.0, 1.0, generator=generator)
             elif name == "outputs.weight":

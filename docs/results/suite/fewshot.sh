@@ -22,7 +22,7 @@ if [ "${1:-}" = train ]; then
     # shellcheck disable=SC2086
     exec deepspeed --num_gpus 1 --master_port "$PORT" trainer/main.py --recipe tiny --data.root "$SHARDS" --run.output "$RUN" \
         --data.stream.excluded-tasks $TASKS --data.stream.prompt-probability 0.25 --data.stream.no-prompt-loss \
-        --model.shared-scales metaworld --run.evaluate-sequences 2 --data.stream.sequence-length 528 \
+        --model.shared-scales metaworld --model.text-gates --run.evaluate-sequences 2 --data.stream.sequence-length 528 \
         --data.global-batch 192 --data.micro-batch 48 \
         --data.stream.domains metaworld 10 minigrid 10 mujoco 10 atari 6 robotics 4 classic 1 box2d 1 ${TRAIN:-}
 fi
