@@ -24,6 +24,7 @@ from shards.folder import Folder, digest_of
 
 BLOCK = 512
 PIECE = 2**18
+SMALL = 2**14  # bytes: members below it are gathered, so that few calls write many
 AHEAD = 2**23
 
 
@@ -86,7 +87,7 @@ class ShardWriter:
         size = len(head) + len(body)
         start = self.offset + BLOCK
         header, padding = tar_header(name, size) + head, bytes(-size % BLOCK)
-        if size < PIECE:
+        if size < SMALL:
             self._write(b"".join((header, body, padding)))
             return start
         self._write(header)

@@ -34,11 +34,12 @@ class Gunzip:
 
     def read(self, count: int = -1, /) -> bytes:
         """Up to `count` bytes, fewer only at the end; without a count up to one step."""
-        count = count if count >= 0 else PIECE
-        out = bytearray()
-        while len(out) < count and (piece := self._piece(count - len(out))):
-            out += piece
-        return bytes(out)
+        left = count if count >= 0 else PIECE
+        pieces = []
+        while left and (piece := self._piece(left)):
+            pieces.append(piece)
+            left -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def readinto(self, view: memoryview) -> int:
         """Some bytes into the front of `view`; 0 at the end."""

@@ -45,11 +45,12 @@ class Range:
         """values: (T, ...) numbers. EpisodeError where they are none, or the dimensions differ from those before."""
         if values.dtype.kind not in "fiub":
             raise EpisodeError("wrong dtype", f"'{name}' is {values.dtype}, expected numbers; {AGAIN}")
-        flat = values.reshape(len(values), -1).astype(np.float64)
-        if len(self.low) not in (0, flat.shape[1]):
-            raise EpisodeError("wrong shape", f"'{name}' has {flat.shape[1]} values, {len(self.low)} before; {AGAIN}")
+        # (D, T): numpy is six times slower along short rows
+        flat = np.ascontiguousarray(values.reshape(len(values), -1).T, np.float64)
+        if len(self.low) not in (0, len(flat)):
+            raise EpisodeError("wrong shape", f"'{name}' has {len(flat)} values, {len(self.low)} before; {AGAIN}")
         if not len(self.low):
-            self.low, self.high = np.full(flat.shape[1], np.inf), np.full(flat.shape[1], -np.inf)
+            self.low, self.high = np.full(len(flat), np.inf), np.full(len(flat), -np.inf)
         self.integer &= values.dtype.kind in "iub"
         finite = np.isfinite(flat)
         if not finite.all():
@@ -57,8 +58,8 @@ class Range:
             flat = flat[finite]
         else:
             low = high = flat
-        self.low = np.minimum(self.low, low.min(axis=0, initial=np.inf))
-        self.high = np.maximum(self.high, high.max(axis=0, initial=-np.inf))
+        self.low = np.minimum(self.low, low.min(axis=1, initial=np.inf))
+        self.high = np.maximum(self.high, high.max(axis=1, initial=-np.inf))
         self.values += flat.size
         self.beyond += int(np.count_nonzero(np.abs(flat) > _ranges.ROUNDING))
         self.whole = self.whole and bool((flat == np.rint(flat)).all())

@@ -207,7 +207,7 @@ def _fields(data: bytes, start: int, stop: int) -> Iterator[tuple[int, int | tup
     """(number, value) of each field of a message: an integer, or the (start, stop) of bytes."""
     at = start
     while at < stop:
-        tag, at = _varint(data, at, stop)
+        tag, at = (data[at], at + 1) if data[at] < 128 else _varint(data, at, stop)
         wire = tag & 7
         if wire == 0:
             value, at = _varint(data, at, stop)

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from etl import sources
 from etl.sources import Rejection
+from etl.sources._gzip import Gunzip
 from etl.sources._tfrecord import frame
 from tests.etl.logkit import build_here, episodes_of, reversed_scan, same, scans_of
 from tests.etl.tfexample import written
@@ -171,3 +173,44 @@ def test_damage_ends_a_file_and_not_the_others(tmp_path):
     scan, found = episodes_of("rl_unplugged", tmp_path / "a")
     assert [line.reason for line in scan.rejected] == ["corrupt gzip"] and len(found) in (2, 3)
     assert found[-1].cut and found[1].timesteps == len(kept[1]["action"])
+
+
+@pytest.mark.parametrize(("kind", "times"), [("episodes", 1.5), ("transitions", 2.5)])
+def test_a_thread_unpacks_a_file_once_for_all_its_shards(tmp_path, monkeypatch, kind, times):
+    """Transitions twice: once to find those of an episode."""
+    path = tmp_path / "Pong" / "run_1-00000-of-00001"
+    numbers = range(6)
+    if kind == "episodes":
+        store(path, [control(n, 40)[1] for n in numbers])
+    else:
+        store(path, [row for n in numbers for row in transitions(game(n, 4, True), n)])
+    scan, whole = episodes_of("rl_unplugged", tmp_path)
+    source, size, unpacked, piece = (
+        sources.load("rl_unplugged"),
+        len(gzip.decompress(path.read_bytes())),
+        0,
+        Gunzip._piece,
+    )
+
+    def counted(file, most):
+        nonlocal unpacked
+        found = piece(file, most)
+        unpacked += len(found)
+        return found
+
+    def read(refs):
+        return list(source.read(scan.task, refs))
+
+    monkeypatch.setattr(Gunzip, "_piece", counted)
+    with ThreadPoolExecutor(1) as thread:  # the scan was this one's
+        shards = [thread.submit(read, [ref]).result()[0] for ref in scan.episodes]
+        assert size <= unpacked <= times * size
+        for ref in [*scan.episodes, *scan.episodes[::-1]]:
+            shards += thread.submit(read, [ref]).result()
+        for found, expected in zip(shards, [*whole, *whole, *whole[::-1]], strict=True):
+            assert np.array_equal(found.action, expected.action) and np.array_equal(found.reward, expected.reward)
+            assert all(np.array_equal(found.observation[key], expected.observation[key]) for key in found.observation)
+        store(path, [control(9, 40)[1]])  # another file by that name
+        if kind == "episodes":
+            (found,) = thread.submit(read, scan.episodes[:1]).result()
+            assert np.array_equal(found.action, np.float32(control(9, 40)[0]["action"][:-1]))
