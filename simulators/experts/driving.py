@@ -8,7 +8,7 @@ Invariant: an action is a function of the simulator's state, so that it may be p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -123,8 +123,13 @@ class Crossing:
         here, lane = vehicle.lane_index[:2], vehicle.lane_index[2]
         ways = [roads[start][end] for start, end, _ in getattr(vehicle, "route", None) or [] if (start, end) != here]
         lanes = [vehicle.lane, *(way[min(lane, len(way) - 1)] for way in ways)]
-        places = np.array([lanes[0].position(x, 0.0) for x in along])
-        for lane, following in zip(lanes, lanes[1:]):
-            along = along - lane.length
-            places[along > 0] = [following.position(x, 0.0) for x in along if x > 0]
-        return places
+        return np.array([_along(lanes, float(x)) for x in along])
+
+
+def _along(lanes: Sequence[Any], distance: float) -> np.ndarray:
+    """The place at a distance from the beginning of the first of several lanes that follow each other, metres (2,)."""
+    for lane in lanes[:-1]:
+        if distance <= lane.length:
+            return lane.position(distance, 0.0)
+        distance -= lane.length
+    return lanes[-1].position(distance, 0.0)

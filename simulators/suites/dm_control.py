@@ -1,6 +1,6 @@
 """The DeepMind Control Suite (arXiv 1801.00690), to be played, and as the environments of others' logs.
 
-    'dm_control/cheetah-run-v0' -> dm_control's suite -> observations {key: float32 (D,)}, keys as in RL Unplugged's logs
+    'dm_control/cheetah-run-v0' -> dm_control's suite -> observations {key: float32 (D,)}, as in RL Unplugged's logs
 
 A reward lies in [0, 1] and an episode has 1,000 timesteps, so that a return of 1,000 is the most there is. No expert is
 shipped.

@@ -40,12 +40,13 @@ TIME_LIMITS = {
     "pointmaze": 1000,
     "antmaze": 1000,
     "humanoidmaze": 2000,
+    "humanoidmaze-giant": 4000,
     "antsoccer": 1000,
 }
 OF_OURS = re.compile(
-    r"(?:visual-)?(?:(cube-(?:single|double|triple|quadruple|octuple)|scene|puzzle-(?:3x3|4x[456]))"
-    r"|(pointmaze|antmaze|humanoidmaze)-(?:medium|large|giant|teleport)|(antsoccer)-(?:arena|medium))"
-    r"(?:-singletask(?:-task[1-5])?)?-v\d+"
+    r"(visual-)?(cube-(single|double|triple|quadruple|octuple)|scene|puzzle-(3x3|4x[456])"
+    r"|(pointmaze|antmaze|humanoidmaze)-(medium|large|giant|teleport)|antsoccer-(arena|medium))"
+    r"(-singletask(-task[1-5])?)?-v\d+"
 )
 ONE_TASK = re.compile(r"-task[1-5]-v\d+$")
 
@@ -70,8 +71,9 @@ class OGBench(MuJoCo):
         return tuple(id for id in super().tasks() if ONE_TASK.search(id))
 
     def time_limit(self, id: str) -> int | None:
-        found = OF_OURS.fullmatch(id)
-        return TIME_LIMITS[next(filter(None, found.groups()))] if found else None
+        if not self.owns(id):
+            return None
+        return TIME_LIMITS[max((kind for kind in TIME_LIMITS if kind in id), key=len)]
 
     def action_range(self, id: str) -> tuple[float, float] | None:
         return (-1.0, 1.0) if self.owns(id) else None
