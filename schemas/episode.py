@@ -88,8 +88,12 @@ class RawEpisode:
         if action.kind == "continuous":
             _check_values("action", self.action, (T, action.size), "f")
             low, high = np.array(action.low), np.array(action.high)
-            distance = np.abs(self.action - (high + low) / 2)
-            if (distance > ACTION_REACH * (high - low) / 2).any():
+            middle, reach = (high + low) / 2, ACTION_REACH * (high - low) / 2
+            lowest, highest = self.action.min(initial=np.inf), self.action.max(initial=-np.inf)
+            if lowest >= (middle - reach).max() and highest <= (middle + reach).min():
+                return
+            distance = np.abs(self.action - middle)
+            if (distance > reach).any():
                 d = int((distance / (high - low)).max(axis=0).argmax())
                 raise EpisodeError(
                     "out of range",

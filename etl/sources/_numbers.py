@@ -13,6 +13,8 @@ from schemas.episode import EpisodeError
 
 def as_float32(values: np.ndarray, copy: bool = True) -> np.ndarray:
     """Numbers as float32. Without `copy`, an array that is float32 already may be a view of what it was read into."""
+    if values.dtype == np.float32:
+        return values.copy() if copy else values
     with np.errstate(over="ignore", invalid="ignore"):
         return values.astype(np.float32, copy=copy)
 

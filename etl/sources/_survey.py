@@ -52,16 +52,16 @@ class Range:
         if not len(self.low):
             self.low, self.high = np.full(len(flat), np.inf), np.full(len(flat), -np.inf)
         self.integer &= values.dtype.kind in "iub"
-        finite = np.isfinite(flat)
-        if not finite.all():
-            low, high = np.where(finite, flat, np.inf), np.where(finite, flat, -np.inf)
+        low, high = flat.min(axis=1, initial=np.inf), flat.max(axis=1, initial=-np.inf)
+        if not np.isfinite([low, high]).all():
+            finite = np.isfinite(flat)
+            low = np.where(finite, flat, np.inf).min(axis=1, initial=np.inf)
+            high = np.where(finite, flat, -np.inf).max(axis=1, initial=-np.inf)
             flat = flat[finite]
-        else:
-            low = high = flat
-        self.low = np.minimum(self.low, low.min(axis=1, initial=np.inf))
-        self.high = np.maximum(self.high, high.max(axis=1, initial=-np.inf))
+        self.low, self.high = np.minimum(self.low, low), np.maximum(self.high, high)
         self.values += flat.size
-        self.beyond += int(np.count_nonzero(np.abs(flat) > _ranges.ROUNDING))
+        if (low < -_ranges.ROUNDING).any() or (high > _ranges.ROUNDING).any():
+            self.beyond += int(np.count_nonzero(np.abs(flat) > _ranges.ROUNDING))
         self.whole = self.whole and bool((flat == np.rint(flat)).all())
 
     @property

@@ -11,8 +11,10 @@ allocated that the file's own bytes do not fill.
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections.abc import Container, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,10 @@ RECORD_BYTES = 2**31  # protobuf's own limit
 HEADER, FOOTER = 12, 4
 MASK_DELTA = 0xA282EAD8
 VARINT_BYTES = 10
+OUTLINE_BYTES = 2**14  # beside the packed values, of a record whose outline is kept
+PACKED = (2, 3)  # lists of floats and of integers
 Values = np.ndarray | list[bytes]
+Outline = list[tuple[str, int, list[int | tuple[int, int]]]]
 
 
 class Records:
@@ -154,13 +159,43 @@ def example(data: bytes, wanted: Container[str] | None = None) -> dict[str, Valu
     """The features of a tf.train.Example: float32 (N,), int64 (N,) or a list of bytes each; an unset one is an empty
     list. `wanted`: only these names. EpisodeError ('corrupt Example') for bytes that are none."""
     found: dict[str, Values] = {}
+    for name, kind, spans in outline(data) if wanted is None else parsed(data, wanted):
+        found[name] = _values(data, kind, spans)
+    return found
+
+
+_outlines = threading.local()
+
+
+def outline(data: bytes) -> Outline:
+    """`parsed`, or the outline of the record before it where this one differs in packed values alone."""
+    held = getattr(_outlines, "last", None)
+    if held is not None and len(data) == held[0] and _between(data, held[1]) == held[2]:
+        return held[3]
+    found = parsed(data)
+    packed = sorted(span for _, kind, spans in found if kind in PACKED for span in spans if isinstance(span, tuple))
+    if len(data) - sum(stop - start for start, stop in packed) <= OUTLINE_BYTES:
+        _outlines.last = len(data), packed, _between(data, packed), found
+    return found
+
+
+def _between(data: bytes, spans: list[tuple[int, int]]) -> bytes:
+    """All bytes but those of the spans, which are ascending and apart."""
+    edges = [0, *chain(*spans), len(data)]
+    return b"".join([data[start:stop] for start, stop in zip(edges[::2], edges[1::2])])
+
+
+def parsed(data: bytes, wanted: Container[str] | None = None) -> Outline:
+    """Each wanted feature of a record: its name, the kind of its list, and where the values lie. It reads no packed
+    value, so records that differ in those alone have one outline."""
+    found: Outline = []
     for number, features in _fields(data, 0, len(data)):
         if number == 1:
             for tag, entry in _fields(data, *_span(features)):
                 if tag == 1:
                     name, feature = _entry(data, *_span(entry))
                     if wanted is None or name in wanted:
-                        found[name] = [] if feature is None else _values(data, *feature)
+                        found.append((name, *_lists(data, *(feature or (0, 0)))))
     return found
 
 
@@ -177,19 +212,21 @@ def _entry(data: bytes, start: int, stop: int) -> tuple[str, tuple[int, int] | N
     return name, feature
 
 
-def _values(data: bytes, start: int, stop: int) -> Values:
+def _lists(data: bytes, start: int, stop: int) -> tuple[int, list[int | tuple[int, int]]]:
     """A Feature: bytes_list 1, float_list 2, int64_list 3; each holds `value` 1, packed or one by one."""
     kind, found = 0, (0, 0)
     for number, value in _fields(data, start, stop):
         if number in (1, 2, 3):
             kind, found = number, _span(value)
-    if kind in (0, 1):
-        return [data[slice(*_span(value))] for number, value in _fields(data, *found) if number == 1]
+    return kind, [value for number, value in _fields(data, *found) if number == 1]
+
+
+def _values(data: bytes, kind: int, values: list[int | tuple[int, int]]) -> Values:
+    if kind not in PACKED:
+        return [data[slice(*_span(value))] for value in values]
     dtype: type = np.float32 if kind == 2 else np.int64
     parts: list[np.ndarray] = []
-    for number, value in _fields(data, *found):
-        if number != 1:
-            continue
+    for value in values:
         if isinstance(value, tuple):
             first, last = value
             if kind == 2 and (last - first) % 4:

@@ -5,7 +5,7 @@ import gzip
 import numpy as np
 import pytest
 
-from etl.sources._tfrecord import Records, example, frame, is_tfrecord, masked_crc32c
+from etl.sources._tfrecord import Records, example, frame, is_tfrecord, masked_crc32c, outline, parsed
 from schemas.episode import EpisodeError
 from tests.etl.tfexample import Example, written
 
@@ -40,6 +40,26 @@ def test_lists_that_are_not_packed_and_features_without_a_kind():
         2.0,
     ]
     assert example(delimited(1, delimited(1, integers)))["f"].tolist() == [5, 300]
+
+
+def test_the_outline_of_the_record_before_is_that_of_this_one():
+    """Any byte changed, in packed values or beside them, after a record whose outline is kept."""
+    good = written(a=[1.5, -2.0] * 20, b=INTEGERS, c=[b"xy"], d=[7], e=[])
+    same = 0
+    for at in range(len(good)):
+        for change in (0x01, 0x80, 0xFF):
+            bad = good[:at] + bytes([good[at] ^ change]) + good[at + 1 :]
+            kept = outline(good)
+            try:
+                wanted = parsed(bad)
+            except EpisodeError:
+                with pytest.raises(EpisodeError, match="no tf.train.Example"):
+                    outline(bad)
+            else:
+                found = outline(bad)
+                assert found == wanted
+                same += found is kept
+    assert 100 < same / 3 < len(good) - 40
 
 
 def delimited(number, data):
