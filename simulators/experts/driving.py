@@ -94,7 +94,7 @@ class Crossing:
     algorithm = "scripted"
     TIMES = np.arange(0.2, 2.5, 0.2)  # seconds
     REACTION = 0.6  # seconds in which most of a change of speed happens
-    NEAR = 5.5  # metres between centres
+    LENGTH, WIDTH = 7.0, 2.8  # metres along and across the way within which two centres are too near
 
     def __init__(self, env: gymnasium.Env):
         self.raw: Any = env.unwrapped
@@ -105,31 +105,39 @@ class Crossing:
     def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
         """-> action, int64 ()."""
         vehicle, names = self.raw.vehicle, self.raw.action_type.actions_indexes
-        others = [self._places(other, other.speed) for other in self.raw.road.vehicles if other is not vehicle]
+        others = [self._ways(other, other.speed)[0] for other in self.raw.road.vehicles if other is not vehicle]
         now = int(vehicle.speed_to_index(vehicle.speed))
         wanted = {"FASTER": now + 1, "IDLE": int(vehicle.speed_index), "SLOWER": now - 1}
         indexes = {name: int(np.clip(index, 0, len(vehicle.target_speeds) - 1)) for name, index in wanted.items()}
         for name in sorted(indexes, key=lambda name: (-indexes[name], name != "IDLE")):
-            places = self._places(vehicle, float(vehicle.target_speeds[indexes[name]]))
-            if all(np.linalg.norm(places - other, axis=1).min() > self.NEAR for other in others):
+            places, headings = self._ways(vehicle, float(vehicle.target_speeds[indexes[name]]))
+            ahead = np.stack([np.cos(headings), np.sin(headings)], -1)
+            if not any(self._meets(other - places, ahead) for other in others):
                 return np.array(names[name])
         return np.array(names["SLOWER"])
 
-    def _places(self, vehicle: Any, speed: float) -> np.ndarray:
-        """Where a vehicle on its route will be at TIMES when it goes over to `speed`, metres (T, 2)."""
+    def _meets(self, away: np.ndarray, ahead: np.ndarray) -> bool:
+        """Whether another vehicle is ever too near; `away`: where it is, metres (T, 2), `ahead`: unit vectors (T, 2)."""
+        along = (away * ahead).sum(axis=1)
+        across = away[:, 1] * ahead[:, 0] - away[:, 0] * ahead[:, 1]
+        return bool(((np.abs(along) < self.LENGTH) & (np.abs(across) < self.WIDTH)).any())
+
+    def _ways(self, vehicle: Any, speed: float) -> tuple[np.ndarray, np.ndarray]:
+        """Places (T, 2), metres, and headings (T,) of a vehicle on its route at TIMES, when it goes over to `speed`."""
         gained = (vehicle.speed - speed) * self.REACTION * (1 - np.exp(-self.TIMES / self.REACTION))
         along = vehicle.lane.local_coordinates(vehicle.position)[0] + speed * self.TIMES + gained
         roads = vehicle.road.network.graph
         here, lane = vehicle.lane_index[:2], vehicle.lane_index[2]
         ways = [roads[start][end] for start, end, _ in getattr(vehicle, "route", None) or [] if (start, end) != here]
         lanes = [vehicle.lane, *(way[min(lane, len(way) - 1)] for way in ways)]
-        return np.array([_along(lanes, float(x)) for x in along])
+        places, headings = zip(*(_along(lanes, float(x)) for x in along))
+        return np.array(places), np.array(headings)
 
 
-def _along(lanes: Sequence[Any], distance: float) -> np.ndarray:
-    """The place at a distance from the beginning of the first of several lanes that follow each other, metres (2,)."""
+def _along(lanes: Sequence[Any], distance: float) -> tuple[np.ndarray, float]:
+    """Place (2,) and heading at a distance from the beginning of the first of several lanes that follow each other."""
     for lane in lanes[:-1]:
         if distance <= lane.length:
-            return lane.position(distance, 0.0)
+            return lane.position(distance, 0.0), lane.heading_at(distance)
         distance -= lane.length
-    return lanes[-1].position(distance, 0.0)
+    return lanes[-1].position(distance, 0.0), lanes[-1].heading_at(distance)

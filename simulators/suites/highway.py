@@ -35,9 +35,7 @@ class Highway(Suite):
         "intersection-v": driving.Crossing,
         "merge-v": driving.Lanes,
         "merge-generic-v": driving.Lanes,
-        "roundabout-v": driving.Crossing,
         "two-way-v": driving.Lanes,
-        "u-turn-v": driving.Crossing,
     }
 
     def owns(self, id: str) -> bool:

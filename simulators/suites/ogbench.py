@@ -55,7 +55,7 @@ class OGBench(MuJoCo):
     name = "ogbench"
     module = "ogbench"
     extra = "ogbench"
-    distributions = ("ogbench", "mujoco", "gymnasium")
+    distributions = ("ogbench", "mujoco")
     experts = {
         "cube-": partial(manipulation.Arm, plan=manipulation.stack_cubes),
         "pointmaze-": manipulation.Maze,

@@ -9,7 +9,6 @@ import pytest
 
 import simulators
 from shards.reader import Dataset
-from simulators import SimulatorError
 from simulators.experts import PolicyError, policies
 from simulators.rollout import rollout
 from tests.conftest import run
@@ -52,14 +51,12 @@ def test_an_episode_is_cut_after_a_thousand_timesteps():
     assert all(0.0 <= step.reward <= 1.0 for step in steps)
 
 
-def test_what_has_no_expert_or_no_bounds_says_so():
+def test_it_has_no_expert_and_says_so():
     env = simulators.make(simulators.environment_spec("dm_control/cartpole-swingup-v0"))
     with pytest.raises(PolicyError, match="no expert of dm_control/cartpole-swingup-v0"):
         policies.load("expert", env)
     assert simulators.suite_named("dm_control").tasks() == ()
-    endless = simulators.make(simulators.environment_spec("dm_control/lqr-lqr_2_1-v0"))
-    with pytest.raises(SimulatorError, match="span"):
-        simulators.action_spec(endless)
+    assert simulators.suite_of_id("dm_control/lqr-lqr_2_1-v0").time_limit("dm_control/lqr-lqr_2_1-v0") is None
 
 
 @pytest.mark.process
