@@ -11,9 +11,10 @@ Invariant: the recorded arrays are a function of the arguments alone.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,14 +27,16 @@ import simulators
 from etl import sources
 from schemas.episode import EnvironmentSpec
 from schemas.files import disk_fault, require_folder
+from schemas.ranges import require
 from schemas.terminal import command, status_of
 from simulators import plugins
 from simulators.experts import policies
-from simulators.policy import NoisyPolicy
+from simulators.policy import NoisyPolicy, Policy
 from simulators.rollout import Step, rollout
 
 DEFAULT = "Hopper-v4"
 DEFAULT_STEPS = 20_000
+CLIPPED = 0.01  # share of a policy's action values beyond their range that is worth a word
 
 
 @dataclass(frozen=True)
@@ -73,14 +76,13 @@ class Options:
     """Replace a log that is already there."""
 
 
-def play(options: Options, env: Any, policy: Any) -> Iterator[Step]:
+def play(options: Options, env: Any, policy: Policy) -> Iterator[Step]:
     """Timesteps without end, episode after episode; a function of the options. Raises what the simulator raises."""
     suite = env.get_wrapper_attr("suite")
-    noisy = NoisyPolicy(policy, simulators.action_spec(env), options.noise)
     rng = np.random.default_rng(options.seed)
     for episode in range(sys.maxsize):
         seed = options.seed * 1_000_003 + episode
-        for step in rollout(noisy, [env], [seed], rng, before=lambda row, env: suite.state(env)):
+        for step in rollout(policy, [env], [seed], rng, before=lambda row, env: suite.state(env)):
             if step.error is not None:
                 problem = f"{type(step.error).__name__}: {step.error}"
                 raise simulators.SimulatorError(
@@ -98,20 +100,35 @@ class Recorded:
     returns: list[float]
     cut: bool
     """Its end cut the last episode."""
+    clipped: float = 0.0
+    """Share of the policy's action values that lay beyond the action space."""
 
     def __str__(self) -> str:
         mean = f"{np.mean(self.returns):.1f} ± {np.std(self.returns):.1f}" if self.returns else "-"
         cut = ", the last one cut by the log's end" if self.cut else ""
-        return f"{self.timesteps} timesteps, {len(self.returns)} whole episodes{cut}, return {mean} (unclipped)"
+        line = f"{self.timesteps} timesteps, {len(self.returns)} whole episodes{cut}, return {mean} (unclipped)"
+        if self.clipped > CLIPPED:
+            line += f"; {self.clipped:.0%} of the policy's action values lay beyond the action space and were clipped"
+        return line
+
+
+def check(options: Options) -> None:
+    """ValueError names the first option whose value makes no sense."""
+    for name, value, least, most in (
+        ("steps", options.steps, 1, 2**40), ("episodes", options.episodes, 1, 2**40),
+        ("noise", options.noise, 0, 1e6), ("temperature", options.temperature, 1e-9, 1e6),
+        ("seed", options.seed, 0, 2**40), ("run", options.run, 0, 2**40), ("workers", options.workers, 1, 4096),
+    ):  # fmt: skip
+        if value is not None:
+            require(name, value, least, most)
+    if options.level is not None and not re.fullmatch(r"[^/\\\0]+", options.level):
+        raise ValueError(f"--level {options.level!r}: it is a part of a file name; give a word such as medium")
 
 
 def record(options: Options, console: Console, parent: Path | None = None) -> Recorded:
     """Play and write the log, into `options.output` or the format's own folder (of its name within `parent`).
     SimulatorError or PolicyError say what does not fit."""
-    if (options.steps is not None and options.steps < 1) or options.noise < 0 or not options.temperature > 0:
-        raise ValueError("--steps must be at least 1, --noise not negative and --temperature positive")
-    if options.episodes is not None and options.episodes < 1:
-        raise ValueError("--episodes must be at least 1")
+    check(options)
     if options.output is not None:
         require_folder("output", options.output)
     plugins.load(options.imports)
@@ -119,6 +136,8 @@ def record(options: Options, console: Console, parent: Path | None = None) -> Re
     env = simulators.make(spec)
     try:
         policy = policies.load(options.policy, env, options.noise, options.temperature)
+        if simulators.action_spec(env).kind == "discrete":
+            require("noise", options.noise, 0, 1)  # a probability
         writer = _writer(env)
     finally:
         env.close()
@@ -133,7 +152,8 @@ def record(options: Options, console: Console, parent: Path | None = None) -> Re
     try:
         env = simulators.make(spec, inner=log.wrap)
         policy = policies.load(options.policy, env, options.noise, options.temperature)
-        done = _write(options, env, policy, log, console, path)
+        noisy = NoisyPolicy(policy, simulators.action_spec(env), options.noise)
+        done = replace(_write(options, env, noisy, log, console, path), clipped=noisy.clipped_share)
         log.close()
     finally:
         env.close()
@@ -187,6 +207,7 @@ def main() -> int:
     options = tyro.cli(Options, prog="python -m etl.record")
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
     try:
+        check(options)
         if options.suite is None:
             record(options, console)
         elif options.environment is not None:

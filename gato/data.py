@@ -100,6 +100,8 @@ def build(
     from shards.folder import Folder
     from simulators import plugins
 
+    if isinstance(options.get("imports"), str):
+        options["imports"] = (options["imports"],)
     plugins.load(options.get("imports", ()))
     console = Console(stderr=True, quiet=not progress)
     cache = Path(options.get("cache", command.Options.cache))

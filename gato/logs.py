@@ -196,7 +196,7 @@ def _checked(number: int, episode: Episode, observation_space: gymnasium.Space, 
         actions=_columns(f"{where}: actions", episode.actions, action_space, T),
         rewards=list(rewards),
         terminations=[False] * (T - 1) + [bool(episode.terminated)],
-        truncations=[False] * (T - 1) + [bool(episode.truncated) or not episode.terminated],
+        truncations=[False] * (T - 1) + [bool(episode.truncated)],
     )
 
 

@@ -149,6 +149,12 @@ class NoisyPolicy:
 
     def __init__(self, policy: Policy, action: ActionSpec, noise: float):
         self.policy, self.spec, self.noise = policy, action, noise
+        self._values = self._beyond = 0
+
+    @property
+    def clipped_share(self) -> float:
+        """Share of the other policy's continuous action values that lay beyond their range."""
+        return self._beyond / max(1, self._values)
 
     def reset(self, batch: int) -> None:
         self.policy.reset(batch)
@@ -163,6 +169,8 @@ class NoisyPolicy:
         actions = np.asarray(self.policy.act(observations, previous_reward, active, rng))
         if self.spec.kind == "continuous":
             actions = actions.reshape(len(active), self.spec.size)
+            self._values += actions.size
+            self._beyond += int((~np.isclose(actions, np.clip(actions, self.spec.low, self.spec.high))).sum())
             noise = rng.normal(0.0, self.noise, actions.shape) if self.noise else 0.0
             return np.clip(actions + noise, self.spec.low, self.spec.high).astype(np.float32)
         if self.noise and rng.random() < self.noise:

@@ -20,15 +20,18 @@ from pydantic import TypeAdapter, ValidationError
 
 from etl.building.filters import DUPLICATE
 from etl.sources import Rejection, TaskScan
+from etl.tokenizers.continuous import compand
 from schemas.dataset import TaskSummary
 from schemas.layout import TimestepLayout, layout_of, ordered_fields, picture_size
 from schemas.task import STRICT, TaskSpec
+from schemas.vocabulary import DISJOINT
 from shards.folder import Folder
 
 NAME = "oddities.json"
 CONTEXT = 1024  # tokens: the paper's and the recipes'
 USED = 0.25  # share of an action's range, below which its bins are wasted
 CLIPPED = 0.001  # share of values beyond their range
+COARSE = 4  # bins, with fewer of which an observation's values can hardly be told apart
 LISTED = 4
 
 
@@ -166,6 +169,14 @@ def _of_columns(summary: TaskSummary, columns: Columns) -> list[str]:
     still = [n for n, a, b in zip(names, columns.observation_low, columns.observation_high) if a == b]
     if still and summary.timesteps > 1:
         lines.append(f"{_listed(still)} never change{'s' if len(still) == 1 else ''}: constant in all timesteps")
+    ranges = [(n, a, b) for n, a, b in zip(names, columns.observation_low, columns.observation_high) if a < b]
+    limit = DISJOINT.scale
+    if far := [f"{n} goes from {a:g} to {b:g}" for n, a, b in ranges if a < -limit or b > limit]:
+        lines.append(f"{_listed(far)}: what is beyond {limit:g} or -{limit:g} is clipped; divide it in the log")
+    spans = [(np.diff(compand(np.array([a, b]), DISJOINT))[0] * DISJOINT.bins / 2, n, a, b) for n, a, b in ranges]
+    if coarse := [f"{n} goes from {a:g} to {b:g}" for span, n, a, b in spans if span < COARSE]:
+        lines.append(f"{_listed(coarse)}, less than {COARSE} of {DISJOINT.bins:,} bins: centre and multiply it in the "
+                     "log if such small differences matter")  # fmt: skip
     moved = list(zip(_names("action", action.size), columns.action_low, columns.action_high))
     if same := [f"{name} is always {low:g}" for name, low, high in moved if low == high and summary.timesteps > 1]:
         lines.append(_listed(same))

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -130,11 +131,11 @@ class ActionOptions(LogOptions):
 
     def check(self) -> None:
         super().check()
-        if len(self.action_low) != len(self.action_high) or any(
-            a >= b for a, b in zip(self.action_low, self.action_high)
+        if len(self.action_low) != len(self.action_high) or not all(
+            -math.inf < a < b < math.inf for a, b in zip(self.action_low, self.action_high)
         ):
             given = f"--action-low {self.action_low} and --action-high {self.action_high}"
-            raise ValueError(f"{given}: give as many of both, each low below its high")
+            raise ValueError(f"{given}: give as many of both, finite, each low below its high")
         if self.action_low and self.action_bounds == "log":
             raise ValueError("--action-low goes with --action-bounds declared; leave out one of them")
 

@@ -74,6 +74,15 @@ def seen(pieces: Iterable[np.ndarray], size: int) -> Seen | None:
     return Seen(np.maximum(low, -usual), np.minimum(high, usual), values, beyond, whole)
 
 
+def unlike(kind: str, size: int, own: ActionSpec | None, environment: str) -> tuple[str, ...]:
+    """A line where logged actions, `size` values of `kind`, are of another form than their environment takes."""
+    if own is None or (own.kind, own.size) == (kind, size):
+        return ()
+    logged, takes = (f"{n} {what} value{'s' * (n > 1)}" for n, what in ((size, kind), (own.size, own.kind)))
+    return (f"an action of the log is {logged}, one of {environment} {takes}: the task cannot be played there. Log "
+            "what env.step was given, or give the --environment that was logged",)  # fmt: skip
+
+
 def given_bounds(options: ActionOptions, size: int) -> Bounds | None:
     """The command line's bounds. EpisodeError where they are not one for all dimensions or one each."""
     if not options.action_low:

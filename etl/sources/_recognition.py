@@ -160,8 +160,15 @@ def seen(input: Path) -> str:
         lines = [f"one file, {files[0].name}"]
     for path in first_with(files, *HDF5_SUFFIXES, ".json", ".parquet")[:1]:
         keys = _keys(path)
-        lines.append(f"keys in {below(input, path)}: {', '.join(keys[:8])}" if keys else f"{path.name} cannot be read")
+        lines.append(f"keys in {below(input, path)}: {', '.join(keys[:8])}" if keys else _unreadable(path))
     return "; ".join(lines)
+
+
+def _unreadable(path: Path) -> str:
+    from etl.sources import _hdf5
+
+    wrong = _hdf5.tried([path]).get(path) if path.suffix.lower() in HDF5_SUFFIXES else None
+    return f"{path.name} cannot be read" + (f": {wrong.reason}: {wrong.detail}" if wrong else "")
 
 
 def _ending(path: Path) -> str:

@@ -176,8 +176,10 @@ class Survey:
         if picture is not None and dtype.kind == "f":  # of floats, only values can tell
             try:
                 _pictures.as_pictures(rows_of(column, key, min(T, 64)), key)
-            except EpisodeError:
+            except EpisodeError as error:
                 picture = None
+                line = f"'{key}' has the shape of pictures and is read as {math.prod(shape):,} numbers: {error.detail}"
+                self.warnings[line] = None
         if picture is not None:
             return rules.field(key, spaces.Box(0, 255, picture.shape, np.uint8))
         if math.prod(shape) > TIMESTEP_VALUES:
@@ -237,6 +239,8 @@ class Survey:
             raise EpisodeError("wrong shape", f"an action has {size} values; 1 to {TIMESTEP_VALUES} can be read")
         environment = self._environment()
         own = _of_environment(environment) if environment else None
+        kind = "discrete" if seen.integer else "continuous"
+        other = _ranges.unlike(kind, size, own, environment.id if environment else "")
         if seen.integer:
             if own is not None and own.kind == "discrete" and own.size == size:
                 return own, ()
@@ -245,9 +249,9 @@ class Survey:
             if choices.max() > CHOICES:
                 raise EpisodeError("too many choices", f"actions span [{seen.low.min():g}, {seen.high.max():g}]: there "
                                    f"are ids for {CHOICES}; record real-valued actions as float32")  # fmt: skip
-            return ActionSpec.discrete(tuple(map(int, choices)), tuple(map(int, start)), size), ()
+            return ActionSpec.discrete(tuple(map(int, choices)), tuple(map(int, start)), size), other
         if bounds := _ranges.given_bounds(self.options, size):
-            return ActionSpec.continuous(*bounds, size), ()
+            return ActionSpec.continuous(*bounds, size), other
         by_log = self.options.action_bounds == "log"
         if own is not None and own.kind == "continuous" and own.size == size and not by_log:
             return own, ()
@@ -257,7 +261,7 @@ class Survey:
         few = found.beyond <= _ranges.FEW * found.values
         warnings = () if by_log or (few and found.share < SAID) else (_ranges.warning(found, clipped=few),)
         low, high = ((-1.0,), (1.0,)) if few and not by_log else found.bounds
-        return ActionSpec.continuous(low, high, size), warnings
+        return ActionSpec.continuous(low, high, size), (*other, *warnings)
 
 
 def _of_environment(environment: EnvironmentSpec) -> ActionSpec | None:

@@ -541,3 +541,14 @@ def test_the_summary_says_what_is_odd_and_keeps_it(tmp_path, rng, made):
     verify(built.output, full=True)
     (built.output / oddities.NAME).write_text("{")
     assert oddities.load(Folder(built.output)) == {} and verify(built.output, full=True)
+
+
+def test_observations_that_tokens_cannot_tell_apart_are_named_with_their_range(tmp_path, rng, made):
+    observations = walk(rng, [20] * 3, 5)
+    observations[:, 1] *= 1e5
+    observations[:, 3] *= 1e-6
+    hdf5(tmp_path / "in/log.hdf5", [20] * 3, rng, observations=observations)
+    said = made("d4rl").said
+    low, high = observations[:, 1].min(), observations[:, 1].max()
+    assert f"odd log: observation[1] goes from {low:g} to {high:g}: what is beyond 256 or -256 is clipped" in said
+    assert "odd log: observation[3] goes from " in said and ", less than 4 of 1,024 bins: centre and multiply" in said

@@ -216,6 +216,32 @@ def test_odd_arrays_are_rejected_with_their_cause(tmp_path, changes, reason, wor
     assert (rejection.reason, rejection.position) == (reason, -1) and word in rejection.detail
 
 
+@pytest.mark.parametrize("bounds", [(math.nan, 1.0), (-1.0, math.nan), (-math.inf, 1.0), (1.0, -1.0)])
+def test_bounds_that_are_none_are_refused(bounds):
+    with pytest.raises(ValueError, match="give as many of both, finite, each low below its high"):
+        ActionOptions(action_low=bounds[:1], action_high=bounds[1:]).check()
+
+
+def test_actions_of_another_form_than_the_environment_takes_are_warned_of(tmp_path):
+    rng = np.random.default_rng(0)
+    one_hot = np.eye(2, dtype=np.float32)[rng.integers(0, 2, 60)]
+    hdf5(tmp_path / "log.hdf5", [20] * 3, rng, actions=one_hot, env_id="CartPole-v1")
+    (line,) = scanned(tmp_path / "log.hdf5").warnings
+    assert "is 2 continuous values, one of CartPole-v1 1 discrete value: the task cannot be played there" in line
+    hdf5(tmp_path / "log.hdf5", [20] * 3, rng, actions=rng.integers(0, 3, 60), env_id="Pendulum-v1")
+    (line,) = scanned(tmp_path / "log.hdf5").warnings
+    assert "is 1 discrete value, one of Pendulum-v1 1 continuous value" in line
+    hdf5(tmp_path / "log.hdf5", [20] * 3, rng, actions=rng.integers(0, 2, 60), env_id="CartPole-v1")
+    assert not scanned(tmp_path / "log.hdf5").warnings
+
+
+def test_files_are_found_whatever_the_case_of_their_ending(tmp_path):
+    rng = np.random.default_rng(0)
+    hdf5(tmp_path / "a.hdf5", [20], rng)
+    hdf5(tmp_path / "B.HDF5", [20], rng)
+    assert [path.name for path in SOURCE.resolve(tmp_path, None, tmp_path)] == ["B.HDF5", "a.hdf5"]
+
+
 def test_next_observations_of_another_form_do_not_count(tmp_path):
     for number, after in enumerate((np.zeros((60, 2), np.float32), np.zeros((59, 5), np.float32), np.zeros(60, int))):
         path, rng = tmp_path / f"log{number}.hdf5", np.random.default_rng(0)

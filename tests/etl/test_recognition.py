@@ -36,6 +36,25 @@ def test_d4rl_by_its_keys_whatever_lies_beside_it(tmp_path):
     assert recognised(tmp_path / "own.hdf5")[0] == "d4rl"
 
 
+def test_hdf5_files_of_one_s_own_whose_flags_show_the_episodes(tmp_path):
+    def put(name, *keys):
+        with h5py.File(tmp_path / name, "w") as file:
+            for key in keys:
+                file[key] = np.zeros((4, 1), np.float32)
+        return tmp_path / name
+
+    nested = put("nested.hdf5", "observations/state", "actions", "rewards", "terminals")
+    assert recognised(nested) == ("hdf5", "nested.hdf5 has keys actions, observations, rewards, terminals")
+    assert recognised(put("d.h5", "observation", "actions", "dones"))[0] == "hdf5"
+    assert recognised(put("t.h5", "obs", "actions", "terminations", "truncations"))[0] == "hdf5"
+    with pytest.raises(SourceError, match="keys in none.h5: actions, observations"):  # where does an episode end?
+        sources.recognise(put("none.h5", "observations", "actions", "rewards"))
+    half = nested.read_bytes()[:900]
+    (tmp_path / "half.hdf5").write_bytes(half)
+    with pytest.raises(SourceError, match="half.hdf5 cannot be read: .*HDF5"):
+        sources.recognise(tmp_path / "half.hdf5")
+
+
 def test_minari_by_its_spaces_and_babyai_by_its_level(tmp_path):
     about = {"observation_space": "{}", "action_space": "{}", "data_format": "hdf5"}
     (tmp_path / "a/data").mkdir(parents=True)

@@ -125,7 +125,7 @@ def test_several_fields_make_a_minari_dataset(tmp_path):
         41,
         301,
     )  # a tenth more, to end the last one
-    assert first.truncations[-1] and cut.truncations[-1] and dataset.spec.env_spec.id == "PointMaze_UMaze-v3"
+    assert first.truncations[-1] and not cut.truncations.any() and dataset.spec.env_spec.id == "PointMaze_UMaze-v3"
     assert dataset.storage.metadata["algorithm_name"] == "scripted"
     assert not [p for p in tmp_path.rglob("*.tmp")]
 
@@ -180,6 +180,33 @@ def test_what_cannot_be_recorded_is_said_and_leaves_nothing(tmp_path):
     recorded(tmp_path, policy="random", steps=5, overwrite=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"noise": float("nan")}, "--noise nan: must be from 0"),
+        ({"noise": 5.0, "environment": "CartPole-v1"}, "--noise 5.0: must be from 0 to 1"),
+        ({"seed": -1}, "--seed -1: must be from 0"),
+        ({"steps": 0}, "--steps 0: must be from 1"),
+        ({"level": "a/b"}, "--level 'a/b': it is a part of a file name"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused_by_name(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        recorded(tmp_path, policy="random", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_actions_beyond_their_space_are_clipped_and_counted(tmp_path, monkeypatch):
+    module = tmp_path / "far_experts.py"
+    module.write_text("def far(env):\n    return lambda observation: [0.4, 9.0, -9.0]\n")
+    options = record.Options(environment="Hopper-v4", policy="far_experts:far", steps=9, output=tmp_path / "logs")
+    monkeypatch.syspath_prepend(tmp_path)
+    done = record.record(options, QUIET)
+    assert done.clipped == pytest.approx(2 / 3)
+    assert str(done).endswith("67% of the policy's action values lay beyond the action space and were clipped")
+    assert np.abs(load_d4rl(done.path)["actions"]).max() == 1
+
+
 @pytest.mark.parametrize("environment", ["Hopper-v4", "ALE/Pong-v5"])
 def test_an_interrupted_recording_leaves_no_log(tmp_path, monkeypatch, environment):
     play = record.play
@@ -228,7 +255,7 @@ def test_a_recurrent_policy_plays_atari_and_remembers(tmp_path):
 def test_temperature_is_for_policies_that_sample(tmp_path):
     with pytest.raises(PolicyError, match="has no temperature"):
         recorded(tmp_path, temperature=0.5, steps=5)
-    with pytest.raises(ValueError, match="--temperature positive"):
+    with pytest.raises(ValueError, match="--temperature 0.0: must be from"):
         recorded(tmp_path, temperature=0.0, steps=5)
 
 

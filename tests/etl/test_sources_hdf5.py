@@ -163,6 +163,35 @@ DAMAGE = {
 }
 
 
+def test_flags_named_as_gymnasium_does_and_arrays_that_nothing_reads(tmp_path):
+    rng = np.random.default_rng(0)
+    with h5py.File(tmp_path / "own.h5", "w") as file:
+        file["obs"], file["action"] = rng.normal(size=(12, 3)), rng.uniform(-1, 1, (12, 2))
+        file["terminations"], file["truncations"] = np.arange(12) == 4, np.arange(12) == 11
+        file["goal"] = rng.normal(size=(12, 2))
+    scan, found = episodes_of("hdf5", tmp_path)
+    assert [len(one.action) for one in found] == [5, 7]
+    assert [(one.terminated, one.truncated) for one in found] == [(True, False), (False, True)]
+    assert any("not read: goal" in line for line in scan.notes)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 1000.0)])
+def test_pictures_of_floats_that_cannot_be_read_as_such_are_warned_of(tmp_path, low, high):
+    rng = np.random.default_rng(0)
+    with h5py.File(tmp_path / "own.h5", "w") as file:
+        file["obs/camera"] = rng.uniform(low, high, (6, 16, 16, 3))
+        file["action"] = rng.uniform(-1, 1, (6, 2))
+    (scan,) = scans_of("hdf5", tmp_path)
+    (line,) = scan.warnings
+    assert (
+        "'camera' has the shape of pictures and is read as 768 numbers" in line and "record pictures as uint8" in line
+    )
+    with h5py.File(tmp_path / "own.h5", "a") as file:
+        file["obs/camera"][...] = rng.uniform(0, 1, (6, 16, 16, 3))
+    (scan,) = scans_of("hdf5", tmp_path)
+    assert not scan.warnings and scan.task.observation[0].kind == "image"
+
+
 def put(file, key, values):
     del file[key]
     file[key] = values

@@ -57,6 +57,15 @@ def test_own_arrays_become_a_dataset(dataset):
     assert np.allclose(stored.observation(row), first.observations["body"][:-1], atol=1e-6)
 
 
+def test_an_episode_that_neither_ended_nor_reached_its_limit_is_cut(tmp_path):
+    one, cut = list(episodes(2))
+    cut = gato.Episode(cut.observations, cut.actions, cut.rewards)
+    log = gato.write_logs(tmp_path, [one, cut], "cut", observation_space=BODY, action_space=REACH)
+    summary = gato.build(log, tmp_path / "shards").manifest.tasks[0]
+    assert (summary.episodes, summary.cut_episodes) == (2, 1)
+    assert summary.return_mean == pytest.approx(float(np.sum(one.rewards)), abs=1e-4)
+
+
 def test_a_vector_needs_only_its_action_space(tmp_path):
     log = gato.write_logs(
         tmp_path, [{"observations": np.zeros((5, 2)), "actions": [0, 1, 2, 1, 0], "rewards": np.ones(5)}], "vector",
@@ -201,7 +210,7 @@ def test_a_task_that_gato_does_not_know_is_marked_in_the_table(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"models": ["random", "nope"]}, "--models 'nope': Input should be 'random', 'behaviour', 'dt', 'tt' or 'gato'"),
+        ({"models": ["random", "nope"]}, "--models 'nope': Input should be 'random', 'behaviour', 'dt'"),
         ({"models": "nope"}, "--models 'nope': Input should be"),
         ({"budget": "large"}, "--budget 'large': Input should be 'quick', 'cpu' or 'paper'"),
         ({"episodes": 2.5}, "--episodes 2.5: Input should be a valid integer"),

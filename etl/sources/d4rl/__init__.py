@@ -94,7 +94,8 @@ class D4RL:
     def recognise(self, input: Path) -> Recognition | None:
         """By the keys of an HDF5 file."""
         for path in _recognition.first_with(_recognition.files_below(input), *SUFFIXES):
-            if set(REQUIRED) <= set(_recognition.hdf5_keys(path)):
+            nested = _recognition.hdf5_keys(path, REQUIRED[0])  # a group of arrays, which source hdf5 reads
+            if set(REQUIRED) <= set(_recognition.hdf5_keys(path)) and not nested:
                 where = _recognition.below(input, path)
                 return Recognition(f"{where} has keys {', '.join(REQUIRED)}", _recognition.LAYOUT)
         return None
@@ -105,7 +106,7 @@ class D4RL:
         if input is None:
             return [self._download(dataset or self.default_dataset, cache)]
         below = _recognition.all_files_below(input)
-        found = [input] if input.is_file() else sorted(p for p in below if p.suffix in SUFFIXES)
+        found = [input] if input.is_file() else sorted(p for p in below if p.suffix.lower() in SUFFIXES)
         if not found:
             raise SourceError(f"{input}: no .hdf5 file in it; give --input a folder of D4RL logs, or leave it out")
         files = [p for p in found if dataset is None or task_name(p) == dataset]

@@ -20,7 +20,7 @@ import numpy as np
 import simulators
 from etl.sources import ActionOptions
 from etl.sources._hdf5 import AGAIN, DAMAGE, Rows
-from etl.sources._ranges import Seen, action_spec, seen
+from etl.sources._ranges import Seen, action_spec, seen, unlike
 from schemas.episode import ActionSpec, EnvironmentSpec, EpisodeError
 from simulators.spaces import CHOICES
 
@@ -38,10 +38,14 @@ def action_space(
     where options do not fit the log."""
     size = actions.shape[1] if len(actions.shape) > 1 else 1
     own = _environments(environment, size) if environment else None
-    if own is not None and own.size != size:
+    kind = "discrete" if actions.dtype.kind in "iu" else "continuous"
+    if own is not None and (own.size != size or (own.kind, kind) == ("continuous", "discrete")):
+        other = unlike(kind, size, own, environment.id if environment else "")
         own = None
-    if actions.dtype.kind in "iu":
-        return _discrete(actions, size, own), ()
+    else:
+        other = ()
+    if kind == "discrete":
+        return _discrete(actions, size, own), other
     if own is not None and own.kind == "discrete":
         found = seen(_pieces(actions), size)
         if found is not None and found.whole and _holds(own, found):
@@ -51,7 +55,8 @@ def action_space(
     declared = _attributes(attributes, size)
     if declared is None:
         declared = ActionSpec.continuous(-1.0, 1.0, size) if published else own
-    return action_spec(size, options, declared, _pieces(actions))
+    spec, warnings = action_spec(size, options, declared, _pieces(actions))
+    return spec, (*other, *warnings)
 
 
 def _holds(space: ActionSpec, found: Seen) -> bool:

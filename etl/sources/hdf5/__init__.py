@@ -8,8 +8,8 @@ others    --action-key, --observation-keys, --reward-key, --terminal-key name th
     file -> arrays by path -> keys -> rows of each episode -> StoredEpisode
 
 In logs of dm_env and Dreamer (`step_type`, `is_first`) the action of a row is the one that led to it: action and
-reward are taken from the row after. Where a log has terminals and no rewards (OGBench), the last row of a trajectory
-is the state after the last action.
+reward are taken from the row after. Where a log has terminals and neither rewards nor timeouts (OGBench), the last row
+of a trajectory is the state after the last action.
 
 Invariant: what a file's rows mean is a function of the file and of the keys in its place.
 """
@@ -30,11 +30,11 @@ from etl.sources._arrays import ArrayOptions, ArraySource, Column, Log, Part, St
 from etl.sources._hdf5 import AGAIN
 from etl.sources._hdf5_log import columns
 from etl.sources._npz import Npz
-from etl.sources._recognition import LAYOUT, Recognition, below, files_below, first_with, hdf5_keys
+from etl.sources._recognition import FALLBACK, LAYOUT, Recognition, below, files_below, first_with, hdf5_keys
 from schemas.episode import EpisodeError
 
 ACTION, REWARD = ("action", "actions"), ("reward", "rewards")
-TERMINAL = ("is_terminal", "terminal", "terminals", "terminated", "dones", "done")
+TERMINAL = ("is_terminal", "terminal", "terminals", "terminated", "terminations", "dones", "done")
 TIMEOUT = ("timeout", "timeouts", "truncated", "truncations")
 ROOTS = ("observations", "observation", "obs")
 OTHER = {"is_first", "is_last", "step_type", "discount", "step_num", *ACTION, *REWARD, *TERMINAL, *TIMEOUT}
@@ -74,12 +74,14 @@ class HDF5(ArraySource):
     fetch = "download the files"
 
     def recognise(self, input: Path) -> Recognition | None:
-        """By ALOHA's and V-D4RL's keys in HDF5, and by files of numpy."""
+        """By ALOHA's and V-D4RL's keys in HDF5, and by files of numpy; by other keys where flags show the episodes."""
         files = files_below(input)
         for path in first_with(files, ".hdf5", ".h5"):
             keys = hdf5_keys(path)
-            if "action" in keys and set(ROOTS) & set(keys):
-                return Recognition(f"{below(input, path)} has keys {', '.join(keys[:6])}", LAYOUT)
+            flagged = bool({*ACTION} & {*keys} and {*TERMINAL, *TIMEOUT} & {*keys})
+            if {*ROOTS} & {*keys} and ("action" in keys or flagged):
+                certainty = LAYOUT if "action" in keys else FALLBACK
+                return Recognition(f"{below(input, path)} has keys {', '.join(keys[:6])}", certainty)
         for path in first_with(files, ".npz"):
             names = _npz_keys(path)
             if set(ACTION) & set(names):
@@ -152,6 +154,7 @@ class _FileLog(Log):
         if rows > MOST_ROWS:
             raise EpisodeError("too large", f"{rows} rows, more than {MOST_ROWS}; split the file")
         self.observation = self._observation(rows)
+        self.notes = self._unread(rows)
         first, step_type = (self._flags(key, rows) for key in ("is_first", "step_type"))
         how = given.get("action_row", "auto")
         begins = first if step_type is None else step_type == 0
@@ -166,12 +169,13 @@ class _FileLog(Log):
             starts = np.flatnonzero(begins)
         inner = [int(row) for row in starts if 0 < row < rows]
         self.bounds = list(pairwise([0, *inner, rows]))
-        self.final_row = int(not self.previous and self.reward is None and terminal is not None and bool(inner))
+        states = self.reward is None and terminal is not None and timeout is None and bool(inner)
+        self.final_row = int(not self.previous and states)
         self.flags = {"terminal": terminal, "timeout": timeout, "step_type": step_type}
         self.flags |= {key: self._flags(key, rows) for key in ("is_last", "discount")}
         if self.previous and how == "auto":
-            self.notes = ("a row's action and reward are taken from the row after it, as dm_env and Dreamer log "
-                             "them; --action-row same takes them as they are",)  # fmt: skip
+            self.notes += ("a row's action and reward are taken from the row after it, as dm_env and Dreamer log "
+                           "them; --action-row same takes them as they are",)  # fmt: skip
 
     def _named(self, role: str, given: str | None, known: tuple[str, ...]) -> Any:
         if given and given not in self.arrays:
@@ -193,6 +197,16 @@ class _FileLog(Log):
             for key, column in self.arrays.items()
             if key not in OTHER and id(column) not in used and column.shape and column.shape[0] in (rows, rows + 1)
         }
+
+    def _unread(self, rows: int) -> tuple[str, ...]:
+        """A line that names arrays of one value or more per row that mean nothing here."""
+        used = {id(one) for one in (self.action, self.reward, self.terminal, *self.observation.values())}
+        left = [
+            key
+            for key, column in self.arrays.items()
+            if key not in OTHER and id(column) not in used and column.shape and column.shape[0] in (rows, rows + 1)
+        ]
+        return (f"not read: {', '.join(left[:8])}; --terminal-key and the like name arrays",) if left else ()
 
     def _flags(self, array: Any, rows: int) -> np.ndarray | None:
         """(rows,) numbers of an array, or of the one of that name; None where there is none."""

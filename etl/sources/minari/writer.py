@@ -2,7 +2,7 @@
 
 raw observations around each step (nested dicts and tuples, pictures, texts) -> EpisodeBuffer -> MinariStorage
 
-The log's end truncates a last episode, as Minari marks it.
+A last episode that the log's end cuts is neither terminated nor truncated.
 
 Invariant: a folder under its own name is whole.
 """
@@ -70,7 +70,7 @@ class MinariWriter:
 
     def close(self) -> None:
         if self.rows:
-            self._flush(cut=True)
+            self._flush()
         self.final.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self.final, ignore_errors=True)
         os.replace(self.temporary, self.final)
@@ -79,18 +79,17 @@ class MinariWriter:
     def discard(self) -> None:
         shutil.rmtree(self.temporary, ignore_errors=True)
 
-    def _flush(self, cut: bool = False) -> None:
+    def _flush(self) -> None:
         from minari.data_collector import EpisodeBuffer
 
         rows, self.rows = self.rows, []
         steps = [step for step, _, _ in rows]
-        truncated = [step.truncated and not step.terminated for step in steps]
         episode = EpisodeBuffer(
             observations=_columns(self.space, [rows[0][1], *(after for _, _, after in rows)]),
             actions=np.stack([native_action(self.action_space, step.action) for step in steps]),
             rewards=[np.float32(step.reward) for step in steps],
             terminations=[step.terminated for step in steps],
-            truncations=truncated[:-1] + [truncated[-1] or cut],
+            truncations=[step.truncated and not step.terminated for step in steps],
         )
         require_room(self.temporary, _size(episode.observations) + episode.actions.nbytes + 6 * len(rows) + MARGIN)
         self.storage.update_episodes([episode])
