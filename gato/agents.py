@@ -174,7 +174,9 @@ class Agent:
         if rows < 1:
             raise ValueError(f"reset(batch={batch}): give the number of environments, 1 or more")
         try:
-            seeds = [index(seed) + n for n in range(rows)] if isinstance(seed, int | Integral) else [index(s) for s in seed]
+            seeds = (
+                [index(seed) + n for n in range(rows)] if isinstance(seed, int | Integral) else [index(s) for s in seed]
+            )
         except TypeError:
             raise TypeError(f"reset(seed={seed!r}): give an integer, or one for each environment") from None
         if min(seeds, default=0) < 0:
