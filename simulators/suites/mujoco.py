@@ -10,6 +10,7 @@ Invariant: the tables are plain data, checked against gymnasium and D4RL by test
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
@@ -99,10 +100,13 @@ def _without_deprecation() -> Iterator[None]:
     def show(message: str) -> None:
         if "'settotalmass' is deprecated" in message:
             return
-        if earlier is not None:
-            earlier(message)
-        else:
+        if earlier is None:
             print(f"WARNING: {message}\n", file=sys.stderr)
+            return
+        try:
+            earlier(message)
+        except ctypes.ArgumentError:  # dm_control's is a function of C's
+            earlier(message.encode())
 
     mujoco.set_mju_user_warning(show)
     try:

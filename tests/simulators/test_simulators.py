@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import pytest
 import torch
@@ -68,7 +70,8 @@ def test_atari_time_limit_and_noops_come_from_the_kwargs():
     assert len(starts) > 2 and max(starts) <= atari.NOOP_MAX
 
 
-def test_only_the_one_deprecation_of_mujoco_is_hidden(capfd, monkeypatch):
+@pytest.mark.parametrize("form", ["none", "Python's", "C's"])
+def test_only_the_one_deprecation_of_mujoco_is_hidden(form, capfd, monkeypatch):
     import gymnasium
     import mujoco
 
@@ -77,12 +80,23 @@ def test_only_the_one_deprecation_of_mujoco_is_hidden(capfd, monkeypatch):
             mujoco.get_mju_user_warning()(text)
         return made(*args, **kwargs)
 
-    made, before = gymnasium.make, mujoco.get_mju_user_warning()
+    @ctypes.CFUNCTYPE(None, ctypes.c_char_p)  # as dm_control's
+    def shown_by_c(text):
+        print(f"WARNING: {text.decode()}")
+
+    made, usual = gymnasium.make, mujoco.get_mju_user_warning()
     monkeypatch.setattr(gymnasium, "make", build)
-    simulators.make(simulators.environment_spec("HalfCheetah-v4")).close()
+    mujoco.set_mju_user_warning(
+        {"none": None, "Python's": lambda text: print(f"WARNING: {text}"), "C's": shown_by_c}[form]
+    )
+    before = mujoco.get_mju_user_warning()
+    try:
+        simulators.make(simulators.environment_spec("HalfCheetah-v4")).close()
+        assert mujoco.get_mju_user_warning() is before
+    finally:
+        mujoco.set_mju_user_warning(usual)
     shown = "".join(capfd.readouterr())
     assert "WARNING: bad state at DOF 0" in shown and "settotalmass" not in shown
-    assert mujoco.get_mju_user_warning() is before
 
 
 def test_specs_of_each_suite():
