@@ -172,7 +172,7 @@ def test_flags_named_as_gymnasium_does_and_arrays_that_nothing_reads(tmp_path):
     scan, found = episodes_of("hdf5", tmp_path)
     assert [len(one.action) for one in found] == [5, 7]
     assert [(one.terminated, one.truncated) for one in found] == [(True, False), (False, True)]
-    assert any("not read: goal" in line for line in scan.notes)
+    assert any("arrays that are not read: goal" in line for line in scan.notes)
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 1000.0)])

@@ -39,11 +39,9 @@ def action_space(
     size = actions.shape[1] if len(actions.shape) > 1 else 1
     own = _environments(environment, size) if environment else None
     kind = "discrete" if actions.dtype.kind in "iu" else "continuous"
+    other: tuple[str, ...] = ()
     if own is not None and (own.size != size or (own.kind, kind) == ("continuous", "discrete")):
-        other = unlike(kind, size, own, environment.id if environment else "")
-        own = None
-    else:
-        other = ()
+        other, own = unlike(kind, size, own, environment.id if environment else ""), None
     if kind == "discrete":
         return _discrete(actions, size, own), other
     if own is not None and own.kind == "discrete":

@@ -206,7 +206,8 @@ class _FileLog(Log):
             for key, column in self.arrays.items()
             if key not in OTHER and id(column) not in used and column.shape and column.shape[0] in (rows, rows + 1)
         ]
-        return (f"not read: {', '.join(left[:8])}; --terminal-key and the like name arrays",) if left else ()
+        remedy = "--action-key, --reward-key and --terminal-key name those of other names"
+        return (f"arrays that are not read: {', '.join(left[:8])}; {remedy}",) if left else ()
 
     def _flags(self, array: Any, rows: int) -> np.ndarray | None:
         """(rows,) numbers of an array, or of the one of that name; None where there is none."""
