@@ -31,7 +31,6 @@ class Highway(Suite):
     renders = True
     experts = {
         "exit-v": driving.Lanes,
-        "highway-fast-v": driving.Lanes,
         "intersection-v": driving.Crossing,
         "two-way-v": driving.Lanes,
     }
