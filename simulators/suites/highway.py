@@ -1,9 +1,10 @@
 """highway-env: driving on highways, merges, roundabouts and crossings, and parking.
 
-    gymnasium.make -> {"observation": float32 (vehicles, 5 or 7)}: presence, place and speed of the nearest vehicles
+    gymnasium.make -> {"observation": float32 (vehicles, 5 or 7)}, presence, place and speed of the nearest vehicles,
+                      or (speeds, lanes, seconds), times to collision
 
-Actions are changes of lane and speed, one per second. Drivers of lanes and crossings are experts; tracks, parking and
-continuous steering are there to be played.
+Actions are changes of lane and speed, one per second. Experts drive where they were seen to be clearly better than
+random play; all other ids are there to be played.
 
 Invariant: an episode is a function of its seed and the actions.
 """
@@ -30,11 +31,7 @@ class Highway(Suite):
     renders = True
     experts = {
         "exit-v": driving.Lanes,
-        "highway-v": driving.Lanes,
-        "highway-fast-v": driving.Lanes,
         "intersection-v": driving.Crossing,
-        "merge-v": driving.Lanes,
-        "merge-generic-v": driving.Lanes,
         "two-way-v": driving.Lanes,
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+import gymnasium
 import numpy as np
 import pytest
 
@@ -22,13 +23,11 @@ def episode(env, policy: str, seed: int):
 
 
 def test_ids_are_those_that_are_registered():
-    import gymnasium
-
     suite = simulators.suite_named("highway")
     suite.register()
     own = [id for id, row in gymnasium.registry.items() if str(row.entry_point).startswith("highway_env.")]
     assert len(own) > 25 and {simulators.suite_of_id(id).name for id in own} == {"highway"}
-    assert {"merge-v1", "intersection-v2"} < set(suite.tasks()) and "merge-v0" not in suite.tasks()
+    assert {"exit-v1", "intersection-v2"} < set(suite.tasks()) and "exit-v0" not in suite.tasks()
 
 
 def test_an_episode_is_a_function_of_its_seed():
@@ -45,9 +44,17 @@ def test_an_episode_is_a_function_of_its_seed():
     assert picture.ndim == 3 and len(np.unique(picture)) > 2
 
 
+def test_the_driver_crosses_where_random_play_crashes():
+    env = simulators.make(simulators.environment_spec("intersection-v2"))
+    played = {policy: [episode(env, policy, seed) for seed in (0, 1, 2)] for policy in ("expert", "random")}
+    returns = {policy: np.mean([sum(step.reward for step in steps) for steps in played[policy]]) for policy in played}
+    assert returns["expert"] > returns["random"] + 2
+    assert min(steps[-1].reward for steps in played["expert"]) >= 0, "no crash"
+
+
 @pytest.mark.process
 def test_logs_are_recorded_and_built(tmp_path):
-    id = "merge-v1"
+    id = "two-way-v0"
     for name in ("one", "two"):
         run("etl.record", "-e", id, "--episodes", "2", "--seed", "5", "-o", tmp_path / name)
     one, two = ({path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")
@@ -56,4 +63,4 @@ def test_logs_are_recorded_and_built(tmp_path):
     run("etl.build", "--input", tmp_path / "one", "--output", tmp_path / "shards")
     (task,) = Dataset(tmp_path / "shards").manifest.tasks
     assert (task.spec.environment.suite, task.spec.environment.id, task.episodes) == ("highway", id, 2)
-    assert [(field.key, field.shape) for field in task.spec.observation] == [("observation", (5, 5))]
+    assert [(field.key, field.shape) for field in task.spec.observation] == [("observation", (3, 3, 5))]

@@ -78,7 +78,7 @@ class HDF5(ArraySource):
         files = files_below(input)
         for path in first_with(files, ".hdf5", ".h5"):
             keys = hdf5_keys(path)
-            flagged = bool({*ACTION} & {*keys} and {*TERMINAL, *TIMEOUT} & {*keys})
+            flagged = all({*group} & {*keys} for group in (ACTION, REWARD, (*TERMINAL, *TIMEOUT)))
             if {*ROOTS} & {*keys} and ("action" in keys or flagged):
                 certainty = LAYOUT if "action" in keys else FALLBACK
                 return Recognition(f"{below(input, path)} has keys {', '.join(keys[:6])}", certainty)
