@@ -45,8 +45,8 @@ def test_hdf5_files_of_one_s_own_whose_flags_show_the_episodes(tmp_path):
 
     nested = put("nested.hdf5", "observations/state", "actions", "rewards", "terminals")
     assert recognised(nested) == ("hdf5", "nested.hdf5 has keys actions, observations, rewards, terminals")
-    assert recognised(put("d.h5", "observation", "actions", "dones"))[0] == "hdf5"
-    assert recognised(put("t.h5", "obs", "actions", "terminations", "truncations"))[0] == "hdf5"
+    assert recognised(put("d.h5", "observation", "actions", "reward", "dones"))[0] == "hdf5"
+    assert recognised(put("t.h5", "obs", "actions", "rewards", "terminations", "truncations"))[0] == "hdf5"
     with pytest.raises(SourceError, match="keys in none.h5: actions, observations"):  # where does an episode end?
         sources.recognise(put("none.h5", "observations", "actions", "rewards"))
     half = nested.read_bytes()[:900]
