@@ -11,6 +11,7 @@ allocated that the file's own bytes do not fill.
 
 from __future__ import annotations
 
+import os
 import threading
 from array import array
 from collections.abc import Container, Iterator
@@ -43,7 +44,7 @@ class Records:
         self.path = path
         try:
             self.stamp = _stamp(path)
-            self.size = self.stamp[1]
+            self.size = self.stamp[0]
             with open(path, "rb") as file:
                 head = file.read(HEADER)
             self.gzip = head[:2] == b"\x1f\x8b" and not _is_header(head)
@@ -135,9 +136,9 @@ class Records:
         return EpisodeError("truncated TFRecord", f"{self.path.name} ends in the record at byte {at}; {AGAIN}")
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
+def _stamp(path: Path) -> tuple[int, int, int, int]:
     status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_ino, status.st_mtime_ns, os.getpid()  # a fork shares its parent's place in files
 
 
 def is_tfrecord(path: Path) -> bool:

@@ -16,8 +16,9 @@ from hypothesis.extra import numpy as arrays
 from etl import sources
 from etl.sources import ENDS, ActionOptions, Rejection, _packed
 from etl.sources._oddities import LONGEST, OFF_BY_ONE, differing, distances, split
-from etl.sources._ranges import action_spec, seen
+from etl.sources._ranges import ROUNDING, action_spec, seen
 from etl.sources._series import numbered
+from etl.sources._survey import Range
 from etl.sources.d4rl import SOURCE, Options
 from etl.sources.text import SOURCE as TEXT
 from etl.sources.text import Options as TextOptions
@@ -286,3 +287,24 @@ def test_a_damaged_chunk_costs_its_episodes_where_seams_are_looked_for(tmp_path)
     found = scanned(path)
     good = [one for one in sources.read(SOURCE, found.task, found.episodes) if not isinstance(one, Rejection)]
     assert {(one.row, one.timesteps) for one in good} == {(300 * n, 300) for n in range(10) if n != 2}
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_survey_of_values_is_that_of_a_plain_loop(data):
+    width = data.draw(st.integers(1, 3))
+    elements = st.one_of(
+        st.floats(width=32), st.sampled_from([0.0, 1.0, -1.0, 1 + 2.0**-10, 1.5, 7.0, math.nan, math.inf])
+    )
+    found, dimensions = Range(), [[] for _ in range(width)]
+    for _ in range(data.draw(st.integers(1, 3))):
+        values = data.draw(arrays.arrays(np.float32, (data.draw(st.integers(1, 5)), width), elements=elements))
+        found.add(values, "action")
+        for row in values.tolist():
+            for own, value in zip(dimensions, row):
+                own += [value] if math.isfinite(value) else []
+    kept = [value for own in dimensions for value in own]
+    assert found.seen.low.tolist() == [min(own, default=math.inf) for own in dimensions]
+    assert found.seen.high.tolist() == [max(own, default=-math.inf) for own in dimensions]
+    assert (found.seen.values, found.seen.beyond) == (len(kept), sum(abs(value) > ROUNDING for value in kept))
+    assert found.seen.whole == all(value == round(value) for value in kept)

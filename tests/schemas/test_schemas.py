@@ -44,6 +44,20 @@ def episode(**changes) -> RawEpisode:
     return RawEpisode(**(base | changes), terminated=True, truncated=False, file="f", position=0)
 
 
+def test_actions_out_of_reach_are_refused_in_each_dimension():
+    """Ranges [-1, 1] and [0, 4] reach to 100 and to 2 ± 200; the reference is the definition, value by value."""
+    task = replace(HOPPER, action=ActionSpec.continuous((-1.0, 0.0), (1.0, 4.0), 2))
+    for first in (0.0, 99.0, -100.0, 101.0, -150.0):
+        for second in (2.0, 150.0, -150.0, 202.0, 203.0, -199.0):
+            action = np.zeros((4, 2), np.float32)
+            action[2] = first, second
+            if abs(first) <= 100 and abs(second - 2) <= 200:
+                episode(action=action).check(task)
+            else:
+                with pytest.raises(EpisodeError, match="from the middle"):
+                    episode(action=action).check(task)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
