@@ -117,7 +117,7 @@ class Crossing:
         return np.array(names["SLOWER"])
 
     def _meets(self, away: np.ndarray, ahead: np.ndarray) -> bool:
-        """Whether a vehicle is ever too near. `away` (T, 2): where it is, in metres; `ahead` (T, 2): unit vectors."""
+        """Whether another vehicle is ever too near; `away`: where it is, metres (T, 2); `ahead`: unit vector (T, 2)."""
         along = (away * ahead).sum(axis=1)
         across = away[:, 1] * ahead[:, 0] - away[:, 0] * ahead[:, 1]
         return bool(((np.abs(along) < self.LENGTH) & (np.abs(across) < self.WIDTH)).any())
