@@ -64,7 +64,7 @@ def test_other_options_are_not_mixed_in(classic):
         (["--suite", "clasic"], "unknown suite 'clasic'"),
         (["--suite", "gymnasium"], "no expert is shipped"),
         (["--suite", "classic", "-e", "CartPole-v1"], "give one of them"),
-        (["--suite", "classic", "--episodes", "0"], "--episodes must be at least 1"),
+        (["--suite", "classic", "--episodes", "0"], "--episodes 0: must be from 1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(tmp_path, options, words):
