@@ -19,6 +19,8 @@ from schemas.episode import TaskSpec
 from simulators.policy import EpisodeRng, Policy
 from simulators.rollout import Step, rollout
 
+ENDLESS = 100  # times the longest logged episode: then one that only a goal ends is given up
+
 
 @dataclass
 class Played:
@@ -69,8 +71,9 @@ def play(
     film_every: int = 1,
     progress: Callable[[int, int], None] = lambda timesteps, active: None,
 ) -> list[Played]:
-    """One episode per seed, all at once. `film`: how many pictures of the first episode to keep, one every
-    `film_every` timesteps. SimulatorError where the simulator cannot be made at all or its spaces differ from
+    """One episode per seed, all at once, of at most `step_limit` timesteps; where that is None and the environment has
+    no limit of its own, of ENDLESS times the log's longest. `film`: how many pictures of the first episode to keep, one
+    every `film_every` timesteps. SimulatorError where the simulator cannot be made at all or its spaces differ from
     the task's."""
     assert task.environment is not None
     played = [Played(seed) for seed in seeds]
@@ -80,6 +83,8 @@ def play(
     pictures = Film(film, film_every)
     try:
         _check_spaces(task, environments[0])
+        if step_limit is None and (environments[0].spec is None or environments[0].spec.max_episode_steps is None):
+            step_limit = ENDLESS * task.max_episode_steps
         rng = EpisodeRng.seeded(policy_seed, seeds)
         steps = rollout(
             policy, environments, seeds, rng, lambda row, env: pictures.take(env) if row == 0 else None, step_limit

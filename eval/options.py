@@ -43,7 +43,8 @@ class Options:
     first_seed: int = 1000
     """Episode n is reset with first_seed + n, the same for every model."""
     step_limit: int | None = None
-    """End episodes after this many timesteps; part of the protocol that every row names."""
+    """End episodes after this many timesteps; part of the protocol that every row names. Where an environment has no
+    limit of its own, 100 times the log's longest episode."""
     film_seconds: float = 6.0
     """Length of each rollout picture; 0 for none."""
     processes: int = 0

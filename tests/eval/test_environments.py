@@ -25,7 +25,7 @@ from eval.compare import compare as comparison
 from eval.environments import play
 from eval.options import Options
 from eval.scores import scored
-from schemas.episode import EnvironmentSpec
+from schemas.episode import EnvironmentSpec, TaskSpec
 from schemas.vocabulary import PAPER
 from shards.reader import Dataset
 from simulators.experts import policies
@@ -239,6 +239,19 @@ def test_a_d4rl_log_is_built_for_the_old_gym(logs, tmp_path):
     run("etl.build", *arguments, "--output", tmp_path)
     spec = Dataset(tmp_path).manifest.tasks[0].spec
     assert spec.environment == EnvironmentSpec("gym", "gym/Hopper-v2") and spec.score.high == 3234.3
+
+
+def test_an_episode_that_only_a_goal_ends_is_given_up():
+    """CliffWalking has no limit: who walks against its wall walks on."""
+    environment = simulators.environment_spec("CliffWalking-v1")
+    env = simulators.make(environment)
+    task = TaskSpec("walls", "classic", simulators.observation_fields(env), simulators.action_spec(env), environment,
+                    max_episode_steps=13)  # fmt: skip
+    up = RandomPolicy(task.action)
+    up.act = lambda observations, reward, active, rng: np.zeros(len(active), np.int64)
+    ended = [(one.ending, one.timesteps, one.episode_return) for one in play(up, task, [0, 1])]
+    assert ended == [("step limit", 1300, -1300.0)] * 2
+    assert [one.timesteps for one in play(up, task, [0], step_limit=4)] == [4]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
