@@ -171,8 +171,8 @@ class TaskSummary:
 
 @dataclass(frozen=True)
 class ObservationScale:
-    """Mean and standard deviation of each column of a task's timestep, over all tasks that share it; 0 and 1 where
-    a column holds no continuous observation."""
+    """Mean and standard deviation of each column of a task's timestep, over all tasks that share it: 0 and 1 where
+    a column holds no observation, 0 and 0 where a discrete one, whose ids may be those of continuous values."""
 
     __pydantic_config__ = STRICT
     mean: tuple[float, ...]

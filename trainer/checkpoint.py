@@ -275,16 +275,15 @@ class ExportInfo:
     """What a model with `returns` is asked for, by task."""
 
     def observation_scale(self, task: TaskSpec) -> ObservationScale | None:
-        """The scale of a task: its own, that of a task of its environment, or in a domain whose tasks share theirs,
-        that of a task of its layout; one that changes nothing where nothing is continuous, and else None."""
-        layout = layout_of(task)
-        if all(field.kind != "continuous" for field in task.observation):
-            return ObservationScale((0.0,) * layout.length, (1.0,) * layout.length)
-        names = self._of_environment(task)
-        if task.domain in self.model.shared_scales:
+        """The scale of a task: its own, that of a task of its environment, or in a domain whose tasks share theirs, and
+        where nothing is continuous, that of a task of its layout; one of no values there, and else None."""
+        layout, names = layout_of(task), self._of_environment(task)
+        plain = all(field.kind != "continuous" for field in task.observation)
+        if plain or task.domain in self.model.shared_scales:
             alike = (other for other in self.tasks if other.domain == task.domain and layout_of(other) == layout)
             names += [other.name for other in alike]
-        return next((self.observations[name] for name in names if name in self.observations), None)
+        found = next((self.observations[name] for name in names if name in self.observations), None)
+        return ObservationScale((0.0,) * layout.length, (0.0,) * layout.length) if plain and found is None else found
 
     def return_scale(self, task: TaskSpec) -> ReturnScale | None:
         """The scale of a task, or of another one of its environment; None where the model was trained on neither."""

@@ -2,6 +2,8 @@
 
 first sequences of the stream -> values that tokens stand for -> mean and deviation of each column, by environment
 
+A discrete observation stands for none, though its ids may be those of continuous values: mean and deviation 0.
+
 Tasks of one environment have one scale, so that their levels stay comparable; tasks of different ones share places of
 a timestep, not scales (docs/ablations.md), unless their domain is one body in all of its tasks, as Meta-World's arm is.
 
@@ -15,7 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from schemas.dataset import ObservationScale
-from schemas.layout import OBSERVATION
+from schemas.layout import OBSERVATION, field_columns, layout_of
+from schemas.task import TaskSpec
 from schemas.vocabulary import bin_values
 from shards.stream import Stream
 
@@ -51,7 +54,15 @@ def observation_scales(
     mean = moments[1] / count
     std = np.sqrt(np.maximum(moments[2] / count - mean**2, SMALLEST**2))
     std[moments[0] < 2], mean[moments[0] < 2] = 1.0, 0.0
-    return {
-        spec.name: ObservationScale(tuple(mean[row, :length].tolist()), tuple(std[row, :length].tolist()))
-        for spec, row, length in zip(specs, group.tolist(), lengths)
-    }
+    scales = {}
+    for spec, row, length in zip(specs, group.tolist(), lengths):
+        own = np.stack([mean[row, :length], std[row, :length]])
+        own[:, discrete_columns(spec)] = 0.0
+        scales[spec.name] = ObservationScale(*map(tuple, own.tolist()))
+    return scales
+
+
+def discrete_columns(task: TaskSpec) -> list[int]:
+    """Those of a timestep that hold discrete observations."""
+    stored = layout_of(task).stored_columns
+    return [n for part in field_columns(task) if part.spec.kind == "discrete" for n in stored[part.tokens].tolist()]

@@ -41,6 +41,8 @@ class Task:
     lengths: tuple[int, ...]
     held_out: tuple[int, ...] = ()
     observation: int = 3
+    choices: int = 0
+    """Where not 0, observations are discrete."""
     action: int = 2
     patches: tuple[int, int] = (0, 0)
     channels: int = 1
@@ -49,7 +51,10 @@ class Task:
 
     @property
     def spec(self) -> TaskSpec:
-        fields = [FieldSpec("observation", "continuous", (self.observation,))] if self.observation else []
+        kind = (
+            ("discrete", (self.observation,), (self.choices,)) if self.choices else ("continuous", (self.observation,))
+        )
+        fields = [FieldSpec("observation", *kind)] if self.observation else []
         if self.patches[0]:
             size = tuple(PATCH_SIZE * n for n in self.patches)
             fields.insert(0, FieldSpec("image", "image", (*size, self.channels), resized=size))
@@ -79,7 +84,9 @@ def make(folder: Path, tasks: list[Task], piece: int = 1000, shards: int = 1, se
                     members = {
                         "tokens": tokens.astype(np.uint16),
                         "reward": np.ones(len(t), np.float32) if task.action else None,
-                        "observation": rng.random((len(t), task.observation), np.float32) if task.observation else None,
+                        "observation": rng.random((len(t), task.observation), np.float32)
+                        if task.observation and not task.choices
+                        else None,
                         "action": rng.random((len(t), task.action), np.float32) if task.action else None,
                     }
                     if layout.patches:

@@ -86,7 +86,7 @@ def test_tasks_of_a_domain_that_is_one_body_share_a_scale_and_give_it_to_unseen_
     assert torch.equal(agent.spread[:3], model.spread_of(shared["push"])[:3])
     with pytest.raises(ValueError, match="'pull': this model has no scale of its observations"):
         make_agent(model, info(()), unseen.spec, AgentConfig())
-    assert make_agent(model, info(()), maze.spec, AgentConfig()).spread.unique(dim=0).tolist() == [[1.0, 0.0]]
+    assert make_agent(model, info(()), maze.spec, AgentConfig()).spread.unique(dim=0).tolist() == [[0.0, 0.0]]
 
 
 def gate_patches(model, batch, tokens):
@@ -123,12 +123,13 @@ def plain(model, batch):
                 hidden = role == SEPARATOR or (role == ACTION and batch.supervised[row, place])
                 if not hidden:
                     scale, position = model.scales.weight[index], model.positions.weight[index]
-                    share = 0.1 if 32000 <= batch.tokens[row, place] < 33024 else 1.0
+                    factor, move = model.spreads[batch.tasks[row], index]
+                    a_value = 32000 <= batch.tokens[row, place] < 33024 and factor != 0
+                    share = 0.1 if a_value else 1.0
                     total = total + tokens[row, place] * share * scale + position
-                    if 32000 <= batch.tokens[row, place] < 33024:
+                    if a_value:
                         token = batch.tokens[row, place].numpy().astype(np.uint16)
                         value = continuous.decode_observation(token, DISJOINT)
-                        factor, move = model.spreads[batch.tasks[row], index]
                         total = total + (float(value) * factor + move).clamp(-10, 10) * model.slopes.weight[index]
             separator = model.vocabulary.separator in batch.tokens[row, first:stop]
             elements.append(total + separator * batch.returns[row, batch.segments[row, first]] * model.asked.weight[0])
@@ -193,6 +194,29 @@ def test_an_agent_gates_patches_as_training_does(missions):
     elements = model.embed(replace(batch, returns=torch.zeros_like(batch.returns)))
     seen = agent._elements(batch.tokens[row, columns].long()[None], pixels)[0]
     torch.testing.assert_close(seen, elements[row, columns].sum(dim=0), atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_discrete_observations_are_no_values_in_training_and_at_play(tmp_path):
+    """Their ids may be those of continuous values. FrozenLake and Taxi were learned, and played at random."""
+    tasks = [Task("cell", (30, 9), observation=1, choices=16, action=1), Task("body", (30,), action=1),
+             Task("facing", (30, 9), observation=1, choices=4, patches=(2, 2), action=1)]  # fmt: skip
+    folder = make(tmp_path / "made", [*tasks, replace(tasks[0], name="unseen")])
+    config = StreamConfig(sequence_length=LENGTH, mixture_block=8, prompt_probability=0.0, excluded_tasks=("unseen",))
+    stream, dataset = Stream([folder], config, seed=0), Dataset(folder)
+    model = Gato(SMALL, DISJOINT).initialise(0).eval()
+    scales = observation_scales(stream, 64)
+    model.standardise(scales)
+    info = replace(exported(dataset, stream)[1], observations=scales)
+    info = replace(info, tasks=tuple(one.spec for one in dataset.manifest.tasks if one.spec.name != "unseen"))
+    for one in dataset.manifest.tasks:
+        agent = make_agent(model, info, one.spec, AgentConfig())
+        trained = stream.tasks.index("cell" if one.spec.name == "unseen" else one.spec.name)
+        assert torch.equal(agent.spread, model.spreads[trained, agent.positions.long()])
+    assert scales["cell"].std[0] == scales["facing"].std[4] == 0.0 < scales["body"].std[0]
+    batch = stream.batch(0, 8).to("cpu")
+    batch.tokens[batch.roles == OBSERVATION] = 32001 + batch.tokens[batch.roles == OBSERVATION] % 4
+    torch.testing.assert_close(select(model, batch)[0], plain(model, batch), atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()

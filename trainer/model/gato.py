@@ -170,6 +170,7 @@ class Gato(nn.Module):
         index = positions.int().clamp(max=self.config.local_positions - 1)
         value, continuous = self._values_of(tokens)
         factor, move = spread.unbind(-1)
+        continuous = continuous & (factor != 0)
         value = ((value * factor + move).clamp(-LARGEST, LARGEST) * continuous).to(x.dtype)
         x = x * torch.where(continuous, TABLE_SHARE, 1.0)[..., None].to(x.dtype)
         x = x * self.scales_at(index) + self.positions(index) + value[..., None] * self.slopes(index)
@@ -188,10 +189,11 @@ class Gato(nn.Module):
         self.spreads = torch.stack([self.spread_of(scale) for scale in scales.values()]).to(self.slopes.weight.device)
 
     def spread_of(self, scale: ObservationScale) -> Tensor:
-        """(P, 2) float32: what values are multiplied by and moved by at each position of a task's timestep."""
+        """(P, 2) float32: what values are multiplied by and moved by at each position of a task's timestep; zeros where
+        tokens stand for no values."""
         spread = torch.tensor([1.0, 0.0]).repeat(self.config.local_positions, 1)
         mean, std = (torch.tensor(values[: len(spread)]) for values in (scale.mean, scale.std))
-        spread[: len(mean)] = torch.stack([1 / std, -mean / std], dim=1)
+        spread[: len(mean)] = torch.where(std[:, None] > 0, torch.stack([1 / std, -mean / std], dim=1), 0.0)
         return spread
 
     def local(self, roles: Tensor, positions: Tensor) -> Tensor:
