@@ -123,8 +123,9 @@ def domains_table(results: Sequence[DomainResult]) -> Comparison:
         rows.append((one.domain, LABELS[one.model], count, iqm, *map(str, one.above), *cells))
     caption = (
         f"Score in %: 0 is random play, 100 the task's reference (the recorder's expert, D4RL's expert of a body, or a "
-        f"human in a game), or the solved episodes where nothing else is rewarded. Interquartile mean over all episodes of a domain's tasks with its {100 * CONFIDENCE:.0f} % "
-        f"bootstrap interval, tasks as strata; then the number of tasks whose mean reaches each share."
+        f"human in a game), or the solved episodes where nothing else is rewarded. Interquartile mean over all "
+        f"episodes of a domain's tasks with its {100 * CONFIDENCE:.0f} % bootstrap interval, tasks as strata; then the "
+        f"number of tasks whose mean reaches each share."
     )
     return Comparison((*header, *(label for _, label in others)), rows, notes, caption)
 
