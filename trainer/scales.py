@@ -2,7 +2,7 @@
 
 first sequences of the stream -> values that tokens stand for -> mean and deviation of each column, by environment
 
-A discrete observation stands for none, though its ids may be those of continuous values: mean and deviation 0.
+Ids of discrete observations may be those of continuous values and mean none: mean and deviation 0.
 
 Tasks of one environment have one scale, so that their levels stay comparable; tasks of different ones share places of
 a timestep, not scales (docs/ablations.md), unless their domain is one body in all of its tasks, as Meta-World's arm is.

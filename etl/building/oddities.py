@@ -31,7 +31,7 @@ NAME = "oddities.json"
 CONTEXT = 1024  # tokens: the paper's and the recipes'
 USED = 0.25  # share of an action's range, below which its bins are wasted
 CLIPPED = 0.001  # share of values beyond their range
-COARSE = 4  # bins, with fewer of which an observation's values can hardly be told apart
+COARSE = 4  # bins: an observation whose values all lie in fewer is odd
 LISTED = 4
 
 

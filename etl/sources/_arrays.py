@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path, PurePosixPath
@@ -156,25 +156,6 @@ class damage:
         if isinstance(error, DAMAGE) and not isinstance(error, EpisodeError):
             why = " ".join(str(error).split())[:200] or type(error).__name__
             raise EpisodeError("corrupt file", f"{why}; {AGAIN}") from error
-
-
-def in_stream(
-    rows: Callable[[int], Iterator[tuple[int, StoredEpisode | EpisodeError]]], refs: list[EpisodeRef], missing: str
-) -> Iterator[StoredEpisode | EpisodeError]:
-    """The episodes of refs, in their order, out of what can only be read forwards: `rows` from a position on, begun
-    again where a ref lies before what was read. `missing`: what is not there, a place for the position in it."""
-    stream: Iterator[tuple[int, StoredEpisode | EpisodeError]] = iter(())
-    at = -1
-    for ref in refs:
-        if at < 0 or ref.position < at:
-            stream, at = rows(ref.position), ref.position
-        found: StoredEpisode | EpisodeError = EpisodeError("empty", "no " + missing.format(ref.position))
-        for position, one in stream:
-            at = position + 1
-            if position == ref.position:
-                found = one
-                break
-        yield found
 
 
 class ArraySource:

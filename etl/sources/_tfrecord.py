@@ -87,6 +87,13 @@ class Records:
                 return self._data(at, length, check)
         return self.read(self.starts[position], check)
 
+    def wanted(self, position: int) -> bytes:
+        """The `position`-th record. EpisodeError where the file ends before it, or it is damaged."""
+        data = self.record(position)
+        if data is None:
+            raise EpisodeError("empty", f"no record {position} in it; {AGAIN}")
+        return data
+
     def read(self, offset: int, check: bool = True) -> bytes:
         """The record that begins at that byte."""
         self._seek(offset)

@@ -154,7 +154,7 @@ class Gato(nn.Module):
         """(M, W): the sum of the scaled text tokens in the timestep of each of a batch's M patches."""
         slot = timestep_slots(batch).flatten()
         positions = batch.positions.long().clamp(max=self.config.local_positions - 1)
-        x = (x * self.scales_at(positions) + self.positions(positions)) * (batch.roles == TEXT)[..., None]
+        x = self._placed(x, positions) * (batch.roles == TEXT)[..., None]
         texts = torch.zeros(len(batch.tokens) * batch.timesteps, x.shape[-1], dtype=x.dtype, device=x.device)
         texts = texts.index_add(0, slot, x.flatten(0, 1))
         return texts.index_select(0, slot.index_select(0, batch.patch_index.long()))
@@ -173,8 +173,12 @@ class Gato(nn.Module):
         continuous = continuous & (factor != 0)
         value = ((value * factor + move).clamp(-LARGEST, LARGEST) * continuous).to(x.dtype)
         x = x * torch.where(continuous, TABLE_SHARE, 1.0)[..., None].to(x.dtype)
-        x = x * self.scales_at(index) + self.positions(index) + value[..., None] * self.slopes(index)
+        x = self._placed(x, index) + value[..., None] * self.slopes(index)
         return x * shown[..., None]
+
+    def _placed(self, x: Tensor, index: Tensor) -> Tensor:
+        """Tokens embedded as x (..., W), scaled and moved by their `index` (...) within the timestep."""
+        return x * self.scales_at(index) + self.positions(index)
 
     def _values_of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Values (...) of tokens of continuous observations, and which are some."""

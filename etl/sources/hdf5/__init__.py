@@ -191,7 +191,11 @@ class _FileLog(Log):
             inside = {k.removeprefix(f"{root}/"): v for k, v in self.arrays.items() if k.startswith(f"{root}/")}
             if inside:
                 return inside
-        used = {id(one) for one in (self.action, self.reward, self.terminal)}
+        return self._rest(rows, ())
+
+    def _rest(self, rows: int, observed: Iterable[Column]) -> dict[str, Column]:
+        """Arrays of as many rows, by path, that are neither `observed` nor have a part of their own."""
+        used = {id(one) for one in (self.action, self.reward, self.terminal, *observed)}
         return {
             key: column
             for key, column in self.arrays.items()
@@ -200,12 +204,7 @@ class _FileLog(Log):
 
     def _unread(self, rows: int) -> tuple[str, ...]:
         """A line that names arrays of one value or more per row that mean nothing here."""
-        used = {id(one) for one in (self.action, self.reward, self.terminal, *self.observation.values())}
-        left = [
-            key
-            for key, column in self.arrays.items()
-            if key not in OTHER and id(column) not in used and column.shape and column.shape[0] in (rows, rows + 1)
-        ]
+        left = list(self._rest(rows, self.observation.values()))
         remedy = "--action-key, --reward-key and --terminal-key name those of other names"
         return (f"arrays that are not read: {', '.join(left[:8])}; {remedy}",) if left else ()
 

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from etl.sources import EpisodeRef, _pictures
-from etl.sources._arrays import ArraySource, Column, Log, StoredEpisode, damage, in_stream
+from etl.sources._arrays import ArraySource, Column, Log, StoredEpisode, damage
 from etl.sources._hdf5 import AGAIN
 from etl.sources._recognition import MARK, Recognition, below, files_below, first_with, parquet_schema
 from schemas.episode import EpisodeError
@@ -132,7 +132,19 @@ class _Rows(Log):
         yield from self._rows(first, light)
 
     def read(self, refs: list[EpisodeRef]) -> Iterator[StoredEpisode | EpisodeError]:
-        return in_stream(lambda start: self._rows(start, None), refs, f"row {{}} in it; {AGAIN}")
+        """In their order, out of what is read forwards: begun again where a ref lies before what was read."""
+        rows: Iterator[tuple[int, StoredEpisode | EpisodeError]] = iter(())
+        at = -1
+        for ref in refs:
+            if at < 0 or ref.position < at:
+                rows, at = self._rows(ref.position, None), ref.position
+            found: StoredEpisode | EpisodeError = EpisodeError("empty", f"no row {ref.position} in it; {AGAIN}")
+            for position, one in rows:
+                at = position + 1
+                if position == ref.position:
+                    found = one
+                    break
+            yield found
 
     def close(self) -> None:
         if hasattr(self, "file"):

@@ -137,10 +137,7 @@ class _Episodes(_File):
     def read(self, refs: list[EpisodeRef]) -> Iterator[StoredEpisode | EpisodeError]:
         for ref in refs:
             try:
-                data = self.records.record(ref.position)
-                if data is None:
-                    raise EpisodeError("empty", f"no record {ref.position} in it; {AGAIN}")
-                yield self._tried_record(data)
+                yield self._tried_record(self.records.wanted(ref.position))
             except EpisodeError as error:
                 yield error
 

@@ -146,10 +146,7 @@ class _File(Log):
         names = self._names(self.observed)
         for ref in refs:
             try:
-                data = self.records.record(ref.position)
-                if data is None:
-                    raise EpisodeError("empty", f"no record {ref.position} in it; {AGAIN}")
-                yield self._tried_record(data, names, pictures=True)
+                yield self._tried_record(self.records.wanted(ref.position), names, pictures=True)
             except EpisodeError as error:
                 yield error
 
