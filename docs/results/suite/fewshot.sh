@@ -3,8 +3,8 @@
 # demonstrations. Held out by rule: of the tasks in alphabetical order, every fifth of Meta-World from the third on and
 # every ninth of BabyAI from the fifth on, ten of each (held-out.txt).
 #   bash docs/results/suite/fewshot.sh train      one training without these tasks: some hours of one core
-#   bash docs/results/suite/fewshot.sh            demonstrations, 20 x 2 fine-tunings, play, few-shot.{md,svg}; by arithmetic,
-#                                                 some 35 minutes of one core with STEPS=100 and EPISODES=10
+#   bash docs/results/suite/fewshot.sh            demonstrations, 20 x 2 fine-tunings, play, few-shot.{md,svg}; some
+#                                                 50 minutes of one busy core with STEPS=100 and EPISODES=20
 # from the root of the checkout, environment activated. Each command may be killed and run again. STARTS="trained scratch"
 # fine-tunes from random weights too. Lists and numbers are variables, so that a small trial is one line.
 set -euo pipefail
@@ -21,7 +21,7 @@ if [ "${1:-}" = train ]; then
     # prompts are shown with their actions, so they carry no loss; one arm's tasks share a scale, which unseen ones need
     # shellcheck disable=SC2086
     exec deepspeed --num_gpus 1 --master_port "$PORT" trainer/main.py --recipe tiny --data.root "$SHARDS" --run.output "$RUN" \
-        --data.stream.excluded-tasks $TASKS --data.stream.prompt-probability 0.25 --data.stream.no-prompt-loss \
+        --data.stream.excluded-tasks $TASKS --data.stream.prompt-probability 0.4 --data.stream.prompt-start-share 0.5 --data.stream.no-prompt-loss \
         --model.shared-scales metaworld --model.text-gates --run.evaluate-sequences 2 --data.stream.sequence-length 528 \
         --data.global-batch 192 --data.micro-batch 48 \
         --data.stream.domains metaworld 10 minigrid 10 mujoco 10 atari 6 robotics 4 classic 1 box2d 1 ${TRAIN:-}
