@@ -162,7 +162,7 @@ class Run:
 
     def run_steps(self, stop: StopRequest) -> None:
         """Take all remaining steps, or as many as are taken before a stop is requested; then export."""
-        config, ended = self.config, False
+        config, ended, last_loss = self.config, False, math.nan
         self._start_time = self._interval_start = time.monotonic()
         self._interval_step, self._losses = self.step, list[float]()
         tokens = config.data.global_batch * config.data.stream.sequence_length
@@ -184,9 +184,11 @@ class Run:
             loss = metrics.get("held_out/loss")
             if (last or self.step % config.run.save_every == 0) and not self._save(loss) and last:
                 raise checkpoint.CheckpointError(f"{self.folder}: the last step could not be saved, see above")
-            if loss is not None and loss < self.best_loss:
-                self.best_loss = loss
-                self._export("best", loss)
+            if loss is not None:
+                last_loss = loss
+                if loss < self.best_loss:
+                    self.best_loss = loss
+                    self._export("best", loss)
             if config.run.export_every and self.step % config.run.export_every == 0:
                 self._export(f"exports/step-{self.step}")
         restart_watchdog(0)
@@ -196,6 +198,9 @@ class Run:
             if self.step >= config.steps:
                 outcome = "finished" if self.step == config.steps else f"nothing to do for --steps {config.steps}"
             print(f"{outcome} at step {self.step}; weights in {config.run.output / 'export'}", flush=True)
+            if last_loss > 1.05 * self.best_loss:
+                print(f"held-out loss rose from {self.best_loss:.4f} at its lowest to {last_loss:.4f}, as when few data are learned by "
+                      f"heart; the weights of the lowest are in {config.run.output / 'best'}: play both", flush=True)  # fmt: skip
 
     def _is_evaluation_step(self) -> bool:
         """Whether held-out episodes are evaluated now, after `self.step` steps."""

@@ -64,6 +64,23 @@ def test_it_starts_from_the_exports_weights_and_goes_on_bit_for_bit(exported, ho
 
 
 @pytest.mark.process
+def test_a_run_says_where_its_held_out_loss_was_lowest(exported, hopper, tmp_path):
+    few = ("--data.stream.demonstrations", "1", "--optimiser.start-lr", "1e-2", "--run.evaluate-every", "10")
+    done = tune(tmp_path / "few", [hopper], exported, *few, "--optimiser.peak-lr", "1e-2", steps=60)
+    best, last = (load_export(tmp_path / "few" / name)[1] for name in ("best", "export"))
+    assert best.step < last.step and best.training.held_out_loss == min(held_out(tmp_path / "few")[1:])
+    assert f"held-out loss rose from {best.training.held_out_loss:.4f}" in done.stdout
+    done = tune(tmp_path / "falls", [hopper], exported, "--optimiser.peak-lr", "1e-5", "--run.evaluate-every", "1", steps=2)
+    assert "finished" in done.stdout and "rose from" not in done.stdout
+
+
+def held_out(run):
+    """The held-out losses of a run, in the order in which they were measured."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text("utf-8").splitlines())
+    return [row["held_out/loss"] for row in rows if "held_out/loss" in row]
+
+
+@pytest.mark.process
 def test_what_does_not_fit_is_refused_in_one_line(exported, hopper, pong, tmp_path):
     model, info = load_export(exported)
     other = replace(info.vocabulary, mu=info.vocabulary.mu * 2)
