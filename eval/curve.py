@@ -31,7 +31,8 @@ from schemas.vocabulary import VocabularyMismatch
 from shards.reader import Dataset, Store
 from shards.stream import find_datasets
 from simulators import plugins
-from trainer.checkpoint import CheckpointError, load_export, parse_export
+from trainer.checkpoint import CheckpointError
+from trainer.model.export import load_export, parse_export
 
 RETURNS = "returns.jsonl"
 

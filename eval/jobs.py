@@ -15,7 +15,7 @@ from schemas.episode import TaskSpec
 from schemas.result import MODELS
 from shards.reader import Dataset
 from simulators.registry import clips_rewards
-from trainer.checkpoint import ExportInfo
+from trainer.model.export import ExportInfo
 
 
 @dataclass(frozen=True)

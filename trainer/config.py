@@ -237,15 +237,15 @@ def check(config: TrainConfig, world: int) -> None:
     require_unicode("run.output", output)
     for folder in (*config.data.folders, config.data.root):
         require_unicode("data.folders", folder)
-    data = config.data
-    if world < 1 or data.global_batch % (world * data.micro_batch):
-        each = data.global_batch // world if world > 0 else 0
-        fitting = max((n for n in range(1, data.micro_batch + 1) if each and each % n == 0), default=1)
-        whole = each and data.global_batch == each * world
-        remedy = f"give --data.micro-batch {fitting}" if whole else "choose another batch or number of processes"
+    require("processes", world, 1, 2**20)
+    whole, micro = config.data.global_batch, config.data.micro_batch
+    each, left = divmod(whole, world)
+    if left or each % micro:
+        fitting = next(size for size in range(micro, 0, -1) if each % size == 0)
+        remedy = "choose another batch or number of processes" if left else f"give --data.micro-batch {fitting}"
         raise ValueError(
-            f"--data.global-batch {data.global_batch}: must be a multiple of processes x --data.micro-batch, "
-            f"{world} x {data.micro_batch}; {remedy}"
+            f"--data.global-batch {whole}: must be a multiple of processes x --data.micro-batch, {world} x {micro}; "
+            f"{remedy}"
         )
 
 

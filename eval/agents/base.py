@@ -22,9 +22,9 @@ from etl.tokenizers.timestep import Encoded, TimestepTokenizer
 from eval.agents.prompts import AgentConfig, Prompt
 from schemas.episode import TaskSpec
 from schemas.vocabulary import bin_centres
-from simulators.policy import EpisodeRng
-from trainer.checkpoint import ExportInfo
+from simulators.policy import Observations, Rng
 from trainer.model import Gato
+from trainer.model.export import ExportInfo
 
 ROWS = 4  # that a CPU's matrix products need to round as they do for more
 
@@ -88,13 +88,7 @@ class GatoAgent(ABC):
         self.start(batch)
 
     @torch.inference_mode()
-    def act(
-        self,
-        observations: dict[str, np.ndarray],
-        previous_reward: np.ndarray,
-        active: np.ndarray,
-        rng: EpisodeRng | np.random.Generator,
-    ) -> np.ndarray:
+    def act(self, observations: Observations, previous_reward: np.ndarray, active: np.ndarray, rng: Rng) -> np.ndarray:
         """observations {key: (B, ...)} -> actions (B, A) float32 or (B,) int64, zeros where not `active`. Rewards are
         not shown to Gato."""
         if int(active.sum()) < len(self.running) and not self.keeps_rows:

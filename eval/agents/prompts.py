@@ -17,7 +17,7 @@ from schemas.episode import TaskSpec
 from schemas.ranges import require
 from schemas.task import STRICT
 from shards.reader import Dataset
-from trainer.checkpoint import ExportInfo
+from trainer.model.export import ExportInfo
 
 
 @dataclass(frozen=True)

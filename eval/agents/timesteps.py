@@ -19,8 +19,8 @@ from eval.agents.base import GatoAgent
 from eval.agents.prompts import AgentConfig
 from schemas.episode import TaskSpec
 from schemas.layout import PATCH, SEPARATOR, TEXT
-from trainer.checkpoint import ExportInfo
 from trainer.model import Gato
+from trainer.model.export import ExportInfo
 
 
 class TimestepAgent(GatoAgent):

@@ -28,8 +28,8 @@ from eval.agents.cuda_graph import Replay, compiled
 from eval.agents.prompts import AgentConfig
 from schemas.episode import TaskSpec
 from schemas.layout import SEPARATOR
-from trainer.checkpoint import ExportInfo
 from trainer.model import Gato
+from trainer.model.export import ExportInfo
 from trainer.model.gato import Blocks
 from trainer.model.transformer import Cache
 
