@@ -1,4 +1,4 @@
-"""The parts of a comparison: every (model, task, seed) that can be played, and what cannot, in words.
+"""The parts of a comparison: every (model, task, seed) that can be played, and remarks on what cannot.
 
     options + tasks + loaded Gatos -> plan_jobs -> jobs, cheap models first, and remarks
 

@@ -215,7 +215,9 @@ def tensor_reader(folder: Path, record: Record) -> Callable[[str], Tensor]:
 
     def read(name: str) -> Tensor:
         if name not in part_of:
-            raise CheckpointError(f"{folder / record.tag}: holds no '{name}'; it is of another model")
+            raise CheckpointError(
+                f"{folder / record.tag}: holds no '{name}', so it is of another model; give another --run.output"
+            )
         return part_of[name].get_tensor(name)
 
     return read

@@ -165,7 +165,9 @@ def load_config(path: Path) -> tuple[str, TrainConfig]:
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"{path}: setting '{where}': {first['msg']}; correct or remove it") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: no configuration of a run ({error}); give --config a run's config.json") from None
+        raise ValueError(
+            f"{path}: not the configuration of a run ({error}); give --config a run's config.json"
+        ) from None
 
 
 def resume_critical(config: TrainConfig) -> dict[str, Any]:
@@ -223,11 +225,11 @@ def check(config: TrainConfig, world: int) -> None:
         require(name, value, least, most)
     if config.loss.stride > max(1.0, config.loss.soft_bins):
         raise ValueError(
-            f"--loss.stride {config.loss.stride}: wider than what a target is spread over; make --loss.soft-bins as "
-            "large, or the stride 1"
+            f"--loss.stride {config.loss.stride}: must not exceed --loss.soft-bins {config.loss.soft_bins}, over which "
+            "a target is spread; raise those, or give stride 1"
         )
     if config.model.text_gates and config.model.sequence != "timesteps":
-        raise ValueError("--model.text-gates: is for models that read timesteps; give --model.sequence timesteps")
+        raise ValueError("--model.text-gates: needs --model.sequence timesteps; give that too, or leave it out")
     output = config.run.output
     for name in ("", "checkpoints", "export", "exports", "best", "tensorboard"):
         require_folder("run.output", output / name)

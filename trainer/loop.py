@@ -84,8 +84,8 @@ class Run:
         mixed = [t.name for t in self.stream.timelines if t.layout.action and self.stream.predicts_text(t)]
         if mixed and config.model.sequence == "timesteps":
             raise DatasetError(
-                f"--model.sequence timesteps: task '{mixed[0]}' predicts text within a timestep, which it shows; "
-                "let texts be shown alone by --data.stream.no-text-loss, or use --recipe tiny-tokens"
+                f"--model.sequence timesteps: cannot predict the text of task '{mixed[0]}', which is an input of its "
+                "timestep; give --data.stream.no-text-loss, or --recipe tiny-tokens"
             )
         with device:
             model = Gato(config.model, self.stream.vocabulary).initialise(config.seed)

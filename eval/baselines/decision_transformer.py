@@ -258,7 +258,8 @@ def train(
     ValueError for a task without episodes, or with several discrete actions a timestep."""
     if task.action is None or (task.action.kind == "discrete" and task.action.size != 1):
         raise ValueError(
-            f"task '{task.name}': Decision Transformer plays vectors of real actions or one discrete action"
+            f"task '{task.name}': Decision Transformer plays vectors of real actions or one discrete action; leave "
+            "'dt' out of --models"
         )
     if image_shape(task) is None and any(spec.kind != "continuous" for spec in task.observation):
         raise ValueError(

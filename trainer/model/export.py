@@ -145,7 +145,10 @@ def load_export(folder: Path, vocabulary: Vocabulary | None = None) -> tuple[Gat
         detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise CheckpointError(f"{path}: not an export this package reads ({detail}); export again") from None
     if info.format != "gato.model" or not 1 <= info.version <= EXPORT_VERSION:
-        raise CheckpointError(f"{path}: format {info.format} {info.version}, expected gato.model 1 to {EXPORT_VERSION}")
+        raise CheckpointError(
+            f"{path}: format {info.format} {info.version}, this package reads gato.model 1 to {EXPORT_VERSION}; "
+            "install the version that wrote it"
+        )
     if info.version < 3 and info.model.sequence == "timesteps":
         raise CheckpointError(f"{path}: its observations are scaled by place, not by task as now; train again")
     (vocabulary or info.vocabulary).require(info.vocabulary_fingerprint, str(path))
