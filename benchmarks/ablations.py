@@ -24,12 +24,12 @@ from rich.table import Table
 from eval.agents import AgentConfig, demonstration, make_agent
 from eval.environments import play
 from shards.stream import Stream
-from trainer.checkpoint import ExportInfo, TrainingInfo
 from trainer.config import TrainConfig
 from trainer.engine import learning_rate
 from trainer.heldout import evaluate
 from trainer.loss import Objective, targets_of
 from trainer.model import Gato
+from trainer.model.export import ExportInfo, TrainingInfo
 from trainer.optimiser import make_optimiser
 from trainer.recipes import RECIPES
 from trainer.scales import observation_scales

@@ -35,9 +35,9 @@ from eval.environments import play
 from schemas.layout import SEPARATOR
 from shards.batch import Batch
 from shards.reader import Dataset
-from simulators.policy import EpisodeRng
-from trainer.checkpoint import ExportInfo, TrainingInfo, load_export
+from simulators.policy import Observations, Rng
 from trainer.model import PRESETS, Gato
+from trainer.model.export import ExportInfo, TrainingInfo, load_export
 
 CONTEXTS = {"tiny": 256, "79m": 1024}
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -196,9 +196,7 @@ class Pair:
         for agent in self.both:
             agent.reset(batch)
 
-    def act(
-        self, observations: dict[str, np.ndarray], previous_reward: np.ndarray, active: np.ndarray, rng: EpisodeRng
-    ) -> np.ndarray:
+    def act(self, observations: Observations, previous_reward: np.ndarray, active: np.ndarray, rng: Rng) -> np.ndarray:
         actions, _ = (agent.act(observations, previous_reward, active, rng) for agent in self.both)
         return actions
 

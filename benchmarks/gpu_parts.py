@@ -53,7 +53,7 @@ def counted(config: TrainConfig, stream: Stream, steps: list[list[Batch]], secon
     """Rates of a Gato, or of a peer on the same tokens."""
     length = config.data.stream.sequence_length
     batches = [batch for step in steps for batch in step]
-    ids = head_ids(config.loss, stream.vocabulary, targets_of(stream)[1])
+    ids = head_ids(config.loss, stream.vocabulary, targets_of(stream).text)
     flops = by_convention(config.model, stream.vocabulary, length), executed(config.model, ids, batches)
     share = sum(len(batch.predict_index) for batch in batches) / sum(batch.tokens.size for batch in batches)
     found = rates(config.data.global_batch * length, *flops, seconds)

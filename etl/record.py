@@ -3,8 +3,8 @@
 policy + simulator -> steps (simulators/rollout.py) -> the writer of a log format: D4RL's for a plain vector and
 continuous actions, the suite's own where it names one (Atari: DQN-Replay), Minari's for all else
 
-The logged action is the one that was played, noise included. Rows go to disk as they
-come, under a temporary name; the file gets its name when it is whole.
+The logged action is the one that was played, noise included. Rows go to disk as they come,
+under a temporary name; the file gets its name when it is whole.
 
 Invariant: the recorded arrays are a function of the arguments alone.
 """
@@ -163,7 +163,7 @@ def record(options: Options, console: Console, parent: Path | None = None) -> Re
 
 
 def _write(options: Options, env: Any, policy: Any, log: sources.LogWriter, console: Console, path: Path) -> Recorded:
-    """The steps of all episodes into the log."""
+    """Write the steps of all episodes to the log."""
     returns: list[float] = []
     running, done, ended = 0.0, 0, False
     episodes, steps = options.episodes or 0, options.steps or (0 if options.episodes else DEFAULT_STEPS)

@@ -36,7 +36,7 @@ DEFAULT_FOLDER = Path("data/logs")
 
 
 def record_suites(options: Options, console: Console) -> int:
-    """Record what is missing of the asked suites; the number of logs that failed. SimulatorError for a suite that
+    """Record the logs of the asked suites that are missing, and return how many failed. SimulatorError for a suite that
     does not exist, ValueError where a log was recorded with other options."""
     output = (options.output or DEFAULT_FOLDER).absolute()
     todo = _tasks(options.suite or "all", console)

@@ -31,7 +31,8 @@ from schemas.vocabulary import VocabularyMismatch
 from shards.reader import Dataset, Store
 from shards.stream import find_datasets
 from simulators import plugins
-from trainer.checkpoint import CheckpointError, load_export, parse_export
+from trainer.checkpoint import CheckpointError
+from trainer.model.export import load_export, parse_export
 
 RETURNS = "returns.jsonl"
 
@@ -119,7 +120,10 @@ def main() -> int:
                 continue
             metrics = returns(folder, options, datasets)
             if not metrics:
-                raise DatasetError(f"{folder}: none of its tasks is in {', '.join(map(str, folders)) or options.root}")
+                places = ", ".join(map(str, folders)) or options.root
+                raise DatasetError(
+                    f"{folder}: none of its tasks is in {places}; name --datasets that it was trained on"
+                )
             lines.append({"step": step, "weights_sha256": weights, "protocol": protocol} | metrics)
             with atomic_write(options.run / RETURNS) as file:
                 file.write("".join(json.dumps(line) + "\n" for line in lines).encode())

@@ -1,6 +1,8 @@
 """What a comparison shows while it runs.
 
 (job number, line) -> a bar of parts, and a line per running one -> stderr
+
+Invariant: a reader of stderr that goes away ends no comparison.
 """
 
 from __future__ import annotations
@@ -31,13 +33,13 @@ class Display:
         self.running: dict[int, str] = {}
 
     def message(self, number: int, text: str) -> None:
-        """A job is doing this now."""
+        """Show what a job is doing now."""
         self.running[number] = text
         lines = "; ".join(f"{self.names[number]}: {text}" for number, text in sorted(self.running.items()))
         self.progress.update(self.bar, description=escape(lines) or "parts")
 
     def finished(self, number: int, result: JobResult) -> None:
-        """A job has its result."""
+        """Print a job's result, and count it."""
         self.running.pop(number, None)
         failed = "[red]failed[/]: " if result.error else ""
         line = f"{escape(self.names[number])}: {failed}{escape(result.summary)}"

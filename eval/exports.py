@@ -12,7 +12,8 @@ from pathlib import Path
 from schemas.files import home_expanded
 from shards.cache import Cache, CacheConfig
 from shards.folder import is_url
-from trainer.checkpoint import MODEL, CheckpointError, download_export
+from trainer.checkpoint import CheckpointError
+from trainer.model.export import MODEL, download_export
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 DEFAULT = "tiny"

@@ -1,4 +1,4 @@
-"""The parts of a comparison: every (model, task, seed) that can be played, and what cannot, in words.
+"""The parts of a comparison: every (model, task, seed) that can be played, and remarks on what cannot.
 
     options + tasks + loaded Gatos -> plan_jobs -> jobs, cheap models first, and remarks
 
@@ -15,7 +15,7 @@ from schemas.episode import TaskSpec
 from schemas.result import MODELS
 from shards.reader import Dataset
 from simulators.registry import clips_rewards
-from trainer.checkpoint import ExportInfo
+from trainer.model.export import ExportInfo
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,9 @@
-"""Options of `python -m eval.compare`, and the check of their values."""
+"""Options of `python -m eval.compare`, and the check of their values.
+
+command line, or gato.compare's arguments -> Options -> check
+
+Invariant: options that make no sense are refused before anything is trained or played.
+"""
 
 from __future__ import annotations
 

@@ -43,8 +43,9 @@ from shards.stream import find_datasets
 from shards.views import trajectories
 from simulators import plugins
 from simulators.policy import Policy, RandomPolicy
-from trainer.checkpoint import CheckpointError, ExportInfo, load_export
+from trainer.checkpoint import CheckpointError
 from trainer.model import Gato
+from trainer.model.export import ExportInfo, load_export
 
 BASELINES = {"dt": decision_transformer, "tt": trajectory_transformer}
 

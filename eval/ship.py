@@ -26,7 +26,8 @@ from schemas.terminal import command
 from schemas.vocabulary import VocabularyMismatch
 from shards.reader import Dataset, Store
 from shards.stream import find_datasets
-from trainer.checkpoint import CheckpointError, ExportInfo, export, load_export
+from trainer.checkpoint import CheckpointError
+from trainer.model.export import ExportInfo, load_export, save_export
 
 PROMPTS = "prompts.safetensors"
 
@@ -88,7 +89,8 @@ def ship(options: Options) -> int:
     first = info.vocabulary.text.stop if info.vocabulary.observation_discrete.start >= info.vocabulary.text.stop else 0
     weights = dict(model.state_dict())
     weights["tokens.weight"] = weights["tokens.weight"][first:].contiguous()
-    export(options.output, weights, replace(info, first_id=first, prompts_sha256=sha256_of(options.output / PROMPTS)))
+    info = replace(info, first_id=first, prompts_sha256=sha256_of(options.output / PROMPTS))
+    save_export(options.output, weights, info)
     return sum(path.stat().st_size for path in options.output.iterdir() if path.is_file())
 
 

@@ -29,8 +29,8 @@ from schemas.ranges import typed
 from schemas.task import TaskSpec
 from shards.reader import Dataset
 from simulators.policy import EpisodeRng
-from trainer.checkpoint import ExportInfo, load_export
 from trainer.model import Gato
+from trainer.model.export import ExportInfo, load_export
 
 
 def load(place: str | os.PathLike[str], device: str | torch.device | None = None) -> Model:

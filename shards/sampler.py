@@ -3,11 +3,11 @@
     i -> block and slot (mixture weights, exact in every block) -> task and ordinal within the task
       -> epoch and place -> keyed permutation -> window number
 
-Random numbers are counter-based: words mixed from a key (seed and purpose) and counters, so that they need no
+Random numbers are counter-based: uint64 words, mixed from a key (seed and purpose) and counters, so that they need no
 history and whole arrays of sequences are placed at once.
 
-Invariant: within one epoch of a task every window number appears exactly once,
-whatever the world size, the worker count or the place where a run was resumed.
+Invariant: within one epoch of a task every window number appears exactly once, whatever the world size, the number of
+workers or the step at which a run resumed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def random_bits(seed: int, purpose: str, *counters: Counter) -> np.ndarray:
 
 
 def fold_in(key: np.ndarray | np.uint64, *counters: Counter) -> np.ndarray:
-    """The words of further counters under a word as key: a chain of splitmix64 steps, uint64."""
+    """Mix a uint64 word, the key, with counters into further words: a chain of splitmix64 steps."""
     word = np.atleast_1d(np.asarray(key, np.uint64))
     for counter in counters:
         if isinstance(counter, np.ndarray):
@@ -54,7 +54,8 @@ def fold_in(key: np.ndarray | np.uint64, *counters: Counter) -> np.ndarray:
 
 
 def uniform_below(word: np.ndarray, size: Counter) -> np.ndarray:
-    """Words to uniform integers in [0, size), int64: by their upper half, or where that is too short the remainder."""
+    """Uniform integers in [0, size), int64, from uint64 words: by their upper half, or their remainder where
+    that is too short."""
     size = np.asarray(size).astype(np.uint64)
     number = (word >> HALF) * size >> HALF
     if (long := size > np.uint64(2**32)).any():
@@ -161,7 +162,7 @@ class Sampler:
         return self.runs is not None
 
     def neighbour_windows(self, places: SampledWindows, word: np.ndarray) -> np.ndarray:
-        """Other windows (n,), chosen by words (n,) from the runs that are mixed with each place's own."""
+        """Other windows (n,), chosen by random uint64 words (n,) from the runs that are mixed with each place's own."""
         first, size = self._group(places.task, places.place)
         return self._window(places.task, places.epoch, first + uniform_below(word, size))
 

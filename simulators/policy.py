@@ -54,6 +54,8 @@ class EpisodeRng:
 
 Rng = EpisodeRng | np.random.Generator
 """What policies draw with: an EpisodeRng for a batch of episodes, one generator where there is one episode."""
+Observations = dict[str, np.ndarray]
+"""Arrays (B, ...) by the key of their field, one row per episode."""
 
 
 class Policy(Protocol):
@@ -62,13 +64,7 @@ class Policy(Protocol):
     def reset(self, batch: int) -> None:
         """`batch` episodes begin; the simulators have been reset."""
 
-    def act(
-        self,
-        observations: dict[str, np.ndarray],
-        previous_reward: np.ndarray,
-        active: np.ndarray,
-        rng: Rng,
-    ) -> np.ndarray:
+    def act(self, observations: Observations, previous_reward: np.ndarray, active: np.ndarray, rng: Rng) -> np.ndarray:
         """observations {key: (B, ...)} and previous_reward (B,) -> actions (B, ...). `active` (B,) bool only ever
         falls; the action of an ended episode is ignored. `rng` draws for the active episodes, in their order."""
         ...
@@ -96,13 +92,7 @@ class RandomPolicy:
     def reset(self, batch: int) -> None:
         """Nothing is kept between timesteps."""
 
-    def act(
-        self,
-        observations: dict[str, np.ndarray],
-        previous_reward: np.ndarray,
-        active: np.ndarray,
-        rng: Rng,
-    ) -> np.ndarray:
+    def act(self, observations: Observations, previous_reward: np.ndarray, active: np.ndarray, rng: Rng) -> np.ndarray:
         """-> (B, A) float32, or (B,) and (B, A) int64 for discrete actions of size 1 and A."""
         drawn = random_actions(self.spec, rng, int(active.sum()))
         actions = np.zeros((len(active), *drawn.shape[1:]), drawn.dtype)
@@ -132,13 +122,7 @@ class OnePlayer:
         assert batch == 1, "a player plays one environment"
         self.player.reset()
 
-    def act(
-        self,
-        observations: dict[str, np.ndarray],
-        previous_reward: np.ndarray,
-        active: np.ndarray,
-        rng: Any,
-    ) -> np.ndarray:
+    def act(self, observations: Observations, previous_reward: np.ndarray, active: np.ndarray, rng: Any) -> np.ndarray:
         one = {key: np.array(value[0]) for key, value in observations.items()}
         return np.asarray(self.player.act(one, rng))[None]
 
@@ -159,13 +143,7 @@ class NoisyPolicy:
     def reset(self, batch: int) -> None:
         self.policy.reset(batch)
 
-    def act(
-        self,
-        observations: dict[str, np.ndarray],
-        previous_reward: np.ndarray,
-        active: np.ndarray,
-        rng: Any,
-    ) -> np.ndarray:
+    def act(self, observations: Observations, previous_reward: np.ndarray, active: np.ndarray, rng: Any) -> np.ndarray:
         actions = np.asarray(self.policy.act(observations, previous_reward, active, rng))
         if self.spec.kind == "continuous":
             actions = actions.reshape(len(active), self.spec.size)

@@ -39,14 +39,14 @@ TESTS = {
     "eval/scores": ("tests/eval/test_scores.py", "tests/eval/test_report.py"),
     "trainer/checkpoint": (
         "tests/trainer/test_losing_nothing.py::test_the_last_and_the_best_checkpoints_are_kept",
-        "tests/trainer/test_checkpoint.py",
-        "tests/trainer/test_train.py", "tests/eval/test_compare.py",
+        "tests/trainer/test_train.py",
     ),
+    "trainer/model": ("tests/trainer/test_export.py", "tests/trainer/test_train.py", "tests/eval/test_compare.py"),
 }  # fmt: skip
 
 CONTINUOUS, IMAGE, TEXT = (f"etl/tokenizers/{name}.py" for name in ("continuous", "image", "text"))
 SAMPLER, TIMELINE, LOSS, AGENT = "shards/sampler.py", "shards/timeline.py", "trainer/loss.py", "eval/agents/base.py"
-SCORES, CHECKPOINT = "eval/scores.py", "trainer/checkpoint.py"
+SCORES, CHECKPOINT, EXPORT = "eval/scores.py", "trainer/checkpoint.py", "trainer/model/export.py"
 MISTAKES = (
     (CONTINUOUS, "np.log(vocabulary.scale * vocabulary.mu + 1.0)\n    return np.copysign",
      "np.log(vocabulary.scale * vocabulary.mu + 2.0)\n    return np.copysign"),
@@ -89,8 +89,8 @@ MISTAKES = (
     (SCORES, "50.0 * (1.0 - CONFIDENCE)", "100.0 * (1.0 - CONFIDENCE)"),
     (SCORES, "one.return_interval[0] > ceiling", "one.return_interval[1] > ceiling"),
     (CHECKPOINT, "records[:keep_last]", "records[: keep_last + 1]"),
-    (CHECKPOINT, "not tensor.isfinite().all()", "not tensor.isfinite().any()"),
-    (CHECKPOINT, "(0, 0, info.first_id, 0)", "(0, 0, 0, info.first_id)"),
+    (EXPORT, "not tensor.isfinite().all()", "not tensor.isfinite().any()"),
+    (EXPORT, "(0, 0, info.first_id, 0)", "(0, 0, 0, info.first_id)"),
 )  # fmt: skip
 
 

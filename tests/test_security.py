@@ -23,7 +23,8 @@ from tests.audit import audit
 from tests.commands import run
 from tests.test_rooms import MODULES, ROOT
 from trainer import checkpoint
-from trainer.checkpoint import CheckpointError, latest, load_export, parse_export
+from trainer.checkpoint import CheckpointError, latest
+from trainer.model.export import load_export, parse_export
 
 # Modules whose readers run code from a file, and those that hand objects to processes of the same user on purpose.
 CODE_FROM_FILES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml"}

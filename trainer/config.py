@@ -165,7 +165,9 @@ def load_config(path: Path) -> tuple[str, TrainConfig]:
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"{path}: setting '{where}': {first['msg']}; correct or remove it") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: no configuration of a run ({error}); give --config a run's config.json") from None
+        raise ValueError(
+            f"{path}: not the configuration of a run ({error}); give --config a run's config.json"
+        ) from None
 
 
 def resume_critical(config: TrainConfig) -> dict[str, Any]:
@@ -223,11 +225,11 @@ def check(config: TrainConfig, world: int) -> None:
         require(name, value, least, most)
     if config.loss.stride > max(1.0, config.loss.soft_bins):
         raise ValueError(
-            f"--loss.stride {config.loss.stride}: wider than what a target is spread over; make --loss.soft-bins as "
-            "large, or the stride 1"
+            f"--loss.stride {config.loss.stride}: must not exceed --loss.soft-bins {config.loss.soft_bins}, over which "
+            "a target is spread; raise those, or give stride 1"
         )
     if config.model.text_gates and config.model.sequence != "timesteps":
-        raise ValueError("--model.text-gates: is for models that read timesteps; give --model.sequence timesteps")
+        raise ValueError("--model.text-gates: needs --model.sequence timesteps; give that too, or leave it out")
     output = config.run.output
     for name in ("", "checkpoints", "export", "exports", "best", "tensorboard"):
         require_folder("run.output", output / name)
@@ -237,15 +239,15 @@ def check(config: TrainConfig, world: int) -> None:
     require_unicode("run.output", output)
     for folder in (*config.data.folders, config.data.root):
         require_unicode("data.folders", folder)
-    data = config.data
-    if world < 1 or data.global_batch % (world * data.micro_batch):
-        each = data.global_batch // world if world > 0 else 0
-        fitting = max((n for n in range(1, data.micro_batch + 1) if each and each % n == 0), default=1)
-        whole = each and data.global_batch == each * world
-        remedy = f"give --data.micro-batch {fitting}" if whole else "choose another batch or number of processes"
+    require("processes", world, 1, 2**20)
+    whole, micro = config.data.global_batch, config.data.micro_batch
+    each, left = divmod(whole, world)
+    if left or each % micro:
+        fitting = next(size for size in range(micro, 0, -1) if each % size == 0)
+        remedy = "choose another batch or number of processes" if left else f"give --data.micro-batch {fitting}"
         raise ValueError(
-            f"--data.global-batch {data.global_batch}: must be a multiple of processes x --data.micro-batch, "
-            f"{world} x {data.micro_batch}; {remedy}"
+            f"--data.global-batch {whole}: must be a multiple of processes x --data.micro-batch, {world} x {micro}; "
+            f"{remedy}"
         )
 
 

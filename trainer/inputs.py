@@ -17,11 +17,12 @@ from shards.cache import Cache
 from shards.folder import is_url
 from shards.reader import Store
 from shards.stream import Stream, find_datasets
-from trainer import checkpoint
+from trainer.checkpoint import CheckpointError
 from trainer.config import DataConfig, TrainConfig
 from trainer.deepspeed_file import config_names, cpu_twin
 from trainer.loss import LossConfig
 from trainer.model import Gato, ModelConfig
+from trainer.model.export import ExportInfo, download_export, load_export
 from trainer.recipes import RECIPES
 
 
@@ -38,9 +39,7 @@ def for_this_machine(recipe: str, config: TrainConfig) -> TrainConfig:
     return replace(config, deepspeed=cpu_twin(config.deepspeed, config_names(), torch.cuda.is_available()))
 
 
-def load_initial_model(
-    recipe: str, config: TrainConfig
-) -> tuple[TrainConfig, tuple[Gato, checkpoint.ExportInfo] | None]:
+def load_initial_model(recipe: str, config: TrainConfig) -> tuple[TrainConfig, tuple[Gato, ExportInfo] | None]:
     """For a run that starts from an export: the configuration with the export's model shape, sequence length and loss,
     and the export. Else the configuration as it is, and None.
 
@@ -51,12 +50,12 @@ def load_initial_model(
     if not config.run.start_from:
         return config, None
     place = config.run.start_from
-    folder = checkpoint.download_export(place, Cache(config.data.cache)) if is_url(place) else Path(place)
-    initial = checkpoint.load_export(folder)
+    folder = download_export(place, Cache(config.data.cache)) if is_url(place) else Path(place)
+    initial = load_export(folder)
     return adopt(config, recipe_of(recipe), initial[1]), initial
 
 
-def adopt(config: TrainConfig, usual: TrainConfig, exported: checkpoint.ExportInfo) -> TrainConfig:
+def adopt(config: TrainConfig, usual: TrainConfig, exported: ExportInfo) -> TrainConfig:
     """A configuration with what an export was trained with, wherever it has the `usual` value of its recipe: the
     model's shape, the sequence length and the loss. ValueError for a model's setting that contradicts the export."""
     stream, loss = config.data.stream, config.loss
@@ -68,7 +67,7 @@ def adopt(config: TrainConfig, usual: TrainConfig, exported: checkpoint.ExportIn
     return replace(config, model=model, loss=loss, data=replace(config.data, stream=stream))
 
 
-def loss_of(exported: checkpoint.ExportInfo) -> LossConfig | None:
+def loss_of(exported: ExportInfo) -> LossConfig | None:
     """The loss that an export was trained with; that of its recipe in an older export. None if neither is known."""
     known, recipe = exported.training.loss, RECIPES.get(exported.training.recipe)
     if known is None:
@@ -76,7 +75,7 @@ def loss_of(exported: checkpoint.ExportInfo) -> LossConfig | None:
     try:
         return LossConfig(**known)
     except TypeError:
-        raise checkpoint.CheckpointError(
+        raise CheckpointError(
             "the export's loss has settings that this package does not know; install the version that wrote it"
         ) from None
 

@@ -36,6 +36,7 @@ from trainer.lifecycle import StopRequest, exclusive_run, restart_watchdog
 from trainer.loss import targets_of
 from trainer.metrics import MetricsWriter, tasks_in_words
 from trainer.model import Gato
+from trainer.model.export import EXPORT_VERSION, ExportInfo, TrainingInfo, held_out_loss_of, save_export
 from trainer.scales import observation_scales
 
 
@@ -83,8 +84,8 @@ class Run:
         mixed = [t.name for t in self.stream.timelines if t.layout.action and self.stream.predicts_text(t)]
         if mixed and config.model.sequence == "timesteps":
             raise DatasetError(
-                f"--model.sequence timesteps: task '{mixed[0]}' predicts text within a timestep, which it shows; "
-                "let texts be shown alone by --data.stream.no-text-loss, or use --recipe tiny-tokens"
+                f"--model.sequence timesteps: cannot predict the text of task '{mixed[0]}', which is an input of its "
+                "timestep; give --data.stream.no-text-loss, or --recipe tiny-tokens"
             )
         with device:
             model = Gato(config.model, self.stream.vocabulary).initialise(config.seed)
@@ -108,7 +109,7 @@ class Run:
             self.engine.restore(read, record.applied)
         self.step = record.step if record else 0
         self.skipped_in_a_row = 0
-        self.best_loss = checkpoint.held_out_loss_of(config.run.output / "best") if record else math.inf
+        self.best_loss = held_out_loss_of(config.run.output / "best") if record else math.inf
         self.is_rank_0 = self.engine.rank == 0
         self.metrics = MetricsWriter(config.run, self.step, config.steps) if self.is_rank_0 else None
         self.batches = self._loader()
@@ -311,9 +312,9 @@ class Run:
         if weights is None:
             return
         config, stream = self.config, self.stream
-        info = checkpoint.ExportInfo(
+        info = ExportInfo(
             format="gato.model",
-            version=checkpoint.EXPORT_VERSION,
+            version=EXPORT_VERSION,
             model=config.model,
             vocabulary=stream.vocabulary,
             vocabulary_fingerprint=stream.vocabulary.fingerprint,
@@ -323,7 +324,7 @@ class Run:
             datasets={d.place.name: d.manifest.fingerprint for d in stream.datasets},
             observations=self.scales,
             returns=stream.return_scales if config.model.returns else {},
-            training=checkpoint.TrainingInfo(
+            training=TrainingInfo(
                 recipe=self.recipe,
                 steps=config.steps,
                 global_batch=config.data.global_batch,
@@ -334,7 +335,7 @@ class Run:
             ),
         )
         try:
-            checkpoint.export(config.run.output / name, weights, info)
+            save_export(config.run.output / name, weights, info)
         except OSError as error:
             if name == "export":
                 raise

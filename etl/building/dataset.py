@@ -1,9 +1,9 @@
-"""One dataset from logs: what `etl.build` is asked for, and the way from there to a manifest.
+"""One dataset from logs: the options of `etl.build`, and the steps from them to a manifest.
 
 recognise source -> resolve files -> scan -> filter -> plan -> Beam pipeline (progress by shards) -> gather
 
 Invariant: a folder holds a dataset when `build` has returned, or one that says the same of the same files already; a
-build that fails keeps its finished shards, and the dataset that stood there, unless it may be overwritten.
+build that fails keeps its finished shards, and the dataset that was there, unless it may be overwritten.
 """
 
 from __future__ import annotations

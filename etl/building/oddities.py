@@ -49,7 +49,7 @@ class Columns:
 
     @staticmethod
     def of(observation: np.ndarray | None, action: np.ndarray, task: TaskSpec) -> Columns:
-        """Those of one episode: (T, D) continuous values or None, actions (T, A) or (T,)."""
+        """Columns of one episode: observation (T, D) continuous values or None, action (T, A) or (T,)."""
         if observation is None and action.size == 0:  # a caption
             return Columns()
         flat = action.reshape(len(action), -1)
@@ -63,7 +63,7 @@ class Columns:
 
     @staticmethod
     def joined(parts: Iterable[Columns]) -> Columns:
-        """Those of several episodes or shards of one task."""
+        """Columns of several episodes or shards of one task."""
         found = [part for part in parts if part.action_low]
         if not found:
             return Columns()
@@ -108,13 +108,13 @@ def task_oddities(
 
 
 def write(folder: Folder, found: dict[str, TaskOddities]) -> None:
-    """Put them beside the manifest, in the order of the tasks' names."""
+    """Write the oddities beside the manifest, in the order of the tasks' names."""
     body = {name: asdict(one) for name, one in sorted(found.items())}
     folder.write(NAME, (json.dumps(body, indent=1) + "\n").encode())
 
 
 def load(folder: Folder) -> dict[str, TaskOddities]:
-    """What is beside a dataset's manifest: task -> oddities; empty where an older build, or damage, left nothing."""
+    """Oddities beside a dataset's manifest, by task; empty where an older build, or damage, left none."""
     data = folder.read(NAME)
     try:
         return _FILE.validate_json(data) if data is not None else {}

@@ -4,7 +4,7 @@ shards.reader.Dataset -> TaskView -> survey: every n-th timestep of all episodes
                                   -> timestep: one timestep -> Tokens, text, frames
 
 The survey takes at most 200,000 timesteps per task. Where the shards keep the raw float32 beside the tokens, every
-sampled value is compared with its bin, in the companded space where bins are uniform.
+sampled value is compared with its bin.
 
 Invariant: all values were read from the shards and decoded as the agent decodes them. A token that is no id of its
 column is counted and marked, never decoded.
@@ -21,16 +21,14 @@ import numpy as np
 
 from etl.building.oddities import TaskOddities
 from etl.inspection.canvas import canvas
-from etl.tokenizers import continuous
+from etl.inspection.dimension import SLACK, Dimension
 from etl.tokenizers.text import TextTokenizer
 from etl.tokenizers.timestep import TimestepTokenizer
 from schemas.layout import PATCH, PATCH_SIZE, ROLE_NAMES, TEXT
-from schemas.vocabulary import Vocabulary, bin_centres
 from shards.reader import Dataset
 
 SAMPLE = 200_000  # timesteps per task that the survey looks at
 BLOCK = 1 << 14  # of them at a time
-SLACK = 1e-3  # half-bins: a log may be float64, what is kept beside the tokens is float32
 STRIP = 8  # consecutive frames
 EPISODES = 5000  # whose instructions are read
 AROUND = 120  # text tokens on either side of the chosen one
@@ -42,66 +40,6 @@ def share(count: int, of: int) -> str:
 
 class InspectError(ValueError):
     """What was asked for is not in the dataset, or cannot be written; the message says what would do."""
-
-
-@dataclass
-class Dimension:
-    """One stored column that is no text: ids [start, start + len(counts)), and what the survey counts of them.
-
-    `raw`: its column in the member of raw values, if it has one. `first`: the value of a discrete column's first id.
-    `wrong`: values outside the bin that their token names; `worst`: largest error of values that are not
-    clipped, in half-bins."""
-
-    name: str
-    role: str
-    kind: str
-    column: int
-    start: int
-    counts: np.ndarray
-    raw: int | None = None
-    low: float = -1.0
-    high: float = 1.0
-    first: int = 0
-    clipped: int = 0
-    wrong: int = 0
-    worst: float = 0.0
-
-    def position(self, value: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-        """Values scaled to the bins' range [-1, 1]; beyond it where they are clipped."""
-        if self.role == "observation":
-            return continuous.compand(value, vocabulary)
-        return 2.0 * (np.asarray(value, np.float64) - self.low) / (self.high - self.low) - 1.0
-
-    def value(self, position: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-        """Inverse of `position`."""
-        if self.role == "observation":
-            return continuous.expand(position, vocabulary)
-        return self.low + (np.asarray(position, np.float64) + 1.0) * (self.high - self.low) / 2.0
-
-    def compare(self, bins: np.ndarray, raw: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-        """Distance of raw values from their bin's centre in half-bins, and which lie beyond the range. Those count
-        as lying on its edge, so that a clipped value is right in the outermost bin only."""
-        y = self.position(raw, vocabulary)
-        error = (np.clip(y, -1.0, 1.0) - bin_centres(vocabulary.bins)[bins]) * vocabulary.bins
-        return error, np.abs(y) > 1.0
-
-    @property
-    def total(self) -> int:
-        return int(self.counts.sum())
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """Shares of the first and of the last bin."""
-        return float(self.counts[0] / max(1, self.total)), float(self.counts[-1] / max(1, self.total))
-
-    def span(self, vocabulary: Vocabulary) -> tuple[float, float]:
-        """Lowest and highest value seen, as edges of their bins or as choices."""
-        seen = np.flatnonzero(self.counts)
-        low, high = (float(seen[0]), float(seen[-1])) if len(seen) else (0.0, 0.0)
-        if self.kind == "discrete":
-            return low + self.first, high + self.first
-        edges = np.array([low, high + 1]) * (2.0 / len(self.counts)) - 1.0
-        return tuple(float(v) for v in self.value(edges, vocabulary))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

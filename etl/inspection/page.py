@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from etl.inspection.canvas import patch_corners
-from etl.inspection.decoded import Dimension, TaskView, Timestep
+from etl.inspection.decoded import TaskView, Timestep
+from etl.inspection.dimension import Dimension
 from etl.inspection.facts import Facts, reasons_of, short
 from etl.sources import Rejection
 from schemas.layout import PATCH_SIZE

@@ -14,8 +14,8 @@ from eval.agents.timesteps import TimestepAgent
 from eval.agents.tokens import TokenAgent
 from schemas.episode import TaskSpec
 from shards.reader import Dataset
-from trainer.checkpoint import ExportInfo
 from trainer.model import Gato
+from trainer.model.export import ExportInfo
 
 __all__ = [
     "AgentConfig",

@@ -22,9 +22,9 @@ from etl.tokenizers.timestep import Encoded, TimestepTokenizer
 from eval.agents.prompts import AgentConfig, Prompt
 from schemas.episode import TaskSpec
 from schemas.vocabulary import bin_centres
-from simulators.policy import EpisodeRng
-from trainer.checkpoint import ExportInfo
+from simulators.policy import Observations, Rng
 from trainer.model import Gato
+from trainer.model.export import ExportInfo
 
 ROWS = 4  # that a CPU's matrix products need to round as they do for more
 
@@ -50,14 +50,19 @@ class GatoAgent(ABC):
         self.layout = self.tokenizer.layout
         self.window = info.sequence_length // self.layout.length
         if self.window < 2:
-            raise ValueError(f"task '{task.name}': two timesteps do not fit a context of {info.sequence_length} tokens")
+            raise ValueError(
+                f"task '{task.name}': two timesteps of {self.layout.length} tokens do not fit the model's context of "
+                f"{info.sequence_length}; train with a longer --data.stream.sequence-length"
+            )
         continuous = task.action is not None and task.action.kind == "continuous"
         auto = ("value", "greedy") if model.config.values else ("mean", "sample")
         self.decoding = config.decoding if config.decoding != "auto" else auto[not continuous]
         if self.decoding in ("mean", "value") and not continuous:
-            raise ValueError(f"task '{task.name}': the mean of bins has no meaning for discrete actions")
+            raise ValueError(
+                f"--agent.decoding {self.decoding}: actions of '{task.name}' are discrete; use sample or greedy"
+            )
         if self.decoding == "value" and not model.config.values:
-            raise ValueError("--agent.decoding value: this model has bins alone; use mean")
+            raise ValueError("--agent.decoding value: this model was trained without --model.values; use mean")
         self.ids = self.tokenizer.action_ids
         """Of each of an action's tokens."""
         weight = model.tokens.weight.detach()
@@ -75,7 +80,9 @@ class GatoAgent(ABC):
         """(W,): what the return that is asked for adds to each timestep; None where the model reads none."""
         scale = info.return_scale(task)
         if self.config.asked_return is not None and (not self.model.config.returns or scale is None):
-            raise ValueError(f"--agent.asked-return: this model was not trained with returns of task '{task.name}'")
+            raise ValueError(
+                f"--agent.asked-return: this model was not trained with returns of task '{task.name}'; leave it out"
+            )
         if not self.model.config.returns or scale is None:
             return None
         wanted = scale.target if self.config.asked_return is None else self.config.asked_return
@@ -88,13 +95,7 @@ class GatoAgent(ABC):
         self.start(batch)
 
     @torch.inference_mode()
-    def act(
-        self,
-        observations: dict[str, np.ndarray],
-        previous_reward: np.ndarray,
-        active: np.ndarray,
-        rng: EpisodeRng | np.random.Generator,
-    ) -> np.ndarray:
+    def act(self, observations: Observations, previous_reward: np.ndarray, active: np.ndarray, rng: Rng) -> np.ndarray:
         """observations {key: (B, ...)} -> actions (B, A) float32 or (B,) int64, zeros where not `active`. Rewards are
         not shown to Gato."""
         if int(active.sum()) < len(self.running) and not self.keeps_rows:

@@ -17,7 +17,7 @@ from schemas.episode import TaskSpec
 from schemas.ranges import require
 from schemas.task import STRICT
 from shards.reader import Dataset
-from trainer.checkpoint import ExportInfo
+from trainer.model.export import ExportInfo
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class AgentConfig:
         if self.asked_return is not None:
             require("agent.asked-return", self.asked_return, -1e38, 1e38)
         if self.launch in ("graph", "compiled") and self.window == "exact":
-            raise ValueError(f"--agent.launch {self.launch}: the exact window's timesteps differ in shape; use plain")
+            raise ValueError(f"--agent.launch {self.launch}: needs --agent.window rolling; use plain with exact")
 
 
 @dataclass(frozen=True)

@@ -19,23 +19,22 @@ from eval.agents.base import GatoAgent
 from eval.agents.prompts import AgentConfig
 from schemas.episode import TaskSpec
 from schemas.layout import PATCH, SEPARATOR, TEXT
-from trainer.checkpoint import ExportInfo
 from trainer.model import Gato
+from trainer.model.export import ExportInfo
 
 
 class TimestepAgent(GatoAgent):
-    """Of a model whose `sequence` is "timesteps"."""
+    """The agent of a model whose `sequence` is "timesteps"."""
 
     def __init__(self, model: Gato, info: ExportInfo, task: TaskSpec, config: AgentConfig, *rest: Any):
         super().__init__(model, info, task, config, *rest)
         if config.launch in ("graph", "compiled"):
-            raise ValueError(f"--agent.launch {config.launch}: a model that reads timesteps is played plain")
+            raise ValueError(f"--agent.launch {config.launch}: not for models of --model.sequence timesteps; use plain")
         scale = info.observation_scale(task)
         if scale is None:
-            known = ", ".join(info.observations)
             raise ValueError(
-                f"task '{task.name}': this model has no scale of its observations, only those of {known}; train it on "
-                "the task"
+                f"task '{task.name}': this model has no scale of its observations, since it was trained on no task "
+                "of this environment; train it on the task"
             )
         spread = model.spread_of(scale).to(self.device)
         self.spread = spread[self.positions.long().clamp(max=len(spread) - 1)]

@@ -2,12 +2,11 @@
 
 observation -> embedded tokens -> one step of the cache an action token -> tokens
 
-All environments of a batch play the same task, so their timesteps have K tokens each, and
-token n of an episode is in slot n mod W K of the cache: timestep t overwrites timestep t - W
-(W: timesteps in the window). A timestep takes as many forward passes as an action has tokens, for the last one
-is fed along with the next observation. The rolling mode keeps the cached keys of the
-remaining timesteps, which still remember what was dropped; the exact mode computes the
-window again at each timestep and is the reference.
+All environments of a batch play the same task, so their timesteps have K tokens each, and token n of an episode is in
+slot n mod W K of the cache: timestep t overwrites timestep t - W (W: timesteps in the window). A timestep takes as many
+forward passes as an action has tokens, since the last one is fed with the next observation. The rolling mode keeps the
+cached keys of the remaining timesteps, which still remember what was dropped; the exact mode computes the window again
+at each timestep and is the reference.
 
 Invariant: a full timestep's tensors have the same shapes, so that it can be replayed (eval/agents/cuda_graph.py).
 """
@@ -28,8 +27,8 @@ from eval.agents.cuda_graph import Replay, compiled
 from eval.agents.prompts import AgentConfig
 from schemas.episode import TaskSpec
 from schemas.layout import SEPARATOR
-from trainer.checkpoint import ExportInfo
 from trainer.model import Gato
+from trainer.model.export import ExportInfo
 from trainer.model.gato import Blocks
 from trainer.model.transformer import Cache
 
@@ -38,7 +37,7 @@ ALIGNMENT = {"cuda": 64}
 
 
 class TokenAgent(GatoAgent):
-    """Of a model whose `sequence` is "tokens"."""
+    """The agent of a model whose `sequence` is "tokens"."""
 
     def __init__(self, model: Gato, info: ExportInfo, task: TaskSpec, config: AgentConfig, *rest: Any):
         super().__init__(model, info, task, config, *rest)

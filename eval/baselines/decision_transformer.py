@@ -31,7 +31,7 @@ from eval.baselines import Training, complete_episodes, device, load_folder, opt
 from schemas.episode import ActionSpec, TaskSpec
 from schemas.layout import continuous_values, ordered_fields, picture_size
 from shards.views import Trajectory
-from simulators.policy import EpisodeRng
+from simulators.policy import Observations, Rng
 from simulators.registry import clips_rewards
 
 FORMAT = "gato.baseline.dt"
@@ -258,7 +258,8 @@ def train(
     ValueError for a task without episodes, or with several discrete actions a timestep."""
     if task.action is None or (task.action.kind == "discrete" and task.action.size != 1):
         raise ValueError(
-            f"task '{task.name}': Decision Transformer plays vectors of real actions or one discrete action"
+            f"task '{task.name}': Decision Transformer plays vectors of real actions or one discrete action; leave "
+            "'dt' out of --models"
         )
     if image_shape(task) is None and any(spec.kind != "continuous" for spec in task.observation):
         raise ValueError(
@@ -305,13 +306,7 @@ class Policy:
         self.frames: list[np.ndarray] = []
 
     @torch.inference_mode()
-    def act(
-        self,
-        observations: dict[str, np.ndarray],
-        previous_reward: np.ndarray,
-        active: np.ndarray,
-        rng: EpisodeRng | np.random.Generator,
-    ) -> np.ndarray:
+    def act(self, observations: Observations, previous_reward: np.ndarray, active: np.ndarray, rng: Rng) -> np.ndarray:
         """{key: (B, ...)} -> actions (B, A) float32; or (B,) int64, drawn from the softmax as in the paper."""
         where = device()
         self.to_go = self.to_go - (np.clip(previous_reward, -1, 1) if self.clipped else previous_reward)
@@ -332,7 +327,7 @@ class Policy:
         action.copy_(torch.from_numpy(choice))
         return self.scaling.undo_action(choice)
 
-    def _state(self, observations: dict[str, np.ndarray]) -> np.ndarray:
+    def _state(self, observations: Observations) -> np.ndarray:
         if not self.model.image:
             values = continuous_values(self.task, observations)
             assert values is not None

@@ -76,15 +76,6 @@ def test_two_workers_write_the_same_bytes(inputs, built, tmp_path):
     assert digests(tmp_path / "d") == digests(built)
 
 
-def test_the_order_of_files_does_not_matter(inputs, built, tmp_path):
-    reverse = tmp_path / "inputs"
-    reverse.mkdir()
-    for path in sorted(inputs.iterdir(), reverse=True):
-        shutil.copy(path, reverse)
-    run("etl.build", "--input", reverse, "--output", tmp_path / "d", *SMALL)
-    assert digests(tmp_path / "d") == digests(built)
-
-
 @pytest.mark.process
 def test_a_killed_build_goes_on_to_the_same_bytes(inputs, built, tmp_path):
     command = [sys.executable, "-m", "etl.build", "--input", str(inputs), "--output", str(tmp_path / "d"), *SMALL]

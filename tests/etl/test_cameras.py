@@ -11,7 +11,7 @@ from shards.verify import verify
 from tests.conftest import run
 from tests.simulators.test_own_environment import PATH
 from tests.trainer.launch import losses, train
-from trainer.checkpoint import load_export
+from trainer.model.export import load_export
 
 
 @pytest.mark.process

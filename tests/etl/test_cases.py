@@ -441,9 +441,9 @@ def test_flattened_pictures(tmp_path, rng, made, kind):
 
 
 def test_pictures_beyond_a_context_are_said_and_resized(tmp_path, rng, made):
-    pixels = np.repeat(rng.integers(0, 256, (3, 1), np.uint8), 480 * 640 * 3, 1).reshape(3, 480, 640, 3)
+    pixels = np.repeat(rng.integers(0, 256, (3, 1), np.uint8), 480 * 640, 1).reshape(3, 480, 640, 1)
     episode = {"observations": pixels, "actions": rng.integers(0, 3, 2), "rewards": np.ones(2)}
-    minari(tmp_path / "in" / "large", [episode], box(0, 255, (480, 640, 3), "uint8"), THREE)
+    minari(tmp_path / "in" / "large", [episode], box(0, 255, (480, 640, 1), "uint8"), THREE)
     said = made("minari").said
     assert "a timestep has 1,202 tokens (1,200 patches, 1 actions), a usual context 1,024" in said
     assert "give --image-size" in said

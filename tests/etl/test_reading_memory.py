@@ -1,6 +1,6 @@
 """Reading a file holds an episode of it, not the file: peak memory with few and with many episodes in one file.
 
-the benchmark's writers, 8 and 64 episodes of one size -> scan, read all -> growth of the process's peak
+the benchmark's writers, few and many episodes of one size -> scan, read all -> growth of the process's peak
 
 The peak is the kernel's own (VmHWM), set back before each measurement: what Python does not see counts too.
 """
@@ -20,7 +20,7 @@ from etl.sources import Rejection
 from tests.etl import test_sources_rl_unplugged as rl_unplugged
 
 RESET = Path("/proc/self/clear_refs")
-FEW, MANY = 8, 64
+FEW, MANY = 4, 24  # of pictures; of numbers twice and three times as many
 SHARE = 0.3  # of the bytes that the further episodes have
 
 
@@ -39,7 +39,7 @@ def transitions(folder, count):
     rl_unplugged.store(folder / "Pong" / "run_1-00000-of-00001", rows)
 
 
-OWN = {"rl_unplugged": atari_episodes, "rl_unplugged transitions": transitions}
+OWN = {"rl_unplugged, Atari": atari_episodes, "rl_unplugged, transitions": transitions}
 
 
 def status(key):
@@ -86,12 +86,13 @@ def check(name, write, tmp_path, few, many, arrow=False):
 @pytest.mark.parametrize("kind", [*written.FORMATS, *OWN])
 def test_memory_is_that_of_an_episode(kind, tmp_path, monkeypatch):
     if kind in OWN:
-        return check(kind.split()[0], OWN[kind], tmp_path, FEW, MANY)
+        return check("rl_unplugged", OWN[kind], tmp_path, FEW, MANY)
     name, write, _ = written.FORMATS[kind]
     monkeypatch.setattr(written, "T", {"d3rlpy": 2000, "vintix": 2000, "imagetext": 200}.get(kind, 100))
-    times = 1 if kind in written.PLAIN else 4
+    plain = kind in written.PLAIN
 
     def seeded(place, count):
-        write(place, np.random.default_rng(0), times * count)
+        write(place, np.random.default_rng(0), count if plain else 4 * count)
 
-    check(name, seeded, tmp_path, FEW, MANY, arrow=kind in ("jat", "minari, Parquet"))
+    few, many = (2 * FEW, 3 * MANY) if plain else (FEW, MANY)
+    check(name, seeded, tmp_path, few, many, arrow=kind in ("jat", "minari, Parquet"))

@@ -250,11 +250,6 @@ def test_two_files_of_one_name_are_an_error(tmp_path):
         SOURCE.scan(files_of(tmp_path), OPTIONS)
 
 
-def test_scan_does_not_depend_on_the_order_of_files(tmp_path):
-    files = [write(tmp_path / f"{name}.hdf5") for name in "cab"]
-    assert SOURCE.scan(files, OPTIONS) == SOURCE.scan(files[::-1], OPTIONS)
-
-
 def test_registered():
     assert "d4rl" in sources.names() and sources.load("d4rl") is SOURCE
 

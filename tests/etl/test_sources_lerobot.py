@@ -16,10 +16,8 @@ from etl import build, sources
 from etl.sources import Rejection, SourceError
 from etl.sources.lerobot import SOURCE, Options
 from etl.sources.lerobot.video import Video
-from schemas.dataset import load_manifest
 from schemas.episode import EpisodeError
 from shards.reader import Dataset
-from tests.conftest import run
 from tests.etl.logkit import shards
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/lerobot.tar.xz"
@@ -139,15 +137,6 @@ def test_a_built_dataset_decodes_to_half_a_bin_whatever_the_order_of_files(writt
         tokens = dataset.tokens(row)[:, -2:].astype(float) - dataset.manifest.vocabulary.action_continuous.start
         decoded = np.array(task.action.low) + (tokens + 0.5) * width
         assert (np.abs(decoded - truth[f"{n}/action"]) <= width / 2 + 1e-5).all()
-
-
-@pytest.mark.process
-def test_workers_make_the_same_bytes(written, tmp_path):
-    for name, workers in (("a", 1), ("b", 2)):
-        flags = ("--shard-megabytes", "0.4", "--workers", workers)
-        run("etl.build", "--input", written / "v30", "--output", tmp_path / name, *flags)
-    assert shards(tmp_path / "a") == shards(tmp_path / "b") and len(shards(tmp_path / "a")) > 1
-    assert load_manifest(tmp_path / "a").tasks[0].spec.name == "v30"
 
 
 def test_an_instruction_may_be_a_task(written):

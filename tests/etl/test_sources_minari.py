@@ -503,11 +503,6 @@ def test_two_datasets_of_one_name_are_an_error(tmp_path):
         SOURCE.scan(SOURCE.resolve(tmp_path, None, tmp_path), OPTIONS)
 
 
-def test_scan_does_not_depend_on_the_order_of_files(tmp_path):
-    files = [write(spaces.Discrete(3), dataset=f"{name}-v0") for name in "cab"]
-    assert SOURCE.scan(files, OPTIONS) == SOURCE.scan(files[::-1], OPTIONS)
-
-
 def test_an_id_that_leaves_the_folder_is_not_a_name(tmp_path):
     assert scan(edit(write(spaces.Discrete(3)), dataset_id="../../etc/passwd")).task.name == "data-v0"
     with pytest.raises(SourceError, match="no Minari id"):

@@ -17,7 +17,6 @@ from etl.sources._tfrecord import Records, frame
 from etl.sources.rlds import RLDS, SOURCE, Options
 from schemas.episode import EpisodeError
 from shards.reader import Dataset
-from tests.conftest import run
 from tests.etl.logkit import shards
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/rlds.tar.xz"
@@ -131,14 +130,6 @@ def test_a_built_dataset_decodes_to_half_a_bin_whatever_the_order_of_files(writt
         raw = by_place[Path(str(place[0])).name, int(place[1])]
         tokens = dataset.tokens(row)[:, -3:].astype(float) - dataset.manifest.vocabulary.action_continuous.start
         assert (np.abs(-3 + (tokens + 0.5) * 6 / 1024 - raw.action) <= 3 / 1024 + 1e-6).all()
-
-
-@pytest.mark.process
-def test_workers_make_the_same_bytes(written, tmp_path):
-    for name, workers in (("a", 1), ("b", 2)):
-        flags = ("--shard-megabytes", "0.1", "--workers", workers)
-        run("etl.build", "--input", written / "two_cameras", "--output", tmp_path / name, *flags)
-    assert shards(tmp_path / "a") == shards(tmp_path / "b") and len(shards(tmp_path / "a")) > 1
 
 
 def test_an_embedding_is_read_where_it_is_named(written):

@@ -13,8 +13,8 @@ from schemas.layout import PATCH, SEPARATOR
 from shards.batch import Batch
 from shards.reader import Dataset
 from simulators.policy import EpisodeRng
-from trainer.checkpoint import ExportInfo, TrainingInfo
 from trainer.model import Gato, ModelConfig
+from trainer.model.export import ExportInfo, TrainingInfo
 from trainer.model.transformer import rope_cos_sin, rotate
 
 SMALL = ModelConfig(blocks=2, heads=2, width=32, feed_forward=64, head_size=16, patch_channels=16)

@@ -15,8 +15,8 @@ from schemas.result import from_table
 from shards.reader import Dataset
 from tests import warm
 from tests.conftest import run
-from trainer.checkpoint import ExportInfo, TrainingInfo, export
 from trainer.model import Gato, ModelConfig
+from trainer.model.export import ExportInfo, TrainingInfo, save_export
 
 SMALL = ModelConfig(blocks=1, heads=2, width=32, feed_forward=64, head_size=16, patch_channels=16)
 
@@ -30,7 +30,7 @@ def exports(hopper, pong, tmp_path_factory):
         folders.append(tmp_path_factory.mktemp("runs") / f"gato-{seed}" / "export")
         training = TrainingInfo(seed=seed)
         info = ExportInfo("gato.model", 1, SMALL, vocabulary, vocabulary.fingerprint, 120, 0, tasks, {}, training)
-        export(folders[-1], dict(Gato(SMALL, vocabulary).initialise(seed).state_dict()), info)
+        save_export(folders[-1], dict(Gato(SMALL, vocabulary).initialise(seed).state_dict()), info)
     return folders
 
 

@@ -34,8 +34,8 @@ from simulators.suites import gym as oldgym
 from simulators.uninterrupted import uninterrupted
 from tests import warm
 from tests.conftest import run
-from trainer.checkpoint import ExportInfo, TrainingInfo, export
 from trainer.model import Gato, ModelConfig
+from trainer.model.export import ExportInfo, TrainingInfo, save_export
 
 BREAKOUT = EnvironmentSpec("atari", "ALE/Breakout-v5")
 
@@ -338,7 +338,7 @@ def exported(folder, vocabulary):
     small = ModelConfig(blocks=1, heads=2, width=32, feed_forward=64, head_size=16, patch_channels=16)
     model = Gato(small, vocabulary).initialise(1)
     info = ExportInfo("gato.model", 1, small, vocabulary, vocabulary.fingerprint, 120, 0, (), {}, TrainingInfo())
-    export(folder, dict(model.state_dict()), info)
+    save_export(folder, dict(model.state_dict()), info)
     return folder
 
 

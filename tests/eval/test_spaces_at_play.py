@@ -18,8 +18,8 @@ from shards.views import trajectories
 from simulators.policy import EpisodeRng, RandomPolicy
 from tests.etl.memory import build, episode_of, values_of
 from tests.etl.test_spaces import ROBOT
-from trainer.checkpoint import ExportInfo, TrainingInfo
 from trainer.model import Gato, ModelConfig
+from trainer.model.export import ExportInfo, TrainingInfo
 
 SMALL = ModelConfig(blocks=2, heads=2, width=32, feed_forward=64, head_size=16, patch_channels=16)
 VECTOR = FieldSpec("x", "continuous", (2,))

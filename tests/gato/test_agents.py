@@ -23,8 +23,8 @@ from gato.observations import Observations
 from schemas.task import ActionSpec, EnvironmentSpec, FieldSpec, TaskSpec
 from schemas.vocabulary import DISJOINT
 from shards.cache import CacheConfig
-from trainer.checkpoint import ExportInfo, TrainingInfo
 from trainer.model import Gato, ModelConfig
+from trainer.model.export import ExportInfo, TrainingInfo
 
 SMALL = ModelConfig(blocks=1, heads=2, width=32, feed_forward=64, head_size=16, patch_channels=16)
 STEPS = 60

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from schemas.dataset import DatasetError
+from shards import cache
 from shards.cache import CacheConfig
 from shards.folder import Folder
 from shards.loader import Loader
@@ -95,7 +96,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(tmp_path):
+def server(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "FIRST_PAUSE", 0.02)
     make(tmp_path / "site" / "made", [TASK], piece=16, shards=SHARDS)
     server = Server(tmp_path / "site")
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -157,7 +159,7 @@ FAULTS = {
 def test_what_passes_is_outlasted(server, local, tmp_path, what):
     for name in ("shard-000003.tar", "index.arrow", "dataset.json"):
         server.faults[name] = list(FAULTS[what]) if (name, what) != ("dataset.json", "bytes that changed") else []
-    remote = stream(server, tmp_path)
+    remote = stream(server, tmp_path, stall_seconds=0.5)
     assert same(remote.batch(0, 64), local.batch(0, 64))
     assert remote.store.cache.counts.retries >= 2 * len(FAULTS[what])
 

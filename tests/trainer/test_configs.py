@@ -84,6 +84,17 @@ def test_settings_that_make_no_sense_are_named(part, field, value, world):
         check(config, world)
 
 
+def test_a_batch_that_does_not_divide_is_refused_with_a_size_that_does():
+    tiny = RECIPES["tiny"]
+    with pytest.raises(ValueError, match="384: must be a multiple .* 2 x 100; give --data.micro-batch 96$"):
+        check(replace(tiny, data=replace(tiny.data, micro_batch=100)), 2)
+    check(replace(tiny, data=replace(tiny.data, micro_batch=96)), 2)
+    with pytest.raises(ValueError, match="5 x 96; choose another batch or number of processes"):
+        check(tiny, 5)
+    with pytest.raises(ValueError, match="--processes 0: must be from 1"):
+        check(tiny, 0)
+
+
 def test_differences_name_setting_and_both_values():
     ours = {"config": {"optimiser": {"peak_lr": 1.0}, "seed": 1}, "stream": "a"}
     theirs = {"config": {"optimiser": {"peak_lr": 2.0}, "seed": 1}, "stream": "a", "start_from": "b"}

@@ -17,11 +17,12 @@ from schemas.vocabulary import DISJOINT
 from shards.cache import CacheConfig
 from shards.stream import Stream, StreamConfig
 from tests.trainer.launch import errors, finish, launcher, losses, train
-from trainer.checkpoint import CheckpointError, export, load_export
+from trainer.checkpoint import CheckpointError
 from trainer.config import resume_critical
 from trainer.engine import branch_scales, learning_rate
 from trainer.inputs import load_initial_model
 from trainer.model import Gato, ModelConfig
+from trainer.model.export import load_export, save_export
 from trainer.recipes import RECIPES
 
 TASK = "hopper-random-v4"
@@ -84,7 +85,7 @@ def held_out(run):
 def test_what_does_not_fit_is_refused_in_one_line(exported, hopper, pong, tmp_path):
     model, info = load_export(exported)
     other = replace(info.vocabulary, mu=info.vocabulary.mu * 2)
-    export(
+    save_export(
         tmp_path / "other",
         model.state_dict(),
         replace(info, vocabulary=other, vocabulary_fingerprint=other.fingerprint),

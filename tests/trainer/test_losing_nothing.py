@@ -26,10 +26,11 @@ from tests.trainer.launch import (
     nobody_left,
     train,
 )
-from trainer.checkpoint import CHECKPOINT_VERSION, Record, ResumeState, latest, load_export, publish, write_part
+from trainer.checkpoint import CHECKPOINT_VERSION, Record, ResumeState, latest, publish, write_part
 from trainer.config import RunConfig
 from trainer.lifecycle import exclusive_run
 from trainer.metrics import MetricsWriter
+from trainer.model.export import load_export
 
 STEPS = 40
 

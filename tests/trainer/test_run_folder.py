@@ -55,7 +55,7 @@ def test_a_name_that_is_no_unicode_is_refused(tmp_path):
 )
 def test_a_file_that_is_no_configuration_is_one_line(tmp_path, body):
     (tmp_path / "config.json").write_bytes(body)
-    with pytest.raises(ValueError, match="config.json: no configuration of a run") as caught:
+    with pytest.raises(ValueError, match="config.json: not the configuration of a run") as caught:
         load_config(tmp_path / "config.json")
     assert len(str(caught.value).splitlines()) == 1
 

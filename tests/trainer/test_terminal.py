@@ -9,8 +9,8 @@ import pytest
 
 from tests import warm
 from tests.trainer.launch import ROOT, command, family, latest_step, losses, nobody_left, train
-from trainer.checkpoint import load_export
 from trainer.lifecycle import StopRequest, _launchers, _left_alone
+from trainer.model.export import load_export
 
 pytestmark = pytest.mark.process
 

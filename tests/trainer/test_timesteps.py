@@ -14,10 +14,12 @@ from schemas.vocabulary import DISJOINT, bin_centres
 from shards.reader import Dataset
 from shards.stream import Stream, StreamConfig
 from tests.shards.made import Task, make
-from trainer.checkpoint import CheckpointError, ExportInfo, TrainingInfo, export, load_export
+from trainer.checkpoint import CheckpointError
 from trainer.config import OptimiserConfig
 from trainer.loss import LossConfig, Objective, cross_entropy, select, soft_targets, strided_cross_entropy, targets_of
 from trainer.model import Gato, ModelConfig
+from trainer.model.export import ExportInfo, TrainingInfo, load_export, save_export
+from trainer.model.gato import timestep_slots
 from trainer.model.transformer import causal_segment_mask
 from trainer.optimiser import make_optimiser
 from trainer.scales import observation_scales
@@ -191,7 +193,7 @@ def test_an_agent_gates_patches_as_training_does(missions):
     inside = [columns.start <= place - row * LENGTH < columns.stop for place in batch.patch_index.tolist()]
     pixels = batch.patches[torch.tensor(inside)].numpy().reshape(1, *agent.layout.patch_shape)
     batch.patch_positions[torch.tensor(inside)] = agent.patch_centres.to(batch.patch_positions.dtype)
-    elements = model.embed(replace(batch, returns=torch.zeros_like(batch.returns)))
+    elements = model.embed(replace(batch, returns=torch.zeros_like(batch.returns)), slots=timestep_slots(batch))
     seen = agent._elements(batch.tokens[row, columns].long()[None], pixels)[0]
     torch.testing.assert_close(seen, elements[row, columns].sum(dim=0), atol=1e-6, rtol=1e-5)
 
@@ -346,12 +348,12 @@ def test_the_objective_is_its_parts(stream, model):
 
 def test_an_export_keeps_its_scales(hopper, stream, model, tmp_path):
     spec, info = exported(Dataset(hopper), stream)
-    export(tmp_path / "now", dict(model.state_dict()), info)
+    save_export(tmp_path / "now", dict(model.state_dict()), info)
     again, read = load_export(tmp_path / "now")
     assert (read.observations, read.returns) == (info.observations, info.returns)
     before, after = make_agent(model, info, spec, AgentConfig()), make_agent(again, read, spec, AgentConfig())
     assert torch.equal(before.spread, after.spread) and torch.equal(before.asked, after.asked)
-    export(tmp_path / "older", dict(model.state_dict()), replace(info, version=2))
+    save_export(tmp_path / "older", dict(model.state_dict()), replace(info, version=2))
     with pytest.raises(CheckpointError, match="train again"):
         load_export(tmp_path / "older")
 

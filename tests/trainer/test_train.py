@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.trainer.launch import errors, losses, metrics_at, train
-from trainer.checkpoint import CheckpointError, latest, load_export
+from trainer.checkpoint import CheckpointError, latest
+from trainer.model.export import load_export
 
 pytestmark = pytest.mark.process
 

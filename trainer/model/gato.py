@@ -40,10 +40,10 @@ def observed(roles: Tensor) -> Tensor:
 
 
 def timestep_slots(batch: Batch) -> Tensor:
-    """(B, L): each token's timestep among the B * S of the batch."""
+    """(B L,): each token's timestep among the B S of the batch, S as many as any sequence has."""
     first = (batch.positions == 0) & (batch.roles != PAD)
     row = torch.arange(len(batch.tokens), device=batch.tokens.device)[:, None]
-    return (first.cumsum(1) - 1).clamp(min=0) + batch.timesteps * row
+    return ((first.cumsum(1) - 1).clamp(min=0) + batch.timesteps * row).flatten()
 
 
 class Gato(nn.Module):
@@ -121,8 +121,9 @@ class Gato(nn.Module):
             rows = self.tokens.weight[start : start + count]
             rows.copy_(smooth.to(rows) + rows * 0.1)
 
-    def embed(self, batch: Batch, table: Tensor | None = None) -> Tensor:
-        """(B, L, W): token, or patch, plus local position (paper §2.2, appendix C.3)."""
+    def embed(self, batch: Batch, table: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
+        """(B, L, W): token, or patch, plus local position (paper §2.2, appendix C.3). `slots`: the batch's
+        `timestep_slots`, which texts that gate patches need."""
         if table is None:
             x = self.tokens(batch.tokens.int())
         else:  # patches and padding have id 0, whatever it shows
@@ -130,13 +131,14 @@ class Gato(nn.Module):
         # also where a batch has no patches: every rank must make the same gradients, or their reduction jams
         embedded = self.patches(batch.patches, batch.patch_positions).to(x.dtype)
         if self.config.text_gates:
-            embedded = self.gated(embedded, self._texts(batch, x))
+            assert slots is not None
+            embedded = self.gated(embedded, self._texts(batch, x, slots))
         x = x.flatten(0, 1).index_copy(0, batch.patch_index.long(), embedded).view_as(x)
         if self.by_timesteps:
             # an action token without loss is a prompt's
             shown = observed(batch.roles) | ((batch.roles == ACTION) & ~batch.supervised)
-            positions = batch.positions.long().clamp(max=self.config.local_positions - 1)
-            x = self.scaled(x, batch.tokens, positions, shown, self.spreads[batch.tasks[:, None], positions])
+            spread = self.spreads[batch.tasks[:, None], self._rows(batch.positions)]
+            x = self.scaled(x, batch.tokens, batch.positions, shown, spread)
         else:
             x = x + self.local(batch.roles, batch.positions)
         if self.config.returns:
@@ -150,14 +152,12 @@ class Gato(nn.Module):
         scale, move = self.gates(texts).chunk(2, dim=-1)
         return patches + F.gelu(patches * scale + move)
 
-    def _texts(self, batch: Batch, x: Tensor) -> Tensor:
+    def _texts(self, batch: Batch, x: Tensor, slots: Tensor) -> Tensor:
         """(M, W): the sum of the scaled text tokens in the timestep of each of a batch's M patches."""
-        slot = timestep_slots(batch).flatten()
-        positions = batch.positions.long().clamp(max=self.config.local_positions - 1)
-        x = self._placed(x, positions) * (batch.roles == TEXT)[..., None]
+        x = self._placed(x, self._rows(batch.positions)) * (batch.roles == TEXT)[..., None]
         texts = torch.zeros(len(batch.tokens) * batch.timesteps, x.shape[-1], dtype=x.dtype, device=x.device)
-        texts = texts.index_add(0, slot, x.flatten(0, 1))
-        return texts.index_select(0, slot.index_select(0, batch.patch_index.long()))
+        texts = texts.index_add(0, slots, x.flatten(0, 1))
+        return texts.index_select(0, slots.index_select(0, batch.patch_index.long()))
 
     def asked_for(self, returns: Tensor) -> Tensor:
         """(..., W): what standardised returns (...) add to the separators of their timesteps."""
@@ -167,7 +167,7 @@ class Gato(nn.Module):
     def scaled(self, x: Tensor, tokens: Tensor, positions: Tensor, shown: Tensor, spread: Tensor) -> Tensor:
         """What `tokens` (...), embedded as x (..., W), at `positions` (...) of their timestep give to its element;
         nothing where not `shown`. `spread` (..., 2): their rows of `spread_of`."""
-        index = positions.int().clamp(max=self.config.local_positions - 1)
+        index = self._rows(positions)
         value, continuous = self._values_of(tokens)
         factor, move = spread.unbind(-1)
         continuous = continuous & (factor != 0)
@@ -176,9 +176,13 @@ class Gato(nn.Module):
         x = self._placed(x, index) + value[..., None] * self.slopes(index)
         return x * shown[..., None]
 
+    def _rows(self, positions: Tensor) -> Tensor:
+        """Rows (...) int32 of the tables of places for `positions` (...) of a timestep; all after the last share it."""
+        return positions.int().clamp(max=self.config.local_positions - 1)
+
     def _placed(self, x: Tensor, index: Tensor) -> Tensor:
         """Tokens embedded as x (..., W), scaled and moved by their `index` (...) within the timestep."""
-        return x * self.scales_at(index) + self.positions(index)
+        return x * self.scales(index) + self.positions(index)
 
     def _values_of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Values (...) of tokens of continuous observations, and which are some."""
@@ -202,11 +206,11 @@ class Gato(nn.Module):
 
     def local(self, roles: Tensor, positions: Tensor) -> Tensor:
         """(..., W): what tokens of these roles get added for their index within the timestep."""
-        last, action, form = self.config.local_positions, roles == ACTION, self.config.action_position
+        action, form = roles == ACTION, self.config.action_position
         shown = (observed(roles) if form == "none" else observed(roles) | action)[..., None]
-        index = positions.int().clamp(max=last - 1)
+        index = self._rows(positions)
         if form != "own":
-            index = torch.where(action, last, index)
+            index = torch.where(action, self.config.local_positions, index)
         return self.positions(index) * shown
 
     def rope(self, places: Tensor) -> Tensor | None:
@@ -243,18 +247,18 @@ class Gato(nn.Module):
         """`forward` with one element per timestep: hidden states (N, W) that predict the tokens after
         `predict_index`."""
         B, S, device = len(batch.tokens), batch.timesteps, batch.tokens.device
-        slot = timestep_slots(batch)
-        x = self.embed(batch, table).flatten(0, 1)
-        x = torch.zeros(B * S, x.shape[-1], dtype=x.dtype, device=device).index_add(0, slot.flatten(), x)
+        slots = timestep_slots(batch)
+        x = self.embed(batch, table, slots).flatten(0, 1)
+        x = torch.zeros(B * S, x.shape[-1], dtype=x.dtype, device=device).index_add(0, slots, x)
         mask = None
         if batch.packed:
             segments = torch.zeros(B * S, dtype=batch.segments.dtype, device=device)
-            segments.scatter_(0, slot.flatten(), batch.segments.flatten())
+            segments.scatter_(0, slots, batch.segments.flatten())
             mask = causal_segment_mask(segments.view(B, S))
         hidden = self.through(x.view(B, S, -1), mask, branch_scale).flatten(0, 1)
-        place = slot.flatten().index_select(0, predict_index)
+        hidden = hidden.index_select(0, slots.index_select(0, predict_index))
         position = batch.positions.flatten().index_select(0, predict_index + 1)
-        return hidden.index_select(0, place) * self.scales_at(position)
+        return hidden * self.scales_at(position)
 
     def through(
         self,
@@ -275,12 +279,12 @@ class Gato(nn.Module):
     def scales_at(self, positions: Tensor) -> Tensor:
         """(..., W): what tokens at these positions of their timestep are scaled by on the way in, and what a timestep's
         hidden state is scaled by where the token at one is predicted."""
-        return self.scales(positions.int().clamp(max=self.config.local_positions - 1))
+        return self.scales(self._rows(positions))
 
     def values_at(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """(...): the numbers, in [-1, 1] as bins' centres are, of action tokens at `positions` (...) of their timestep
         that hidden states (..., W) predict."""
-        output = self.outputs(positions.int().clamp(max=self.config.local_positions - 1))
+        output = self.outputs(self._rows(positions))
         return (hidden * output[..., :-1]).sum(dim=-1) + output[..., -1]
 
     def step(

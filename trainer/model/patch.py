@@ -29,7 +29,7 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         channels, groups = config.patch_channels, config.patch_groups
         if channels % groups or channels == groups:
-            raise ValueError(f"patch_channels {channels} must be a multiple, at least twice, of patch_groups {groups}")
+            raise ValueError(f"--model.patch-channels {channels}: must be 2, 3 ... times --model.patch-groups {groups}")
         own = config.patch_norm == "channel"
         groups, epsilon = (channels, CHANNEL_EPSILON) if own else (groups, GROUP_EPSILON)
         # zeros around it would give a flat patch edges

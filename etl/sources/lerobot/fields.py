@@ -1,8 +1,8 @@
-"""From a LeRobot dataset's features to the fields and actions of a task, and the options that choose among them.
+"""Fields and actions of a task from a LeRobot dataset's features, and the options that choose among them.
 
 features, statistics, options -> FieldSpecs ('state', 'images/front', 'task'), ActionSpec, notes
 
-Observed are all features called observation.*, all cameras and 'state'. The action is 'action' (or 'actions'), else all
+All features called observation.*, all cameras and 'state' are observed. The action is 'action' (or 'actions'), else all
 action.* by name. Its range is that of the options, else of the statistics, else of the data itself.
 
 Invariant: a field is a function of its own feature and its statistics.

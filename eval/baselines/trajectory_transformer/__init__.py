@@ -44,7 +44,7 @@ def train(
             "text or discrete values; leave 'tt' out of --models"
         )
     if not 2 <= config.context <= config.transitions:
-        raise ValueError(f"context {config.context} is not in [2, transitions = {config.transitions}]")
+        raise ValueError(f"context {config.context}: must be from 2 to transitions ({config.transitions})")
     episodes = complete_episodes(trajectories, task)
     rows = [transition_rows(episode, config) for episode in episodes]
     discretiser = Discretiser.fit(np.concatenate(rows), config)

@@ -21,7 +21,7 @@ from eval.baselines.trajectory_transformer.model import TrajectoryTransformer
 from eval.baselines.trajectory_transformer.tokens import Discretiser
 from schemas.episode import TaskSpec
 from schemas.layout import continuous_values
-from simulators.policy import EpisodeRng
+from simulators.policy import Observations, Rng
 
 
 class Rows:
@@ -78,13 +78,7 @@ class Policy:
         self.past = np.zeros((batch, 0, self.model.dimensions), np.int64)
         self.last: np.ndarray | None = None
 
-    def act(
-        self,
-        observations: dict[str, np.ndarray],
-        previous_reward: np.ndarray,
-        active: np.ndarray,
-        rng: EpisodeRng | np.random.Generator,
-    ) -> np.ndarray:
+    def act(self, observations: Observations, previous_reward: np.ndarray, active: np.ndarray, rng: Rng) -> np.ndarray:
         """{key: (E, ...)} -> actions (E, A) float32, those of inactive environments meaningless."""
         D, A = self.model.observations, self.model.actions
         observed = self.discretiser.encode(self._values(observations))
@@ -102,13 +96,13 @@ class Policy:
         self.last = np.concatenate([observed, chosen], axis=1)
         return self.discretiser.centres[np.arange(D, D + A), chosen].clip(self.low, self.high).astype(np.float32)
 
-    def _values(self, observations: dict[str, np.ndarray]) -> np.ndarray:
+    def _values(self, observations: Observations) -> np.ndarray:
         values = continuous_values(self.task, observations)
         assert values is not None
         return values
 
     @torch.inference_mode()
-    def plan(self, prefix: Tensor, rng: EpisodeRng | np.random.Generator) -> Tensor:
+    def plan(self, prefix: Tensor, rng: Rng) -> Tensor:
         """Beam search from tokens (E, T) that end with an observation: bins (E, A) of the best plan's first action."""
         config, model, E = self.config, self.model, len(prefix)
         rows = Rows(model, prefix, self.cached)
@@ -146,7 +140,7 @@ class Policy:
         return logits.double().softmax(dim=1)[:, :-1] @ self.centres[dimension]
 
 
-def draw(logits: Tensor, k: int | None, cdf: float | None, rng: EpisodeRng | np.random.Generator) -> Tensor:
+def draw(logits: Tensor, k: int | None, cdf: float | None, rng: Rng) -> Tensor:
     """Tokens (R,) from logits (R, N + 1), without the least likely ones that together hold `cdf` of the probability
     and without all but the `k` likeliest."""
     if k == 1:
