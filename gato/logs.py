@@ -23,6 +23,8 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from schemas.files import exclusive_name, replace_folder
+
 NAME = re.compile(r"(?:[\w-]+/)*[\w-]+")
 
 
@@ -79,13 +81,13 @@ def write_logs(
 
     Raises:
         TypeError: `episodes` is not a list of episodes.
-        ValueError: an episode or a space does not fit; the message names the episode, the field and the remedy.
+        ValueError: an episode or a space does not fit, or another process writes this log; the message names the
+            episode, the field and the remedy.
     """
     if not NAME.fullmatch(name):
         raise ValueError(f"name '{name}': use letters, digits, '-' and '_', and '/' between them for a folder")
     final = Path(folder).absolute() / name
-    if final.exists() and not overwrite:
-        raise ValueError(f"{final}: already there; give another name, or overwrite=True")
+    _require_free(final, overwrite)
     if isinstance(episodes, Episode | Mapping | str) or not isinstance(episodes, Iterable):
         raise TypeError(f"episodes is of type {type(episodes).__name__}; give a list of episodes, such as [episode]")
     listed = [one if isinstance(one, Episode) else _episode(number, one) for number, one in enumerate(episodes)]
@@ -102,29 +104,40 @@ def write_logs(
     if observation_space is None:
         observation_space = _inferred("observations", [episode.observations for episode in listed])
     buffers = [_checked(n, episode, observation_space, action_space) for n, episode in enumerate(listed)]
-    temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
+    about: dict[str, Any] = {"dataset_id": name, "minari_version": version("minari")}
+    if environment is not None:
+        about["env_spec"] = json.dumps(
+            {"id": environment, "max_episode_steps": max_episode_steps, "kwargs": kwargs, "additional_wrappers": []}
+        )
+    if reference_returns is not None:
+        about["ref_min_score"], about["ref_max_score"] = map(float, reference_returns)
+    with exclusive_name(final, "give another name"):
+        _require_free(final, overwrite)
+        _write(final, observation_space, action_space, about, buffers)
+    return final
+
+
+def _require_free(final: Path, overwrite: bool) -> None:
+    if final.exists() and not overwrite:
+        raise ValueError(f"{final}: already there; give another name, or overwrite=True")
+
+
+def _write(
+    final: Path, observed: gymnasium.Space, acted: gymnasium.Space, about: dict[str, Any], episodes: list[Any]
+) -> None:
+    """A Minari dataset of these spaces, metadata and buffers of episodes."""
+    from minari.dataset.minari_storage import MinariStorage
+
+    temporary = final.parent / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "data").mkdir(parents=True)
     try:
-        from minari.dataset.minari_storage import MinariStorage
-
-        storage = MinariStorage.new(
-            temporary / "data", observation_space, action_space, None, "hdf5", jpeg_encoding=False
-        )
-        about: dict[str, Any] = {"dataset_id": name, "minari_version": version("minari")}
-        if environment is not None:
-            about["env_spec"] = json.dumps(
-                {"id": environment, "max_episode_steps": max_episode_steps, "kwargs": kwargs, "additional_wrappers": []}
-            )
-        if reference_returns is not None:
-            about["ref_min_score"], about["ref_max_score"] = map(float, reference_returns)
+        storage = MinariStorage.new(temporary / "data", observed, acted, None, "hdf5", jpeg_encoding=False)
         storage.update_metadata(about)
-        storage.update_episodes(buffers)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
+        storage.update_episodes(episodes)
+        replace_folder(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return final
 
 
 def _episode(number: int, given: Mapping[str, Any]) -> Episode:
