@@ -30,6 +30,11 @@ class AnyGymnasium(Suite):
         """What no other suite owns."""
         return True
 
+    def time_limit(self, id: str) -> int | None:
+        """As gymnasium has it registered, or a module that --import named; that of 'MODULE:Id' takes an import."""
+        spec = gymnasium.registry.get(id)
+        return spec.max_episode_steps if spec else None
+
     def require(self, id: str) -> None:
         module, _, name = id.rpartition(":")
         if module:

@@ -134,3 +134,10 @@ def test_a_curve_is_of_one_protocol_and_the_weights_that_are_there(exports, hopp
     lines = [run(*command).stdout, run(*command).stdout, run(*command, "--agent.decoding", "greedy").stdout]
     assert lines[0].startswith("step 0: ") and lines[1] == "" and lines[2].startswith("step 0: ")
     assert len((folder / "returns.jsonl").read_text().splitlines()) == 1
+    for odd, words in (
+        (("--episodes", "0"), "--episodes 0: must be from 1"),
+        (("--agent.temperature", "0"), "--agent.temperature 0.0: must be from"),
+        (("--tasks", "hoper"), "unknown task 'hoper'; tasks: hopper-random-v4"),
+    ):
+        done = run(*command[:4], *odd, check=False)
+        assert done.returncode == 1 and words in done.stderr

@@ -182,7 +182,7 @@ def test_an_entry_point_names_the_module(tmp_path):
     [
         ("reach:nothing", "--policy reach:nothing: AttributeError.*MODULE:FUNCTION"),
         ("reached:expert", "--policy reached:expert: ModuleNotFoundError"),
-        ("builtins:id", "--policy builtins:id: returned a int; return a function observation),
+        ("builtins:id", "--policy builtins:id: returned a int; return a function observation"),
         ("builtins:repr", "returned a str"),
         ("reach:three", r"--policy reach:three: act\(observation, rng, state\): give it .*observation, rng"),
         ("reach:failing", r"reach:failing: the policy raised KeyError: 'velocity' \(reach.py, line \d+\); correct"),
