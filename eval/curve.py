@@ -24,6 +24,7 @@ import tyro
 
 from eval.agents import AgentConfig, agent_for
 from eval.environments import play
+from eval.jobs import known_tasks
 from schemas.dataset import DatasetError
 from schemas.files import atomic_write, disk_fault, parse_json
 from schemas.ranges import require
@@ -115,7 +116,7 @@ def main() -> int:
         store = Store()
         folders = list(options.datasets) or find_datasets(options.root)
         datasets = [Dataset(folder, store=store) for folder in folders]
-        known = [task.spec.name for dataset in datasets for task in dataset.manifest.tasks]
+        known = [task.spec.name for task in known_tasks(datasets)]
         if unknown := sorted(set(options.tasks) - set(known)):
             raise DatasetError(f"unknown task '{unknown[0]}'; tasks: {', '.join(known)}")
         protocol = {"episodes": options.episodes, "first_seed": options.first_seed, "tasks": list(options.tasks)}

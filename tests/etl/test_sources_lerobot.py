@@ -158,6 +158,13 @@ def test_an_instruction_may_be_a_task(written):
     ]
 
 
+@pytest.mark.parametrize("name", ["meta", "meta/info.json", "data", "videos"])
+def test_a_folder_of_a_dataset_is_the_dataset(written, name):
+    root = written / "v21"
+    assert SOURCE.resolve(root / name, None, root) == [root / "meta/info.json"]
+    assert SOURCE.recognise(root / name).evidence.endswith("info.json, codebase_version v2.1")
+
+
 def test_what_is_observed_can_be_chosen(written, copy):
     scan, read = episodes(written / "v21", observation_keys=("observation.state", "observation.images.wrist"))
     assert {spec.key for spec in scan.task.observation} == {"state", "images/wrist", "task"}
@@ -258,6 +265,7 @@ def test_a_video_of_other_fps_than_its_table_is_a_rejection(copy):
 
 @pytest.mark.parametrize("version, name, reason", [
     ("v21", "data/chunk-000/episode_000001.parquet", "missing file"),
+    ("v21", "meta/tasks.jsonl", "missing file"),
     ("v30", "meta/tasks.parquet", "missing file"),
     ("v30", "meta/episodes/chunk-000/file-000.parquet", "missing key"),
     ("v30", "data/chunk-000/file-000.parquet", "missing file"),
@@ -271,6 +279,8 @@ def test_a_missing_file_is_named(copy, version, name, reason):
     if scan.task:
         found += [e for e in sources.read(SOURCE, scan.task, scan.episodes) if isinstance(e, Rejection)]
     assert found and {rejection.reason for rejection in found} == {reason}
+    if "tasks" in name:
+        assert found[0].detail.startswith(f"{Path(name).name} is not there")
 
 
 @pytest.mark.parametrize("edit, reason", [
