@@ -10,6 +10,7 @@ Invariant: nothing is imported until an environment is made, or asked whether it
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,9 @@ from schemas.episode import EnvironmentSpec
 from simulators import pictures, plugins
 from simulators.suite import Suite, UnknownEnvironment
 from simulators.suites.mujoco import body_of
+
+
+SCREENS = {"DISPLAY", "WAYLAND_DISPLAY"}
 
 
 class AnyGymnasium(Suite):
@@ -49,6 +53,8 @@ class AnyGymnasium(Suite):
         self.require(environment.id)
         name = environment.id.rpartition(":")[2]
         mode = {"render_mode": "rgb_array"} if render and _draws_itself(name) else {}  # it may know no render_mode
+        if mode and not SCREENS & set(os.environ):
+            os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame looks for a screen, and complains
         return gymnasium.make(name, disable_env_checker=True, **environment.kwargs | mode)
 
     def settings(self, environment: EnvironmentSpec) -> dict[str, Any]:

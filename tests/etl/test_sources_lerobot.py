@@ -283,6 +283,15 @@ def test_a_missing_file_is_named(copy, version, name, reason):
         assert found[0].detail.startswith(f"{Path(name).name} is not there")
 
 
+def test_a_file_that_was_missing_is_seen_once_it_is_back(copy):
+    path = copy("v30") / "meta/episodes/chunk-000/file-000.parquet"
+    kept = path.read_bytes()
+    path.unlink()
+    assert any(isinstance(one, Rejection) for one in episodes(path.parents[3])[1])
+    path.write_bytes(kept)
+    assert not any(isinstance(one, Rejection) for one in episodes(path.parents[3])[1])
+
+
 @pytest.mark.parametrize("edit, reason", [
     (lambda a: a.update(action=pa.array([[1.0]] * len(a["action"]))), "wrong shape"),
     (lambda a: a.update(action=pa.array(["x"] * len(a["action"]))), "wrong dtype"),

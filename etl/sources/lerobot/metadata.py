@@ -195,11 +195,11 @@ def damage(path: Path, reason: str = "corrupt metadata") -> Iterator[None]:
 
 
 def load(root: Path) -> Dataset:
-    """The dataset in a folder, read once per change of its info.json. EpisodeError says what is wrong with it."""
+    """The dataset in a folder, read once per change of a file of meta. EpisodeError says what is wrong with it."""
     path = root / INFO
     with damage(path):
         status = path.stat()
-        tables = tuple(sorted((p.name, p.stat().st_mtime_ns) for p in path.parent.iterdir()))
+        tables = tuple(sorted((str(p), p.stat().st_mtime_ns) for p in path.parent.rglob("*")))
     return _load(root, status.st_mtime_ns, tables)
 
 
