@@ -222,7 +222,7 @@ class Agent:
 
     def _narrowed(self, given: Any) -> np.ndarray:
         if np.asarray(given).dtype != bool:
-            raise ValueError(f"active={given!r}: give True for each environment whose episode runs, and False for others")
+            raise ValueError(f"active={given!r}: give True for each environment whose episode runs, else False")
         active = self._per_row("active", given, bool)
         if again := np.flatnonzero(active & ~self._active).tolist():
             raise ValueError(f"active: episode {again[0]} had ended; all start together again with agent.reset()")

@@ -268,8 +268,8 @@ def load_manifest(folder: Path) -> Manifest:
             some = f"{', '.join(below[:3])}{', ...' if len(below) > 3 else ''}"
             raise DatasetError(f"{folder}: no dataset, but a folder of some; give {some}") from None
         raise DatasetError(
-            f"{folder}: no {MANIFEST_NAME}, so no finished dataset; give a folder that python -m etl.build wrote, or run "
-            "the build again to finish it"
+            f"{folder}: no {MANIFEST_NAME}, so no finished dataset; give a folder that python -m etl.build wrote, or "
+            "run the build again to finish it"
         ) from None
     return parse_manifest(data, str(path))
 

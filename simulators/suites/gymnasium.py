@@ -22,7 +22,6 @@ from simulators import pictures, plugins
 from simulators.suite import Suite, UnknownEnvironment
 from simulators.suites.mujoco import body_of
 
-
 SCREENS = {"DISPLAY", "WAYLAND_DISPLAY"}
 
 

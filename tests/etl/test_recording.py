@@ -21,7 +21,6 @@ from simulators.registry import all_suites
 from simulators.suite import Suite
 from tests.commands import run
 
-
 OWN_SUITE = """
 import gymnasium
 from simulators import registry
