@@ -345,7 +345,7 @@ def test_an_unknown_version_names_those_that_are_read(copy):
     (folder / "meta/info.json").write_text("{")
     assert scanned(folder)[0].rejected[0].reason == "corrupt metadata"
     with pytest.raises(SourceError, match="no LeRobot dataset"):
-        SOURCE.resolve(folder / "data", None, folder)
+        SOURCE.resolve(folder / "data/chunk-000", None, folder)
 
 
 def test_videos_without_pyav_name_the_extra(written, monkeypatch):
