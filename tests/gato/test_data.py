@@ -284,6 +284,11 @@ def test_a_stream_is_what_training_sees_and_continues(dataset):
         gato.Stream(dataset, prompts=0.5)
     with pytest.raises(ValueError, match="--weights.my-task 'two': Input should be a valid number"):
         gato.Stream(dataset, weights={"my-task": "two"})
+    for odd in ({"batch_size": 1.5}, {"start": 2.5}, {"seed": "x"}, {"world": True}, {"threads": None}):
+        with pytest.raises(TypeError, match=rf"Stream\({next(iter(odd))}=.*: give an integer"):
+            gato.Stream(dataset, **odd)
+    with pytest.raises(TypeError, match="held_out='yes'.: give True or False"):
+        gato.Stream(dataset, held_out="yes")
 
 
 SMALL = {
@@ -312,6 +317,8 @@ def test_training_checks_settings_before_it_starts(dataset, tmp_path):
         gato.train("tiny", dataset, tmp_path, steps=0)
     with pytest.raises(ValueError, match="unknown recipe 'tinny'; perhaps tiny"):
         gato.train("tinny", dataset, tmp_path)
+    with pytest.raises(TypeError, match="recipe=3: give a recipe's name, such as 'tiny'"):
+        gato.train(3, dataset, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
