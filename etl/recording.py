@@ -28,7 +28,7 @@ from rich.progress import Progress
 import simulators
 from etl.building.formats import TABLE, Row, recorded
 from etl.record import DEFAULT_STEPS, Options, Recorded, record
-from schemas.files import exclusive_name, sha256_of, write_rows
+from schemas.files import disk_fault, exclusive_name, sha256_of, write_rows
 from simulators import plugins, scores
 from simulators.registry import all_suites
 
@@ -65,7 +65,7 @@ def _record_missing(options: Options, todo: list[str], output: Path, console: Co
                 rows[id] = job.result()
             except (simulators.SimulatorError, ValueError, OSError) as error:
                 failed += 1
-                console.print(f"[red]failed[/] {id}: {error}", highlight=False)
+                console.print(f"[red]failed[/] {id}: {disk_fault(error, output) or error}", highlight=False)
                 continue
             write_rows(output / TABLE, rows)
             row = rows[id]

@@ -85,6 +85,7 @@ def write_logs(
         TypeError: `episodes` is not a list of episodes.
         ValueError: an episode or a space does not fit, or another process writes this log; the message names the
             episode, the field and the remedy.
+        OSError: it cannot be written.
     """
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ValueError(f"name {name!r}: use letters, digits, '-' and '_', and '/' between them for a folder")
