@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +27,7 @@ from rich.progress import Progress
 import simulators
 from etl import sources
 from schemas.episode import EnvironmentSpec
-from schemas.files import disk_fault, require_folder
+from schemas.files import disk_fault, exclusive_name, require_folder
 from schemas.ranges import require
 from schemas.terminal import command, status_of
 from simulators import plugins
@@ -47,8 +48,8 @@ class Options:
     """gymnasium id with version, e.g. Hopper-v4 (the default) or ALE/Pong-v5; MODULE:Id for one of your own."""
     policy: str = "expert"
     """expert (shipped), random, a policy file (.safetensors, .npz, or a Stable-Baselines3 .zip that you trust), or
-    MODULE:FUNCTION of your own: FUNCTION(env) returns an object with act(observation, rng), or a function observation
-    -> action."""
+    MODULE:FUNCTION of your own: FUNCTION(env) returns a function observation -> action, or an object with
+    act(observation) or act(observation, rng)."""
     imports: plugins.Imports = ()
     """Module to import first, which registers environments or suites; may be given several times."""
     steps: int | None = None
@@ -113,7 +114,11 @@ class Recorded:
 
 
 def check(options: Options) -> None:
-    """ValueError names the first option whose value makes no sense."""
+    """ValueError names the first option whose value makes no sense, or that does not go with another."""
+    if options.suite is not None and options.environment is not None:
+        raise ValueError("--environment and --suite together; give one of them")
+    if options.output is not None:
+        require_folder("output", options.output)
     for name, value, least, most in (
         ("steps", options.steps, 1, 2**40), ("episodes", options.episodes, 1, 2**40),
         ("noise", options.noise, 0, 1e6), ("temperature", options.temperature, 1e-9, 1e6),
@@ -126,12 +131,8 @@ def check(options: Options) -> None:
 
 
 def record(options: Options, console: Console, parent: Path | None = None) -> Recorded:
-    """Play and write the log, into `options.output` or the format's own folder (of its name within `parent`).
-    SimulatorError or PolicyError say what does not fit."""
-    check(options)
-    if options.output is not None:
-        require_folder("output", options.output)
-    plugins.load(options.imports)
+    """Play and write the log, into `options.output` or the format's own folder (of its name within `parent`), under
+    options that `check` let pass. SimulatorError or PolicyError say what does not fit."""
     spec = simulators.environment_spec(options.environment or DEFAULT)
     env = simulators.make(spec)
     try:
@@ -144,22 +145,29 @@ def record(options: Options, console: Console, parent: Path | None = None) -> Re
     suite = simulators.suite_named(spec.suite)
     folder = options.output or (parent / Path(writer.folder).name if parent else Path(writer.folder))
     path = writer.path(folder, suite.log_name(spec.id), _level(options), options.run)
-    if path.exists() and not options.overwrite:
-        raise ValueError(
-            f"{path}: already there; give another --output, --level or --run, or --overwrite to replace it"
-        )
-    log = writer(path, spec, policy.algorithm)
-    try:
-        env = simulators.make(spec, inner=log.wrap)
-        policy = policies.load(options.policy, env, options.noise, options.temperature)
-        noisy = NoisyPolicy(policy, simulators.action_spec(env), options.noise)
-        done = replace(_write(options, env, noisy, log, console, path), clipped=noisy.clipped_share)
-        log.close()
-    finally:
-        env.close()
-        log.discard()
+    with exclusive_name(path, "give another --output, --level or --run"):
+        if path.exists() and not options.overwrite:
+            raise ValueError(
+                f"{path}: already there; give another --output, --level or --run, or --overwrite to replace it"
+            )
+        done = _recorded(options, spec, writer(path, spec, policy.algorithm), console, path)
     console.print(f"{path}: {done}", highlight=False)
     return done
+
+
+def _recorded(
+    options: Options, spec: EnvironmentSpec, log: sources.LogWriter, console: Console, path: Path
+) -> Recorded:
+    """Play into the log, which is removed again unless all goes well."""
+    try:
+        with closing(simulators.make(spec, inner=log.wrap)) as env:
+            policy = policies.load(options.policy, env, options.noise, options.temperature)
+            noisy = NoisyPolicy(policy, simulators.action_spec(env), options.noise)
+            done = replace(_write(options, env, noisy, log, console, path), clipped=noisy.clipped_share)
+            log.close()
+        return done
+    finally:
+        log.discard()
 
 
 def _write(options: Options, env: Any, policy: Any, log: sources.LogWriter, console: Console, path: Path) -> Recorded:
@@ -208,10 +216,9 @@ def main() -> int:
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
     try:
         check(options)
+        plugins.load(options.imports)
         if options.suite is None:
             record(options, console)
-        elif options.environment is not None:
-            raise ValueError("--environment and --suite together; give one of them")
         else:
             from etl.recording import record_suites
 

@@ -28,7 +28,7 @@ from rich.progress import Progress
 import simulators
 from etl.building.formats import TABLE, Row, recorded
 from etl.record import DEFAULT_STEPS, Options, Recorded, record
-from schemas.files import sha256_of, write_rows
+from schemas.files import disk_fault, exclusive_name, sha256_of, write_rows
 from simulators import plugins, scores
 from simulators.registry import all_suites
 
@@ -37,9 +37,14 @@ DEFAULT_FOLDER = Path("data/logs")
 
 def record_suites(options: Options, console: Console) -> int:
     """Record the logs of the asked suites that are missing, and return how many failed. SimulatorError for a suite that
-    does not exist, ValueError where a log was recorded with other options."""
+    does not exist, ValueError where a log was recorded with other options or another process records there."""
     output = (options.output or DEFAULT_FOLDER).absolute()
     todo = _tasks(options.suite or "all", console)
+    with exclusive_name(output / TABLE, "give another --output"):
+        return _record_missing(options, todo, output, console)
+
+
+def _record_missing(options: Options, todo: list[str], output: Path, console: Console) -> int:
     rows = recorded(output, "give another --output")
     asked = _asked(options)
     for id in todo:
@@ -60,7 +65,7 @@ def record_suites(options: Options, console: Console) -> int:
                 rows[id] = job.result()
             except (simulators.SimulatorError, ValueError, OSError) as error:
                 failed += 1
-                console.print(f"[red]failed[/] {id}: {error}", highlight=False)
+                console.print(f"[red]failed[/] {id}: {disk_fault(error, output) or error}", highlight=False)
                 continue
             write_rows(output / TABLE, rows)
             row = rows[id]

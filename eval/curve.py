@@ -24,8 +24,10 @@ import tyro
 
 from eval.agents import AgentConfig, agent_for
 from eval.environments import play
+from eval.jobs import known_tasks
 from schemas.dataset import DatasetError
-from schemas.files import atomic_write, parse_json
+from schemas.files import atomic_write, disk_fault, parse_json
+from schemas.ranges import require
 from schemas.terminal import command, status_of
 from schemas.vocabulary import VocabularyMismatch
 from shards.reader import Dataset, Store
@@ -108,10 +110,16 @@ def main() -> int:
     """The command; its exit status."""
     options = tyro.cli(Options, prog="python -m eval.curve", description=__doc__.splitlines()[0])
     try:
+        require("episodes", options.episodes, 1, 10**6)
+        require("first-seed", options.first_seed, 0, 2**31)
+        options.agent.check()
         plugins.load(options.imports)
         store = Store()
         folders = list(options.datasets) or find_datasets(options.root)
         datasets = [Dataset(folder, store=store) for folder in folders]
+        known = [task.spec.name for task in known_tasks(datasets)]
+        if unknown := sorted(set(options.tasks) - set(known)):
+            raise DatasetError(f"unknown task '{unknown[0]}'; tasks: {', '.join(known)}")
         protocol = {"episodes": options.episodes, "first_seed": options.first_seed, "tasks": list(options.tasks)}
         protocol |= {"agent": asdict(options.agent)}
         lines = played(options.run, protocol)
@@ -130,7 +138,7 @@ def main() -> int:
             shown = ", ".join(f"{name.split('/', 1)[1]} {value:.4g}" for name, value in metrics.items())
             print(f"step {step}: {shown}", flush=True)
     except (DatasetError, CheckpointError, VocabularyMismatch, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {disk_fault(error, options.run) or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         print("interrupted: the same command resumes with the next export", file=sys.stderr)

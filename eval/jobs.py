@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from eval.options import Options
+from schemas.dataset import DatasetError
 from schemas.episode import TaskSpec
 from schemas.result import MODELS
 from shards.reader import Dataset
@@ -26,6 +27,19 @@ class KnownTask:
     dataset: Dataset | None = None
     number: int = 0
     """Its number in the dataset."""
+
+
+def known_tasks(datasets: Sequence[Dataset]) -> list[KnownTask]:
+    """The tasks of all datasets. DatasetError for one that two of them hold: its rows could not be told apart."""
+    found: dict[str, KnownTask] = {}
+    for dataset in datasets:
+        for number, task in enumerate(dataset.manifest.tasks):
+            if task.spec.name in found:
+                raise DatasetError(
+                    f"task '{task.spec.name}' is in more than one dataset folder; name only one of them by --datasets"
+                )
+            found[task.spec.name] = KnownTask(task.spec, dataset, number)
+    return list(found.values())
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ def check(options: Options) -> None:
         ("step-limit", 1 if options.step_limit is None else options.step_limit, 1, 10**9),
         ("processes", options.processes, 0, 4096),
         ("threads", options.threads, 1, 4096),
+        ("film-seconds", options.film_seconds, 0, 3600),
     ):
         require(name, value, least, most)
     options.agent.check()

@@ -28,7 +28,7 @@ from eval.agents import agent_for, make_agent, prompted
 from eval.baselines import decision_transformer, device, trajectory_transformer
 from eval.environments import Played, play
 from eval.exports import find_export, newest_export
-from eval.jobs import Job, KnownTask, plan_jobs
+from eval.jobs import Job, KnownTask, known_tasks, plan_jobs
 from eval.options import Options, check
 from eval.provenance import host
 from eval.rows import load_rows, save_rows
@@ -109,8 +109,7 @@ class ComparisonRunner:
     def _known_tasks(self) -> tuple[list[KnownTask], list[str]]:
         """The tasks of all datasets; without a dataset those that the first export was trained on, and a remark."""
         if self.datasets:
-            pairs = [(dataset, number) for dataset in self.datasets for number in range(len(dataset.manifest.tasks))]
-            return [KnownTask(dataset.manifest.tasks[n].spec, dataset, n) for dataset, n in pairs], []
+            return known_tasks(self.datasets), []
         missing = f"{self.options.root}: no finished dataset there; build one with python -m etl.build"
         if not self.gatos:
             raise DatasetError(missing)

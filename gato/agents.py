@@ -46,7 +46,8 @@ def load(place: str | os.PathLike[str], device: str | torch.device | None = None
 
     Raises:
         TypeError: `place` is not a name or path.
-        ValueError: no such model (the message lists the shipped names), or one that is damaged or of another format.
+        ValueError: no such model (the message lists the shipped names), one that is damaged or of another format, or a
+            device that is not there.
         OSError: a file cannot be read.
 
     Example:
@@ -56,9 +57,10 @@ def load(place: str | os.PathLike[str], device: str | torch.device | None = None
     """
     if not isinstance(place, str | os.PathLike):
         raise TypeError(f"load({place!r}): give a shipped name such as 'tiny', a folder or a URL")
+    where = _device(device) if device is not None else default_device()
     folder = find_export(place if isinstance(place, str) else Path(place))
     network, info = load_export(folder)
-    return Model(network.to(device or default_device()), info, folder)
+    return Model(network.to(where), info, folder)
 
 
 class Model:
@@ -209,7 +211,7 @@ class Agent:
         """
         if self._rows == 0:
             raise ValueError("act before reset; call agent.reset(), or agent.reset(batch=B) for B environments, first")
-        running = self._active if active is None else self._narrowed(self._per_row("active", active, bool))
+        running = self._active if active is None else self._narrowed(active)
         arrays = self._observations.check(observation, self._batch, running)
         rewards = self._per_row("reward", 0.0 if reward is None else reward, np.float32)
         self._active = running
@@ -218,7 +220,10 @@ class Agent:
             return actions
         return int(actions[0]) if actions.ndim == 1 else actions[0]
 
-    def _narrowed(self, active: np.ndarray) -> np.ndarray:
+    def _narrowed(self, given: Any) -> np.ndarray:
+        if np.asarray(given).dtype != bool:
+            raise ValueError(f"active={given!r}: give True for each environment whose episode runs, else False")
+        active = self._per_row("active", given, bool)
         if again := np.flatnonzero(active & ~self._active).tolist():
             raise ValueError(f"active: episode {again[0]} had ended; all start together again with agent.reset()")
         if not active.any():
@@ -226,10 +231,22 @@ class Agent:
         return active
 
     def _per_row(self, name: str, value: Any, dtype: Any) -> np.ndarray:
-        array = np.asarray(value, dtype)
+        try:
+            array = np.asarray(value, dtype)
+        except (ValueError, TypeError):
+            raise ValueError(f"{name}={value!r}: give a number, or one for each environment") from None
         if array.shape not in ((), (self._rows,)):
             raise ValueError(f"{name} has shape {array.shape}; give a number, or an array of shape ({self._rows},)")
         return np.broadcast_to(array, (self._rows,)).copy()
+
+
+def _device(wanted: str | torch.device) -> torch.device:
+    try:
+        torch.zeros(1).to(wanted).item()
+        return torch.device(wanted)
+    except (RuntimeError, AssertionError, TypeError) as error:  # as torch has them
+        why = str(error).split(" at start")[0]
+        raise ValueError(f"device {wanted!r} cannot be used here ({why}); give 'cpu', or leave it out") from None
 
 
 def _config(options: dict[str, Any]) -> AgentConfig:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,8 @@ def build(
     config = typed(BuildConfig, homes[BuildConfig] | {"filter": typed(filters.Filter, homes[filters.Filter])})
     scan = typed(scan_options, homes[scan_options])
     chosen = typed(command.Options, places | homes[command.Options] | {"config": config, "scan": scan})
-    flags = command.beam_flags(list(beam_arguments), chosen.workers)
+    beam = [beam_arguments] if isinstance(beam_arguments, str) else list(beam_arguments)
+    flags = command.beam_flags(beam, chosen.workers)
     manifest = command.build(chosen, flags, console)
     odd = oddities.load(Folder(str(chosen.output)))
     doubts = [(task, line) for task, own in odd.items() for line in own.warnings]
@@ -155,7 +157,7 @@ class Stream:
         options: fields of `shards.stream.StreamConfig`: tasks=("NAME",), weights={"NAME": 2.0}, prompt_probability=0.0.
 
     Raises:
-        TypeError: an option that does not exist.
+        TypeError: an option that does not exist, or a number that is no integer.
         ValueError: a dataset that cannot be read, or a value that makes no sense.
     """
 
@@ -173,6 +175,19 @@ class Stream:
         threads: int = 1,
         **options: Any,
     ):
+        numbers = {
+            "batch_size": batch_size,
+            "seed": seed,
+            "start": start,
+            "rank": rank,
+            "world": world,
+            "threads": threads,
+        }
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise TypeError(f"Stream({name}={value!r}): give an integer")
+        if not isinstance(held_out, bool):
+            raise TypeError(f"Stream(held_out={held_out!r}): give True or False")
         known = sorted({field.name for field in dataclasses.fields(StreamConfig)} - {"sequence_length"})
         if strange := sorted(set(options) - set(known)):
             raise TypeError(f"Stream has no option '{strange[0]}'; options: {', '.join(known)}")

@@ -8,6 +8,7 @@ Invariant: a log under its own name is complete, and its action bounds are the e
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -16,12 +17,15 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from importlib.metadata import version
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+
+from schemas.files import exclusive_name, replace_folder
 
 NAME = re.compile(r"(?:[\w-]+/)*[\w-]+")
 
@@ -79,13 +83,15 @@ def write_logs(
 
     Raises:
         TypeError: `episodes` is not a list of episodes.
-        ValueError: an episode or a space does not fit; the message names the episode, the field and the remedy.
+        ValueError: an episode or a space does not fit, or another process writes this log; the message names the
+            episode, the field and the remedy.
+        OSError: it cannot be written.
     """
-    if not NAME.fullmatch(name):
-        raise ValueError(f"name '{name}': use letters, digits, '-' and '_', and '/' between them for a folder")
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ValueError(f"name {name!r}: use letters, digits, '-' and '_', and '/' between them for a folder")
     final = Path(folder).absolute() / name
-    if final.exists() and not overwrite:
-        raise ValueError(f"{final}: already there; give another name, or overwrite=True")
+    _require_free(final, overwrite)
+    _check(observation_space, action_space, max_episode_steps, reference_returns)
     if isinstance(episodes, Episode | Mapping | str) or not isinstance(episodes, Iterable):
         raise TypeError(f"episodes is of type {type(episodes).__name__}; give a list of episodes, such as [episode]")
     listed = [one if isinstance(one, Episode) else _episode(number, one) for number, one in enumerate(episodes)]
@@ -102,29 +108,59 @@ def write_logs(
     if observation_space is None:
         observation_space = _inferred("observations", [episode.observations for episode in listed])
     buffers = [_checked(n, episode, observation_space, action_space) for n, episode in enumerate(listed)]
-    temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
+    about: dict[str, Any] = {"dataset_id": name, "minari_version": version("minari")}
+    if environment is not None:
+        spec = {"id": environment, "max_episode_steps": max_episode_steps, "kwargs": kwargs, "additional_wrappers": []}
+        try:
+            about["env_spec"] = json.dumps(spec)
+        except TypeError as error:
+            raise ValueError(f"environment_kwargs: {error}; give numbers, texts, lists and dicts") from None
+    if reference_returns is not None:
+        about["ref_min_score"], about["ref_max_score"] = map(float, reference_returns)
+    with exclusive_name(final, "give another name"):
+        _require_free(final, overwrite)
+        _write(final, observation_space, action_space, about, buffers)
+    return final
+
+
+def _check(observed: Any, acted: Any, limit: Any, references: Any) -> None:
+    """TypeError or ValueError for arguments that make no sense by themselves."""
+    for name, space in (("observation_space", observed), ("action_space", acted)):
+        if space is not None and not isinstance(space, gymnasium.Space):
+            raise TypeError(f"{name}={space!r}: give a space, such as gymnasium.spaces.Box(-1, 1, (2,))")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, Integral) or limit < 1):
+        raise ValueError(f"max_episode_steps={limit!r}: give timesteps, 1 or more, or leave it out")
+    if references is not None:
+        try:
+            low, high = map(float, references)
+            sensible = -math.inf < low < high < math.inf
+        except (TypeError, ValueError):
+            sensible = False
+        if not sensible:
+            raise ValueError(f"reference_returns={references!r}: give two numbers, a low return and a higher one")
+
+
+def _require_free(final: Path, overwrite: bool) -> None:
+    if final.exists() and not overwrite:
+        raise ValueError(f"{final}: already there; give another name, or overwrite=True")
+
+
+def _write(
+    final: Path, observed: gymnasium.Space, acted: gymnasium.Space, about: dict[str, Any], episodes: list[Any]
+) -> None:
+    """A Minari dataset of these spaces, metadata and buffers of episodes."""
+    from minari.dataset.minari_storage import MinariStorage
+
+    temporary = final.parent / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "data").mkdir(parents=True)
     try:
-        from minari.dataset.minari_storage import MinariStorage
-
-        storage = MinariStorage.new(
-            temporary / "data", observation_space, action_space, None, "hdf5", jpeg_encoding=False
-        )
-        about: dict[str, Any] = {"dataset_id": name, "minari_version": version("minari")}
-        if environment is not None:
-            about["env_spec"] = json.dumps(
-                {"id": environment, "max_episode_steps": max_episode_steps, "kwargs": kwargs, "additional_wrappers": []}
-            )
-        if reference_returns is not None:
-            about["ref_min_score"], about["ref_max_score"] = map(float, reference_returns)
+        storage = MinariStorage.new(temporary / "data", observed, acted, None, "hdf5", jpeg_encoding=False)
         storage.update_metadata(about)
-        storage.update_episodes(buffers)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
+        storage.update_episodes(episodes)
+        replace_folder(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return final
 
 
 def _episode(number: int, given: Mapping[str, Any]) -> Episode:
@@ -185,6 +221,10 @@ def _checked(number: int, episode: Episode, observation_space: gymnasium.Space, 
     from minari.data_collector import EpisodeBuffer
 
     where = f"episode {number}"
+    for name in ("terminated", "truncated"):
+        flag = getattr(episode, name)
+        if np.ndim(flag) or flag not in (0, 1):
+            raise ValueError(f"{where}: {name}={flag!r}; give True or False, for its last timestep")
     rewards = _array(f"{where}: rewards", episode.rewards)
     if rewards.ndim != 1 or len(rewards) == 0:
         raise ValueError(f"{where}: rewards are {rewards.shape}, expected (T,) with T of at least 1")

@@ -29,7 +29,8 @@ class Observations:
         are not `active` (B,) are ignored. ValueError names the key and the remedy."""
         if observation is None:
             raise ValueError("observation is None; give what env.reset or env.step returned first")
-        if isinstance(observation, tuple) and len(observation) == 2 and observation[1] == {}:
+        ours = any(spec.key.startswith("1/") for spec in self.fields)
+        if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict) and not ours:
             raise ValueError("this is what env.reset() returned: write `observation, info = env.reset()`")
         if not isinstance(observation, Mapping) and len(self.fields) == 1:
             observation = {self.fields[0].key: observation}
@@ -71,8 +72,11 @@ def _covered(key: str, known: set[str]) -> bool:
 
 
 def _array(spec: FieldSpec, value: Any, batch: int | None, active: np.ndarray | None) -> np.ndarray:
-    array = np.asarray(value)
     where, shape = f"observation '{spec.key}'", () if spec.kind == "text" else spec.shape
+    try:
+        array = np.asarray(value)
+    except ValueError:  # rows of different lengths
+        raise ValueError(f"{where} is no array: its rows differ in length; the task has {shape}") from None
     if spec.kind == "image" and spec.shape[2] == 1 and array.ndim == len(shape) - (batch is None):
         array = array[..., None]  # grey pictures without a channel dimension
     _check_dtype(spec, where, array)

@@ -90,6 +90,8 @@ def configuration(
     overrides: dict[str, Any] | None = None,
 ) -> TrainConfig:
     """The configuration that `train` runs. TypeError for a setting that does not exist, ValueError for a value."""
+    if not isinstance(recipe, str | TrainConfig):
+        raise TypeError(f"recipe={recipe!r}: give a recipe's name, such as 'tiny', or a TrainConfig")
     if isinstance(recipe, str) and recipe not in RECIPES:
         near = difflib.get_close_matches(recipe, RECIPES, n=3, cutoff=0.4) or list(RECIPES)
         raise ValueError(f"unknown recipe '{recipe}'; perhaps {' or '.join(near)}")

@@ -263,8 +263,13 @@ def load_manifest(folder: Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         if Path(folder).is_file():
             raise DatasetError(f"{folder}: a file; give the folder of a dataset, {Path(folder).parent}") from None
+        below = sorted(str(found.parent) for found in Path(folder).glob(f"*/{MANIFEST_NAME}"))
+        if below:
+            some = f"{', '.join(below[:3])}{', ...' if len(below) > 3 else ''}"
+            raise DatasetError(f"{folder}: no dataset, but a folder of some; give {some}") from None
         raise DatasetError(
-            f"{folder}: no {MANIFEST_NAME}, so no finished dataset; build it with python -m etl.build --output {folder}"
+            f"{folder}: no {MANIFEST_NAME}, so no finished dataset; give a folder that python -m etl.build wrote, or "
+            "run the build again to finish it"
         ) from None
     return parse_manifest(data, str(path))
 

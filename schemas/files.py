@@ -6,13 +6,15 @@ temporary name in the same folder -> write -> flush -> fsync -> rename -> fsync 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,6 +44,39 @@ def atomic_write(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
     if durable:
         sync_folder(path.parent)
+
+
+@contextmanager
+def exclusive_name(path: Path, remedy: str) -> Iterator[None]:
+    """Keep other processes from writing `path` while the block runs.
+
+    Raises:
+        ValueError: another one writes it; the message ends with `remedy`.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))  # else its owner has just removed it
+        except (BlockingIOError, FileNotFoundError):
+            alone = False
+        if not alone:
+            raise ValueError(f"{path}: another process is writing it; wait for it to end, or {remedy}")
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Give a complete folder its name; one of that name before is removed once the new one is there."""
+    earlier = temporary_name(final)
+    with suppress(FileNotFoundError):
+        os.replace(final, earlier)
+    os.replace(temporary, final)
+    sync_folder(final.parent)
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def parse_json(data: bytes | str, unique: bool = False) -> Any:

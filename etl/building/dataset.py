@@ -21,7 +21,7 @@ from rich.markup import escape
 
 from etl import sources
 from etl.building import filters, oddities, pipeline, summary
-from etl.building.gather import gather
+from etl.building.gather import gather, require_values
 from etl.building.plan import BuildConfig, ShardPlan, given_options, make_plan, manifest_config, with_pictures
 from etl.building.renaming import names_of, unlike_environment, with_names
 from etl.fetch import remote
@@ -34,8 +34,6 @@ from schemas.layout import PATCH_SIZE, layout_of
 from schemas.vocabulary import by_name
 from shards.folder import Folder, is_url
 from simulators import plugins
-
-STRICT_CLIPPED = 0.01  # share of action values, with --strict
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,8 @@ class Options:
     """The build fails when more than this share of a task's action values lies beyond their range: the range is wrong,
     then."""
     strict: bool = False
-    """Refuse what may be read wrongly, where otherwise a warning is given; of clipped actions, more than 1 in 100."""
+    """Refuse what may be read wrongly, where otherwise a warning is given, and what is lost: more than 1 in 100 action
+    values that are clipped, or more than one observation value clipped or text cut per 100 timesteps."""
     overwrite: bool = False
     """Replace a different dataset in the output folder."""
     text_model: Path = texts.DEFAULT_MODEL
@@ -120,6 +119,7 @@ def build(options: Options, beam_arguments: list[str], console: Console) -> Mani
         raise DatasetError(f"nothing usable in the input: {_why_nothing(scans)}")
     existing = _existing_dataset(options, folder, plan, console)
     if existing is not None:
+        require_values(folder, existing, options.max_clipped_share, options.strict)
         summary.show_oddities(oddities.load(folder), console)
         return existing
     if foreign := pipeline.foreign_files(folder):
@@ -132,8 +132,8 @@ def build(options: Options, beam_arguments: list[str], console: Console) -> Mani
         look = pipeline.LOOK_SECONDS[folder.local is None]
         with summary.Progress(plan, lambda: pipeline.finished_numbers(folder), console, look) as progress:
             pipeline.run(plan, folder, beam_arguments, progress.message, options.imports)
-        clipped = min(options.max_clipped_share, STRICT_CLIPPED) if options.strict else options.max_clipped_share
-        manifest = gather(plan, scans, folder, options.config, options.max_rejected_share, text, clipped)
+        rejected, clipped = options.max_rejected_share, options.max_clipped_share
+        manifest = gather(plan, scans, folder, options.config, rejected, text, clipped, options.strict)
     summary.show_oddities(oddities.load(folder), console)
     return manifest
 

@@ -43,6 +43,8 @@ from schemas.vocabulary import by_name
 from shards.folder import Folder
 from shards.writer import shard_name, write_file, write_manifest, write_table
 
+STRICT_LOST = 0.01  # with --strict: share of action values, and per timestep observation values and texts
+
 
 def gather(
     plan: list[ShardPlan],
@@ -52,10 +54,11 @@ def gather(
     max_rejected_share: float = 1.0,
     text: TextTokenizer | None = None,
     max_clipped_share: float = 1.0,
+    strict: bool = False,
 ) -> Manifest:
     """Records of all shards -> index, rejections, manifest (last). DatasetError if a shard is missing,
-    damaged, nothing at all could be used, more than `max_rejected_share` of the episodes could not, or more than
-    `max_clipped_share` of a task's action values lie beyond their range."""
+    damaged, nothing at all could be used, more than `max_rejected_share` of the episodes could not, or too many
+    values are not kept (`require_values`)."""
     records = []
     for shard in plan:
         record = finished(shard, folder, hashed=False)
@@ -114,7 +117,7 @@ def gather(
         rejected=rejected_digest,
         config=manifest_config(plan, config),
     )
-    _require_range(folder, manifest, max_clipped_share)
+    require_values(folder, manifest, max_clipped_share, strict)
     own_scans = {scan.task.name: scan for scan in scans if scan.task}
     lengths = [[columns["episode_timesteps"][row] for row in first] for first in firsts]
     odd = {
@@ -125,6 +128,7 @@ def gather(
             own_scans[task.spec.name],
             rejected,
             config.held_out_share,
+            vocabulary,
         )
         for number, task in enumerate(manifest.tasks)
     }
@@ -139,16 +143,26 @@ def gather(
     return manifest
 
 
-def _require_range(folder: Folder, manifest: Manifest, most: float) -> None:
-    """DatasetError for a task whose actions mostly lie beyond their range: it is another one."""
+def require_values(folder: Folder, manifest: Manifest, max_clipped_share: float, strict: bool) -> None:
+    """DatasetError for a task whose actions mostly lie beyond their range: it is another one; if `strict`, for one that
+    loses more than a few values of any kind."""
     for task in manifest.tasks:
-        share = oddities.clipped_share(task)
-        if share > most:
+        share, name = oddities.clipped_share(task), task.spec.name
+        if share > max_clipped_share or (strict and share > STRICT_LOST):
+            allowed, without = f"--max-clipped-share {max_clipped_share:g}", "with --max-clipped-share 1"
+            if share <= max_clipped_share:
+                allowed, without = f"the {STRICT_LOST:g} of --strict", "without --strict"
             raise DatasetError(
-                f"{folder}: {share:.1%} of the action values of '{task.spec.name}' lie beyond their range, more than "
-                f"--max-clipped-share {most}: is it the right one? --action-low and --action-high give another, "
-                "--action-bounds log takes the log's own, and --max-clipped-share 1 clips them all the same"
+                f"{folder}: {share:.1%} of the action values of '{name}' lie beyond their range, more than {allowed}: "
+                "is it the right one? --action-low and --action-high give another, --action-bounds log takes the "
+                f"log's own, and {without} they are clipped all the same"
             )
+        beyond = f"observation values beyond ±{manifest.vocabulary.scale:g} are clipped; divide them in the log"
+        cut = "texts are cut at their length; give more --text-tokens"
+        for count, what in ((task.clipped_observations, beyond), (task.cut_texts, cut)):
+            if strict and count > STRICT_LOST * task.timesteps:
+                rate = f"in {task.timesteps:,} timesteps of '{name}'"
+                raise DatasetError(f"--strict: {folder}: {rate} {count:,} {what}, or leave out --strict")
 
 
 def _text_model(plan: list[ShardPlan], text: TextTokenizer | None) -> TextModel | None:

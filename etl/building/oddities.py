@@ -24,7 +24,7 @@ from etl.tokenizers.continuous import compand
 from schemas.dataset import TaskSummary
 from schemas.layout import TimestepLayout, layout_of, ordered_fields, picture_size
 from schemas.task import STRICT, TaskSpec
-from schemas.vocabulary import DISJOINT
+from schemas.vocabulary import Vocabulary
 from shards.folder import Folder
 
 NAME = "oddities.json"
@@ -98,10 +98,12 @@ def task_oddities(
     scan: TaskScan,
     rejected: Sequence[Rejection],
     held_out_share: float,
+    vocabulary: Vocabulary,
 ) -> TaskOddities:
-    """What is odd about one task. `lengths`: timesteps of each episode; `rejected`: all of the dataset's."""
+    """What is odd about one task. `lengths`: timesteps of each episode; `rejected`: all of the dataset's;
+    `vocabulary`: whose bins its values have."""
     task, own = summary.spec, [one for one in rejected if one.task == summary.spec.name]
-    found = [*_of_episodes(summary, lengths, own, held_out_share), *_of_columns(summary, columns)]
+    found = [*_of_episodes(summary, lengths, own, held_out_share), *_of_columns(summary, columns, vocabulary)]
     warnings, notes = (tuple(ln.removeprefix(f"{task.name}: ") for ln in own) for own in (scan.warnings, scan.notes))
     least, middle, most = min(lengths), float(np.median(lengths)), max(lengths)
     return TaskOddities((float(least), middle, float(most)), warnings, notes, tuple(found))
@@ -161,7 +163,7 @@ def _of_episodes(
     return lines
 
 
-def _of_columns(summary: TaskSummary, columns: Columns) -> list[str]:
+def _of_columns(summary: TaskSummary, columns: Columns, vocabulary: Vocabulary) -> list[str]:
     task, action, lines = summary.spec, summary.spec.action, []
     if not columns.action_low or action is None:
         return []
@@ -170,12 +172,12 @@ def _of_columns(summary: TaskSummary, columns: Columns) -> list[str]:
     if still and summary.timesteps > 1:
         lines.append(f"{_listed(still)} never change{'s' if len(still) == 1 else ''}: constant in all timesteps")
     ranges = [(n, a, b) for n, a, b in zip(names, columns.observation_low, columns.observation_high) if a < b]
-    limit = DISJOINT.scale
+    limit, bins = vocabulary.scale, vocabulary.bins
     if far := [f"{n} goes from {a:g} to {b:g}" for n, a, b in ranges if a < -limit or b > limit]:
         lines.append(f"{_listed(far)}: what is beyond {limit:g} or -{limit:g} is clipped; divide it in the log")
-    spans = [(np.diff(compand(np.array([a, b]), DISJOINT))[0] * DISJOINT.bins / 2, n, a, b) for n, a, b in ranges]
+    spans = [(np.diff(compand(np.array([a, b]), vocabulary))[0] * bins / 2, n, a, b) for n, a, b in ranges]
     if coarse := [f"{n} goes from {a:g} to {b:g}" for span, n, a, b in spans if span < COARSE]:
-        lines.append(f"{_listed(coarse)}, less than {COARSE} of {DISJOINT.bins:,} bins: centre and multiply it in the "
+        lines.append(f"{_listed(coarse)}, less than {COARSE} of {bins:,} bins: centre and multiply it in the "
                      "log if such small differences matter")  # fmt: skip
     moved = list(zip(_names("action", action.size), columns.action_low, columns.action_high))
     if same := [f"{name} is always {low:g}" for name, low, high in moved if low == high and summary.timesteps > 1]:

@@ -24,6 +24,7 @@ import dataclasses
 import importlib
 import math
 import pkgutil
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -34,7 +35,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import gymnasium
 
 import simulators
-from etl.sources._recognition import Recognition, seen
+from etl.sources._recognition import LAYOUT, Recognition, seen
 from schemas.episode import Document, EnvironmentSpec, EpisodeError, RawEpisode, TaskSpec
 from schemas.ranges import require
 from simulators.rollout import Step
@@ -229,8 +230,8 @@ def load(name: str) -> Source:
 
 
 def recognise(input: Path) -> tuple[Source, str]:
-    """The source whose format a file or folder is of, and the evidence. SourceError where none fits, with what was
-    seen, or where several fit equally well."""
+    """The source whose format a file or folder is of, and the evidence, with what looks like logs of another one beside
+    them. SourceError where none fits, with what was seen, or where several fit equally well."""
     found: list[tuple[Source, Recognition]] = []
     for source in map(load, names()):
         recognition = source.recognise(input) if hasattr(source, "recognise") else None
@@ -245,7 +246,19 @@ def recognise(input: Path) -> tuple[Source, str]:
     if len(best) > 1:
         reasons = " and ".join(f"{source.name} ({recognition.evidence})" for source, recognition in best)
         raise SourceError(f"{input}: looks like {reasons}; give --source, or --input a folder of one format")
-    return best[0][0], best[0][1].evidence
+    source, chosen = best[0]
+    others = [
+        f"{other.name} ({recognition.evidence})"
+        for other, recognition in found
+        if LAYOUT <= recognition.certainty < highest and _folder(recognition) != _folder(chosen)
+    ]
+    beside = f"; not read is what looks like {' and '.join(others)}: give it as --input by itself" if others else ""
+    return source, chosen.evidence + beside
+
+
+def _folder(recognition: Recognition) -> str:
+    """Of the file that the evidence begins with: one file may look like two formats."""
+    return re.split(r"[ ,]", recognition.evidence)[0].rpartition("/")[0]
 
 
 def of_dataset(dataset: str | None, cache: Path) -> str:

@@ -65,7 +65,7 @@ def all_files_below(folder: Path) -> Iterator[Path]:
 
 def below(input: Path, path: Path) -> str:
     """The path as the user sees it: from the input folder on; a file's own name."""
-    return path.name if path == input else path.relative_to(input).as_posix()
+    return path.name if path == input else Path(os.path.relpath(path, input)).as_posix()
 
 
 def first_with(files: Iterable[Path], *suffixes: str) -> list[Path]:

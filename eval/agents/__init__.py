@@ -38,7 +38,8 @@ def make_agent(
     prompt: Prompt | None = None,
     text: TextTokenizer | None = None,
 ) -> GatoAgent:
-    """The agent that plays a task by a model. ValueError where settings, task and model do not go together."""
+    """The agent that plays a task by a model, under settings that `AgentConfig.check` let pass. ValueError where
+    settings, task and model do not go together."""
     kind = TimestepAgent if model.by_timesteps else TokenAgent
     return kind(model, info, task, config, prompt, text)
 

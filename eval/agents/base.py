@@ -44,7 +44,6 @@ class GatoAgent(ABC):
         prompt: Prompt | None = None,
         text: TextTokenizer | None = None,
     ):
-        config.check()
         self.model, self.config, self.prompt = model, config, prompt
         self.tokenizer = TimestepTokenizer(task, info.vocabulary, text)
         self.layout = self.tokenizer.layout

@@ -7,8 +7,11 @@ Invariant: a policy that is returned fits the environment.
 
 from __future__ import annotations
 
+import inspect
 import re
+import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +33,8 @@ def load(name: str, env: gymnasium.Env, noise: float = 0.0, temperature: float =
     noise, and where it samples its actions at that temperature.
 
     Args:
-        name: 'expert', 'random', a policy file, or 'module:function': function(env) returns an object with
-            `act(observation, rng)`, or a function observation -> action. Observations are {key: array}.
+        name: 'expert', 'random', a policy file, or 'module:function': function(env) returns a function of an
+            observation, or an object with `act`; either may take a generator too. Observations are {key: array}.
 
     Raises:
         PolicyError: what does not fit, and the remedy.
@@ -72,25 +75,49 @@ def _expert(env: gymnasium.Env, noise: float) -> Any:
 
 
 class Own:
-    """A policy of the user's own: `act(observation, rng)`, or a function of the observation alone."""
+    """A policy of the user's own: a function of the observation, or an object with `act`; with a generator where it
+    takes two arguments."""
 
     def __init__(self, name: str, policy: Any, size: int):
         self.size = size
         self.algorithm = str(getattr(policy, "algorithm", name.replace(":", ".")))
-        self.name, self.policy = name, policy
-        self.with_rng: Callable[..., Any] | None = getattr(policy, "act", None)
+        self.name = name
+        self.function: Callable[..., Any] = getattr(policy, "act", policy)
+        self.begin: Callable[[], Any] | None = getattr(policy, "reset", None)
+        self.arguments = _arguments(self.function, usual=2 if hasattr(policy, "act") else 1)
 
     def reset(self) -> None:
-        begin = getattr(self.policy, "reset", None)
-        if begin is not None:
-            begin()
+        if self.begin is not None:
+            self._called("reset()", self.begin)
 
     def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
-        found = self.with_rng(observation, rng) if self.with_rng else self.policy(observation)
+        found = self._called("the policy", self.function, *(observation, rng)[: self.arguments])
         action = np.asarray(np.nan if found is None else found)
         if action.size != self.size or action.dtype.kind not in "fiub" or not np.isfinite(action).all():
             raise PolicyError(f"{self.name}: returned the action {found!r}; return {self.size} finite numbers")
         return action
+
+    def _called(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except Exception as error:  # a user's policy may raise anything
+            frames = traceback.extract_tb(error.__traceback__)[1:]
+            where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+            detail = f"{type(error).__name__}: {error}{where}"
+            raise PolicyError(f"{self.name}: {what} raised {detail}; correct it") from error
+
+
+def _arguments(function: Callable[..., Any], usual: int) -> int:
+    """How many of (observation, rng) a policy takes: `usual` where it takes one or both. PolicyError where neither."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of C's functions
+        return usual
+    for count in (usual, 3 - usual):
+        with suppress(TypeError):
+            signature.bind(*range(count))
+            return count
+    raise PolicyError(f"act{signature}: give it the parameters (observation) or (observation, rng)")
 
 
 def _own(name: str, env: gymnasium.Env) -> Own:
@@ -104,9 +131,12 @@ def _own(name: str, env: gymnasium.Env) -> Own:
                           ) from error  # fmt: skip
     if not callable(getattr(policy, "act", policy)):
         kind = type(policy).__name__
-        raise PolicyError(f"--policy {name}: returned a {kind}; return an object with act(observation, rng), or a "
-                          "function observation -> action")  # fmt: skip
-    return Own(name, policy, simulators.action_spec(env).size)
+        raise PolicyError(f"--policy {name}: returned a {kind}; return a function observation -> action, or an "
+                          "object with act(observation) or act(observation, rng)")  # fmt: skip
+    try:
+        return Own(name, policy, simulators.action_spec(env).size)
+    except PolicyError as error:
+        raise PolicyError(f"--policy {name}: {error}") from None
 
 
 def _has_convolutions(path: Path) -> bool:

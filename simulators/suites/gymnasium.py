@@ -10,6 +10,7 @@ Invariant: nothing is imported until an environment is made, or asked whether it
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,8 @@ from simulators import pictures, plugins
 from simulators.suite import Suite, UnknownEnvironment
 from simulators.suites.mujoco import body_of
 
+SCREENS = {"DISPLAY", "WAYLAND_DISPLAY"}
+
 
 class AnyGymnasium(Suite):
     name = "gymnasium"
@@ -29,6 +32,11 @@ class AnyGymnasium(Suite):
     def owns(self, id: str) -> bool:
         """What no other suite owns."""
         return True
+
+    def time_limit(self, id: str) -> int | None:
+        """As gymnasium has it registered, or a module that --import named; that of 'MODULE:Id' takes an import."""
+        spec = gymnasium.registry.get(id)
+        return spec.max_episode_steps if spec else None
 
     def require(self, id: str) -> None:
         module, _, name = id.rpartition(":")
@@ -44,6 +52,8 @@ class AnyGymnasium(Suite):
         self.require(environment.id)
         name = environment.id.rpartition(":")[2]
         mode = {"render_mode": "rgb_array"} if render and _draws_itself(name) else {}  # it may know no render_mode
+        if mode and not SCREENS & set(os.environ):
+            os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame looks for a screen, and complains
         return gymnasium.make(name, disable_env_checker=True, **environment.kwargs | mode)
 
     def settings(self, environment: EnvironmentSpec) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import pickle
+from dataclasses import replace
 from itertools import pairwise
 
 import h5py
@@ -21,8 +22,10 @@ from etl import sources
 from etl.build import beam_flags, build, parsed
 from etl.building import oddities
 from etl.tokenizers.timestep import TimestepTokenizer
-from schemas.dataset import DatasetError
+from schemas.dataset import DatasetError, TaskSummary
 from schemas.layout import layout_of
+from schemas.task import ActionSpec, FieldSpec, TaskSpec
+from schemas.vocabulary import DISJOINT
 from shards.folder import Folder
 from shards.reader import Dataset
 from shards.verify import verify
@@ -311,8 +314,13 @@ def test_a_range_that_nothing_states_comes_from_the_values(tmp_path, rng, made):
     with pytest.raises(DatasetError, match="--strict: .*--action-low 0 --action-high 8"):
         made("d4rl", "--strict", "--overwrite")
     assert "warning" not in made("d4rl", "--strict", "--overwrite", "--action-low", "0", "--action-high", "8").said
-    with pytest.raises(DatasetError, match=r"87\.\d% .*--max-clipped-share 0.5.*--action-bounds log"):
-        made("d4rl", "--overwrite", "--action-low", "-1", "--action-high", "1")
+    wrong = ("--overwrite", "--action-low", "-1", "--action-high", "1")
+    with pytest.raises(DatasetError, match=r"87\.\d% .*--max-clipped-share 0.5.*--action-bounds log.*share 1 they are"):
+        made("d4rl", *wrong)
+    made("d4rl", *wrong, "--max-clipped-share", "1")
+    for again in ((), ("--overwrite",)):  # of what is already there, too
+        with pytest.raises(DatasetError, match=r"more than the 0.01 of --strict.*, and without --strict they are"):
+            made("d4rl", *wrong[1:], "--max-clipped-share", "1", "--strict", *again)
     assert made("d4rl", "--overwrite", "--action-bounds", "log").manifest.tasks[0].spec.action.high == (8, 8)
 
 
@@ -552,3 +560,21 @@ def test_observations_that_tokens_cannot_tell_apart_are_named_with_their_range(t
     low, high = observations[:, 1].min(), observations[:, 1].max()
     assert f"odd log: observation[1] goes from {low:g} to {high:g}: what is beyond 256 or -256 is clipped" in said
     assert "odd log: observation[3] goes from " in said and ", less than 4 of 1,024 bins: centre and multiply" in said
+    count = int((np.abs(observations) > 256).sum())
+    with pytest.raises(DatasetError, match=rf"--strict: .*in 60 timesteps of 'log' {count} observation values beyond "):
+        made("d4rl", "--strict")
+
+
+def test_bins_are_counted_in_the_vocabulary_of_the_build():
+    task = TaskSpec("log", "d4rl", (FieldSpec("observation", "continuous", (2,)),), ActionSpec.continuous(-1, 1, 1))
+    summary = TaskSummary(task, 3, 0, 0, 0, 0, 60, 0, 0, 3, 0, 480, 0, None, None, None, 0, 0, 0)
+    columns = oddities.Columns((-9.0, 0.0), (9.0, 1.0), (-1.0,), (1.0,), (0,))
+    coarse = replace(DISJOINT, name="coarse", bins=16, scale=8.0)
+    assert oddities._of_columns(summary, columns, DISJOINT) == []
+    found = " ".join(oddities._of_columns(summary, columns, coarse))
+    assert "observation[0] goes from -9 to 9: what is beyond 8 or -8 is clipped" in found
+    assert "observation[1] goes from 0 to 1, less than 4 of 16 bins" not in found
+    columns = replace(columns, observation_low=(-9.0, 0.5))
+    assert "observation[1] goes from 0.5 to 1, less than 4 of 16 bins" in " ".join(
+        oddities._of_columns(summary, columns, coarse)
+    )

@@ -1,7 +1,9 @@
 """HDF5 files of unknown origin: rows unpacked here equal h5py's, and what kills libhdf5 kills only a child."""
 
 import os
+import resource
 import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -159,3 +161,16 @@ def test_endless_rows_of_nothing_cost_no_time(tmp_path):
         file.create_dataset("x", (2**40, 0), h5py.string_dtype(), chunks=(64, 1), maxshape=(None, None))
         file.create_dataset("y", (2**40, 0), np.float32, chunks=(64, 1), maxshape=(None, None), fletcher32=True)
     assert _hdf5.tried([tmp_path / "log.hdf5"]) == {}
+
+
+@pytest.mark.process
+def test_the_child_lives_under_a_limit_that_it_may_not_raise(file, tmp_path):
+    """As a cluster or `ulimit -v` gives it."""
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
+
+    file.close()
+    command = [sys.executable, "-m", "etl.sources._hdf5"]
+    done = subprocess.run(command, input=os.fsencode(tmp_path / "log.hdf5"), capture_output=True, preexec_fn=limited)
+    assert (done.stdout, done.stderr) == (b"fine\n", b"")

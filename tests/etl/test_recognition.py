@@ -100,6 +100,18 @@ def test_what_is_of_no_format_says_what_was_seen_and_what_is_read(tmp_path):
         sources.recognise(tmp_path / "nowhere")
 
 
+def test_logs_of_a_format_with_weaker_marks_are_not_left_out_in_silence(tmp_path):
+    """As two recordings into one --output leave them."""
+    about = {"observation_space": "{}", "action_space": "{}", "data_format": "hdf5"}
+    (tmp_path / "cartpole/random-v1/data").mkdir(parents=True)
+    (tmp_path / "cartpole/random-v1/data/metadata.json").write_text(json.dumps(about))
+    evidence = "cartpole/random-v1/data/metadata.json with spaces, data_format hdf5"
+    assert recognised(tmp_path) == ("minari", evidence)
+    d4rl_file(tmp_path / "own.hdf5")
+    beside = "; not read is what looks like d4rl (own.hdf5 has keys observations, actions, rewards, terminals): give it"
+    assert recognised(tmp_path) == ("minari", f"{evidence}{beside} as --input by itself")
+
+
 def test_two_formats_in_one_folder_are_an_error_that_lists_both(tmp_path, monkeypatch):
     d4rl_file(tmp_path / "own.hdf5")
 

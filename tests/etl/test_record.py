@@ -20,7 +20,9 @@ QUIET = Console(quiet=True)
 
 
 def recorded(folder: Path, **options) -> Path:
-    return record.record(record.Options(output=folder, **options), QUIET).path
+    asked = record.Options(output=folder, **options)
+    record.check(asked)
+    return record.record(asked, QUIET).path
 
 
 def load_d4rl(path: Path) -> dict[str, np.ndarray]:
@@ -36,6 +38,11 @@ def load_d4rl(path: Path) -> dict[str, np.ndarray]:
 def algorithm_of(path: Path) -> bytes:
     with h5py.File(path) as file:
         return file["metadata/algorithm"][()]
+
+
+def log_bytes(path: Path) -> dict[str, bytes]:
+    files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
+    return {one.name: one.read_bytes() for one in files}
 
 
 def load_replay(folder: Path) -> dict[str, np.ndarray]:
@@ -178,6 +185,36 @@ def test_what_cannot_be_recorded_is_said_and_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="already there.*--overwrite"):
         recorded(tmp_path, policy="random", steps=5)
     recorded(tmp_path, policy="random", steps=5, overwrite=True)
+
+
+@pytest.mark.parametrize("environment", ["Hopper-v4", "CartPole-v1", "ALE/Pong-v5"])
+def test_a_second_recording_of_one_name_is_refused_while_the_first_runs(tmp_path, monkeypatch, environment):
+    options = {"environment": environment, "policy": "random", "steps": 30, "overwrite": True}
+    alone = log_bytes(recorded(tmp_path / "alone", **options))
+    play, said = record.play, []
+
+    def with_another(*arguments):
+        monkeypatch.setattr(record, "play", play)
+        with pytest.raises(ValueError, match="another process is writing it; wait for it to end, or give another --o"):
+            recorded(tmp_path / "both", **options)
+        said.append("refused")
+        yield from play(*arguments)
+
+    monkeypatch.setattr(record, "play", with_another)
+    path = recorded(tmp_path / "both", **options)
+    assert said and log_bytes(path) == alone
+    assert not [one for one in (tmp_path / "both").rglob(".*")]
+    recorded(tmp_path / "both", **options)  # it is free again
+
+
+def test_a_recording_that_was_killed_leaves_nothing_after_the_next(tmp_path):
+    options = {"environment": "CartPole-v1", "policy": "random", "steps": 20}
+    path = recorded(tmp_path, **options)
+    before = log_bytes(path)
+    path.rename(tmp_path / ".cartpole-random-v1.tmp")
+    (path.parent / f".{path.name}.lock").touch()
+    assert log_bytes(recorded(tmp_path, **options)) == before
+    assert not list(tmp_path.rglob(".*"))
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,25 @@ from rich.console import Console
 
 from etl import recording
 from etl.record import Options
+from schemas.files import exclusive_name
 from simulators import scores
 from simulators.registry import all_suites
 from simulators.suite import Suite
 from tests.commands import run
+
+OWN_SUITE = """
+import gymnasium
+from simulators import registry
+from simulators.suites.classic import Classic, Rule, classic
+
+gymnasium.register("OwnPole-v0", "gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=30)
+
+class Own(Classic):
+    name, module = "own", "own_suite"
+    experts = {"OwnPole-": lambda env: Rule(classic.cart_pole)}
+
+registry.register(Own())
+"""
 
 
 def table(folder):
@@ -71,6 +86,21 @@ def test_what_makes_no_sense_is_refused(tmp_path, options, words):
     done = run("etl.record", *options, "-o", tmp_path / "logs", check=False)
     assert done.returncode == 1 and words in done.stderr
     assert not (tmp_path / "logs").exists()
+
+
+def test_two_recordings_of_suites_into_one_folder_are_refused(classic):
+    with exclusive_name(classic / "recorded.json", ""):
+        done = run("etl.record", "--suite", "classic", "--episodes", "2", "-o", classic, check=False)
+    assert done.returncode == 1 and "recorded.json: another process is writing it" in done.stderr
+
+
+@pytest.mark.process
+def test_a_suite_of_a_module_is_recorded_by_its_import(tmp_path):
+    """The error for an unknown suite names --import as its remedy."""
+    (tmp_path / "own_suite.py").write_text(OWN_SUITE)
+    options = ("--suite", "own", "--import", "own_suite", "--episodes", "1", "-o", tmp_path / "logs")
+    run("etl.record", *options, cwd=tmp_path, cold=True)
+    assert list(table(tmp_path / "logs")) == ["OwnPole-v0"]
 
 
 def test_episodes_and_steps_together_are_both_reached_in_whole_episodes(tmp_path):

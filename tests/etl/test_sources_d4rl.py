@@ -11,6 +11,7 @@ from etl import sources
 from etl.sources import Rejection, SourceError
 from etl.sources._oddities import split
 from etl.sources.d4rl import SOURCE, Options, task_name
+from schemas.task import ActionSpec
 from tests.etl.logkit import write_d4rl
 
 OPTIONS = Options()
@@ -79,6 +80,20 @@ def test_without_timeouts_the_time_limit_splits(tmp_path):
 def test_without_timeouts_the_catalogues_limit_is_used(tmp_path):
     path = write(tmp_path / "kitchen-partial-v0.hdf5", 300, (), without=("timeouts",), env_id=None)
     assert [e.timesteps for e in read(path)] == [280, 20]
+
+
+def test_without_timeouts_gymnasiums_own_limit_is_used(tmp_path):
+    one = np.linspace(-1, 1, 1000, dtype=np.float32)
+    path = write(tmp_path / "log.hdf5", 1000, (), env_id="MountainCarContinuous-v0", without=("timeouts",), actions=one)
+    assert [e.timesteps for e in read(path)] == [999, 1]
+    assert scan(path).task.max_episode_steps == 999
+
+
+def test_actions_of_one_number_may_be_a_vector(tmp_path):
+    one = np.linspace(-2, 2, 20, dtype=np.float32)
+    path = write(tmp_path / "log.hdf5", ends=(8, 19), env_id="Pendulum-v1", actions=one)
+    assert scan(path).task.action == ActionSpec.continuous(-2.0, 2.0, 1)
+    np.testing.assert_array_equal(np.concatenate([e.action for e in read(path)]), one[:, None])
 
 
 def test_without_timeouts_and_limit_the_file_is_rejected_with_the_remedy(tmp_path):

@@ -147,6 +147,13 @@ def test_an_instruction_may_be_a_task(written):
     ]
 
 
+@pytest.mark.parametrize("name", ["meta", "meta/info.json", "data", "videos"])
+def test_a_folder_of_a_dataset_is_the_dataset(written, name):
+    root = written / "v21"
+    assert SOURCE.resolve(root / name, None, root) == [root / "meta/info.json"]
+    assert SOURCE.recognise(root / name).evidence.endswith("info.json, codebase_version v2.1")
+
+
 def test_what_is_observed_can_be_chosen(written, copy):
     scan, read = episodes(written / "v21", observation_keys=("observation.state", "observation.images.wrist"))
     assert {spec.key for spec in scan.task.observation} == {"state", "images/wrist", "task"}
@@ -247,6 +254,7 @@ def test_a_video_of_other_fps_than_its_table_is_a_rejection(copy):
 
 @pytest.mark.parametrize("version, name, reason", [
     ("v21", "data/chunk-000/episode_000001.parquet", "missing file"),
+    ("v21", "meta/tasks.jsonl", "missing file"),
     ("v30", "meta/tasks.parquet", "missing file"),
     ("v30", "meta/episodes/chunk-000/file-000.parquet", "missing key"),
     ("v30", "data/chunk-000/file-000.parquet", "missing file"),
@@ -260,6 +268,17 @@ def test_a_missing_file_is_named(copy, version, name, reason):
     if scan.task:
         found += [e for e in sources.read(SOURCE, scan.task, scan.episodes) if isinstance(e, Rejection)]
     assert found and {rejection.reason for rejection in found} == {reason}
+    if "tasks" in name:
+        assert found[0].detail.startswith(f"{Path(name).name} is not there")
+
+
+def test_a_file_that_was_missing_is_seen_once_it_is_back(copy):
+    path = copy("v30") / "meta/episodes/chunk-000/file-000.parquet"
+    kept = path.read_bytes()
+    path.unlink()
+    assert any(isinstance(one, Rejection) for one in episodes(path.parents[3])[1])
+    path.write_bytes(kept)
+    assert not any(isinstance(one, Rejection) for one in episodes(path.parents[3])[1])
 
 
 @pytest.mark.parametrize("edit, reason", [
@@ -315,7 +334,7 @@ def test_an_unknown_version_names_those_that_are_read(copy):
     (folder / "meta/info.json").write_text("{")
     assert scanned(folder)[0].rejected[0].reason == "corrupt metadata"
     with pytest.raises(SourceError, match="no LeRobot dataset"):
-        SOURCE.resolve(folder / "data", None, folder)
+        SOURCE.resolve(folder / "data/chunk-000", None, folder)
 
 
 def test_videos_without_pyav_name_the_extra(written, monkeypatch):

@@ -210,7 +210,7 @@ def test_a_replayed_agent_keeps_its_rows_when_episodes_end(hopper):
     ) > 1
     assert len(agent.running) == len(seeds) > len(plain.running)
     with pytest.raises(ValueError, match="use plain"):
-        setup(hopper, launch="graph", window="exact")
+        AgentConfig(launch="graph", window="exact").check()
 
 
 @pytest.mark.process

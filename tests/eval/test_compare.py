@@ -1,5 +1,6 @@
 """The comparison as a user runs it: any number of processes, kills, several Gatos, the same table each time."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,6 +102,26 @@ def test_two_exports_of_one_seed_are_refused(exports, hopper, tmp_path):
     assert done.returncode == 1 and "error:" in done.stderr and "seed 3" in done.stderr
 
 
+def test_a_task_of_two_datasets_is_refused(exports, hopper, tmp_path):
+    shutil.copytree(hopper, tmp_path / "copy")
+    for data in ([hopper, hopper], [hopper, tmp_path / "copy"]):
+        done = run(*arguments(tmp_path / "out", exports, data, "--processes", "1"), check=False)
+        assert done.returncode == 1 and "'hopper-random-v4' is in more than one dataset folder" in done.stderr
+
+
+def test_a_folder_of_datasets_is_no_dataset(exports, hopper, tmp_path):
+    for data, words in ((hopper.parent, f"a folder of some; give {hopper}"), (tmp_path, "no finished dataset; give")):
+        done = run(*arguments(tmp_path / "out", exports, [data], "--processes", "1"), check=False)
+        assert done.returncode == 1 and words in done.stderr
+
+
+def test_a_film_of_no_length_that_makes_sense_is_refused(exports, hopper, tmp_path):
+    for seconds in ("-1", "nan", "inf"):
+        command = arguments(tmp_path / "out", exports, [hopper], "--processes", "1", "--film-seconds", seconds)
+        done = run(*command, check=False)
+        assert done.returncode == 1 and "must be from 0 to 3600" in done.stderr
+
+
 @pytest.mark.parametrize("prompt", ["end", "start"])
 def test_a_shipped_gato_plays_without_data_as_it_does_with_it(exports, hopper, pong, tmp_path, prompt):
     data, empty = [hopper, pong], tmp_path / "nothing"
@@ -134,3 +155,10 @@ def test_a_curve_is_of_one_protocol_and_the_weights_that_are_there(exports, hopp
     lines = [run(*command).stdout, run(*command).stdout, run(*command, "--agent.decoding", "greedy").stdout]
     assert lines[0].startswith("step 0: ") and lines[1] == "" and lines[2].startswith("step 0: ")
     assert len((folder / "returns.jsonl").read_text().splitlines()) == 1
+    for odd, words in (
+        (("--episodes", "0"), "--episodes 0: must be from 1"),
+        (("--agent.temperature", "0"), "--agent.temperature 0.0: must be from"),
+        (("--tasks", "hoper"), "unknown task 'hoper'; tasks: hopper-random-v4"),
+    ):
+        done = run(*command[:4], *odd, check=False)
+        assert done.returncode == 1 and words in done.stderr

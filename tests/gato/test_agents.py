@@ -190,9 +190,16 @@ def test_a_call_out_of_order_is_refused(model):
     with pytest.raises(ValueError, match=r"a batch of 8; call agent.reset\(batch=8\) first"):
         agent.act(eight)
     with pytest.raises(ValueError, match="observation, info = env.reset"):
-        agent.act((one, {}))
+        agent.act((one, {"seed": 1}))
     with pytest.raises(ValueError, match="give the number of environments"):
         agent.reset(batch=0)
+    with pytest.raises(ValueError, match="'observation' is no array: its rows differ in length"):
+        agent.act([[1.0], [2.0, 3.0]])
+    with pytest.raises(ValueError, match="reward='x': give a number"):
+        agent.act(one, reward="x")
+    for active in ("no", 0.5, [1]):
+        with pytest.raises(ValueError, match="give True for each environment whose episode runs"):
+            agent.act(one, active=active)
     for batch in ("x", 2.5, True):
         with pytest.raises(TypeError, match="an integer of 1 or more"):
             agent.reset(batch=batch)
@@ -230,6 +237,9 @@ def test_names_that_are_not_there_are_refused_with_those_that_are(model, tmp_pat
             gato.load(name)
     with pytest.raises(TypeError, match="give a shipped name such as 'tiny', a folder or a URL"):
         gato.load(None)
+    for device in ("cudaa", "meta", 1.5):
+        with pytest.raises(ValueError, match=rf"device {device!r} cannot be used here .*; give 'cpu'"):
+            gato.load("tiny", device=device)
     with pytest.raises(ValueError, match="name one: breakout-run1, .*, hopper-medium-v4"):
         model.agent()
     with pytest.raises(ValueError, match="unknown task 'Ant-v4'; .*hopper-medium-v4"):

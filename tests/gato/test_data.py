@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from io import StringIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +99,8 @@ def test_spaces_come_from_the_environment(tmp_path):
         ({"rewards": 1.0}, r"rewards are \(\), expected \(T,\)"),
         ({"actions": np.zeros((5, 2), int)}, "actions: shape"),
         ({"reward": np.ones(5)}, "unknown key 'reward'"),
+        ({"terminated": "no"}, "episode 0: terminated='no'; give True or False, for its last timestep"),
+        ({"truncated": np.zeros(5, bool)}, "episode 0: truncated=array.*; give True or False"),
         ({"observations": np.zeros((5, 2), np.int32)}, "give observation_space"),
     ],
 )
@@ -105,6 +108,27 @@ def test_what_does_not_fit_is_named(tmp_path, change, message):
     good = {"observations": np.zeros((5, 2)), "actions": np.zeros(5, int), "rewards": np.ones(5)}
     with pytest.raises(ValueError, match=message):
         gato.write_logs(tmp_path, [good | change], "wrong", action_space=spaces.Discrete(3))
+    assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"name": Path("own")}, ValueError, "name PosixPath.*: use letters"),
+        ({"action_space": "box"}, TypeError, "action_space='box': give a space, such as"),
+        ({"observation_space": spaces.Box}, TypeError, "observation_space=.*: give a space, such as"),
+        ({"max_episode_steps": 0}, ValueError, "max_episode_steps=0: give timesteps, 1 or more"),
+        ({"max_episode_steps": "x"}, ValueError, "max_episode_steps='x': give timesteps"),
+        ({"reference_returns": (1, 1)}, ValueError, r"reference_returns=\(1, 1\): give two numbers, a low return"),
+        ({"reference_returns": "ab"}, ValueError, "reference_returns='ab': give two numbers"),
+        ({"environment_kwargs": {"a": object()}}, ValueError, "environment_kwargs: .*; give numbers, texts"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_named(tmp_path, change, error, message):
+    good = {"observations": np.zeros((5, 2), np.float32), "actions": np.zeros(5, int), "rewards": np.ones(5)}
+    given = {"name": "own", "action_space": spaces.Discrete(3), "observation_space": spaces.Box(-1, 1, (2,))}
+    with pytest.raises(error, match=message):
+        gato.write_logs(tmp_path, [good], environment="own:Own-v0", **given | change)
     assert not list(tmp_path.rglob("*"))
 
 
@@ -260,6 +284,11 @@ def test_a_stream_is_what_training_sees_and_continues(dataset):
         gato.Stream(dataset, prompts=0.5)
     with pytest.raises(ValueError, match="--weights.my-task 'two': Input should be a valid number"):
         gato.Stream(dataset, weights={"my-task": "two"})
+    for odd in ({"batch_size": 1.5}, {"start": 2.5}, {"seed": "x"}, {"world": True}, {"threads": None}):
+        with pytest.raises(TypeError, match=rf"Stream\({next(iter(odd))}=.*: give an integer"):
+            gato.Stream(dataset, **odd)
+    with pytest.raises(TypeError, match="held_out='yes'.: give True or False"):
+        gato.Stream(dataset, held_out="yes")
 
 
 SMALL = {
@@ -288,6 +317,8 @@ def test_training_checks_settings_before_it_starts(dataset, tmp_path):
         gato.train("tiny", dataset, tmp_path, steps=0)
     with pytest.raises(ValueError, match="unknown recipe 'tinny'; perhaps tiny"):
         gato.train("tinny", dataset, tmp_path)
+    with pytest.raises(TypeError, match="recipe=3: give a recipe's name, such as 'tiny'"):
+        gato.train(3, dataset, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

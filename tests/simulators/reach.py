@@ -120,6 +120,36 @@ def presser(env):
     return Presser()
 
 
+class Drawer:
+    """Draws its actions, and takes a generator as a plain function too."""
+
+    def act(self, observation):
+        return [0.5, 0.5]
+
+    def __call__(self, observation, rng):
+        return rng.uniform(-0.5, 0.5, 2)
+
+
+def without_rng(env):
+    """An object whose `act` needs no generator."""
+    return Drawer()
+
+
+def with_rng(env):
+    """A function that takes one."""
+    return Drawer().__call__
+
+
+def three(env):
+    """A function of something else."""
+    return lambda observation, rng, state: [0, 0]
+
+
+def failing(env):
+    """A policy with a mistake in it."""
+    return lambda observation: observation["velocity"]
+
+
 def silent(env):
     """A policy that forgets to return."""
     return lambda observation: None

@@ -143,6 +143,18 @@ def test_discrete_observations_and_several_discrete_actions(tmp_path):
     assert filmed.episode_return == played[0].episode_return
 
 
+def test_a_policy_takes_a_generator_or_none(tmp_path):
+    def actions(folder: str, policy: str, seed: int = 0) -> np.ndarray:
+        path = recorded(tmp_path / folder, environment="reach:Reach-v0", policy=policy, steps=5, seed=seed)
+        with h5py.File(path) as file:
+            return file["actions"][()]
+
+    assert (actions("a", "reach:without_rng") == 0.5).all()
+    drawn = actions("b", "reach:with_rng")
+    np.testing.assert_array_equal(drawn, actions("c", "reach:with_rng"))
+    assert (drawn != actions("d", "reach:with_rng", seed=1)).all()
+
+
 def test_what_the_command_line_says_counts_more(tmp_path):
     recorded(tmp_path / "minari", environment="reach:Switches-v0", policy="random", steps=20)
     recorded(tmp_path / "d4rl", environment="reach:Reach-v0", policy="random", steps=20)
@@ -170,8 +182,10 @@ def test_an_entry_point_names_the_module(tmp_path):
     [
         ("reach:nothing", "--policy reach:nothing: AttributeError.*MODULE:FUNCTION"),
         ("reached:expert", "--policy reached:expert: ModuleNotFoundError"),
-        ("builtins:id", "--policy builtins:id: returned a int; return an object with act"),
+        ("builtins:id", "--policy builtins:id: returned a int; return a function observation"),
         ("builtins:repr", "returned a str"),
+        ("reach:three", r"--policy reach:three: act\(observation, rng, state\): give it .*observation, rng"),
+        ("reach:failing", r"reach:failing: the policy raised KeyError: 'velocity' \(reach.py, line \d+\); correct"),
         ("reach:silent", "reach:silent: returned the action None; return 2 finite numbers"),
         ("reach:presser", "reach:presser: returned the action 2; return 2 finite numbers"),
     ],

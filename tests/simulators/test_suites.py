@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -92,3 +95,18 @@ def test_scores_are_of_the_tasks_and_normalise_them():
     reference = simulators.reference(simulators.environment("CartPole-v1"))
     assert (reference.kind, reference.high) == ("expert", 500)
     assert simulators.reference(simulators.environment("Hopper-v5")).kind == "d4rl"
+
+
+DRAWN = """
+import simulators
+env = simulators.make(simulators.environment_spec("CartPole-v1"), seed=0, render=True)
+assert simulators.frame(env).shape == (400, 600, 3)
+"""
+
+
+@pytest.mark.process
+def test_pictures_without_a_screen_are_drawn_without_a_complaint():
+    names = ("DISPLAY", "WAYLAND_DISPLAY", "XDG_RUNTIME_DIR", "SDL_VIDEODRIVER")
+    bare = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run([sys.executable, "-c", DRAWN], env=bare, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")

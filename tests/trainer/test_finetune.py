@@ -71,7 +71,9 @@ def test_a_run_says_where_its_held_out_loss_was_lowest(exported, hopper, tmp_pat
     best, last = (load_export(tmp_path / "few" / name)[1] for name in ("best", "export"))
     assert best.step < last.step and best.training.held_out_loss == min(held_out(tmp_path / "few")[1:])
     assert f"held-out loss rose from {best.training.held_out_loss:.4f}" in done.stdout
-    done = tune(tmp_path / "falls", [hopper], exported, "--optimiser.peak-lr", "1e-5", "--run.evaluate-every", "1", steps=2)
+    done = tune(
+        tmp_path / "falls", [hopper], exported, "--optimiser.peak-lr", "1e-5", "--run.evaluate-every", "1", steps=2
+    )
     assert "finished" in done.stdout and "rose from" not in done.stdout
 
 

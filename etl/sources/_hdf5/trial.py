@@ -128,7 +128,9 @@ def _allow(path: Path, nodes: int = 0) -> None:
 
 def main() -> None:
     """The child: paths on stdin, a verdict a line on stdout. Dies of what it reads."""
-    resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, resource.RLIM_INFINITY))
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]  # a cluster's, which no user may raise
+    allowed = ADDRESSES if most == resource.RLIM_INFINITY else min(ADDRESSES, most)
+    resource.setrlimit(resource.RLIMIT_AS, (allowed, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for name in sys.stdin.buffer.read().split(b"\0"):
         path = Path(os.fsdecode(name))

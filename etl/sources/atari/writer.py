@@ -10,7 +10,6 @@ Invariant: a folder under its own name is whole.
 from __future__ import annotations
 
 import gzip
-import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ import gymnasium
 import numpy as np
 
 from schemas.episode import EnvironmentSpec
-from schemas.files import sync_folder
+from schemas.files import replace_folder
 from simulators.rollout import Step
 
 ARRAYS = {"observation": np.uint8, "action": np.int32, "reward": np.float32, "terminal": np.uint8}
@@ -36,7 +35,7 @@ class ReplayWriter:
         return folder / name[0] / str(run) / "replay_logs"
 
     def __init__(self, path: Path, environment: EnvironmentSpec | None = None, algorithm: str = ""):
-        self.final, self.temporary = path, path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self.final, self.temporary = path, path.with_name(f".{path.name}.tmp")
         shutil.rmtree(self.temporary, ignore_errors=True)
         self.temporary.mkdir(parents=True)
         self.spools = {name: open(self.temporary / f"{name}.raw", "w+b") for name in ARRAYS}  # noqa: SIM115
@@ -65,9 +64,7 @@ class ReplayWriter:
         for name, value in (("add_count", np.array(self.count)), ("invalid_range", np.zeros(5, np.int64))):
             with self._gzip(f"{name}_ckpt.0.gz") as packed:
                 np.lib.format.write_array(packed, value)
-        shutil.rmtree(self.final, ignore_errors=True)
-        os.replace(self.temporary, self.final)
-        sync_folder(self.final.parent)
+        replace_folder(self.temporary, self.final)
 
     def discard(self) -> None:
         for spool in self.spools.values():

@@ -1,6 +1,6 @@
 """D4RL's HDF5 logs (arXiv 2004.07219): one file, one task.
 
-observations (N, D), actions (N, A) or integers (N,), rewards (N,) or (N, 1), terminals (N,), timeouts (N,) if any
+observations (N, D), actions (N, A) or (N,), rewards (N,) or (N, 1), terminals (N,), timeouts (N,) if any
     -> episodes: rows up to and with one where terminals or timeouts is set
 
 Without `timeouts` a trajectory ends at a terminal, and where `episode_terminals` (d3rlpy 1.x) or next_observations

@@ -89,7 +89,7 @@ class Log:
         values = self.arrays["actions"][ref.start : ref.stop]
         assert task.action is not None
         if task.action.kind == "continuous":
-            return as_float32(values, copy=False)
+            return as_float32(values, copy=False).reshape(len(values), -1)
         return values.astype(np.int64).reshape((-1,) if task.action.size == 1 else (-1, task.action.size))
 
     def totals(self, bounds: list[tuple[int, int]]) -> list[float]:
@@ -118,6 +118,7 @@ class Log:
                     arrays[key] = Rows(dataset)
                 continue
             matrix = key in ("observations", "actions", GOAL)
+            flat = key == "actions" and len(shape) == 1  # one number each, or one choice
             discrete = key == "actions" and dtype.kind in "iu"
             picture = key == "observations" and dtype == np.uint8 and len(shape) > 1
             if dtype.kind not in ("f" if matrix else "fiub") and not discrete and not picture:
@@ -127,9 +128,10 @@ class Log:
                     raise EpisodeError("wrong shape", f"'{key}' is {shape}; expected pictures (N, H, W, C)")
                 arrays[key] = Rows(dataset)
                 continue
-            matrix = matrix and not (discrete and len(shape) == 1)
+            matrix = matrix and not flat
             if matrix and (len(shape) != 2 or not 0 < shape[1] <= WIDEST):
-                raise EpisodeError("wrong shape", f"'{key}' is {shape}, expected (N, size)")
+                remedy = "; save one number per row as (N, 1)" if len(shape) == 1 else ""
+                raise EpisodeError("wrong shape", f"'{key}' is {shape}, expected (N, size){remedy}")
             if not matrix and shape[1:] not in ((), (1,)):
                 raise EpisodeError("wrong shape", f"'{key}' is {shape}, expected (N,) or (N, 1)")
             if len(dataset) != rows:

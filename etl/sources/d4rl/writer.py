@@ -35,7 +35,7 @@ class D4RLWriter:
         return folder / f"{name[0]}-{level}-{name[1]}.hdf5"
 
     def __init__(self, path: Path, environment: EnvironmentSpec, algorithm: str):
-        self.final, self.temporary = path, path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self.final, self.temporary = path, path.with_name(f".{path.name}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
         require_room(path.parent, MARGIN)
         self.file = h5py.File(self.temporary, "w", track_order=False)

@@ -131,11 +131,11 @@ def task_name(path: Path) -> str:
 
 
 def _infos(input: Path) -> list[Path]:
-    """meta/info.json of each dataset at or below a folder; of that file itself, or of its folder 'meta'."""
+    """meta/info.json of each dataset at or below a folder; of that file itself, or of a dataset's own folder."""
     if input.is_file():
         return [input] if input.name == "info.json" and input.parent.name == "meta" else []
-    if input.name == "meta" and (input / "info.json").is_file():
-        return [input / "info.json"]
+    if input.name in ("meta", "data", "videos") and (input.parent / INFO).is_file():
+        return [input.parent / INFO]
     if (input / INFO).is_file():
         return [input / INFO]
     found = []

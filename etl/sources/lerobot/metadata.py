@@ -91,13 +91,15 @@ class Dataset:
     def instructions(self) -> dict[int, str]:
         """Task string by task_index. EpisodeError where the file cannot be read."""
         path = self.root / "meta/tasks.parquet"
+        if self.version != "v3.0" and not path.is_file():
+            path = path.with_suffix(".jsonl")
         with damage(path):
-            if path.is_file():
+            if path.suffix == ".parquet":
                 table = pa.parquet.read_table(path)
                 names = [name for name in table.column_names if name != "task_index"]
                 column = "task" if "task" in names else names[0]  # pandas' index, under whatever name
                 return dict(zip(table["task_index"].to_pylist(), map(str, table[column].to_pylist())))
-            lines = list(json_lines(path.with_suffix(".jsonl")))
+            lines = list(json_lines(path))
             return {int(line["task_index"]): str(line["task"]) for line in lines}
 
     @cached_property
@@ -193,11 +195,11 @@ def damage(path: Path, reason: str = "corrupt metadata") -> Iterator[None]:
 
 
 def load(root: Path) -> Dataset:
-    """The dataset in a folder, read once per change of its info.json. EpisodeError says what is wrong with it."""
+    """The dataset in a folder, read once per change of a file of meta. EpisodeError says what is wrong with it."""
     path = root / INFO
     with damage(path):
         status = path.stat()
-        tables = tuple(sorted((p.name, p.stat().st_mtime_ns) for p in path.parent.iterdir()))
+        tables = tuple(sorted((str(p), p.stat().st_mtime_ns) for p in path.parent.rglob("*")))
     return _load(root, status.st_mtime_ns, tables)
 
 

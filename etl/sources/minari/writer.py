@@ -10,7 +10,6 @@ Invariant: a folder under its own name is whole.
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 import string
 from importlib.metadata import version
@@ -23,7 +22,7 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
 from schemas.episode import EnvironmentSpec
-from schemas.files import require_room, sync_folder
+from schemas.files import replace_folder, require_room
 from simulators.rollout import Step
 from simulators.spaces import native_action
 
@@ -43,7 +42,7 @@ class MinariWriter:
         self.dataset = "/".join(path.parts[-2:])
         self.final = path.absolute()  # Minari joins a relative one to itself
         self.environment, self.algorithm = environment, algorithm
-        self.temporary = self.final.parents[1] / f".{self.dataset.replace('/', '-')}.{os.getpid()}.tmp"
+        self.temporary = self.final.parents[1] / f".{self.dataset.replace('/', '-')}.tmp"
         self.rows: list[tuple[Step, Any, Any]] = []
 
     def wrap(self, raw: gymnasium.Env) -> gymnasium.Env:
@@ -54,6 +53,7 @@ class MinariWriter:
         if isinstance(space, spaces.Dict) and "mission" in space.spaces:  # minigrid's own space is not Minari's
             space = spaces.Dict(space.spaces | {"mission": spaces.Text(1024, charset=string.printable)})
         data = self.temporary / "data"
+        shutil.rmtree(self.temporary, ignore_errors=True)  # of one that was killed
         data.mkdir(parents=True)
         require_room(data, MARGIN)
         spec = _spec(raw.spec, self.environment.id)
@@ -72,9 +72,7 @@ class MinariWriter:
         if self.rows:
             self._flush()
         self.final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self.final, ignore_errors=True)
-        os.replace(self.temporary, self.final)
-        sync_folder(self.final.parent)
+        replace_folder(self.temporary, self.final)
 
     def discard(self) -> None:
         shutil.rmtree(self.temporary, ignore_errors=True)
