@@ -9,6 +9,7 @@ not finite or outside its space.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -87,11 +88,11 @@ class RawEpisode:
             return
         if action.kind == "continuous":
             _check_values("action", self.action, (T, action.size), "f")
+            least, most = _reach(action.low, action.high)
+            if float(self.action.min(initial=np.inf)) >= least and float(self.action.max(initial=-np.inf)) <= most:
+                return
             low, high = np.array(action.low), np.array(action.high)
             middle, reach = (high + low) / 2, ACTION_REACH * (high - low) / 2
-            lowest, highest = self.action.min(initial=np.inf), self.action.max(initial=-np.inf)
-            if lowest >= (middle - reach).max() and highest <= (middle + reach).min():
-                return
             distance = np.abs(self.action - middle)
             if (distance > reach).any():
                 d = int((distance / (high - low)).max(axis=0).argmax())
@@ -120,6 +121,13 @@ class Document:
         """Raise EpisodeError ('empty') where there is nothing to tokenize."""
         if not self.text.strip():
             raise EpisodeError("empty", "a document without text")
+
+
+@lru_cache(maxsize=64)
+def _reach(low: tuple[float, ...], high: tuple[float, ...]) -> tuple[float, float]:
+    """Between these an action is within reach in every dimension."""
+    pairs = [((b + a) / 2, ACTION_REACH * (b - a) / 2) for a, b in zip(low, high)]
+    return max(middle - reach for middle, reach in pairs), min(middle + reach for middle, reach in pairs)
 
 
 def _check_values(name: str, values: np.ndarray, shape: tuple[int, ...], kinds: str) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from etl.sources import _gzip
+from etl.sources import _gzip, _unpacked
 from schemas.episode import EpisodeError
 
 AGAIN = "download or write the file again"
@@ -30,6 +30,8 @@ RECORD_BYTES = 2**31  # protobuf's own limit
 HEADER, FOOTER = 12, 4
 MASK_DELTA = 0xA282EAD8
 VARINT_BYTES = 10
+FEW = 32  # bytes of integers that numpy takes longer for
+FLOAT = np.dtype("<f4")
 OUTLINE_BYTES = 2**14  # beside the packed values, of a record whose outline is kept
 PACKED = (2, 3)  # lists of floats and of integers
 Values = np.ndarray | list[bytes]
@@ -48,7 +50,7 @@ class Records:
             with open(path, "rb") as file:
                 head = file.read(HEADER)
             self.gzip = head[:2] == b"\x1f\x8b" and not _is_header(head)
-            self.file: Any = _gzip.Gunzip(path) if self.gzip else open(path, "rb")  # noqa: SIM115
+            self.file: Any = _unpacked.opened(path) if self.gzip else open(path, "rb")  # noqa: SIM115
         except OSError as error:
             raise EpisodeError("missing file", f"{path.name} cannot be opened ({error.strerror}); {AGAIN}") from None
         self.starts = array("q", [0])  # bytes where the records known so far begin, and where the next one does
@@ -239,8 +241,12 @@ def _values(data: bytes, kind: int, values: list[int | tuple[int, int]]) -> Valu
             first, last = value
             if kind == 2 and (last - first) % 4:
                 raise _wrong()
-            packed = np.frombuffer(data, np.uint8, last - first, first)
-            parts.append(packed.view("<f4") if kind == 2 else _varints(packed))
+            if kind == 2:
+                parts.append(np.frombuffer(data, FLOAT, (last - first) // 4, first))
+            elif last - first <= FEW:
+                parts.append(_few_varints(data[first:last]))
+            else:
+                parts.append(_varints(np.frombuffer(data, np.uint8, last - first, first)))
         elif kind == 2:
             parts.append(np.array([value], np.uint32).view("<f4"))
         else:
@@ -293,6 +299,23 @@ def _varints(packed: np.ndarray) -> np.ndarray:
     place = np.arange(len(packed)) - np.repeat(starts, stops - starts + 1)
     shifted = (packed & 127).astype(np.uint64) << (7 * place).astype(np.uint64)
     return np.add.reduceat(shifted, starts).view(np.int64)
+
+
+def _few_varints(packed: bytes) -> np.ndarray:
+    """`_varints` of FEW bytes."""
+    values: list[int] = []
+    value = shift = 0
+    for byte in packed:
+        value |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            values.append(value & (2**64 - 1))
+            value = shift = 0
+        elif shift == 7 * VARINT_BYTES:
+            raise _wrong()
+    if shift:
+        raise _wrong()
+    return np.array(values, np.uint64).view(np.int64)
 
 
 def _span(value: int | tuple[int, int]) -> tuple[int, int]:
