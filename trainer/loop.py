@@ -200,9 +200,11 @@ class Run:
                 outcome = "finished" if self.step == config.steps else f"nothing to do for --steps {config.steps}"
             print(f"{outcome} at step {self.step}; weights in {config.run.output / 'export'}", flush=True)
             if last_loss > 1.05 * self.best_loss:
-                print(f"held-out loss rose from {self.best_loss:.4f} at its lowest to {last_loss:.4f}, as when few data "
-                      f"are learned by heart; the weights of the lowest are in {config.run.output / 'best'}: play both",
-                      flush=True)  # fmt: skip
+                print(
+                    f"held-out loss rose from {self.best_loss:.4f} at its lowest to {last_loss:.4f}, as when few data "
+                    f"are learned by heart; the weights of the lowest are in {config.run.output / 'best'}: play both",
+                    flush=True,
+                )
 
     def _is_evaluation_step(self) -> bool:
         """Whether held-out episodes are evaluated now, after `self.step` steps."""
