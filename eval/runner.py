@@ -221,6 +221,7 @@ class ComparisonRunner:
         """The folder of a trained baseline, which is trained now if it is missing."""
         module, folder = BASELINES[job.model], self.baseline_folder(job)
         if not (folder / "config.json").is_file():
+            folder.mkdir(parents=True, exist_ok=True)  # a place that cannot be written fails before the training
             episodes, config = trajectories(job.dataset, job.task.number), self._baseline_config(job)
             module.train(episodes, job.spec, config, job.seed, folder, lambda metrics: progress(in_words(metrics)))
         return folder

@@ -245,7 +245,7 @@ def _device(wanted: str | torch.device) -> torch.device:
         torch.zeros(1).to(wanted).item()
         return torch.device(wanted)
     except (RuntimeError, AssertionError, TypeError) as error:  # as torch has them
-        why = str(error).split(" at start")[0].splitlines()[0]
+        why = str(error).splitlines()[0].split(" at start")[0].split(", but expected")[0]
         raise ValueError(f"device {wanted!r} cannot be used here ({why}); give 'cpu', or leave it out") from None
 
 

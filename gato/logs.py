@@ -110,12 +110,8 @@ def write_logs(
     buffers = [_checked(n, episode, observation_space, action_space) for n, episode in enumerate(listed)]
     about: dict[str, Any] = {"dataset_id": name, "minari_version": version("minari")}
     if environment is not None:
-        spec: dict[str, Any] = {
-            "id": environment,
-            "max_episode_steps": max_episode_steps,
-            "kwargs": kwargs,
-            "additional_wrappers": [],
-        }
+        spec: dict[str, Any] = {"id": environment, "max_episode_steps": max_episode_steps, "kwargs": kwargs}
+        spec["additional_wrappers"] = []
         try:
             about["env_spec"] = json.dumps(spec)
         except TypeError as error:

@@ -227,13 +227,13 @@ def test_actions_of_another_form_than_the_environment_takes_are_warned_of(tmp_pa
     rng = np.random.default_rng(0)
     one_hot = np.eye(2, dtype=np.float32)[rng.integers(0, 2, 60)]
     hdf5(tmp_path / "log.hdf5", [20] * 3, rng, actions=one_hot, env_id="CartPole-v1")
-    (line,) = scanned(tmp_path / "log.hdf5").warnings
+    (line,) = scanned(tmp_path / "log.hdf5", max_episode_steps=20).warnings
     assert "is 2 continuous values, one of CartPole-v1 1 discrete value: the task cannot be played there" in line
     hdf5(tmp_path / "log.hdf5", [20] * 3, rng, actions=rng.integers(0, 3, 60), env_id="Pendulum-v1")
-    (line,) = scanned(tmp_path / "log.hdf5").warnings
+    (line,) = scanned(tmp_path / "log.hdf5", max_episode_steps=20).warnings
     assert "is 1 discrete value, one of Pendulum-v1 1 continuous value" in line
     hdf5(tmp_path / "log.hdf5", [20] * 3, rng, actions=rng.integers(0, 2, 60), env_id="CartPole-v1")
-    assert not scanned(tmp_path / "log.hdf5").warnings
+    assert not scanned(tmp_path / "log.hdf5", max_episode_steps=20).warnings
 
 
 def test_files_are_found_whatever_the_case_of_their_ending(tmp_path):

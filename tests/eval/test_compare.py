@@ -6,11 +6,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
 
+from eval.options import Options
 from eval.rows import load_rows, save_rows
+from eval.runner import ComparisonRunner
 from schemas.files import sha256_of
 from schemas.result import from_table
 from shards.reader import Dataset
@@ -100,6 +103,15 @@ def test_two_exports_of_one_seed_are_refused(exports, hopper, tmp_path):
     twice = arguments(tmp_path / "out", [exports[0], exports[0]], [hopper], "--processes", "1")
     done = run(*twice, check=False)
     assert done.returncode == 1 and "error:" in done.stderr and "seed 3" in done.stderr
+
+
+def test_baselines_that_cannot_be_kept_are_not_trained(hopper, tmp_path):
+    place = Path("/proc/gato")
+    runner = ComparisonRunner(Options(datasets=(str(hopper),), models=("dt",), output=tmp_path, baselines=place))
+    said: list[str] = []
+    with pytest.raises(OSError, match="/proc/gato"):
+        runner.baseline(runner.jobs[0], said.append)
+    assert not said
 
 
 def test_a_task_of_two_datasets_is_refused(exports, hopper, tmp_path):
