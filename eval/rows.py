@@ -40,5 +40,5 @@ def load_rows(path: Path) -> pa.Table:
         )
     if not table.schema.equals(RESULT_SCHEMA):
         odd = sorted(set(table.schema.names) ^ set(RESULT_SCHEMA.names)) or ["a column's type"]
-        raise ResultError(f"{path}: no table of results (see {', '.join(odd)}); run python -m eval.compare again")
+        raise ResultError(f"{path}: not a results file's columns ({', '.join(odd)}); run python -m eval.compare again")
     return table

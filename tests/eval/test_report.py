@@ -135,7 +135,7 @@ def test_other_files_are_refused(tmp_path, table):
     with pytest.raises(ResultError, match="field 'schema_version' is 2, this package reads 1"):
         load_rows(path)
     pq.write_table(table.drop_columns(["seconds"]), path)
-    with pytest.raises(ResultError, match="not in RESULT_SCHEMA \\(seconds\\)"):
+    with pytest.raises(ResultError, match="results file's columns \\(seconds\\)"):
         load_rows(path)
     path.write_bytes(b"not parquet")
     with pytest.raises(ResultError, match="not a Parquet file"):
