@@ -144,7 +144,7 @@ def test_a_build_unpacks_once_and_writes_the_same_bytes(tmp_path, unpacked, monk
     found = []
     for kept in (True, False):
         monkeypatch.setattr(pipeline, "in_process", lambda flags, kept=kept: kept)
-        unpacked[0], output = 0, tmp_path / f"out-{kept}"
+        unpacked[0], output = 0, tmp_path / str(kept) / "out"
         config = BuildConfig(shard_megabytes=0.01)
         options = build.Options(source="rl_unplugged", input=str(folder), output=str(output), config=config)
         build.build(options, build.beam_flags([], 1), Console(file=io.StringIO()))
