@@ -45,7 +45,7 @@ CAMERAS = ("agentview_image", "eye_in_hand_image")
 PLAIN = ("d3rlpy", "vintix", "imagetext", "rl_unplugged")
 # builds of so many take 5 to 10 s; half a second of it starts Beam and the process that tries HDF5 files
 EPISODES = {"robomimic": 1000, "d3rlpy": 7000, "maniskill": 1600, "hdf5, ALOHA": 2400, "hdf5, npz": 4000}
-EPISODES |= {"vintix": 12000, "jat": 2000, "imagetext": 600, "minari, Parquet": 4000, "rl_unplugged": 2000}
+EPISODES |= {"vintix": 12000, "jat": 2000, "imagetext": 600, "minari, Parquet": 4000, "rl_unplugged": 4000}
 
 
 def pictures(rng: np.random.Generator, count: int, channels: int = 3) -> np.ndarray:
