@@ -5,6 +5,7 @@ import gzip
 import numpy as np
 import pytest
 
+from etl.sources import _tfrecord
 from etl.sources._tfrecord import Records, example, frame, is_tfrecord, masked_crc32c, outline, parsed
 from schemas.episode import EpisodeError
 from tests.etl.tfexample import Example, written
@@ -115,3 +116,20 @@ def test_random_bytes_are_no_example_or_one():
             example(bytes(data[: rng.integers(0, len(data) + 1)]))
         except EpisodeError as error:
             assert error.reason == "corrupt Example"
+
+
+def test_few_integers_are_read_as_many(monkeypatch):
+    """By Python as by numpy: values, and what is refused."""
+    rng = np.random.default_rng(0)
+    values = [0, 1, 127, 128, 2**31, -1, -(2**63), 2**63 - 1, *rng.integers(-(2**62), 2**62, 20).tolist()]
+    for value in values:
+        data = written(x=[value, 5])
+        found = []
+        for few in (0, 32):
+            monkeypatch.setattr(_tfrecord, "FEW", few)
+            found.append(example(data)["x"])
+        assert found[0].dtype == found[1].dtype == np.int64 and found[0].tolist() == found[1].tolist() == [value, 5]
+    for packed in (b"\x80", b"\x80" * 10 + b"\x01", b"\x05\xff"):
+        for read in (_tfrecord._few_varints, lambda data: _tfrecord._varints(np.frombuffer(data, np.uint8))):
+            with pytest.raises(EpisodeError, match="corrupt Example"):
+                read(packed)
