@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import re
 
+import gymnasium
+import numpy as np
+
 from simulators.experts import driving
 from simulators.suite import Suite
 
@@ -37,6 +40,14 @@ class Highway(Suite):
 
     def owns(self, id: str) -> bool:
         return OF_OURS.fullmatch(id) is not None
+
+    def picture(self, env: gymnasium.Env) -> np.ndarray:
+        picture = super().picture(env)
+        viewer = env.unwrapped.viewer  # type: ignore[attr-defined]
+        if not viewer.enabled:  # under SDL_VIDEODRIVER=dummy highway-env draws nothing, though it could
+            viewer.enabled = True
+            picture = super().picture(env)
+        return picture
 
 
 SUITE = Highway()

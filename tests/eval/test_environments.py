@@ -349,8 +349,9 @@ def test_a_checkpoint_of_another_vocabulary(hopper, logs, tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "vocabulary" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
     # beside a dataset that it fits, the other's rows alone are marked
-    arguments = ("--source", "d4rl", "--input", logs / "d4rl", "--vocabulary", "paper", "--output", tmp_path / "fits")
-    run("etl.build", *arguments)
+    (tmp_path / "logs").mkdir()
+    shutil.copy(next((logs / "d4rl").iterdir()), tmp_path / "logs" / "second.hdf5")
+    run("etl.build", "--input", tmp_path / "logs", "--vocabulary", "paper", "--output", tmp_path / "fits")
     rows = compare(
         [hopper, tmp_path / "fits"], tmp_path / "both", models=("random", "gato"), gato=(paper,), step_limit=5
     )

@@ -22,7 +22,7 @@ def built(logs, tmp_path_factory):
     root = tmp_path_factory.mktemp("named")
     for name, environment in (("right", "Hopper-v4"), ("wrong", "Walker2d-v4"), ("none", None)):
         (root / name).mkdir()
-        copy = shutil.copy(next((logs / "d4rl").iterdir()), root / name / "body.hdf5")
+        copy = shutil.copy(next((logs / "d4rl").iterdir()), root / name / f"{name}.hdf5")
         with h5py.File(copy, "r+") as file:
             del file.attrs["env_id"]
             if environment:
@@ -38,7 +38,7 @@ def play(dataset, output, *models, **kwargs):
 
 def test_every_part_failed(built, tmp_path):
     done = play(built["wrong"], tmp_path, "random", "behaviour")
-    assert done.returncode == 1 and "| body | Walker2d-v4 |" in done.stdout
+    assert done.returncode == 1 and "| wrong | Walker2d-v4 |" in done.stdout
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: nothing could be played") and "rebuild the dataset with --environment" in last
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
@@ -53,10 +53,10 @@ def test_one_part_played_is_enough(built, tmp_path):
 def test_nothing_to_play_names_the_remedy(built, tmp_path):
     done = play(built["none"], tmp_path, "random", "dt")
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
-    assert done.stderr.startswith("error: nothing to play: body: its log names no environment")
+    assert done.stderr.startswith("error: nothing to play: none: its log names no environment")
     assert "--environment" in done.stderr and not tmp_path.joinpath("rows.parquet").exists()
     shown = play(built["none"], tmp_path, "random", "behaviour")
-    assert shown.returncode == 0 and "| body | — |" in shown.stdout and "--environment" in shown.stderr
+    assert shown.returncode == 0 and "| none | — |" in shown.stdout and "--environment" in shown.stderr
 
 
 @pytest.mark.process

@@ -245,7 +245,7 @@ def test_what_it_cannot_play_is_refused(tmp_path):
     with pytest.raises(ValueError, match="task 'Pong': .*not images"):
         tt.train(episodes(), game, SMALL, 0, tmp_path)
     for context in (1, 5):
-        with pytest.raises(ValueError, match=f"context {context} is not in"):
+        with pytest.raises(ValueError, match=f"context {context}: must be from"):
             tt.train(episodes(), TASK, replace(SMALL, context=context), 0, tmp_path)
     with pytest.raises(ValueError, match="no training episodes"):
         tt.train([], TASK, SMALL, 0, tmp_path)

@@ -102,7 +102,7 @@ def test_a_runs_configuration_is_a_recipe(tmp_path):
     asked, config = parse(["--config", str(path), "--steps", "7"])
     assert asked.recipe == "tiny-tokens" and config.steps == 7
     assert config.optimiser == RECIPES["tiny-tokens"].optimiser
-    for text, message in (("{", "no configuration"), ('{"recipe": "tiny", "colour": 1}', "setting 'colour'")):
+    for text, message in (("{", "not the configuration"), ('{"recipe": "tiny", "colour": 1}', "setting 'colour'")):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             parse(["--config", str(path)])
