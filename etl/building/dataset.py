@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +25,7 @@ from etl.building.gather import gather, require_values
 from etl.building.plan import BuildConfig, ShardPlan, given_options, make_plan, manifest_config, with_pictures
 from etl.building.renaming import names_of, unlike_environment, with_names
 from etl.fetch import remote
-from etl.sources import Source, SourceError, TaskScan, _unpacked
+from etl.sources import Source, SourceError, TaskScan
 from etl.tokenizers import text as texts
 from schemas.dataset import MANIFEST_NAME, TEXT_MODEL_NAME, DatasetError, Manifest, parse_manifest
 from schemas.episode import Document
@@ -88,11 +87,6 @@ class Options:
 
 def build(options: Options, beam_arguments: list[str], console: Console) -> Manifest:
     """Make the dataset. DatasetError or SourceError name what is wrong."""
-    with _unpacked.copies() if pipeline.in_process(beam_arguments) else nullcontext():
-        return _build(options, beam_arguments, console)
-
-
-def _build(options: Options, beam_arguments: list[str], console: Console) -> Manifest:
     plugins.load(options.imports)
     options = with_source(options, console)
     assert options.source is not None

@@ -119,12 +119,6 @@ def run(
             raise DatasetError(f"{folder}: the runner failed: {_cause(error)}{where}") from error
 
 
-def in_process(beam_arguments: list[str]) -> bool:
-    """Whether `run` writes the shards in this process."""
-    modes = [argument for argument in beam_arguments if argument.startswith("--direct_running_mode")]
-    return not modes and any("FnApiRunner" in argument for argument in beam_arguments)
-
-
 def _reach_own_workers() -> None:
     """gRPC asks the proxy of the environment for localhost too, unless it is excepted; Beam's processes talk to each
     other there."""

@@ -19,7 +19,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from etl.sources import _gzip, _unpacked
+from etl.sources import _gzip
+from etl.sources._gzip import Gunzip
 
 DAMAGE: tuple[type[Exception], ...] = (*_gzip.DAMAGE, lzma.LZMAError, pa.ArrowException, ValueError)
 SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
@@ -73,7 +74,7 @@ class _Unpacked(io.RawIOBase):
             offset += self.position
         elif whence != io.SEEK_SET:
             raise io.UnsupportedOperation("the end of a packed file is not known")
-        if isinstance(self.stream, _unpacked.Unpacked):
+        if isinstance(self.stream, Gunzip):
             self.stream.seek(offset)
             self.position = offset
         elif offset < self.position:
@@ -123,7 +124,7 @@ class _Decompressed:
 
 def _stream(path: Path) -> Any:
     if path.suffix == ".gz":
-        return _unpacked.opened(path)
+        return Gunzip(path)
     if path.suffix == ".zst":
         return pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
     if path.suffix == ".xz":

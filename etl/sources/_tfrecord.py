@@ -22,7 +22,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from etl.sources import _gzip, _unpacked
+from etl.sources import _gzip
 from schemas.episode import EpisodeError
 
 AGAIN = "download or write the file again"
@@ -50,7 +50,7 @@ class Records:
             with open(path, "rb") as file:
                 head = file.read(HEADER)
             self.gzip = head[:2] == b"\x1f\x8b" and not _is_header(head)
-            self.file: Any = _unpacked.opened(path) if self.gzip else open(path, "rb")  # noqa: SIM115
+            self.file: Any = _gzip.Gunzip(path) if self.gzip else open(path, "rb")  # noqa: SIM115
         except OSError as error:
             raise EpisodeError("missing file", f"{path.name} cannot be opened ({error.strerror}); {AGAIN}") from None
         self.starts = array("q", [0])  # bytes where the records known so far begin, and where the next one does
