@@ -30,7 +30,7 @@ class KnownTask:
 
 
 def known_tasks(datasets: Sequence[Dataset]) -> list[KnownTask]:
-    """The tasks of all datasets. DatasetError for one that two of them hold: its rows could not be told apart."""
+    """The tasks of all datasets. DatasetError for one that two of them hold: its rows could not be distinguished."""
     found: dict[str, KnownTask] = {}
     for dataset in datasets:
         for number, task in enumerate(dataset.manifest.tasks):

@@ -27,9 +27,7 @@ from schemas.vocabulary import VocabularyMismatch
 from shards.reader import Dataset, Store
 from shards.stream import find_datasets
 from trainer.checkpoint import CheckpointError
-from trainer.model.export import ExportInfo, load_export, save_export
-
-PROMPTS = "prompts.safetensors"
+from trainer.model.export import PROMPTS, ExportInfo, load_export, save_export
 
 
 @dataclass(frozen=True)

@@ -239,9 +239,9 @@ def _values(data: bytes, kind: int, values: list[int | tuple[int, int]]) -> Valu
     for value in values:
         if isinstance(value, tuple):
             first, last = value
-            if kind == 2 and (last - first) % 4:
-                raise _wrong()
             if kind == 2:
+                if (last - first) % 4:
+                    raise _wrong()
                 parts.append(np.frombuffer(data, FLOAT, (last - first) // 4, first))
             elif last - first <= FEW:
                 parts.append(_few_varints(data[first:last]))
