@@ -259,7 +259,7 @@ def members_of(task: TaskSpec) -> dict[str, tuple[str, tuple[int, ...]]]:
 def continuous_values(task: TaskSpec, observation: Mapping[str, np.ndarray]) -> np.ndarray | None:
     """{key: (T, ...)} to the values of all continuous fields, (T, D), as the `observation` member holds them; None
     where the task has none."""
-    own = [observation[spec.key] for spec in ordered_fields(task) if spec.kind == "continuous"]
+    own = [np.asarray(observation[spec.key]) for spec in ordered_fields(task) if spec.kind == "continuous"]
     flat = [values.reshape(len(values), -1) for values in own]
     if not flat:
         return None

@@ -31,7 +31,6 @@ from etl.tokenizers.timestep import TimestepTokenizer
 from schemas.dataset import INDEX_SCHEMA, TEXT_MODEL_NAME, DatasetError, SampleMeta, Shard
 from schemas.episode import Document, RawEpisode
 from schemas.files import disk_fault
-from schemas.layout import continuous_values
 from schemas.task import STRICT
 from schemas.vocabulary import by_name
 from shards.folder import Folder
@@ -148,24 +147,20 @@ class _ShardWork:
 
     def _episode(self, number: int, episode: RawEpisode) -> None:
         task, T = self.task, episode.timesteps
-        encoded = self.tokenizer.encode_observation(episode.observation)
-        actions, outside = np.empty((T, 0), np.uint16), 0
-        if task.action is not None:
-            actions, outside = self.tokenizer.encode_action(episode.action)
+        encoded, outside = self.tokenizer.encode(episode.observation, episode.action)
         self.clipped, self.outside, self.cut = (
             self.clipped + encoded.clipped,
             self.outside + outside,
             self.cut + encoded.cut,
         )
-        members: dict[str, np.ndarray] = {"tokens": np.concatenate([encoded.tokens, actions], axis=1)}
+        members: dict[str, np.ndarray] = {"tokens": encoded.tokens}
         if task.action is not None:
             members["reward"] = episode.reward.astype(np.float32, copy=False)
         if encoded.patches is not None:
             members["patches"] = encoded.patches
-        raw = continuous_values(task, episode.observation)
-        if raw is not None:
-            members["observation"] = raw.astype(np.float32, copy=False)
-        self.columns.append(Columns.of(raw, episode.action, task))
+        if encoded.values is not None:
+            members["observation"] = encoded.values.astype(np.float32, copy=False)
+        self.columns.append(Columns.of(encoded.values, episode.action, task))
         if task.action and task.action.kind == "continuous":
             members["action"] = episode.action.reshape(T, -1).astype(np.float32, copy=False)
         meta = SampleMeta(

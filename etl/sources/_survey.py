@@ -46,21 +46,22 @@ class Range:
         if values.dtype.kind not in "fiub":
             raise EpisodeError("wrong dtype", f"'{name}' is {values.dtype}, expected numbers; {AGAIN}")
         # (D, T): numpy is six times slower along short rows
-        flat = np.ascontiguousarray(values.reshape(len(values), -1).T, np.float64)
+        own = values.dtype if values.dtype.kind == "f" else np.float64
+        flat = np.ascontiguousarray(values.reshape(len(values), -1).T, own)
         if len(self.low) not in (0, len(flat)):
             raise EpisodeError("wrong shape", f"'{name}' has {len(flat)} values, {len(self.low)} before; {AGAIN}")
         if not len(self.low):
             self.low, self.high = np.full(len(flat), np.inf), np.full(len(flat), -np.inf)
         self.integer &= values.dtype.kind in "iub"
         low, high = flat.min(axis=1, initial=np.inf), flat.max(axis=1, initial=-np.inf)
-        if not np.isfinite([low, high]).all():
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
             finite = np.isfinite(flat)
             low = np.where(finite, flat, np.inf).min(axis=1, initial=np.inf)
             high = np.where(finite, flat, -np.inf).max(axis=1, initial=-np.inf)
             flat = flat[finite]
         self.low, self.high = np.minimum(self.low, low), np.maximum(self.high, high)
         self.values += flat.size
-        if (low < -_ranges.ROUNDING).any() or (high > _ranges.ROUNDING).any():
+        if low.min(initial=0) < -_ranges.ROUNDING or high.max(initial=0) > _ranges.ROUNDING:
             self.beyond += int(np.count_nonzero(np.abs(flat) > _ranges.ROUNDING))
         self.whole = self.whole and bool((flat == np.rint(flat)).all())
 

@@ -51,25 +51,25 @@ def computed(x: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, int]:
 def _looked_up(x: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     bits = np.ascontiguousarray(x).view(np.uint32)
     tokens = _table(vocabulary).take((bits >> 16).astype(np.intp), mode="clip")
-    tokens += _low(bits)
+    tokens += _growing(bits)
     tokens >>= 16
     return tokens.astype(np.uint16)
 
 
-def _low(bits: np.ndarray) -> np.ndarray:
-    """The lower 16 bits of float32s, for negative ones turned over, so that they grow with the value."""
-    low = bits.view(np.int32) >> 31
-    low ^= bits.view(np.int32)
-    low &= 0xFFFF
-    return low.view(np.uint32)
+def _growing(bits: np.ndarray) -> np.ndarray:
+    """Those of negative float32s turned over, so that among floats of the same upper 16 bits they grow with the
+    value."""
+    sign = bits.view(np.int32) >> 31
+    sign ^= bits.view(np.int32)
+    return sign.view(np.uint32)
 
 
 @lru_cache(maxsize=4)
 def _table(vocabulary: Vocabulary) -> np.ndarray:
     """(65536,) uint32, indexed by a float32's upper 16 bits. Floats that share them differ by less than a bin (1 in 128
-    against 1 in 50): they have one token, or two whose edge, found by bisection, is at some `_low`. An entry is
-    token << 16 plus the distance of the edge from 65536, so that adding a `_low` at or after the edge carries into the
-    next token."""
+    against 1 in 50): they have one token, or two, whose edge among the lower 16 of the `_growing` bits is found by
+    bisection. An entry is token << 16 plus the distance of the edge from 65536, less the upper 16 of those bits: adding
+    them makes the token, and carries into the next one at the edge and after it."""
     upper = np.arange(2**16, dtype=np.uint32) << 16
     upper[(upper & 0x7F800000) == 0x7F800000] = 0  # infinity and NaN, which are not looked up
 
@@ -84,7 +84,8 @@ def _table(vocabulary: Vocabulary) -> np.ndarray:
         middle = (below + above) // 2
         beyond = token(middle) > first
         below, above = np.where(beyond, below, middle), np.where(beyond, middle, above)
-    return ((first << 16) + np.where(last > first, 0x10000 - above, 0)).astype(np.uint32)
+    entries = (first << 16) + np.where(last > first, 0x10000 - above, 0)
+    return (entries - (_growing(upper) & 0xFFFF0000)).astype(np.uint32)
 
 
 def _tokens(y: np.ndarray, bins: int, start: int) -> tuple[np.ndarray, int]:

@@ -11,23 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
 from etl.tokenizers import continuous, discrete, image
 from etl.tokenizers.text import TextTokenizer
-from schemas.layout import field_columns, layout_of, ordered_fields
+from schemas.layout import continuous_values, field_columns, layout_of, ordered_fields
 from schemas.task import ActionSpec, TaskSpec
 from schemas.vocabulary import IdRange, Vocabulary
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """`tokens` (T, n) uint16; `patches` (T, *layout.patch_shape) uint8 or None; `clipped`, values beyond the mu-law's
-    range; `cut`, texts longer than their length."""
+    """`tokens` (T, n) uint16; `patches` (T, *layout.patch_shape) uint8 or None; `values`, the `continuous_values` that
+    tokens were made of; `clipped`, those of them beyond the mu-law's range; `cut`, texts longer than their length."""
 
     tokens: np.ndarray
     patches: np.ndarray | None
+    values: np.ndarray | None
     clipped: int
     cut: int = 0
 
@@ -49,33 +51,50 @@ class TimestepTokenizer:
         if self.layout.text and text is None:
             raise ValueError(f"task '{task.name}' holds text: give its tokenizer the dataset's text.model")
 
+    def encode(self, observation: Mapping[str, np.ndarray], action: np.ndarray) -> tuple[Encoded, int]:
+        """Tokens of whole timesteps, (T, n + A), and the number of actions outside their bounds; of a caption, which
+        has no action, (T, n) and 0. ValueError as of `encode_observation` and `encode_action`."""
+        if self.task.action is None:
+            return self.encode_observation(observation), 0
+        tokens, outside = self.encode_action(action)
+        return self._encoded(observation, [tokens]), outside
+
     def encode_observation(self, observation: Mapping[str, np.ndarray]) -> Encoded:
         """Tokens of text and tensor fields in layout order, and the pictures' patches.
 
         observation: key -> (T, *shape) as in the log, strings (T,) for text. ValueError for a discrete value outside
         its space."""
+        return self._encoded(observation, [])
+
+    def _encoded(self, observation: Mapping[str, np.ndarray], after: list[np.ndarray]) -> Encoded:
+        """`after`: columns of tokens that follow the observation's."""
         columns: list[np.ndarray] = []
         pictures: list[np.ndarray] = []
-        clipped = cut = 0
-        for spec in self.fields:
-            values = np.asarray(observation[spec.key])
-            if spec.kind == "image":
-                pictures += image.encode(values, spec)
+        clipped = cut = at = 0
+        values = continuous_values(self.task, observation)
+        if values is not None:  # of all fields in one call
+            real, clipped = continuous.encode_observation(values, self.vocabulary)
+        for kind, group in groupby(self.fields, key=lambda spec: spec.kind):
+            if kind == "continuous":
+                columns.append(real[:, at : (at := at + sum(spec.size for spec in group))])
                 continue
-            flat = values.reshape(len(values), -1)
-            if spec.kind == "continuous":
-                tokens, beyond = continuous.encode_observation(flat, self.vocabulary)
-                clipped += beyond
-            elif spec.kind == "discrete":
-                tokens = discrete.encode(flat, self.vocabulary.observation_discrete, spec.start, spec.choices)
-            else:
-                assert self.text is not None
-                tokens, short = self.text.encode_lines(flat[:, 0], spec.shape[0], end=self.layout.captioned)
-                cut += short
-            columns.append(tokens)
+            for spec in group:
+                given = np.asarray(observation[spec.key])
+                if kind == "image":
+                    pictures += image.encode(given, spec)
+                    continue
+                flat = given.reshape(len(given), -1)
+                if kind == "discrete":
+                    tokens = discrete.encode(flat, self.vocabulary.observation_discrete, spec.start, spec.choices)
+                else:
+                    assert self.text is not None
+                    tokens, short = self.text.encode_lines(flat[:, 0], spec.shape[0], end=self.layout.captioned)
+                    cut += short
+                columns.append(tokens)
+        columns += after
         T = len(next(iter(observation.values())))
-        tokens = np.concatenate(columns, axis=1) if columns else np.empty((T, 0), np.uint16)
-        return Encoded(tokens, self.layout.join_patches(pictures) if pictures else None, clipped, cut)
+        joined = np.concatenate(columns, axis=1) if columns else np.empty((T, 0), np.uint16)
+        return Encoded(joined, self.layout.join_patches(pictures) if pictures else None, values, clipped, cut)
 
     def decode_observation(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
         """Stored tokens (T, n), as encode_observation gives them, to {key: (T, *shape)} of every field but images:
