@@ -24,7 +24,7 @@ import torch
 
 import simulators
 from eval import scores
-from eval.agents import agent_for, make_agent, prompted
+from eval.agents import agent_alone, agent_for, prompted
 from eval.baselines import decision_transformer, device, trajectory_transformer
 from eval.environments import Played, play
 from eval.exports import find_export, newest_export
@@ -32,7 +32,6 @@ from eval.jobs import Job, KnownTask, known_tasks, plan_jobs
 from eval.options import Options, check
 from eval.provenance import host
 from eval.rows import load_rows, save_rows
-from eval.ship import shipped_prompt
 from schemas.dataset import DatasetError
 from schemas.episode import TaskSpec
 from schemas.files import atomic_write, safe_name, sha256_of
@@ -239,9 +238,7 @@ class ComparisonRunner:
         model, info = self.gatos[job.seed]
         if job.task.dataset is not None:
             return agent_for(model, info, job.dataset, job.task.number, self.options.agent)
-        config = prompted(self.options.agent, info, job.spec)
-        prompt = shipped_prompt(self.exports[job.seed], info, job.spec.name, config)
-        return make_agent(model, info, job.spec, config, prompt)
+        return agent_alone(model, info, self.exports[job.seed], job.spec, self.options.agent)
 
     def _play(self, job: Job, progress: ProgressCallback) -> list[Played]:
         seeds = [self.options.first_seed + n for n in range(self.options.episodes)]

@@ -2,8 +2,9 @@
 
     export + datasets -> the rows of the embedding table that its tasks can show + a prompt for each task -> FOLDER
 
-Most of a small model is the table of text tokens, which a control task never uses. Without those rows the model is the
-same function on its tasks: they are zero when the export is loaded, and actions are chosen among their own ids.
+Most of a small model is the table of text tokens, of which a control task uses none, or those of its instructions.
+Without the other rows the model is the same function on its tasks: they are zero when the export is loaded, and actions
+are chosen among their own ids. A word that no text of the datasets holds is zero too: it was never trained.
 
 Invariant: FOLDER is an export as any other; its model.json is written last and vouches for both files by hash.
 """
@@ -16,14 +17,16 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
 import tyro
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
-from eval.agents.prompts import AgentConfig, Prompt, best_demonstration
+from eval.agents.prompts import best_demonstration
 from schemas.dataset import DatasetError
-from schemas.files import atomic_write, sha256_of
+from schemas.files import atomic_write
 from schemas.terminal import command
 from schemas.vocabulary import VocabularyMismatch
+from shards.folder import digest_of
 from shards.reader import Dataset, Store
 from shards.stream import find_datasets
 from trainer.checkpoint import CheckpointError
@@ -40,36 +43,50 @@ class Options:
     datasets: tuple[str, ...] = ()
     """Dataset folders or URLs that it was trained on, for prompts; all finished ones in --root where none is named."""
     root: str = "data/shards"
+    picture_prompts: bool = True
+    """Whether prompts of tasks with pictures are kept, which may be most of the bytes."""
 
 
-def prompts(info: ExportInfo, datasets: list[Dataset]) -> dict[str, np.ndarray]:
-    """Prompts of the agent: 'TASK/end/tokens' (T, stored) uint16, 'TASK/end/patches' uint8; the same
-    of 'start'. T: the timesteps of a whole window."""
-    names, found = {task.name for task in info.tasks}, {}
+def shown_in(info: ExportInfo, datasets: list[Dataset], pictures: bool) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Of the export's tasks, prompts and tokens of texts.
+
+    Prompts: 'TASK/end/tokens' (T, stored) uint16, 'TASK/end/patches' uint8; the same of 'start'. T: the timesteps of a
+    whole window. `pictures`: of tasks with pictures too. Tokens: ids, ascending, of all texts in the datasets.
+    DatasetError for a task that is in none of them."""
+    names, found, texts = {task.name for task in info.tasks}, {}, [np.empty(0, np.uint16)]
+    seen = set()
     for dataset in datasets:
         for number, task in enumerate(dataset.manifest.tasks):
-            if task.spec.name not in names or task.spec.action is None:
+            if task.spec.name not in names:
                 continue
-            window = info.sequence_length // dataset.layouts[number].length
+            seen.add(task.spec.name)
+            layout = dataset.layouts[number]
+            if layout.text:
+                rows = np.concatenate([dataset.rows(number, held_out) for held_out in (False, True)])
+                texts += [np.unique(dataset.tokens(int(row))[:, : layout.text]) for row in rows]
+            if layout.patches and not pictures:
+                continue
+            window = info.sequence_length // layout.length
             for kind, shown in (("end", slice(-window, None)), ("start", slice(window))):
                 prompt = best_demonstration(dataset, number, kind)  # type: ignore[arg-type]
                 found[f"{task.spec.name}/{kind}/tokens"] = prompt.tokens[shown].copy()
                 if prompt.patches is not None:
                     found[f"{task.spec.name}/{kind}/patches"] = prompt.patches[shown].copy()
-    if missing := sorted(names - {key.rsplit("/", 2)[0] for key in found}):
+    if missing := sorted(names - seen):
         raise DatasetError(f"task '{missing[0]}' of the export is in none of the datasets; name its folder")
-    return found
+    return found, np.unique(np.concatenate(texts))
 
 
-def shipped_prompt(folder: Path, info: ExportInfo, task: str, config: AgentConfig) -> Prompt | None:
-    """A task's prompt from the folder of the weights; None where none is wanted or none was shipped."""
-    if config.prompt == "none" or not info.prompts_sha256:
-        return None
-    path = folder / PROMPTS
-    if not path.is_file() or sha256_of(path) != info.prompts_sha256:
-        raise CheckpointError(f"{path}: missing or damaged (sha256 differs from model.json); ship the export again")
-    found, key = load_file(path), f"{task}/{config.prompt}"
-    return Prompt(found[f"{key}/tokens"], found.get(f"{key}/patches"))
+def kept_rows(info: ExportInfo, texts: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Rows [start, stop) of the embedding table: those of `texts`, and all but the text's; () for all of them."""
+    text, size = info.vocabulary.text, info.vocabulary.padded_size
+    if info.vocabulary.observation_discrete.start < text.stop:
+        return ()  # ids are shared
+    wanted = np.ones(size, bool)
+    wanted[text.start : text.stop] = False
+    wanted[texts] = True
+    edges = np.flatnonzero(np.diff(wanted, prepend=False, append=False)).tolist()
+    return tuple(zip(edges[::2], edges[1::2]))
 
 
 def ship(options: Options) -> int:
@@ -77,18 +94,23 @@ def ship(options: Options) -> int:
     if options.output.resolve() == options.source.resolve():
         raise DatasetError(f"{options.output}: is the export itself, which is kept; give another folder")
     model, info = load_export(options.source)
-    if any(field.kind == "text" for task in info.tasks for field in task.observation):
-        raise DatasetError(f"{options.source}: its tasks have text, whose tokenizer is not part of an export")
+    if silent := [task.name for task in info.tasks if task.action is None]:
+        raise DatasetError(f"{options.source}: task '{silent[0]}' has no actions and needs the whole table; use the "
+                           "export itself")  # fmt: skip
     store = Store()
     folders = list(options.datasets) or find_datasets(options.root)
-    body = save(prompts(info, [Dataset(folder, store=store) for folder in folders]))
+    datasets = [Dataset(folder, store=store) for folder in folders]
+    found, texts = shown_in(info, datasets, options.picture_prompts)
+    body = save(found)
     with atomic_write(options.output / PROMPTS) as file:
         file.write(body)
-    first = info.vocabulary.text.stop if info.vocabulary.observation_discrete.start >= info.vocabulary.text.stop else 0
+    text = next(filter(None, (dataset.text_model() for dataset in datasets)), None) if len(texts) else None
+    kept = kept_rows(info, texts)
     weights = dict(model.state_dict())
-    weights["tokens.weight"] = weights["tokens.weight"][first:].contiguous()
-    info = replace(info, first_id=first, prompts_sha256=sha256_of(options.output / PROMPTS))
-    save_export(options.output, weights, info)
+    if kept:
+        weights["tokens.weight"] = torch.cat([weights["tokens.weight"][start:stop] for start, stop in kept])
+    info = replace(info, kept=kept, prompts_sha256=digest_of(body), text_sha256="")
+    save_export(options.output, weights, info, text)
     return sum(path.stat().st_size for path in options.output.iterdir() if path.is_file())
 
 

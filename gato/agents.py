@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.agents import AgentConfig, GatoAgent, agent_for, make_agent, prompted
+from eval.agents import AgentConfig, GatoAgent, agent_alone, agent_for
 from eval.baselines import device as default_device
 from eval.exports import find_export
-from eval.ship import shipped_prompt
 from gato.observations import Observations
 from schemas.ranges import typed
 from schemas.task import TaskSpec
@@ -87,7 +86,8 @@ class Model:
         Args:
             task: a task's name, or the environment's id; not needed where the model has a single task.
             dataset: folder or URL of the task's dataset, from which prompts and the text tokenizer are taken. Only
-                needed for tasks with text, and for prompts that were not shipped with the weights.
+                needed for prompts that were not shipped, and for the tokenizer where the weights are from before
+                2026-11-29.
             options: of eval.agents.AgentConfig: decoding="sample", temperature=0.5, prompt="end", window="exact", ...
 
         Raises:
@@ -106,16 +106,7 @@ class Model:
                 known = ", ".join(one.spec.name for one in data.manifest.tasks)
                 raise ValueError(f"{dataset}: holds no task '{spec.name}', but {known}; give the dataset of the task")
             return Agent(agent_for(self.network, self.info, data, numbers[0], config), spec, seed)
-        if any(field.kind == "text" for field in spec.observation):
-            raise ValueError(f"task '{spec.name}' reads text, whose tokenizer is in its dataset; give dataset=FOLDER")
-        config = prompted(config, self.info, spec)
-        prompt = shipped_prompt(self.folder, self.info, spec.name, config)
-        if prompt is None and config.prompt != "none":
-            raise ValueError(
-                f"task '{spec.name}' needs a prompt, and none was shipped with these weights; give dataset=FOLDER, or "
-                "prompt='none' to play without"
-            )
-        return Agent(make_agent(self.network, self.info, spec, config, prompt), spec, seed)
+        return Agent(agent_alone(self.network, self.info, self.folder, spec, config), spec, seed)
 
     def _task(self, wanted: str | None) -> TaskSpec:
         tasks = [task for task in self.info.tasks if task.action is not None]

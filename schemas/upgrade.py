@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+IDS = 2**16  # more than a vocabulary has
 OLDEST_SCHEMA = 3  # that datasets are read from
 MOST_VALUES = 2**16  # of an action; more are damage
 
@@ -35,10 +36,19 @@ def manifest(raw: dict[str, Any], version: int) -> dict[str, Any]:
 
 
 def tasks(raw: Any) -> Any:
-    """JSON with a list of tasks in 'tasks', such as an export's model.json."""
+    """JSON with a list of tasks in 'tasks'."""
     if not isinstance(raw, dict) or not isinstance(raw.get("tasks"), list):
         return raw
     return raw | {"tasks": [task(one) for one in raw["tasks"]]}
+
+
+def export(raw: Any) -> Any:
+    """An export's model.json: its tasks, and the rows of its embedding table, which were all from `first_id` on."""
+    raw = tasks(raw)
+    if not isinstance(raw, dict) or not isinstance(first := raw.get("first_id"), int):
+        return raw
+    others = {name: value for name, value in raw.items() if name != "first_id"}
+    return others | {"kept": [[first, IDS]] if first else []}
 
 
 def task(raw: Any) -> Any:

@@ -194,6 +194,11 @@ class Dataset:
             with suppress(BadFile):  # whoever needs it will report it
                 self.store.cache.fetch(self.place, self.shard(number))
 
+    def text_model(self) -> bytes | None:
+        """The model of its text tokenizer; None where it holds no text."""
+        text = self.manifest.text_model
+        return self.local(text.file).read_bytes() if text else None
+
     def local(self, file: Shard | FileDigest) -> Path:
         """The path of a file on this machine; a remote one is fetched into the cache. BadFile, or DatasetError where
         the cache stays full."""

@@ -338,7 +338,8 @@ class Run:
             ),
         )
         try:
-            save_export(config.run.output / name, weights, info)
+            text = next(filter(None, (dataset.text_model() for dataset in stream.datasets)), None)
+            save_export(config.run.output / name, weights, info, text)
         except OSError as error:
             if name == "export":
                 raise

@@ -7,9 +7,19 @@ Invariant: what an agent sees of an episode is what training saw of a logged one
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from etl.tokenizers.text import TextTokenizer
 from eval.agents.base import GatoAgent
-from eval.agents.prompts import AgentConfig, Prompt, demonstration, prompted, text_tokenizer
+from eval.agents.prompts import (
+    AgentConfig,
+    Prompt,
+    demonstration,
+    prompted,
+    shipped_prompt,
+    shipped_text,
+    text_tokenizer,
+)
 from eval.agents.timesteps import TimestepAgent
 from eval.agents.tokens import TokenAgent
 from schemas.episode import TaskSpec
@@ -23,6 +33,7 @@ __all__ = [
     "Prompt",
     "TimestepAgent",
     "TokenAgent",
+    "agent_alone",
     "agent_for",
     "demonstration",
     "make_agent",
@@ -49,3 +60,11 @@ def agent_for(model: Gato, info: ExportInfo, dataset: Dataset, task: int, config
     spec = dataset.manifest.tasks[task].spec
     config = prompted(config, info, spec)
     return make_agent(model, info, spec, config, demonstration(dataset, task, config), text_tokenizer(dataset))
+
+
+def agent_alone(model: Gato, info: ExportInfo, folder: Path, spec: TaskSpec, config: AgentConfig) -> GatoAgent:
+    """The agent of a task without its dataset: the prompt and the text tokenizer are those in the folder of the
+    weights. ValueError where one is needed that is not there, CheckpointError where it is damaged."""
+    config = prompted(config, info, spec)
+    text = shipped_text(folder, info, spec)
+    return make_agent(model, info, spec, config, shipped_prompt(folder, info, spec.name, config), text)

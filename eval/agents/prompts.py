@@ -8,16 +8,21 @@ Invariant: a prompt is of the training episode with the highest return, never of
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from safetensors.numpy import load_file
 
 from etl.tokenizers.text import TextTokenizer
+from schemas.dataset import TEXT_MODEL_NAME
 from schemas.episode import TaskSpec
 from schemas.ranges import require
 from schemas.task import STRICT
 from shards.reader import Dataset
-from trainer.model.export import ExportInfo
+from trainer.model.export import PROMPTS, ExportInfo, intact
+
+GIVE = "give the task's dataset (--datasets FOLDER; in Python dataset=FOLDER)"
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,8 @@ class Prompt:
 
 def text_tokenizer(dataset: Dataset) -> TextTokenizer | None:
     """The tokenizer of the dataset's own text model; None where it holds no text."""
-    if dataset.manifest.text_model is None:
-        return None
-    return TextTokenizer(dataset.local(dataset.manifest.text_model.file), dataset.manifest.vocabulary)
+    model = dataset.text_model()
+    return None if model is None else TextTokenizer(model, dataset.manifest.vocabulary)
 
 
 def prompted(config: AgentConfig, info: ExportInfo, task: TaskSpec) -> AgentConfig:
@@ -78,6 +82,29 @@ def prompted(config: AgentConfig, info: ExportInfo, task: TaskSpec) -> AgentConf
         return config
     shared = any(other.name != task.name and other.environment == task.environment for other in info.tasks)
     return replace(config, prompt="end" if shared and not info.model.returns else "none")
+
+
+def shipped_prompt(folder: Path, info: ExportInfo, task: str, config: AgentConfig) -> Prompt | None:
+    """A task's prompt from the folder of the weights; None where none is wanted. ValueError where none was shipped."""
+    if config.prompt == "none":
+        return None
+    found = load_file(intact(folder / PROMPTS, info.prompts_sha256)) if info.prompts_sha256 else {}
+    key = f"{task}/{config.prompt}"
+    if f"{key}/tokens" not in found:
+        raise ValueError(f"{folder}: task '{task}' needs a prompt, and none was shipped with these weights; {GIVE}, or "
+                         "play without (prompt 'none')")  # fmt: skip
+    return Prompt(found[f"{key}/tokens"], found.get(f"{key}/patches"))
+
+
+def shipped_text(folder: Path, info: ExportInfo, task: TaskSpec) -> TextTokenizer | None:
+    """The text tokenizer from the folder of the weights; None for a task without text. ValueError where none is
+    there."""
+    if all(field.kind != "text" for field in task.observation):
+        return None
+    if not info.text_sha256:
+        raise ValueError(f"{folder}: task '{task.name}' reads text, and the tokenizer is not with these weights, which "
+                         f"are from before 2026-11-29; {GIVE}")  # fmt: skip
+    return TextTokenizer(intact(folder / TEXT_MODEL_NAME, info.text_sha256), info.vocabulary)
 
 
 def best_demonstration(dataset: Dataset, task: int, prompt: Literal["auto", "end", "start"]) -> Prompt:

@@ -256,7 +256,7 @@ def test_names_that_are_not_there_are_refused_with_those_that_are(model, tmp_pat
     with pytest.raises(ValueError, match="needs a prompt"):
         two.agent("nested")
     text = untrained(replace(NESTED, observation=(FieldSpec("mission", "text", (8,)),)))
-    with pytest.raises(ValueError, match="give dataset=FOLDER"):
+    with pytest.raises(ValueError, match="reads text, and the tokenizer is not with these weights.* dataset=FOLDER"):
         text.agent()
 
 

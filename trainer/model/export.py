@@ -1,7 +1,8 @@
 """Exports: a trained model by itself, which everything else loads.
 
     RUN/export/weights.safetensors   weights alone
-    RUN/export/model.json            shape, vocabulary, tasks, hash of the weights; renamed into place last
+    RUN/export/text.model            the tokenizer of its texts, where a task has some
+    RUN/export/model.json            shape, vocabulary, tasks, hashes of the others; renamed into place last
 
 Invariant: nothing is loaded before its hash matches, and nothing is unpickled.
 """
@@ -19,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save
 
 from schemas import upgrade
-from schemas.dataset import ObservationScale, ReturnScale
+from schemas.dataset import TEXT_MODEL_NAME, ObservationScale, ReturnScale
 from schemas.episode import STRICT, TaskSpec
 from schemas.files import atomic_write, parse_json, sha256_of
 from schemas.layout import layout_of
@@ -65,10 +66,12 @@ class ExportInfo:
     tasks: tuple[TaskSpec, ...]
     datasets: dict[str, str]
     training: TrainingInfo
-    first_id: int = 0
-    """Rows of the embedding table before this one are left out, see eval/ship.py."""
+    kept: tuple[tuple[int, int], ...] = ()
+    """Rows [start, stop) of the embedding table that the weights hold, ascending; all where it is empty, see
+    eval/ship.py."""
     weights_sha256: str = ""
     prompts_sha256: str = ""
+    text_sha256: str = ""
     observations: dict[str, ObservationScale] = field(default_factory=dict)
     """What a model that reads timesteps standardises by, by task."""
     returns: dict[str, ReturnScale] = field(default_factory=dict)
@@ -98,8 +101,8 @@ class ExportInfo:
 _EXPORT: TypeAdapter[ExportInfo] = TypeAdapter(ExportInfo)
 
 
-def save_export(folder: Path, weights: dict[str, torch.Tensor], info: ExportInfo) -> None:
-    """Write weights (float32, contiguous), then `model.json` with their hash.
+def save_export(folder: Path, weights: dict[str, torch.Tensor], info: ExportInfo, text: bytes | None = None) -> None:
+    """Write weights (float32, contiguous) and the model of the text tokenizer, then `model.json` with their hashes.
 
     Raises:
         ValueError: a weight is not finite.
@@ -109,13 +112,17 @@ def save_export(folder: Path, weights: dict[str, torch.Tensor], info: ExportInfo
     with atomic_write(folder / TENSORS) as file:
         file.write(save({name: tensor.detach().cpu().float().contiguous() for name, tensor in weights.items()}))
     body = _EXPORT.dump_python(info, mode="json") | {"weights_sha256": sha256_of(folder / TENSORS)}
+    if text is not None:
+        with atomic_write(folder / TEXT_MODEL_NAME) as file:
+            file.write(text)
+        body["text_sha256"] = digest_of(text)
     with atomic_write(folder / MODEL) as file:
         file.write((json.dumps(body, indent=1) + "\n").encode())
 
 
 def parse_export(data: bytes) -> ExportInfo:
     """The content of a model.json, of an older schema too. ValueError where it is none."""
-    return _EXPORT.validate_python(upgrade.tasks(parse_json(data)))
+    return _EXPORT.validate_python(upgrade.export(parse_json(data)))
 
 
 def held_out_loss_of(folder: Path) -> float:
@@ -152,14 +159,29 @@ def load_export(folder: Path, vocabulary: Vocabulary | None = None) -> tuple[Gat
     if info.version < 3 and info.model.sequence == "timesteps":
         raise CheckpointError(f"{path}: its observations are scaled by place, not by task as now; train again")
     (vocabulary or info.vocabulary).require(info.vocabulary_fingerprint, str(path))
-    weights = path.with_name(TENSORS)
-    if not weights.is_file() or sha256_of(weights) != info.weights_sha256:
-        raise CheckpointError(f"{weights}: missing or damaged (sha256 differs from {path.name}); export again")
+    weights = intact(path.with_name(TENSORS), info.weights_sha256)
     model = Gato(info.model, info.vocabulary)
     found = load_file(weights)
-    found["tokens.weight"] = torch.nn.functional.pad(found["tokens.weight"], (0, 0, info.first_id, 0))
+    found["tokens.weight"] = _whole(found["tokens.weight"], info)
     model.load_state_dict(found)
     return model.eval(), info
+
+
+def intact(path: Path, sha256: str) -> Path:
+    """A file of an export. CheckpointError unless it is there and has that hash."""
+    if not path.is_file() or sha256_of(path) != sha256:
+        raise CheckpointError(f"{path}: missing or damaged (sha256 differs from {MODEL}); export or ship it again")
+    return path
+
+
+def _whole(kept: torch.Tensor, info: ExportInfo) -> torch.Tensor:
+    """The embedding table (ids, width) of the rows that were kept; the others are zero."""
+    if not info.kept:
+        return kept
+    table, at = kept.new_zeros(info.vocabulary.padded_size, kept.shape[1]), 0
+    for start, stop in info.kept:
+        table[start:stop] = kept[at : (at := at + stop - start)]
+    return table
 
 
 def download_export(url: str, cache: Cache) -> Path:
@@ -173,6 +195,7 @@ def download_export(url: str, cache: Cache) -> Path:
     try:
         parsed = parse_json(body)
         wanted = {TENSORS: parsed["weights_sha256"], PROMPTS: parsed.get("prompts_sha256", "")}
+        wanted[TEXT_MODEL_NAME] = parsed.get("text_sha256", "")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{url}/{MODEL}: not an export ({error}); give the URL of an export folder") from None
     folder = cache.folder.parent / "models" / digest_of(body)
