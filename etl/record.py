@@ -139,7 +139,7 @@ def record(options: Options, console: Console, parent: Path | None = None) -> Re
         policy = policies.load(options.policy, env, options.noise, options.temperature)
         if simulators.action_spec(env).kind == "discrete":
             require("noise", options.noise, 0, 1)  # a probability
-        writer = _writer(env)
+        writer = writer_of(env)
     finally:
         env.close()
     suite = simulators.suite_named(spec.suite)
@@ -193,7 +193,7 @@ def _write(options: Options, env: Any, policy: Any, log: sources.LogWriter, cons
     return Recorded(path, done, returns, cut=not ended)
 
 
-def _writer(env: Any) -> type[sources.LogWriter]:
+def writer_of(env: Any) -> type[sources.LogWriter]:
     """The log format for what an environment gives and takes."""
     spec: EnvironmentSpec = env.get_wrapper_attr("environment")
     fields, action = simulators.observation_fields(env), simulators.action_spec(env)

@@ -34,7 +34,7 @@ from typing import Any, NoReturn
 
 # Popped from sys.modules in a fork that runs them as __main__.
 COMMANDS = (
-    "etl.build", "etl.inspect", "etl.record", "eval.compare", "eval.curve", "eval.ship", "shards.verify",
+    "etl.build", "etl.inspect", "etl.record", "etl.replay", "eval.compare", "eval.curve", "eval.ship", "shards.verify",
     "deepspeed.launcher.runner", "deepspeed.launcher.launch",
 )  # fmt: skip
 LIBRARIES = (

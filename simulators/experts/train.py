@@ -12,10 +12,12 @@ Invariant: the exported perceptron, not the training policy, is what was scored.
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 import tyro
@@ -30,6 +32,7 @@ from simulators.policy import OnePlayer
 from simulators.rollout import rollout
 
 CLIP = 10.0
+Wrap = Callable[[gymnasium.Env], gymnasium.Env]
 
 
 @dataclass
@@ -47,6 +50,8 @@ class TrainOptions:
     seed: int = 0
     evaluate_every: int = 50_000
     """timesteps between scored checkpoints"""
+    until: float | None = None
+    """end where a checkpoint's mean return reaches this"""
     width: int = 64
     """units in each of the two hidden layers"""
     activation: str = "tanh"
@@ -68,8 +73,14 @@ class TrainOptions:
     """initial log standard deviation of the exploration noise"""
 
 
-def train(options: TrainOptions, console: Console) -> dict[str, str]:
-    """Train, keep the best checkpoint at `options.output`, return its header."""
+def train(
+    options: TrainOptions,
+    console: Console,
+    watch: Wrap = lambda env: env,
+    inner: Wrap | None = None,
+) -> dict[str, str]:
+    """Train, keep the best checkpoint at `options.output`, return its header. `watch` wraps each simulator that is
+    learned in; `inner` as of `simulators.make`."""
     try:
         from stable_baselines3 import PPO
         from stable_baselines3.common.callbacks import BaseCallback
@@ -80,7 +91,12 @@ def train(options: TrainOptions, console: Console) -> dict[str, str]:
     torch.set_num_threads(1)
     plugins.load(options.imports)
     spec = simulators.environment_spec(options.environment)
-    body = DummyVecEnv([lambda: Monitor(FlattenObservation(simulators.make(spec)))] * options.copies)
+    env = simulators.make(spec)
+    require_continuous(env)
+    env.close()
+    body = DummyVecEnv(
+        [lambda: Monitor(FlattenObservation(watch(simulators.make(spec, inner=inner))))] * options.copies
+    )
     world = VecNormalize(body, gamma=options.discount, clip_obs=CLIP, epsilon=VARIANCE_EPSILON)
     agent = PPO(
         "MlpPolicy",
@@ -106,8 +122,10 @@ def train(options: TrainOptions, console: Console) -> dict[str, str]:
     class Checkpoint(BaseCallback):
         """Scores the policy as it would be exported; keeps it where it beats all before it."""
 
+        ended = False
+
         def _on_step(self) -> bool:
-            return True
+            return not self.ended
 
         def _on_rollout_end(self) -> None:
             nonlocal best, header
@@ -119,6 +137,7 @@ def train(options: TrainOptions, console: Console) -> dict[str, str]:
             # the lower half decides: an expert that sometimes falls is worth less than its mean says
             score = float(np.mean(np.sort(returns)[: len(returns) // 2]) + np.mean(returns))
             console.print(f"{self.num_timesteps:>9,} steps: return {np.mean(returns):.0f} ± {np.std(returns):.0f}")
+            self.ended = options.until is not None and float(np.mean(returns)) >= options.until
             if score > best:
                 best = score
                 header = _header(options, self.num_timesteps)
@@ -135,6 +154,13 @@ def train(options: TrainOptions, console: Console) -> dict[str, str]:
     tensors |= {"observation.mean": best_policy.mean, "observation.variance": best_policy.std**2 - VARIANCE_EPSILON}
     save_safetensors(options.output, tensors, header)
     return header
+
+
+def require_continuous(env: gymnasium.Env) -> None:
+    """PolicyError unless its actions are continuous, as a perceptron's are."""
+    if simulators.action_spec(env).kind != "continuous":
+        name = env.get_wrapper_attr("environment").id
+        raise PolicyError(f"{name}: its actions are discrete; experts are trained for continuous ones alone")
 
 
 def export(agent: Any, world: Any) -> dict[str, np.ndarray]:
