@@ -122,9 +122,10 @@ class OnePlayer:
         assert batch == 1, "a player plays one environment"
         self.player.reset()
 
-    def act(self, observations: Observations, previous_reward: np.ndarray, active: np.ndarray, rng: Any) -> np.ndarray:
+    def act(self, observations: Observations, previous_reward: np.ndarray, active: np.ndarray, rng: Rng) -> np.ndarray:
         one = {key: np.array(value[0]) for key, value in observations.items()}
-        return np.asarray(self.player.act(one, rng))[None]
+        own = rng.generators[0] if isinstance(rng, EpisodeRng) else rng  # which draws numbers of any kind
+        return np.asarray(self.player.act(one, own))[None]
 
 
 class NoisyPolicy:

@@ -21,7 +21,16 @@ import torch
 
 from tests import warm
 
-INSIDE = ("etl.build", "etl.inspect", "etl.record", "etl.replay", "eval.compare", "eval.curve", "eval.ship", "shards.verify")
+INSIDE = (
+    "etl.build",
+    "etl.inspect",
+    "etl.record",
+    "etl.replay",
+    "eval.compare",
+    "eval.curve",
+    "eval.ship",
+    "shards.verify",
+)
 TIMEOUT_SECONDS = 500
 
 

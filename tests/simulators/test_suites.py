@@ -13,6 +13,7 @@ import pytest
 import simulators
 from simulators import scores
 from simulators.experts import policies
+from simulators.policy import EpisodeRng, OnePlayer
 from simulators.registry import all_suites
 
 
@@ -105,6 +106,23 @@ assert simulators.frame(env).shape == (400, 600, 3)
 
 
 @pytest.mark.process
+def test_a_player_draws_numbers_of_any_kind_wherever_it_plays():
+    class Shuffling:
+        algorithm = "shuffling"
+
+        def reset(self) -> None:
+            pass
+
+        def act(self, observation, rng):
+            return np.array([rng.choice(3, p=[0.5, 0.25, 0.25]), rng.integers(7), rng.normal()])
+
+    batch = {"observation": np.zeros((1, 2))}, np.zeros(1), np.ones(1, bool)
+    drawn = [
+        OnePlayer(Shuffling()).act(*batch, rng) for rng in (EpisodeRng.seeded(0, [4]), np.random.default_rng((0, 4)))
+    ]
+    np.testing.assert_array_equal(*drawn)
+
+
 def test_pictures_without_a_screen_are_drawn_without_a_complaint():
     names = ("DISPLAY", "WAYLAND_DISPLAY", "XDG_RUNTIME_DIR", "SDL_VIDEODRIVER")
     bare = {name: value for name, value in os.environ.items() if name not in names}
