@@ -19,7 +19,7 @@ from schemas.ranges import require
 from simulators import plugins
 
 Model = Literal["random", "behaviour", "dt", "tt", "gato"]
-Budget = Literal["quick", "cpu", "paper"]
+Budget = Literal["quick", "cpu", "long", "paper"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Options:
     baselines: Path = Path("runs/baselines")
     """Where trained baselines are kept."""
     budget: Budget = "quick"
-    """Size and training steps of the baselines: a minute of one core, some minutes, or those of their papers."""
+    """Size and training steps of the baselines: a minute of one core, some minutes, half an hour, or those of their
+    papers."""
     episodes: int = 10
     """Episodes of each model, environment and model seed."""
     seeds: int = 1

@@ -89,6 +89,12 @@ class Config(Training):
             return replace(config, steps=10_000, decay=10_000, warmup=200)
         return replace(config, steps=1_000, decay=1_000)
 
+    @classmethod
+    def long(cls, task: TaskSpec) -> Config:
+        """The same for eight times as many steps."""
+        config = cls.cpu(task)
+        return replace(config, steps=8 * config.steps, decay=8 * config.steps)
+
 
 def image_shape(task: TaskSpec) -> tuple[int, int, int] | None:
     """Height, width and channels of the task's pictures as one, if it is an image task. ValueError where they differ

@@ -236,7 +236,7 @@ def test_a_task_that_gato_does_not_know_is_marked_in_the_table(tmp_path):
     [
         ({"models": ["random", "nope"]}, "--models 'nope': Input should be 'random', 'behaviour', 'dt'"),
         ({"models": "nope"}, "--models 'nope': Input should be"),
-        ({"budget": "large"}, "--budget 'large': Input should be 'quick', 'cpu' or 'paper'"),
+        ({"budget": "large"}, "--budget 'large': Input should be 'quick', 'cpu', 'long' or 'paper'"),
         ({"episodes": 2.5}, "--episodes 2.5: Input should be a valid integer"),
         ({"agent": {"decoding": "gready"}}, "--agent.decoding 'gready': Input should be"),
         ({"agent": {"temprature": 0.5}}, "--agent.temprature 0.5: Unexpected"),

@@ -84,6 +84,11 @@ class Config(Training):
         """The quick model and its short search, trained for three (Hopper) to four minutes on one CPU core."""
         return replace(cls.quick(task), steps=3_500, decay=3_500, warmup=200)
 
+    @classmethod
+    def long(cls, task: TaskSpec) -> Config:
+        """The same for eight times as many steps."""
+        return replace(cls.cpu(task), steps=28_000, decay=28_000)
+
 
 class Discretiser:
     """Bins of each dimension: `edges` (S, N + 1) float64; quantiles of the data, or uniform between its extremes."""
