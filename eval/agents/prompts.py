@@ -1,6 +1,7 @@
 """How an agent plays: the settings of its decoding, and the demonstration that it is prompted with (paper §2.4).
 
     AgentConfig -> prompted, for a task -> demonstration -> Prompt: timesteps that the window begins with
+    without the task's data: shipped_prompt and shipped_text, from the folder of the weights
 
 Invariant: a prompt is of the training episode with the highest return, never of one that is held out.
 """
