@@ -15,8 +15,8 @@ from trainer.config import DataConfig, OptimiserConfig, RunConfig, TrainConfig
 from trainer.loss import LossConfig
 from trainer.model.presets import PRESETS
 
-# tiny: one set of weights for many tasks on one core. An element of the sequence is a timestep, actions are decoded
-# from a plain output, observations scaled per body, the episode's return shown and asked for, so there are no prompts;
+# tiny: one set of weights for many tasks on one core. An element of the sequence is a timestep, a regression head gives
+# the actions, observations are scaled per body, the episode's return is a condition, so there are no prompts;
 # two blocks, windows of eleven timesteps of a body, Muon, bins that move smoothly (docs/ablations.md)
 # command   deepspeed --num_gpus 1 trainer/main.py --recipe tiny
 # hardware  1 CPU core, no GPU
