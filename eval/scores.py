@@ -211,7 +211,7 @@ def _column(rows: list[EpisodeResult], name: str) -> np.ndarray:
 
 
 def _units(rows: list[EpisodeResult], name: str) -> tuple[str, np.ndarray]:
-    """What is resampled, and its values: ('seeds', one mean per seed) or ('episodes', one value per row)."""
+    """The unit of resampling, and its values: ('seeds', one mean per seed) or ('episodes', one value per row)."""
     values, seeds = _column(rows, name), np.array([row.model_seed for row in rows])
     distinct = np.unique(seeds)
     if len(distinct) < 2:

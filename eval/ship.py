@@ -44,7 +44,7 @@ class Options:
     """Dataset folders or URLs that it was trained on, for prompts; all finished ones in --root where none is named."""
     root: str = "data/shards"
     picture_prompts: bool = True
-    """Whether prompts of tasks with pictures are kept, which may be most of the bytes."""
+    """Keep prompts of tasks with pictures, which may be most of the bytes."""
 
 
 def shown_in(info: ExportInfo, datasets: list[Dataset], pictures: bool) -> tuple[dict[str, np.ndarray], np.ndarray]:

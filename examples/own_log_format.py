@@ -31,7 +31,7 @@ UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.
 
 @dataclass(frozen=True)
 class Options(LogOptions):
-    """What the command line says about these logs; --environment and --max-episode-steps are LogOptions'."""
+    """Options for reading these logs; --environment and --max-episode-steps are LogOptions'."""
 
     action_limit: float = 1.0
     """Actions lie in [-LIMIT, LIMIT], which the files do not say."""

@@ -43,7 +43,7 @@ class PictureLayout:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the array is the picture already: bytes (H, W, C)."""
+        """True if the array is the picture already: bytes (H, W, C)."""
         return self.stored == self.shape and not self.channels_first and not self.unit
 
     def pixels(self, values: np.ndarray) -> np.ndarray:

@@ -20,8 +20,8 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Nothing has to be saved before StopRequest listens. Python sometimes loses an exception that a signal raises during
-    # an import: in a callback, or in a bare `except` of a library.
+    # Nothing has to be saved before StopRequest listens. Python sometimes loses an exception that a signal raises in an
+    # import: in a callback, or in a bare `except` of a library.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Threads that spin while they wait take most of a core from other processes. Read when torch loads OpenMP.

@@ -57,7 +57,7 @@ def smooth_functions(bins: int) -> Tensor:
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """What Muon is for: the matrices of the blocks, the gates and, but for the first, the patch embedder, a
+    """Parameters for Muon: the matrices of the blocks, the gates and, but for the first, the patch embedder, a
     convolution's kernel as (out, rest). Under AdamW the embedder's wide last one outgrows what differs between patches.
     """
     inner = ("blocks.", "gates.1", "patches.conv", "patches.skip", "patches.out")

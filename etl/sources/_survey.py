@@ -1,4 +1,4 @@
-"""What a task's episodes have in common, found by looking at each once: fields, actions, bounds, time limit.
+"""Common properties of a task's episodes, found by looking at each once: fields, actions, bounds, time limit.
 
 files of a task -> Survey.add: refs and rejections, ranges of actions and integers -> Survey.finish: TaskScan
 

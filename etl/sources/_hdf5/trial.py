@@ -31,7 +31,7 @@ NUMBERS = (h5t.INTEGER, h5t.FLOAT, h5t.ENUM)
 
 
 def tried(paths: Iterable[Path]) -> dict[Path, EpisodeError]:
-    """What is wrong with the files that cannot be opened, or that killed the process that opened them."""
+    """Faults of the files that cannot be opened, or that killed the process that opened them."""
     found: dict[Path, EpisodeError] = {}
     waiting = []
     for path in dict.fromkeys(paths):
@@ -72,7 +72,7 @@ def opened(path: Path) -> h5py.File:
 
 
 def _refused(path: Path) -> EpisodeError | None:
-    """What is wrong before any parsing."""
+    """Fault that shows before any parsing."""
     try:
         if not path.is_file():
             return EpisodeError("missing file", f"{path.name} is no file; {AGAIN}")

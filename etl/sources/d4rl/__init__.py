@@ -60,7 +60,7 @@ FLATTENED = 1024  # numbers in a row from which it is rather a picture
 
 @dataclass(frozen=True)
 class Options(ActionOptions):
-    """What the command line says about D4RL logs."""
+    """Options for reading D4RL logs."""
 
     picture_shape: tuple[int, ...] = ()
     """Height, width and channels of the pictures that the rows of `observations` are, flattened."""
@@ -224,7 +224,7 @@ def _fields(log: Log, shape: tuple[int, ...]) -> tuple[tuple[FieldSpec, ...], tu
 
 
 def _environment(own: str | None, known: EnvironmentSpec | None, options: Options) -> EnvironmentSpec | None:
-    """What the command line says, else what the file says, else what the catalogue knows."""
+    """The command line's, else the file's, else the catalogue's."""
     if options.environment or own:
         return environment_of_id(options.environment or own or "")
     return known

@@ -34,7 +34,7 @@ NUMBER = re.compile(r"u?int\d+|float\d+")
 
 @dataclass(frozen=True)
 class Options(ArrayOptions):
-    """What the command line says about LeRobot datasets. Observation keys are features (observation.state); by default
+    """Options for reading LeRobot datasets. Observation keys are features (observation.state); by default
     all that are called observation.*, and all cameras."""
 
     task_per_instruction: bool = False

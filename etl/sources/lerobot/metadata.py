@@ -1,4 +1,4 @@
-"""What a LeRobotDataset's folder `meta` says, v2.0 to v3.0, in one form.
+"""A LeRobotDataset's folder `meta`, v2.0 to v3.0, in one form.
 
 info.json (+ tasks, episodes, stats as .jsonl or Parquet) -> Dataset: features, instructions, where each video lies
 
@@ -68,7 +68,7 @@ class Feature:
 
 @dataclass(frozen=True)
 class Clip:
-    """Where an episode lies in a video: its frame at `timestamp` is shown at `start` + timestamp seconds."""
+    """Place of an episode in a video: its frame at `timestamp` is shown at `start` + timestamp seconds."""
 
     path: Path
     start: float

@@ -88,7 +88,7 @@ class Episode:
 
     @cached_property
     def attrs(self) -> dict[str, Any]:
-        """What Minari wrote beside the file."""
+        """Attributes that Minari wrote beside the file."""
         about = json_of(self.path.with_name(METADATA))
         return about if isinstance(about, dict) else {}
 

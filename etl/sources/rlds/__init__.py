@@ -38,7 +38,7 @@ _FILE = re.compile(r"(?P<name>.+)-(?P<split>[^-.]+)\.tfrecord-(?P<index>\d{5})-o
 
 @dataclass(frozen=True)
 class Options(ArrayOptions):
-    """What the command line says about RLDS datasets."""
+    """Options for reading RLDS datasets."""
 
 
 class RLDS(ArraySource):
