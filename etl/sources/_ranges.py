@@ -99,7 +99,7 @@ def action_spec(
 ) -> tuple[ActionSpec, tuple[str, ...]]:
     """The space of real-valued actions of `size` values, and warnings. `declared`: what the log or its environment
     says, None where neither does; `pieces`: all actions, read only where they have to say it. EpisodeError where
-    options do not fit, or nothing tells a range."""
+    options do not fit, or nothing gives a range."""
     if bounds := given_bounds(options, size):
         return ActionSpec.continuous(*bounds, size), ()
     if declared is not None and options.action_bounds == "declared":

@@ -184,7 +184,7 @@ class Survey:
         if picture is not None:
             return rules.field(key, spaces.Box(0, 255, picture.shape, np.uint8))
         if math.prod(shape) > TIMESTEP_VALUES:
-            raise EpisodeError("wrong shape", f"'{key}' has {math.prod(shape)} values a timestep and is no picture; "
+            raise EpisodeError("wrong shape", f"'{key}' has {math.prod(shape)} values per timestep and is no picture; "
                                "leave it out by --observation-keys")  # fmt: skip
         if dtype.kind == "b":
             return FieldSpec(key, "discrete", shape, (2,))

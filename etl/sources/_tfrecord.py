@@ -150,15 +150,6 @@ def _stamp(path: Path) -> tuple[int, int, int, int]:
     return status.st_size, status.st_ino, status.st_mtime_ns, os.getpid()  # a fork shares its parent's place in files
 
 
-def is_tfrecord(path: Path) -> bool:
-    """True if the file begins with a record, packed with gzip or not. Never raises."""
-    try:
-        with Records(path) as records:
-            return _is_header(records._bytes(HEADER))
-    except (EpisodeError, OSError):
-        return False
-
-
 def frame(data: bytes) -> bytes:
     """One record as it is written."""
     length = len(data).to_bytes(8, "little")

@@ -253,7 +253,7 @@ def _parsed(line: str, field: str) -> str | _Bad:
 
 
 def _read_rows(path: Path, refs: list[EpisodeRef], field: str) -> Iterator[tuple[EpisodeRef, str | _Bad]]:
-    """Row groups in front of the first wanted row and behind the last one are not read."""
+    """Row groups before the first wanted row and after the last one are not read."""
     wanted = iter(refs)
     ref = next(wanted, None)
     try:

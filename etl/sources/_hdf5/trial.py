@@ -127,7 +127,7 @@ def _allow(path: Path, nodes: int = 0) -> None:
 
 
 def main() -> None:
-    """The child: paths on stdin, a verdict a line on stdout. Dies of what it reads."""
+    """The child: paths on stdin, one verdict per line on stdout. Dies of what it reads."""
     most = resource.getrlimit(resource.RLIMIT_AS)[1]  # a cluster's, which no user may raise
     allowed = ADDRESSES if most == resource.RLIM_INFINITY else min(ADDRESSES, most)
     resource.setrlimit(resource.RLIMIT_AS, (allowed, most))

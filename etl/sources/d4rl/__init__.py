@@ -216,7 +216,7 @@ def _fields(log: Log, shape: tuple[int, ...]) -> tuple[tuple[FieldSpec, ...], tu
     elif size > FLATTENED or rows.dtype == np.uint8:
         squares = [" ".join(map(str, one)) for one in flattened_shapes(size)]
         remedy = f"--picture-shape {' or '.join(squares) if squares else 'H W C'} if they are flattened pictures"
-        line = f"a row of 'observations' is {size:,} numbers of {rows.dtype}, as many tokens a timestep; give {remedy}"
+        line = f"a row of 'observations' is {size:,} numbers of {rows.dtype}, each a token; give {remedy}"
         if rows.dtype == np.uint8:
             raise EpisodeError("wrong dtype", f"{line}, or record numbers as float32")
         warnings = (line,)

@@ -24,7 +24,7 @@ from schemas.episode import EpisodeError, TaskSpec
 REQUIRED = ("observations", "actions", "rewards", "terminals")
 GOAL = "infos/goal"
 OPTIONAL = ("timeouts", "episode_terminals", "next_observations", GOAL)
-WIDEST = 2**16  # values a timestep: more is damage, and would not fit any context
+WIDEST = 2**16  # values per timestep: more is damage, and would not fit any context
 MOST_ROWS = 2**24  # D4RL's longest have 2M: flags and rewards are held whole
 ALL = slice(None)
 PIECE = 2**24  # bytes of observations at a time

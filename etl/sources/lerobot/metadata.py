@@ -4,7 +4,7 @@ info.json (+ tasks, episodes, stats as .jsonl or Parquet) -> Dataset: features, 
 
 v2.0   meta/{tasks,episodes}.jsonl, stats.json            a Parquet file and a video per episode and camera
 v2.1   meta/{tasks,episodes,episodes_stats}.jsonl         the same
-v3.0   meta/tasks.parquet, meta/episodes/**, stats.json   many episodes a file; a table says where each begins
+v3.0   meta/tasks.parquet, meta/episodes/**, stats.json   many episodes per file; a table says where each begins
 
 Invariant: nothing that a file says leads out of the dataset's folder; unknown keys are ignored, and what is missing
 but not needed is None.

@@ -2,7 +2,7 @@
 
 ID/data/metadata.json    spaces, environment, reference returns
 ID/data/main_data.hdf5   episode_N/: observations (T+1, ...), actions (T, ...), rewards, terminations, truncations (T,)
-    -> an episode a group; the last observation, which no action follows, is left out
+    -> one episode per group; the last observation, which no action follows, is left out
 
 Dict and Tuple spaces are groups ('_index_0' for a tuple's first): their arrays become fields with keys such as
 'achieved_goal' or 'a/0', in the order of the path. `scan` reads metadata and rewards; `read` opens one episode's
@@ -223,7 +223,7 @@ class Minari:
         )
         width = sum(math.prod(spec.shape) for spec in fields if spec.kind != "image")
         if not fields or width > TIMESTEP_VALUES:
-            detail = f"{len(fields)} fields of {width} values a timestep; up to {TIMESTEP_VALUES} can be read"
+            detail = f"{len(fields)} fields of {width} values per timestep; up to {TIMESTEP_VALUES} can be read"
             raise EpisodeError("unsupported space", detail)
         return fields
 

@@ -158,7 +158,7 @@ class Given:
                 raise EpisodeError("corrupt Example", f"'{leaf.key}': {error}; {AGAIN}") from None
             if len(data) != size:
                 raise EpisodeError(
-                    "wrong shape", f"'{leaf.key}' has {len(data)} bytes a step, expected {size}; {AGAIN}"
+                    "wrong shape", f"'{leaf.key}' has {len(data)} bytes per step, expected {size}; {AGAIN}"
                 )
             parts.append(np.frombuffer(data, leaf.dtype))
         return np.concatenate(parts) if parts else np.empty(0, leaf.dtype)
