@@ -108,8 +108,8 @@ class LogOptions(NoOptions):
     """Options common to sources of simulators' logs."""
 
     environment: str | None = None
-    """gymnasium id of the simulator, MODULE:Id for one's own, gym/ID of the old gym or d4rl. It counts more than what
-    the logs name."""
+    """gymnasium id of the simulator, MODULE:Id for one of your own, gym/ID of the old gym or d4rl. It overrides
+    what the logs name."""
     max_episode_steps: int | None = None
     """Time limit, for logs without timeouts."""
 
