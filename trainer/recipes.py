@@ -70,7 +70,7 @@ TINY_PAPER = replace(
 # command   make quickstart
 # hardware  2 CPU cores, no GPU
 # hours     0.05 of training
-# expected  Hopper 3167 of 3138, Freeway 22.4 of 22.0 (docs/log.md, one seed, 5 episodes)
+# expected  Hopper 3172 of 3138, Freeway 21.2 of 22.0 (docs/log.md, one seed, 5 episodes)
 QUICKSTART = replace(
     TINY,
     steps=600,
