@@ -1,4 +1,4 @@
-# make quickstart | make check | make test | make bench | make setup | make slow
+# make quickstart | make check | make test | make bench | make setup | make slow | make docs
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready

@@ -1,5 +1,5 @@
-"""`python -m benchmarks.control`: timesteps a second of the agent, what its cache is worth, and what the rolling window
-costs in truth.
+"""`python -m benchmarks.control`: timesteps per second of the agent, what its cache is worth, and what the rolling
+window costs in truth.
 
 shards, weights (random, or --export's) -> agents -> rate against a naive agent, latencies, rate against the batch's
 size (a plot), divergence of the rolling window from the exact one on real episodes
@@ -125,7 +125,7 @@ def act(agent: TokenAgent, observations: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def batches(dataset: Dataset, task: int, timesteps: int, picture: Path) -> None:
-    """Environment steps a second by the batch's size at `tiny`, without the simulators; two turns, the better one."""
+    """Environment steps per second by the batch's size at `tiny`, without the simulators; two turns, the better one."""
     model = Gato(PRESETS["tiny"], dataset.manifest.vocabulary).initialise(0).eval()
     agent, seen = player(dataset, task, model, CONTEXTS["tiny"], AgentConfig(prompt_share=1.0)), logged(dataset, task)
     rates = dict.fromkeys(BATCHES, 0.0)
@@ -156,7 +156,7 @@ def draw(rates: dict[int, float], picture: Path) -> None:
         axes.set_xticks(list(rates), [str(size) for size in rates])
         axes.set_ylim(bottom=0)
         axes.set_xlabel("environments in the batch")
-        axes.set_title("environment steps a second, tiny, one thread", fontsize=9.5, loc="left")
+        axes.set_title("environment steps per second, tiny, one thread", fontsize=9.5, loc="left")
         axes.grid(axis="y")
         picture.parent.mkdir(parents=True, exist_ok=True)
         FigureCanvasSVG(figure).print_svg(picture, metadata={"Date": None, "Creator": None})
@@ -242,7 +242,7 @@ def run(folder: Path, shards: Path | None, exports: list[Path], picture: Path, r
         batches(dataset, task, 20, picture)
     if exports:
         headings = (
-            "timesteps behind a full window",
+            "timesteps since a full window",
             "|logits apart|",
             "/ deviation",
             "same action tokens",

@@ -73,14 +73,14 @@ def task_of(dataset: Dataset) -> int:
 
 
 def fits(agent: TokenAgent, count: int) -> bool:
-    """Whether the cache of so many environments is within bounds."""
+    """True if the cache of so many environments is within bounds."""
     config = agent.model.config
     numbers = 2 * config.blocks * config.heads * config.head_size * len(agent.slot)
     return count * numbers * agent.model.tokens.weight.element_size() <= CACHE_GIGABYTES * 1e9
 
 
 def graph_as_plain(size: str, dataset: Dataset, task: int, model: Gato, turns: int = 20) -> bool:
-    """Whether a replayed agent chooses what the plain one does."""
+    """True if a replayed agent chooses what the plain one does."""
     acted = []
     for launch in ("plain", "graph"):
         agent = agent_of(size, dataset, task, model, launch)

@@ -3,7 +3,7 @@
 PEERS-PYTHON is a virtual environment's with loaders.txt installed; nothing of ours is imported here.
 SAMPLES holds tokens.npy int32 (N, 1024) and, for images, patches.npy uint8 (N, M, 16, 16, C).
 Each peer writes them once in its own format below WORK (not timed, kept) and reads them back, shuffled by its own
-means, in batches that the caller owns: torch tensors, of grain numpy arrays. One JSON object a line comes out:
+means, in batches that the caller owns: torch tensors, of grain numpy arrays. One JSON object per line comes out:
 first_batch_seconds from constructing the loader to the first batch, in a fresh process, imports done before;
 samples_per_second of the best of the full passes that fill --seconds, the first of which does not count;
 exact whether one pass gave every sample once (of both fields, by checksum). The page cache is warm throughout.
@@ -37,7 +37,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 FIELDS = "tokens", "patches"
-SHARD, SHARDS = 256 << 20, 8  # bytes a shard at most, and so many shards at least, for the workers to share
+SHARD, SHARDS = 256 << 20, 8  # bytes per shard at most, and so many shards at least, for the workers to share
 BUFFER = 1000  # samples in a shuffle buffer
 SEED = 0
 
@@ -46,7 +46,7 @@ Batch = dict[str, Any]
 
 
 class Samples:
-    """The arrays of a folder; picklable, and opened anew in each process."""
+    """The arrays of a folder; picklable, and opened again in each process."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -220,7 +220,7 @@ class Grain(Peer):
         if self.workers:
             processes = self.lib.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=2)
             endless = endless.mp_prefetch(processes)
-        batches = iter(endless)  # one iterator, as each starts its processes anew
+        batches = iter(endless)  # one iterator, as each starts its processes again
         return Passes(lambda: islice(batches, math.ceil(samples.count / self.batch)))
 
 

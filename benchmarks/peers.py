@@ -18,7 +18,7 @@ by path, and what they import must be importable here (PYTHONPATH): minari 0.4, 
 einops for NEKO; transformers 4, datasets and torchvision for JAT.
 
 Invariant: both sides of a ratio get the same timesteps, in this run, in turn, on the same one core and thread.
-Rates and the ratio are of wall time; the ratio of CPU time stands beside it, for machines that others use too.
+Rates and the ratio are of wall time; the ratio of CPU time is beside it, for machines that others use too.
 """
 
 from __future__ import annotations

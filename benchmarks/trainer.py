@@ -6,7 +6,7 @@ logs (GATO_SHARED_DATA/{d4rl,dqn_replay}, else recorded here) -> shards -> batch
 
 GPT-2 has the same token ids and labels at the same places (-100 elsewhere), its own loss, scaled dot product
 attention, no dropout, float32. Both sides take turns, A B A B ..., one thread each; rates are those of the best turns,
-and beside their ratio stands that of the medians. Seconds are the process's own on its core, which on an idle core are
+and beside their ratio is that of the medians. Seconds are the process's own on its core, which on an idle core are
 those of the clock, so that others on the machine disturb less. Control batches have no
 patches; Atari's are timed apart.
 """
@@ -45,7 +45,7 @@ from trainer.scales import observation_scales
 PEER = Path(__file__).with_name("gpt2.py")
 REQUIREMENTS = Path(__file__).with_name("trainer.txt")
 BATCHES = {"tiny-tokens": (1, 16), "79m": (1, 1)}
-"""Batches a turn and sequences a batch."""
+"""Batches per turn and sequences per batch."""
 
 PARTS = "tiny-tokens,79m,engine,forms,sequences,atari"
 

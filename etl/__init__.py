@@ -1,1 +1,1 @@
-"""Logs in, shards out: sources (one file a format), tokenizers (one a modality), a Beam pipeline."""
+"""Logs in, shards out: sources (one file per format), tokenizers (one per modality), a Beam pipeline."""

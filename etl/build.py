@@ -2,8 +2,8 @@
 
 recognise source -> resolve files -> scan -> filter -> plan -> Beam pipeline (progress by shards) -> gather -> summary
 
-Exit status 0 when a dataset was made or already stood there; 1, with one line that
-names file and remedy, when nothing useful could be made.
+Exit status 0 if a dataset was made or was already there; 1, with one line that names
+file and remedy, if none could be made.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a comparison shows while it runs.
+"""Progress of a comparison on the terminal.
 
 (job number, line) -> a bar of parts, and a line per running one -> stderr
 

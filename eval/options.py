@@ -38,7 +38,7 @@ class Options:
     models: tuple[Model, ...] = ("random", "behaviour", "dt", "tt", "gato")
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("results/compare")
     baselines: Path = Path("runs/baselines")
-    """Where trained baselines are kept."""
+    """Folder of trained baselines."""
     budget: Budget = "quick"
     """Size and training steps of the baselines: a minute of one core, some minutes, half an hour, or those of their
     papers."""

@@ -90,7 +90,7 @@ class ComparisonRunner:
         self.remarks += remarks
         self.host = host(options.threads)
         self.many = len({job.spec.name for job in self.jobs}) > NAMED_TASKS
-        """Whether only the worst and best tasks get a film, once they are known."""
+        """True if only the worst and best tasks get a film, once they are known."""
 
     def _load_gato(self, folder: Path) -> None:
         model, info = load_export(folder)
@@ -209,7 +209,7 @@ class ComparisonRunner:
         return sha256_of(self.baseline(job, progress) / "weights.safetensors")
 
     def baseline_folder(self, job: Job) -> Path:
-        """Where a baseline is kept; the name contains a hash of data, settings and seed."""
+        """Folder of a baseline; its name contains a hash of data, settings and seed."""
         stamp = sha256(f"{job.fingerprint}{self._baseline_config(job)}{job.seed}".encode()).hexdigest()[:12]
         return self.options.baselines / f"{safe_name(job.name)}-{stamp}"
 

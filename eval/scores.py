@@ -38,9 +38,8 @@ class Aggregate:
     """One model on one task. Returns are raw; scores are normalised, NaN where the task has no reference.
 
     `episodes` were counted, `limited` of them cut by --step-limit, and `errors` left out, the first one because of
-    `error`, on one line. `unit` says what
-    `return_std` (n - 1) and the intervals are over: 'seeds' or 'episodes'. Means are NaN without an episode, std and
-    intervals with one unit.
+    `error`, on one line. `return_std` (n - 1) and the intervals are over `unit`: 'seeds' or 'episodes'. Means are NaN
+    without an episode, std and intervals with one unit.
     `..._above_random` are None where no random policy was run, and for the random policy itself.
     """
 
@@ -63,11 +62,6 @@ class Aggregate:
     interval_above_random: bool | None = None  # so does the interval's lower end
     zero_shot: bool = False  # a Gato that was not trained on the task
     error: str = ""
-
-    @property
-    def above_random(self) -> bool:
-        """Both hold. False where there is nothing to compare with."""
-        return bool(self.mean_above_random and self.interval_above_random)
 
 
 @dataclass(frozen=True)
@@ -211,7 +205,7 @@ def _column(rows: list[EpisodeResult], name: str) -> np.ndarray:
 
 
 def _units(rows: list[EpisodeResult], name: str) -> tuple[str, np.ndarray]:
-    """What is resampled, and its values: ('seeds', one mean per seed) or ('episodes', one value per row)."""
+    """The unit of resampling, and its values: ('seeds', one mean per seed) or ('episodes', one value per row)."""
     values, seeds = _column(rows, name), np.array([row.model_seed for row in rows])
     distinct = np.unique(seeds)
     if len(distinct) < 2:

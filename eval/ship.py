@@ -6,7 +6,7 @@ Most of a small model is the table of text tokens, of which a control task uses 
 Without the other rows the model is the same function on its tasks: they are zero when the export is loaded, and actions
 are chosen among their own ids. A word that no text of the datasets holds is zero too: it was never trained.
 
-Invariant: FOLDER is an export as any other; its model.json is written last and vouches for both files by hash.
+Invariant: FOLDER is an export like any other; its model.json is written last and has the hash of every other file.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Options:
     """Dataset folders or URLs that it was trained on, for prompts; all finished ones in --root where none is named."""
     root: str = "data/shards"
     picture_prompts: bool = True
-    """Whether prompts of tasks with pictures are kept, which may be most of the bytes."""
+    """Keep prompts of tasks with pictures, which may be most of the bytes."""
 
 
 def shown_in(info: ExportInfo, datasets: list[Dataset], pictures: bool) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -1,4 +1,4 @@
-"""An environment of one's own with two cameras, and its expert: from recording to the table without a change to Gato.
+"""An environment of your own with two cameras, and its expert: from recording to the table without a change to Gato.
 
     python -m etl.record --environment examples.own_environment:CameraReach-v0 \\
         --policy examples.own_environment:expert --steps 2000 --output data/reach/logs

@@ -1,4 +1,4 @@
-"""A log format of one's own: a folder of .npz files, one per episode, read by a source that `--import` registers.
+"""A log format of your own: a folder of .npz files, one per episode, read by a source that `--import` registers.
 
     python -m examples.own_log_format data/npz/logs/reach      # writes 40 episodes to try it with
     python -m etl.build --import examples.own_log_format --source npz-episodes --input data/npz/logs \\
@@ -31,7 +31,7 @@ UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.
 
 @dataclass(frozen=True)
 class Options(LogOptions):
-    """What the command line says about these logs; --environment and --max-episode-steps are LogOptions'."""
+    """Options for reading these logs; --environment and --max-episode-steps are LogOptions'."""
 
     action_limit: float = 1.0
     """Actions lie in [-LIMIT, LIMIT], which the files do not say."""
@@ -138,7 +138,7 @@ def _rejection(task: str, file: str, position: int, error: Exception) -> Rejecti
 
 
 def write_episodes(folder: Path, count: int) -> None:
-    """Episodes of the example environment and its expert, as a logger of one's own might write them."""
+    """Episodes of the example environment and its expert, as your own logger might write them."""
     from examples.own_environment import expert
 
     env = simulators.make(simulators.environment("examples.own_environment:CameraReach-v0"))

@@ -1,8 +1,8 @@
-"""The shipped weights in a loop of one's own: one environment, then several that start together; prints returns.
+"""The shipped weights in a loop of your own: one environment, then several that start together; prints returns.
 
     python -m examples.own_loop --task hopper-medium-v4 --episodes 3 --steps 1000
 
-Only gymnasium and `gato.load` are used: any code that gives observations and takes actions can be in their place.
+Only gymnasium and `gato.load` are used: any code that gives observations and takes actions can replace gymnasium.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Exported models as agents in one's own loop.
+"""Exported models as agents in your own loop.
 
     load(name, folder or URL) -> Model -> agent(task) -> Agent: reset, then observation -> act -> action, ...
 

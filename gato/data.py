@@ -204,7 +204,7 @@ class Stream:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """Which ids mean what."""
+        """The ranges of token ids."""
         return self.sequences.vocabulary
 
     def __iter__(self) -> Iterator[Batch]:

@@ -69,7 +69,7 @@ def write_logs(
         folder: where logs are kept; the log is FOLDER/NAME.
         episodes: `Episode`s, or dicts with their attributes as keys.
         name: name of the task, of letters, digits, '-' and '_'; '/' between them makes a folder.
-        environment: gymnasium id to play the task in later ('Hopper-v5', 'module:Id' for one's own); without it the
+        environment: gymnasium id to play the task in later ('Hopper-v5', 'module:Id' for your own); without it the
             task can be trained on, and not played.
         environment_kwargs: arguments of the environment.
         observation_space, action_space: by default the environment's. Without both, observations of floats, of pictures

@@ -46,7 +46,7 @@ class Observations:
 
 
 def _walk(node: Any, path: list[str]) -> Any:
-    """What lies at a path of nested dicts and tuples; a dict may also have the joined key itself."""
+    """The value at a path of nested dicts and tuples; a dict may also have the joined key itself."""
     if not path:
         return node
     if isinstance(node, Mapping):

@@ -1,4 +1,4 @@
-"""What every room agrees on, as data: vocabulary, episodes, layouts, datasets, results.
+"""Contracts between all rooms, as data: vocabulary, episodes, layouts, datasets, results.
 
 Nothing here reads a log, touches a tensor or knows a model. A change to a file
 format is a change here first, together with its schema version.

@@ -176,7 +176,7 @@ class TimestepLayout:
 
 @dataclass(frozen=True)
 class FieldColumns:
-    """Where a field lies: `tokens`, its columns among the stored tokens; `raw`, among the values of the
+    """Columns of a field: `tokens`, its columns among the stored tokens; `raw`, among the values of the
     `observation` member; `pictures`, its ordinals among the layout's. All but one kind's are empty."""
 
     spec: FieldSpec
@@ -192,7 +192,7 @@ def ordered_fields(task: TaskSpec) -> list[FieldSpec]:
 
 
 def field_columns(task: TaskSpec) -> list[FieldColumns]:
-    """Where each of the `ordered_fields` lies."""
+    """Columns of each of the `ordered_fields`."""
     found = []
     tokens = raw = pictures = 0
     for spec in ordered_fields(task):
@@ -214,7 +214,7 @@ def picture_size(spec: FieldSpec) -> tuple[int, int]:
 
 
 def pictures_of(spec: FieldSpec) -> tuple[Picture, ...]:
-    """What a field's newest frame is split into: pictures of 3 channels as long as there are as many, then of 1."""
+    """Pictures of a field's newest frame: of 3 channels as long as there are as many, then of 1."""
     if spec.kind != "image":
         return ()
     height, width = picture_size(spec)

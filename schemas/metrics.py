@@ -13,12 +13,12 @@ from pathlib import Path
 from schemas.files import parse_json
 
 NAMED_TASKS = 24
-"""Where there are more tasks, people are shown domains."""
+"""With more tasks, people are shown domains."""
 
 
 @dataclass(frozen=True)
 class MetricsLine:
-    """What was measured at a step. `tokens`: training tokens so far; `seconds`: of training so far, all resumed runs
+    """Measurements at a step. `tokens`: training tokens so far; `seconds`: of training so far, all resumed runs
     together; `values`: by name, such as 'train/loss' (nats per token), 'held_out/TASK/accuracy' or
     'domains/DOMAIN/loss' (the mean of its tasks' held-out losses)."""
 

@@ -145,7 +145,7 @@ class ScoreReference:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """What one dataset's episodes mean. `name` is the dataset's id, e.g. 'hopper-medium-v2'."""
+    """A task: the meaning of one dataset's episodes. `name` is the dataset's id, e.g. 'hopper-medium-v2'."""
 
     __pydantic_config__ = STRICT
     name: str
@@ -158,7 +158,7 @@ class TaskSpec:
 
     @property
     def domain(self) -> str:
-        """What many tasks are grouped by: the suite of its simulator, or the log format where it has none."""
+        """Group of the task, where tasks are many: the suite of its simulator, or the log format where it has none."""
         return self.environment.suite if self.environment else self.source
 
 

@@ -1,4 +1,4 @@
-"""What a command shares with its terminal: streams whose reader may go away, and signals that ask it to end.
+"""A command and its terminal: streams whose reader may go away, and signals that ask it to end.
 
     stdout, stderr -> LossyStream: written as long as somebody reads, dropped after that
     SIGINT, SIGTERM, SIGHUP (unless it is ignored, as under nohup) -> KeyboardInterrupt, again until it arrives
@@ -88,7 +88,7 @@ def protect_streams() -> None:
 
 
 def ignored(number: signal.Signals) -> bool:
-    """Whether this process was started so that it ignores a signal, as nohup does with SIGHUP."""
+    """True if this process was started so that it ignores a signal, as nohup does with SIGHUP."""
     return signal.getsignal(number) is signal.SIG_IGN
 
 
@@ -99,7 +99,7 @@ def status_of(interrupt: KeyboardInterrupt) -> int:
 
 
 class SignalKeyboardInterrupt(KeyboardInterrupt):
-    """What a signal raises in a command; its argument is the signal's number. It may be lost: Python drops what is
+    """Raised by a signal in a command; its argument is the signal's number. It may be lost: Python drops what is
     raised in a callback or a destructor, and libraries catch everything. Then it is raised again."""
 
     listening = False

@@ -46,7 +46,7 @@ class CacheConfig:
     __pydantic_config__ = STRICT
 
     folder: Path = field(default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "gato" / "shards")
-    """Where copies of remote shards are kept; processes of one machine share it."""
+    """Folder for copies of remote shards; processes of one machine share it."""
     gigabytes: float = 50.0
     """All copies together never take more."""
     attempts: int = 6
@@ -224,7 +224,7 @@ class Cache:
         return True
 
     def _touched(self, path: Path, size: int) -> bool:
-        """Whether a file is there; it is then the most recently used."""
+        """True if a file is there; it is then the most recently used."""
         try:
             os.utime(path)
             return path.stat().st_size == size

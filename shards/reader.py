@@ -55,7 +55,7 @@ class BadShard(BadFile):
 
 
 class Store:
-    """What the datasets of a process share: open maps, and the cache of remote files."""
+    """Resources that the datasets of a process share: open maps, and the cache of remote files."""
 
     def __init__(self, cache: CacheConfig | None = None):
         self.maps = Maps()

@@ -1,4 +1,4 @@
-"""Which window is training sequence i: a pure function of seed and i.
+"""Sampling: the window that is training sequence i, a pure function of seed and i.
 
     i -> block and slot (mixture weights, exact in every block) -> task and ordinal within the task
       -> epoch and place -> keyed permutation -> window number
@@ -148,7 +148,7 @@ class Sampler:
         self.first_slot = np.cumsum(counts) - counts
 
     def places(self, i: np.ndarray) -> SampledWindows:
-        """Where training sequences i (n,) come from."""
+        """Sources of training sequences i (n,)."""
         block, offset = np.divmod(np.asarray(i, np.int64), self.block)
         slot = permuted(offset, self.block, random_bits(self.seed, "block", block))
         task = self.task_of_slot[slot]
@@ -158,7 +158,7 @@ class Sampler:
 
     @property
     def mixes_runs(self) -> bool:
-        """Whether runs of windows are kept together."""
+        """True if runs of windows are kept together."""
         return self.runs is not None
 
     def neighbour_windows(self, places: SampledWindows, word: np.ndarray) -> np.ndarray:

@@ -71,9 +71,9 @@ class StreamConfig:
     """Share of the prompts that are followed by the start of an episode, as at play; the others by what the window
     holds (paper), which is hardly ever one."""
     prompt_loss: bool = True
-    """Whether prompt tokens carry loss; the paper leaves it open."""
+    """Loss on prompt tokens too; the paper leaves it open."""
     text_loss: bool = True
-    """Whether texts of timesteps that have actions too, such as instructions, are predicted (paper), or only shown."""
+    """Predict texts of timesteps that have actions too, such as instructions (paper), or only show them."""
 
 
 class Stream:
@@ -151,7 +151,7 @@ class Stream:
         return Sampler(windows, weights, self.seed, config.mixture_block, runs, together)
 
     def _check_cache(self) -> None:
-        """What remote datasets need at a time must fit into the cache: all of them, or two working sets, the last
+        """Refuses a cache too small for what remote datasets need at a time: all of them, or two working sets, the last
         one's and the next one's."""
         limit, together = self.store.cache.limit, self.sampler.together
         remote = [n for n, timeline in enumerate(self.timelines) if timeline.dataset.place.local is None]
@@ -173,7 +173,7 @@ class Stream:
         return Assembly(self.timelines, self.config.sequence_length, self.seed, self.return_scales, predicted)
 
     def predicts_text(self, timeline: Timeline) -> bool:
-        """Whether a task's text is a target."""
+        """True if a task's text is a target."""
         return bool(timeline.layout.text) and (self.config.text_loss or not timeline.layout.action)
 
     @cached_property
@@ -207,7 +207,7 @@ class Stream:
         return self.fill(self._evaluation_plan(task, np.asarray(windows)), 0, len(windows))[0]
 
     def plan(self, i: np.ndarray, redraw: np.ndarray | None = None) -> Plan:
-        """Where training sequences i (n,) come from. `redraw` (n,): how often each was drawn again."""
+        """Sources of training sequences i (n,). `redraw` (n,): how often each was drawn again."""
         places, table = self.sampler.places(i), self.table
         task, redraw = places.task, np.zeros(len(i), np.int64) if redraw is None else redraw
         total, width = table.total[task], table.width[task]

@@ -73,7 +73,7 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Spans:
-    """Where n sequences are copied from. All arrays int64 but the last two.
+    """Places that n sequences are copied from. All arrays int64 but the last two.
 
     first (n + 1,): each sequence's first span. Of each span (s,), ordered by sequence and place: its sequence; its
     shard; the first byte of its tokens and of its patches there; timesteps; the first one in the sequence's grid;

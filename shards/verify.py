@@ -65,7 +65,7 @@ def verify(folder: Path | str, full: bool) -> Dataset:
 
 
 def _check_rows(dataset: Dataset) -> None:
-    """What the index says of itself, of the shards' table and of the manifest."""
+    """Checks the index against itself, the shards' table and the manifest."""
     column, place = dataset.column, dataset.place
     shards, tasks = dataset.shards.num_rows, dataset.manifest.tasks
 

@@ -96,7 +96,7 @@ def make(
 
 
 class Simulator(gymnasium.Wrapper):
-    """What `make` returns: knows its suite and its spec."""
+    """Environment that `make` returns; knows its suite and its spec."""
 
     def __init__(self, env: gymnasium.Env, suite: Suite, environment: EnvironmentSpec):
         super().__init__(env)
@@ -107,7 +107,7 @@ class Simulator(gymnasium.Wrapper):
 
 
 def settings(environment: EnvironmentSpec) -> dict[str, Any]:
-    """What `make` plays under, for result rows: arguments, time limit, protocol. SimulatorError as of `make`."""
+    """Settings of `make`, for result rows: arguments, time limit, protocol. SimulatorError as of `make`."""
     return suite_named(environment.suite).settings(environment)
 
 

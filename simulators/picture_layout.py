@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-SMALLEST_PICTURE = 8  # pixels a side; smaller uint8 arrays are numbers, such as minigrid's 7 x 7 symbols
-SMALLEST_FLAT = 16  # pixels a side of grey (32) and of float pictures, which are more easily something else
+SMALLEST_PICTURE = 8  # pixels per side; smaller uint8 arrays are numbers, such as minigrid's 7 x 7 symbols
+SMALLEST_FLAT = 16  # pixels per side, of grey (32) and of float pictures, which are more easily something else
 MOST_CHANNELS = 32
 COLOURS = (1, 3, 4)  # channels of a picture of floats
 SLACK = 1e-3  # by which floats may leave [0, 1] through rounding
@@ -43,7 +43,7 @@ class PictureLayout:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the array is the picture already: bytes (H, W, C)."""
+        """True if the array is the picture already: bytes (H, W, C)."""
         return self.stored == self.shape and not self.channels_first and not self.unit
 
     def pixels(self, values: np.ndarray) -> np.ndarray:

@@ -53,7 +53,7 @@ class EpisodeRng:
 
 
 Rng = EpisodeRng | np.random.Generator
-"""What policies draw with: an EpisodeRng for a batch of episodes, one generator where there is one episode."""
+"""Source of a policy's random numbers: an EpisodeRng for a batch of episodes, one generator for a single episode."""
 Observations = dict[str, np.ndarray]
 """Arrays (B, ...) by the key of their field, one row per episode."""
 

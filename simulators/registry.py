@@ -1,4 +1,4 @@
-"""Which suites there are, and whose an id is.
+"""Registry of suites: which there are, and whose an id is.
 
     registered by --import, entry points `gato.suites`, simulators/suites/*.py -> Suite by name, Suite by id
 
@@ -69,7 +69,7 @@ def versions() -> dict[str, str]:
 
 
 def clips_rewards(environment: EnvironmentSpec | None, source: str) -> bool:
-    """Whether logs of that environment in that source's format hold rewards clipped to ±1."""
+    """True if logs of that environment in that source's format hold rewards clipped to ±1."""
     suite = all_suites().get(environment.suite) if environment else None
     return suite is not None and suite.clips_rewards(source)
 
@@ -88,7 +88,7 @@ def _installed() -> dict[str, Suite]:
 
 
 def _loaded(group: str) -> Iterator[Any]:
-    """What the entry points of a group name. SimulatorError names the distribution of one that cannot be loaded."""
+    """Objects of a group's entry points. SimulatorError names the distribution of one that cannot be loaded."""
     for point in metadata.entry_points(group=group):
         try:
             yield point.load()

@@ -35,7 +35,7 @@ class Step:
     next_observation: dict[str, np.ndarray] | None = None
     error: Exception | None = None
     before: Any = None
-    """What the caller's `before` returned."""
+    """Result of the caller's `before`."""
 
     @property
     def ended(self) -> bool:
@@ -102,7 +102,7 @@ def _require_finite(observation: dict[str, np.ndarray], reward: float = 0.0) -> 
 
 
 def _zeros(environment: gymnasium.Env) -> dict[str, np.ndarray]:
-    """What a policy sees of an episode that has failed."""
+    """Observation of an episode that has failed."""
     assert isinstance(environment.observation_space, spaces.Dict)
     return {
         key: np.asarray("") if isinstance(space, spaces.Text) else np.zeros(space.shape or (), space.dtype)

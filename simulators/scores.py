@@ -36,7 +36,7 @@ PATH = Path(__file__).resolve().parent / "suites" / "scores.json"
 
 @dataclass(frozen=True)
 class Score:
-    """What was measured of one task: mean returns, and of the expert's episodes the mean length, the share with a
+    """Measurements of one task: mean returns, and of the expert's episodes the mean length, the share with a
     return above zero, and the processor seconds."""
 
     random: float
@@ -55,7 +55,7 @@ class Score:
 
 @cache
 def table() -> dict[str, Score]:
-    """What was measured, by id."""
+    """Measurements by id."""
     return {id: Score(**row) for id, row in json.loads(PATH.read_text("utf-8")).items()} if PATH.is_file() else {}
 
 

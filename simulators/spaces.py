@@ -89,7 +89,7 @@ def picture_of(space: spaces.Space) -> PictureLayout | None:
 
 
 def is_picture(space: spaces.Space) -> bool:
-    """Whether an array of this space is a picture."""
+    """True if an array of this space is a picture."""
     return picture_of(space) is not None
 
 

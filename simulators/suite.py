@@ -1,4 +1,4 @@
-"""What a suite of environments is: the one protocol of everything that the project knows about its simulators.
+"""Suites of environments: the one protocol of everything that the project knows about its simulators.
 
     EnvironmentSpec -> Suite.register, Suite.build -> raw gymnasium.Env -> Suite.observe -> observations {key: array}
 
@@ -36,7 +36,7 @@ class Suite:
     """One family of environments. Override what differs; the defaults suit any gymnasium environment."""
 
     name: ClassVar[str]
-    """What EnvironmentSpec.suite and the manifests call it."""
+    """Its name in EnvironmentSpec.suite and in manifests."""
     module: ClassVar[str] = "gymnasium"
     """The module whose import registers the ids."""
     extra: ClassVar[str] = ""
@@ -52,12 +52,12 @@ class Suite:
     film_every: ClassVar[int] = 5
     """Timesteps between two pictures of a film."""
     renders: ClassVar[bool] = False
-    """Whether a picture needs the simulator to be made with `render`."""
+    """True if a picture needs the simulator to be made with `render`."""
     sees_screen: ClassVar[bool] = False
-    """Whether `picture` is the game's own screen, and observations are made of it."""
+    """True if `picture` is the game's own screen, and observations are made of it."""
 
     def owns(self, id: str) -> bool:
-        """Whether the id is this suite's."""
+        """True if the id is this suite's."""
         return False
 
     def time_limit(self, id: str) -> int | None:
@@ -79,7 +79,7 @@ class Suite:
         return None
 
     def clips_rewards(self, source: str) -> bool:
-        """Whether logs of that source hold rewards clipped to ±1."""
+        """True if logs of that source hold rewards clipped to ±1."""
         return False
 
     def tasks(self) -> tuple[str, ...]:
@@ -131,7 +131,7 @@ class Suite:
         return spaces.fields(env.observation_space)
 
     def settings(self, environment: EnvironmentSpec) -> dict[str, Any]:
-        """What an episode is played under, for result rows: arguments, time limit, protocol."""
+        """Settings of an episode, for result rows: arguments, time limit, protocol."""
         self.require(environment.id)
         return {"max_episode_steps": gymnasium.spec(environment.id).max_episode_steps} | environment.kwargs
 

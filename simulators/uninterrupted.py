@@ -19,7 +19,7 @@ from typing import Any
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """What asks a command to end waits until the block has ended, where it has a handler. Outside the main thread,
+    """Delays signals that have a handler until the block has ended. Outside the main thread,
     which alone it reaches, nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield

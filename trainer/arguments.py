@@ -20,7 +20,7 @@ from trainer.recipes import RECIPES
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, TrainConfig]:
-    """What is no setting (recipe, config, local_rank, dry_run, world, tflops), and the configuration.
+    """Arguments that are no settings (recipe, config, local_rank, dry_run, world, tflops), and the configuration.
 
     Raises:
         ValueError: --config names a file that is no configuration.

@@ -49,7 +49,7 @@ COPY = "if that rank ran on another machine, copy the file from there"
 
 @dataclass(frozen=True)
 class ResumeState:
-    """What a run must have in common with the checkpoint that it resumes. `stream`: fingerprint of data, sampling and
+    """State that a run must share with the checkpoint that it resumes. `stream`: fingerprint of data, sampling and
     seed; `global_batch`: sequences per step; `config`: the settings of `resume_critical`, as JSON has them;
     `start_from`: sha256 of the weights that a fine-tuning run started with."""
 

@@ -24,16 +24,16 @@ from trainer.model.presets import ModelConfig
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which shards to train on, and how they become batches."""
+    """Shards to train on, and how they become batches."""
 
     __pydantic_config__ = STRICT
 
     folders: tuple[str, ...] = ()
     """Dataset folders or URLs (s3://bucket/name); by default all finished ones in `root`."""
     root: str = "data/shards"
-    """Where python -m etl.build puts datasets, a folder or a URL."""
+    """Folder or URL of the datasets that python -m etl.build wrote."""
     verify: Verify = "auto"
-    """What is checked on opening: size (all sizes), full (all hashes too) or auto (hashes up to 2 GiB in all)."""
+    """Check on opening: size (all sizes), full (all hashes too) or auto (hashes up to 2 GiB in all)."""
     on_bad_shard: OnBadShard = "stop"
     """skip: sequences that touch a missing or damaged shard are drawn again, and counted."""
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -79,7 +79,7 @@ class OptimiserConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where results go and how often."""
+    """Results of a run: where they go and how often."""
 
     __pydantic_config__ = STRICT
 

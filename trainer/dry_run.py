@@ -1,4 +1,4 @@
-"""What a run will need: parameters, memory per device, FLOPs, days, data. Arithmetic only; nothing is run.
+"""Needs of a run: parameters, memory per device, FLOPs, days, data. Arithmetic only; nothing is run.
 
     TrainConfig, vocabulary, world size -> shapes on the `meta` device -> bytes and FLOPs (Estimate) -> tables
 
@@ -57,7 +57,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a configuration needs at a world size. `memory`: by the names of STAGES; rates: tokens/s of all devices."""
+    """Needs of a configuration at a world size. `memory`: by the names of STAGES; rates: tokens/s of all devices."""
 
     world: int
     bytes_per_number: int
@@ -84,7 +84,7 @@ class Estimate:
 def estimate(
     config: TrainConfig, vocabulary: Vocabulary, world: int, supervised: float = 0.25, pictures: float = ATARI_PATCHES
 ) -> Estimate:
-    """What a run needs on `world` devices. `supervised`, `pictures`: shares of the tokens that carry loss, and that are
+    """Needs of a run on `world` devices. `supervised`, `pictures`: shares of the tokens that carry loss, and that are
     patches. Activation checkpointing is not counted."""
     with torch.device("meta"):
         model = Gato(config.model, vocabulary)
@@ -108,7 +108,7 @@ def estimate(
 
 
 def lower_precision(body: dict[str, Any]) -> bool:
-    """Whether a DeepSpeed configuration keeps its weights in two bytes."""
+    """True if a DeepSpeed configuration keeps its weights in two bytes."""
     return bool(body.get("bf16", {}).get("enabled"))
 
 

@@ -1,4 +1,4 @@
-"""What a run starts from: its streams, and the exported model that it fine-tunes.
+"""Inputs of a run: its streams, and the exported model that it fine-tunes.
 
 TrainConfig -> find_folders -> open_streams: training and held-out Stream
 TrainConfig -> load_initial_model: shape and weights of an export
@@ -81,7 +81,7 @@ def loss_of(exported: ExportInfo) -> LossConfig | None:
 
 
 def adopted(config: TrainConfig) -> dict[str, Any]:
-    """What `adopt` may change, by name."""
+    """Settings that `adopt` may change, by name."""
     loss = {f"loss.{name}": value for name, value in asdict(config.loss).items()}
     return asdict(config.model) | {"sequence_length": config.data.stream.sequence_length} | loss
 

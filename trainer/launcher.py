@@ -76,12 +76,12 @@ def command_line(arguments: list[str]) -> list[str]:
 
 
 def starts_training(training: Sequence[str]) -> bool:
-    """Whether arguments of trainer/main.py ask for more than a text on the screen."""
+    """True if arguments of trainer/main.py ask for more than a text on the screen."""
     return not {"-h", "--help", "--dry-run"} & set(training)
 
 
 def check_training(launcher: list[str], training: list[str]) -> None:
-    """What the trainer would refuse, before a launcher takes its seconds to start.
+    """Refuses what the trainer would, before a launcher takes its seconds to start.
 
     Raises:
         ValueError: a setting out of range, or no such dataset on this machine (DatasetError).

@@ -27,7 +27,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
-    """Whether this rank was asked to end: by SIGTERM, SIGINT or SIGHUP (unless it is ignored, as under nohup), or
+    """Request to this rank to end: by SIGTERM, SIGINT or SIGHUP (unless it is ignored, as under nohup), or
     because its launcher died.
 
     A launcher that is killed leaves its ranks behind. The kernel signals a rank when its parent dies (Linux); who
@@ -76,7 +76,7 @@ def _launchers() -> tuple[int, ...]:
 
 
 def _left_alone() -> bool:
-    """Whether the `deepspeed` command or its launcher ended before this rank could look: by a Ctrl-C that was lost on
+    """True if the `deepspeed` command or its launcher ended before this rank could look: by a Ctrl-C that was lost on
     the way to the rank, while Python loaded DeepSpeed. Its process group has lost its leader, and the rank or the
     launcher above it is the child of a process of another session, such as init."""
     with suppress(psutil.Error, OSError):

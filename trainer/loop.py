@@ -133,7 +133,7 @@ class Run:
         return record
 
     def _resume_state(self) -> checkpoint.ResumeState:
-        """What determines losses and weights."""
+        """State that determines losses and weights."""
         config = json.loads(json.dumps(resume_critical(self.config)))
         return checkpoint.ResumeState(
             self.stream.fingerprint, self.config.data.global_batch, config, self.initial_sha256
@@ -207,7 +207,7 @@ class Run:
                 )
 
     def _is_evaluation_step(self) -> bool:
-        """Whether held-out episodes are evaluated now, after `self.step` steps."""
+        """True if held-out episodes are evaluated now, after `self.step` steps."""
         return self.held_out is not None and self.step % self.config.run.evaluate_every == 0
 
     def _count(self, result: StepResult) -> None:

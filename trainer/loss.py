@@ -143,14 +143,14 @@ class FusedCrossEntropy(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Targets:
-    """What the tasks of a stream ask of the loss."""
+    """Requirements of a stream's tasks on the loss."""
 
     ordered: tuple[bool, ...]
     """For each task, whether its actions are continuous: bins in an order."""
     text: bool
-    """Whether any task's text is predicted."""
+    """True if any task's text is predicted."""
     text_shown: bool
-    """Whether any task has text at all; where none has, the rows of its ids take no part."""
+    """True if any task has text at all; where none has, the rows of its ids take no part."""
 
 
 def targets_of(stream: Stream) -> Targets:

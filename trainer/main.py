@@ -20,8 +20,8 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Nothing has to be saved before StopRequest listens. Python loses an exception that a signal raises amid an import
-    # now and then: in a callback, or in a bare `except` of a library.
+    # Nothing has to be saved before StopRequest listens. Python sometimes loses an exception that a signal raises in an
+    # import: in a callback, or in a bare `except` of a library.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Threads that spin while they wait take most of a core from other processes. Read when torch loads OpenMP.
@@ -102,6 +102,6 @@ if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # All files are written and closed. Destructors of communication threads now and then abort the process, which the
+    # All files are written and closed. Destructors of communication threads sometimes abort the process, which the
     # launcher takes for a lost rank.
     os._exit(status)

@@ -1,4 +1,4 @@
-"""What a run reports: a progress line, TensorBoard events, `metrics.jsonl`, and Weights & Biases on request.
+"""Reports of a run: a progress line, TensorBoard events, `metrics.jsonl`, and Weights & Biases on request.
 
     training loop (rank 0) -> MetricsWriter.write(step, tokens, seconds, metrics) -> all of these places
 

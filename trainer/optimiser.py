@@ -57,7 +57,7 @@ def smooth_functions(bins: int) -> Tensor:
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """What Muon is for: the matrices of the blocks, the gates and, but for the first, the patch embedder, a
+    """Parameters for Muon: the matrices of the blocks, the gates and, but for the first, the patch embedder, a
     convolution's kernel as (out, rest). Under AdamW the embedder's wide last one outgrows what differs between patches.
     """
     inner = ("blocks.", "gates.1", "patches.conv", "patches.skip", "patches.out")
@@ -97,8 +97,8 @@ class MuonAdamW(torch.optim.AdamW):
         return state
 
     def _step_table(self, p: Tensor, group: dict[str, Any]) -> None:
-        """Ranges of bins by their functions and a little by themselves; rows behind by themselves; those before, text
-        for the most part, only where they have a gradient."""
+        """Ranges of bins by their functions and a little by themselves; rows after them by themselves; those before,
+        mostly text, only where they have a gradient."""
         state, gradient = self._state(p), p.grad
         assert gradient is not None
         state["step"] += 1
@@ -113,8 +113,8 @@ class MuonAdamW(torch.optim.AdamW):
             p[rows].addmm_(functions, step, alpha=-group["lr"])
             p[rows].add_(self._adam(state, rows, gradient[rows], group), alpha=-REMAINDER * group["lr"])
             spare += count
-        behind = slice(start + size, stop)
-        p[behind].add_(self._adam(state, behind, gradient[behind], group), alpha=-group["lr"])
+        after = slice(start + size, stop)
+        p[after].add_(self._adam(state, after, gradient[after], group), alpha=-group["lr"])
         if gradient[:first].norm():
             p[:first].mul_(1 - group["lr"] * group["weight_decay"])
             p[:first].add_(self._adam(state, slice(first), gradient[:first], group), alpha=-group["lr"])

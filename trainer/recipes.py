@@ -15,8 +15,8 @@ from trainer.config import DataConfig, OptimiserConfig, RunConfig, TrainConfig
 from trainer.loss import LossConfig
 from trainer.model.presets import PRESETS
 
-# tiny: one set of weights for many tasks on one core. An element of the sequence is a timestep, actions are decoded
-# from a plain output, observations scaled per body, the episode's return shown and asked for, so there are no prompts;
+# tiny: one set of weights for many tasks on one core. An element of the sequence is a timestep, a regression head gives
+# the actions, observations are scaled per body, the episode's return is a condition, so there are no prompts;
 # two blocks, windows of eleven timesteps of a body, Muon, bins that move smoothly (docs/ablations.md)
 # command   deepspeed --num_gpus 1 trainer/main.py --recipe tiny
 # hardware  1 CPU core, no GPU
@@ -70,7 +70,7 @@ TINY_PAPER = replace(
 # command   make quickstart
 # hardware  2 CPU cores, no GPU
 # hours     0.05 of training
-# expected  Hopper 3167 of 3138, Freeway 22.4 of 22.0 (docs/log.md, one seed, 5 episodes)
+# expected  Hopper 3172 of 3138, Freeway 21.2 of 22.0 (docs/log.md, one seed, 5 episodes)
 QUICKSTART = replace(
     TINY,
     steps=600,

@@ -1,4 +1,4 @@
-"""What a body's observations are standardised by: moments of each column of its timesteps.
+"""Scales that standardise a body's observations: moments of each column of its timesteps.
 
 first sequences of the stream -> values that tokens stand for -> mean and deviation of each column, by environment
 

@@ -279,12 +279,12 @@ def _existing_dataset(options: Options, folder: Folder, plan: list[ShardPlan], c
 
 
 def _before_source_options(folder: Folder) -> bool:
-    """Whether a version made the dataset that kept no options of its source: one without oddities beside it."""
+    """True if a version made the dataset that kept no options of its source: one without oddities beside it."""
     return folder.read(oddities.NAME) is None
 
 
 def _newer(plan: list[ShardPlan], folder: Folder) -> bool:
-    """Whether an input file was changed after the dataset was finished."""
+    """True if an input file was changed after the dataset was finished."""
     if folder.local is None:
         return False
     made = (folder.local / MANIFEST_NAME).stat().st_mtime_ns

@@ -1,4 +1,4 @@
-"""Which good episodes a dataset keeps, by return, number and size; exact copies are rejected.
+"""Filters: the good episodes that a dataset keeps, by return, number and size; exact copies are rejected.
 
     scan -> copies out -> returns -> first episodes -> cap on timesteps -> scan with fewer episodes
 
@@ -24,7 +24,7 @@ DUPLICATE = "duplicate"
 
 @dataclass(frozen=True)
 class Filter:
-    """Which episodes to keep of each task; all of them by default."""
+    """Episodes to keep of each task; all of them by default."""
 
     min_return: float | None = None
     """Keep episodes with at least this raw return."""

@@ -32,7 +32,7 @@ class Row:
     bytes: int
     sha256: str
     asked: dict[str, object]
-    """What decided the log's bytes: episodes or steps, seed, noise, policy."""
+    """Options that decided the log's bytes: episodes or steps, seed, noise, policy."""
 
 
 def recorded(folder: Path, remedy: str) -> dict[str, Row]:
@@ -63,5 +63,5 @@ def formats_of(source: str | None, given: str | None) -> list[Path]:
 
 
 def output_of(folder: Path, output: str | None) -> str:
-    """Where the dataset of one format goes."""
+    """Output folder of one format's dataset."""
     return f"{(output or DEFAULT_OUTPUT).rstrip('/')}/{folder.name}"

@@ -3,7 +3,7 @@
 worker: one heartbeat file per shard, touched every second while the shard is being written
 driver: a worker is lost when no heartbeat at all is seen for most of a minute, or when one on this machine stops
 
-Beam's local runners wait for ever for a worker that was killed. Runners of clusters notice one by themselves, and
+Beam's local runners wait forever for a worker that was killed. Runners of clusters notice one by themselves, and
 where the driver sees no heartbeat at all (the workers are on other machines), it waits without a limit.
 
 Invariant: a worker that lives is never taken for dead, however slow its shard is, and whatever the clocks say.

@@ -1,4 +1,4 @@
-"""What looks odd in a dataset, a line each: for the build's summary, and beside the manifest for etl.inspect.
+"""Oddities of a dataset, one per line: for the build's summary, and beside the manifest for etl.inspect.
 
 scans, ShardRecords' Columns, TaskSummary -> `task_oddities` -> oddities.json
 
@@ -100,7 +100,7 @@ def task_oddities(
     held_out_share: float,
     vocabulary: Vocabulary,
 ) -> TaskOddities:
-    """What is odd about one task. `lengths`: timesteps of each episode; `rejected`: all of the dataset's;
+    """Oddities of one task. `lengths`: timesteps of each episode; `rejected`: all of the dataset's;
     `vocabulary`: whose bins its values have."""
     task, own = summary.spec, [one for one in rejected if one.task == summary.spec.name]
     found = [*_of_episodes(summary, lengths, own, held_out_share), *_of_columns(summary, columns, vocabulary)]

@@ -142,7 +142,7 @@ def require_loopback() -> None:
 
 
 def _external_here(options: PortableOptions) -> bool:
-    """Whether the job service and the worker pool are on this machine. A job service alone says nothing: that of a
+    """True if the job service and the worker pool are on this machine. A job service alone says nothing: that of a
     cluster is often started here, and the cluster may let a job wait."""
     places = (options.job_endpoint or "", options.environment_config or "")
     return options.environment_type == "EXTERNAL" and all(p.startswith(("localhost", "127.0.0.1")) for p in places)
@@ -196,7 +196,7 @@ def _watched(
 
 @contextmanager
 def _stderr_into(log: Path, redirect: bool) -> Iterator[None]:
-    """What Beam's workers and gRPC write to stderr, some twenty lines a worker, goes to a file."""
+    """Sends to a file what Beam's workers and gRPC write to stderr, some twenty lines per worker."""
     if not redirect:
         yield
         return

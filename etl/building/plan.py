@@ -1,4 +1,4 @@
-"""What will be written, decided before anything is: a list of shards, each with its episodes.
+"""The plan of a build, decided before anything is written: a list of shards, each with its episodes.
 
 scans -> tasks by name, episodes in log order -> cut into equal shards below the shard size -> ShardPlans
 
@@ -91,7 +91,7 @@ class ShardPlan:
 
     @property
     def episodes(self) -> list[EpisodeRef]:
-        """Where each episode is in the source files."""
+        """Reference of each episode in the source files."""
         return [EpisodeRef(self.files[n], place, a, b, end=end) for n, place, a, b, end in self.refs]
 
     @property
@@ -207,7 +207,7 @@ def inputs_of(plan: list[ShardPlan]) -> list[list]:
 
 
 def manifest_config(plan: list[ShardPlan], config: BuildConfig) -> dict[str, Any]:
-    """What a manifest keeps of the options: equal for equal builds, whatever the machine."""
+    """Options as the manifest keeps them: equal for equal builds on any machine."""
     about = {"source": plan[0].source, "text_model": sorted({shard.text_model or "" for shard in plan})}
     tasks = {shard.task.name: shard.task for shard in plan}
     about["tasks"] = upgrade.digest_of_tasks(map(asdict, tasks.values()))
@@ -223,6 +223,6 @@ def manifest_config(plan: list[ShardPlan], config: BuildConfig) -> dict[str, Any
 
 
 def _named_keys(source: str, file: str) -> str:
-    """What a ref's file says after its path: the names that the user gave to a source's keys."""
+    """The part of a ref's file after its path: the names that the user gave to a source's keys."""
     own = next(map(str, sources.load(source).parts(file)), file)  # a source in memory has no file
     return file.removeprefix(own) if file.startswith(own) else ""

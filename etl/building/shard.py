@@ -43,7 +43,7 @@ GATHERED = ("task", "shard", "held_out", "split_episode", "split_stop")  # colum
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What `gather` needs of a shard that was written: `plan`, the digest of its ShardPlan; `rows`, columns of the
+    """Record of a written shard, for `gather`: `plan`, the digest of its ShardPlan; `rows`, columns of the
     index, one value per sample; counts over its episodes."""
 
     __pydantic_config__ = STRICT

@@ -136,7 +136,7 @@ def show_oddities(found: dict[str, TaskOddities], console: Console) -> None:
 
 
 def losses(manifest: Manifest) -> list[tuple[str, str]]:
-    """What tokens do not keep of the logs: (task, line) each."""
+    """Losses of tokenization against the logs: (task, line) each."""
     return [
         (task.spec.name, f"{count:,} {what}")
         for task in manifest.tasks

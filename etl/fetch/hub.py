@@ -96,7 +96,7 @@ def known(cache: Path, listed: Iterable[str] = ()) -> list[Known]:
 
 
 def here(place: Place, root: Path) -> bool:
-    """Whether the place's folder, or all of the repository, is in `root`."""
+    """True if the place's folder, or all of the repository, is in `root`."""
     return any((folder / DONE).is_file() for folder in (root, root / place.folder))
 
 

@@ -39,7 +39,7 @@ def share(count: int, of: int) -> str:
 
 
 class InspectError(ValueError):
-    """What was asked for is not in the dataset, or cannot be written; the message says what would do."""
+    """The request is not in the dataset, or cannot be written; the message says what would do."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the manifest says of a task, in words.
+"""A task's manifest in words.
 
 Manifest, TaskSpec, rejected.jsonl -> (what, in words) lines for the terminal, the page and the picture
 """
@@ -20,7 +20,7 @@ LISTED, SHOWN = 4, 60  # instructions, and characters of each
 
 
 def facts(view: TaskView, rejected: Sequence[Rejection]) -> Facts:
-    """What the manifest says of the task, as (what, in words). `rejected`: all lines of rejected.jsonl."""
+    """Facts of the manifest on the task, as (what, in words). `rejected`: all lines of rejected.jsonl."""
     s, layout, action, environment = view.summary, view.layout, view.task.action, view.task.environment
     whole = f"{s.episodes - s.cut_episodes:,} whole, {s.cut_episodes:,} cut by their log's end"
     counts = (layout.text, layout.patches, layout.observation, int(layout.action > 0), layout.action)
@@ -61,7 +61,7 @@ def facts(view: TaskView, rejected: Sequence[Rejection]) -> Facts:
 
 
 def _odd(oddities: TaskOddities | None) -> Facts:
-    """What the build found odd, a line each."""
+    """Oddities that the build found, one per line."""
     if oddities is None:
         return []
     least, middle, most = (f"{n:,.0f}" if n == int(n) else f"{n:,.1f}" for n in oddities.lengths)

@@ -105,11 +105,11 @@ class NoOptions:
 
 @dataclass(frozen=True)
 class LogOptions(NoOptions):
-    """What sources of simulators' logs have in common."""
+    """Options common to sources of simulators' logs."""
 
     environment: str | None = None
-    """gymnasium id of the simulator, MODULE:Id for one's own, gym/ID of the old gym or d4rl. It counts more than what
-    the logs name."""
+    """gymnasium id of the simulator, MODULE:Id for one of your own, gym/ID of the old gym or d4rl. It overrides
+    what the logs name."""
     max_episode_steps: int | None = None
     """Time limit, for logs without timeouts."""
 
@@ -120,7 +120,7 @@ class LogOptions(NoOptions):
 
 @dataclass(frozen=True)
 class ActionOptions(LogOptions):
-    """What sources of logs with real-valued actions have in common; etl/sources/_ranges.py decides by it."""
+    """Options common to sources of logs with real-valued actions; etl/sources/_ranges.py decides by them."""
 
     action_low: tuple[float, ...] = ()
     """Lowest value of an action, one for all dimensions or one each. Without it: the environment's or what the log
@@ -156,7 +156,7 @@ class LogWriter(Protocol):
     got it. A class of this protocol is a source's `writer`."""
 
     folder: str
-    """Where such logs go where --output names no folder."""
+    """Default folder of such logs."""
 
     @staticmethod
     def path(folder: Path, name: tuple[str, str], level: str, run: int) -> Path:

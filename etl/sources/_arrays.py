@@ -96,7 +96,7 @@ class StoredEpisode:
 
 @dataclass(frozen=True)
 class ArrayOptions(ActionOptions):
-    """What the command line says about logs of named arrays."""
+    """Options for reading logs of named arrays."""
 
     observation_keys: tuple[str, ...] = ()
     """Arrays of the observation to use; all of them where not given."""
@@ -200,7 +200,7 @@ class ArraySource:
         return named[dataset]
 
     def wanted(self, name: str) -> bool:
-        """Whether a file of a repository belongs to logs of this format."""
+        """True if a file of a repository belongs to logs of this format."""
         return PurePosixPath(name).suffix.lower() in (*self.suffixes, ".json")
 
     def below(self, folder: Path) -> list[Path]:
@@ -208,7 +208,7 @@ class ArraySource:
         return sorted(path for path in all_files_below(folder) if path.suffix.lower() in self.suffixes)
 
     def tasks(self, files: list[Path]) -> dict[str, list[Path]]:
-        """Which files are one task, by the tasks' names: here a task per file. SourceError where two share a name."""
+        """Files of each task, by the tasks' names: here a task per file. SourceError where two share a name."""
         return {name: [path] for name, path in by_task(files, lambda path: path.stem).items()}
 
     def tried(self, files: list[Path]) -> Mapping[Path, EpisodeError]:

@@ -1,4 +1,4 @@
-"""What is known beforehand about datasets and games: the JSON tables beside this file.
+"""Facts about known datasets and games: the JSON tables beside this file.
 
 `d4rl.json`: D4RL's 155 dataset ids (arXiv 2004.07219) with address, time limit, reference returns, and the
 gymnasium environment that takes the same observations and actions, where there is one. The mazes have none

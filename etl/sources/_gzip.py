@@ -15,7 +15,7 @@ from zlib_ng import zlib_ng as zlib
 
 DAMAGE: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
 CHUNK = 2**16  # compressed bytes a read
-PIECE = 2**20  # decompressed bytes a step of skipping
+PIECE = 2**20  # decompressed bytes per step of skipping
 MARK = 2**26
 
 

@@ -100,7 +100,7 @@ def columns(group: h5py.Group, prefix: str = "") -> dict[str, HDF5Column]:
 
 
 def column(node: Dataset, name: str) -> HDF5Column:
-    """What an array holds: numbers, strings or coded pictures."""
+    """Kind of an array: numbers, strings or coded pictures."""
     if h5py.check_string_dtype(node.dtype) is not None and node.ndim == 1:
         return Strings(node)
     coded = h5py.check_vlen_dtype(node.dtype) == np.uint8 or (node.dtype == np.uint8 and node.ndim == 2)
@@ -159,7 +159,7 @@ def json_attribute(group: h5py.Group, key: str) -> dict[str, Any]:
 
 
 def last_flag(flags: HDF5Column | None, T: int, name: str) -> bool:
-    """Whether the flag of the last timestep is set; False without flags. EpisodeError where there are too few."""
+    """True if the flag of the last timestep is set; False without flags. EpisodeError where there are too few."""
     if flags is None:
         return False
     if flags.shape[0] < T or flags.dtype.kind not in "fiub" or len(flags.node.shape) > 2:

@@ -1,4 +1,4 @@
-"""Where the episodes of a log of rows end, and what is odd about it.
+"""Ends of the episodes in a log of rows, and its oddities.
 
 terminals, timeouts (N,), time limit, `Evidence` of the observations -> `split` -> Split: stops, ends, warnings
 
@@ -30,7 +30,7 @@ SAMPLE = 2**16  # steps that medians are taken of
 
 
 class Evidence(Protocol):
-    """What a log's observations say about its rows, read on demand."""
+    """Evidence of a log's observations on its rows, read on demand."""
 
     def seams(self) -> np.ndarray | None:
         """(N,) bool: row i + 1 is not what row i led to, by next_observations. None where there are none."""
@@ -271,7 +271,7 @@ def _steps(observations: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def _differ(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """Which rows (n,) differ; NaN, of a damaged row too, says nothing."""
+    """Rows (n,) that differ; NaN, of a damaged row too, says nothing."""
     near = np.isclose(expected, found, rtol=TOLERANCE, atol=TOLERANCE * TOLERANCE)
     near |= np.isnan(expected) | np.isnan(found)
     return ~near.all(axis=tuple(range(1, near.ndim)))

@@ -30,7 +30,7 @@ OUTLIER = 100.0  # times the 99.9 % quantile: damage, and no part of the range
 
 @dataclass(frozen=True)
 class Seen:
-    """What was seen of actions. `low`, `high`: (A,) finite values of each dimension, outliers left out; `values`: how
+    """Statistics of actions. `low`, `high`: (A,) finite values of each dimension, outliers left out; `values`: how
     many numbers; `beyond`: how many of them lie outside [-1, 1]; `whole`: all are whole numbers."""
 
     low: np.ndarray
@@ -51,7 +51,7 @@ class Seen:
 
 
 def seen(pieces: Iterable[np.ndarray], size: int) -> Seen | None:
-    """What the actions (T, A) or (T,) of all pieces show; None without a finite value in each dimension."""
+    """Statistics of the actions (T, A) or (T,) of all pieces; None without a finite value in each dimension."""
     low, high = np.full(size, np.inf), np.full(size, -np.inf)
     samples: list[np.ndarray] = []
     values = beyond = sampled = 0
@@ -99,7 +99,7 @@ def action_spec(
 ) -> tuple[ActionSpec, tuple[str, ...]]:
     """The space of real-valued actions of `size` values, and warnings. `declared`: what the log or its environment
     says, None where neither does; `pieces`: all actions, read only where they have to say it. EpisodeError where
-    options do not fit, or nothing tells a range."""
+    options do not fit, or nothing gives a range."""
     if bounds := given_bounds(options, size):
         return ActionSpec.continuous(*bounds, size), ()
     if declared is not None and options.action_bounds == "declared":
@@ -118,7 +118,7 @@ def action_spec(
 
 
 def warning(found: Seen, clipped: bool) -> str:
-    """What to say of actions whose range nothing states: clipped to [-1, 1], or of the range that they show."""
+    """Warning about actions whose range nothing states: clipped to [-1, 1], or of the range that they show."""
     low, high = found.bounds
     flags = f"--action-low {_numbers(low)} --action-high {_numbers(high)}"
     line = f"{found.share:.1%} of its action values lie outside [-1, 1], from {found.low.min():g} to "

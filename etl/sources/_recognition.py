@@ -1,4 +1,4 @@
-"""What a file or folder of logs is: facts that sources recognise their format by, and what to say where none does.
+"""Format of a file or folder of logs: facts that sources recognise their format by, and what to say where none does.
 
     input -> files_below: names, bounded -> hdf5_keys, json_of: a look into few of them -> Recognition or None
 
@@ -100,14 +100,14 @@ def _of_hdf5(path: Path, group: str, look: Callable[[h5py.Group], Any]) -> Any:
 
 @lru_cache
 def _harmless(path: Path, size: int, changed: int) -> bool:
-    """Whether a file can be opened without harm; the sources that ask share the answer."""
+    """True if a file can be opened without harm; the sources that ask share the answer."""
     from etl.sources import _hdf5
 
     return not _hdf5.tried([path])
 
 
 def json_of(path: Path) -> Any:
-    """What a JSON file holds; None where it is none, or too large to be a description."""
+    """Content of a JSON file; None where it is none, or too large to be a description."""
     try:
         return read_json(path, JSON_BYTES)
     except (OSError, ValueError, RecursionError):
@@ -115,7 +115,7 @@ def json_of(path: Path) -> Any:
 
 
 def read_json(path: Path, most: int) -> Any:
-    """What a JSON file of up to `most` bytes holds. ValueError where it is larger, or no JSON."""
+    """Content of a JSON file of up to `most` bytes. ValueError where it is larger, or no JSON."""
     require_file(path)
     if path.stat().st_size > most:
         raise ValueError(f"{path.stat().st_size} bytes")
@@ -149,7 +149,7 @@ def parquet_schema(path: Path) -> pa.Schema | None:
 
 
 def seen(input: Path) -> str:
-    """What an unknown input holds: files by suffix, and the first keys in it."""
+    """Description of an unknown input: files by suffix, and the first keys in it."""
     files = files_below(input)
     if not files:
         return "no file"

@@ -1,4 +1,4 @@
-"""What a task's episodes have in common, found by looking at each once: fields, actions, bounds, time limit.
+"""Common properties of a task's episodes, found by looking at each once: fields, actions, bounds, time limit.
 
 files of a task -> Survey.add: refs and rejections, ranges of actions and integers -> Survey.finish: TaskScan
 
@@ -184,7 +184,7 @@ class Survey:
         if picture is not None:
             return rules.field(key, spaces.Box(0, 255, picture.shape, np.uint8))
         if math.prod(shape) > TIMESTEP_VALUES:
-            raise EpisodeError("wrong shape", f"'{key}' has {math.prod(shape)} values a timestep and is no picture; "
+            raise EpisodeError("wrong shape", f"'{key}' has {math.prod(shape)} values per timestep and is no picture; "
                                "leave it out by --observation-keys")  # fmt: skip
         if dtype.kind == "b":
             return FieldSpec(key, "discrete", shape, (2,))

@@ -62,7 +62,7 @@ class Records:
         self.file.close()
 
     def is_of(self, path: Path) -> bool:
-        """Whether that file is this one, as it was when it was opened."""
+        """True if that file is this one, as it was when it was opened."""
         try:
             return path == self.path and _stamp(path) == self.stamp
         except OSError:
@@ -148,15 +148,6 @@ class Records:
 def _stamp(path: Path) -> tuple[int, int, int, int]:
     status = path.stat()
     return status.st_size, status.st_ino, status.st_mtime_ns, os.getpid()  # a fork shares its parent's place in files
-
-
-def is_tfrecord(path: Path) -> bool:
-    """Whether the file begins with a record, packed with gzip or not. Never raises."""
-    try:
-        with Records(path) as records:
-            return _is_header(records._bytes(HEADER))
-    except (EpisodeError, OSError):
-        return False
 
 
 def frame(data: bytes) -> bytes:

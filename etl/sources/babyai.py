@@ -45,7 +45,7 @@ class BabyAI(Minari):
     default_dataset = "minigrid/BabyAI-GoToLocal/optimal-v0"
 
     def known(self, cache: Path) -> list[Known]:
-        """What was downloaded; Minari lists a group 'minigrid/BabyAI-LEVEL' for each level."""
+        """Downloaded datasets; Minari lists a group 'minigrid/BabyAI-LEVEL' for each level."""
         return [one for one in super().known(cache) if re.search(r"(?i)babyai|minigrid", one.id)]
 
     def recognise(self, input: Path) -> Recognition | None:

@@ -39,7 +39,7 @@ _ACTIONS = re.compile(r"actions_(0|[1-9]\d{0,8})")
 
 @dataclass(frozen=True)
 class Options(ArrayOptions):
-    """What the command line says about d3rlpy's files."""
+    """Options for reading d3rlpy's files."""
 
     reward_row: str = "same"
     """In which row of a v1 file an action's reward is: its own (same), or the next one, as d3rlpy had it before 1.0;
@@ -170,7 +170,7 @@ class _V1(HDF5Log):
         return StoredEpisode(T, {"observation": seen}, action, reward, terminated, not terminated and not cut, start)
 
     def _unversioned(self) -> str:
-        """What to say where the file may be older than 1.0: only then all episodes begin with a reward of 0."""
+        """Note for a file that may be older than 1.0: only then all episodes begin with a reward of 0."""
         rewards = self.arrays["rewards"]
         sample = self.bounds[:: max(1, len(self.bounds) // SAMPLED)]
         zero = sum(not np.any(rewards[start : start + 1]) for start, _ in sample)

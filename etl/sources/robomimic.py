@@ -44,7 +44,7 @@ _DEMO = re.compile(r"demo_(0|[1-9]\d{0,8})")
 
 @dataclass(frozen=True)
 class Options(ArrayOptions):
-    """What the command line says about robomimic's files."""
+    """Options for reading robomimic's files."""
 
     held_out_mask: str = ""
     """Name below mask/ of the demos to hold out, such as valid; by a hash where not given."""

@@ -45,7 +45,7 @@ BATCH = 64  # Parquet rows at a time
 
 @dataclass(frozen=True)
 class Options(NoOptions):
-    """What the command line says about texts."""
+    """Options for reading texts."""
 
     text_field: str = "text"
     """Field of JSON lines and column of Parquet files that holds the text."""
@@ -151,7 +151,7 @@ def _is_archive(path: Path) -> bool:
 
 
 def _unpack(archives: list[Path]) -> str:
-    """What to do with files that are no text as they are, in words; '' without any."""
+    """Advice on files that are no text as they are; '' without any."""
     packed = [path for path in archives if _is_archive(path)]
     if not packed:
         return ""
@@ -168,7 +168,7 @@ class _Bad(ValueError):
 
 
 def _places(path: Path, field: str) -> Iterator[EpisodeRef]:
-    """Where each document of a file lies. OSError, ArrowException or ValueError where the file is none."""
+    """Place of each document in a file. OSError, ArrowException or ValueError where the file is none."""
     if _kind(path) == "parquet":
         yield from _rows(path, field)
         return
@@ -253,7 +253,7 @@ def _parsed(line: str, field: str) -> str | _Bad:
 
 
 def _read_rows(path: Path, refs: list[EpisodeRef], field: str) -> Iterator[tuple[EpisodeRef, str | _Bad]]:
-    """Row groups in front of the first wanted row and behind the last one are not read."""
+    """Row groups before the first wanted row and after the last one are not read."""
     wanted = iter(refs)
     ref = next(wanted, None)
     try:

@@ -3,7 +3,7 @@
 episodes -> windows of K timesteps (return-to-go, state, action) -> GPT -> the action at each state
 at play: ask for `target_return`, subtract each reward, act from the last K timesteps
 
-Control: linear state embedding of normalised observations, one learned embedding a timestep, tanh
+Control: linear state embedding of normalised observations, one learned embedding per timestep, tanh
 head, squared error. Atari: the paper's convolutions over four stacked frames, a table of places in
 the window and one embedding of the window's first timestep, cross-entropy; frames are the shards',
 with zeros at the bottom and the right where they are smaller than the convolutions.
@@ -67,7 +67,7 @@ class Config(Training):
         config = cls(target_return=target)
         if image_shape(task) is None:
             return config
-        # the cosine ends after the last step: its code counts three tokens a timestep there and one elsewhere
+        # the cosine ends after the last step: its code counts three tokens per timestep there and one elsewhere
         schedule = replace(config, steps=19_532, batch=128, lr=6e-4, warmup=3, decay=23_438, clip=1.0)
         decay = replace(schedule, weight_decay=0.1, decay_all=False, beta_2=0.95)
         return replace(decay, context=30, layers=6, heads=8, return_scale=1.0)
@@ -261,7 +261,7 @@ def train(
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> Path:
     """Train and export to `out`: weights.safetensors, then config.json. On a CPU a function of its arguments.
-    ValueError for a task without episodes, or with several discrete actions a timestep."""
+    ValueError for a task without episodes, or with several discrete actions per timestep."""
     if task.action is None or (task.action.kind == "discrete" and task.action.size != 1):
         raise ValueError(
             f"task '{task.name}': Decision Transformer plays vectors of real actions or one discrete action; leave "

@@ -77,7 +77,7 @@ class Lanes:
         return value
 
     def _free(self, lane: int) -> bool:
-        """Whether there is room beside the vehicle in a lane of its road."""
+        """True if there is room beside the vehicle in a lane of its road."""
         vehicle = self.raw.vehicle
         for other in self.raw.road.vehicles:
             if other is vehicle or other.lane_index[:2] != vehicle.lane_index[:2] or other.lane_index[2] != lane:
@@ -117,7 +117,7 @@ class Crossing:
         return np.array(names["SLOWER"])
 
     def _meets(self, away: np.ndarray, ahead: np.ndarray) -> bool:
-        """Whether another vehicle is ever too near; `away`: where it is, metres (T, 2); `ahead`: unit vector (T, 2)."""
+        """True if another vehicle is ever too near; `away`: where it is, metres (T, 2); `ahead`: unit vector (T, 2)."""
         along = (away * ahead).sum(axis=1)
         across = away[:, 1] * ahead[:, 0] - away[:, 0] * ahead[:, 1]
         return bool(((np.abs(along) < self.LENGTH) & (np.abs(across) < self.WIDTH)).any())

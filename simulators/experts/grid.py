@@ -59,12 +59,12 @@ class GridPlanner:
         return column, row, int(self.level.agent_dir)
 
     def at(self, cell: Cell) -> Any:
-        """What lies in a cell, None where nothing does. A cell outside of the grid is a wall's."""
+        """The thing in a cell, None where it is empty. A cell outside of the grid is a wall's."""
         grid = self.level.grid
         return grid.get(*cell) if 0 <= cell[0] < grid.width and 0 <= cell[1] < grid.height else grid.get(0, 0)
 
     def cells(self, wanted: Callable[[Any], bool]) -> list[Cell]:
-        """Where the wanted things lie."""
+        """Cells of the wanted things."""
         grid = self.level.grid
         found = (n for n, thing in enumerate(grid.grid) if thing is not None and wanted(thing))
         return [(n % grid.width, n // grid.width) for n in found]
@@ -83,7 +83,7 @@ class GridPlanner:
         return IN_THE_WAY if thing.can_pickup() else inf
 
     def opens(self, door: Any) -> bool:
-        """Whether a toggle would open the door now."""
+        """True if a toggle would open the door now."""
         held = self.level.carrying
         return not door.is_locked or (held is not None and (held.type, held.color) == ("key", door.color))
 

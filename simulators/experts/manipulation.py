@@ -122,7 +122,7 @@ def _near(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _ready(n: int, goals: np.ndarray, places: np.ndarray, wrong: list[int]) -> bool:
-    """Whether cube `n` can be put to its place now: all below is there, and nothing else is."""
+    """True if cube `n` can be put to its place now: all below is there, and nothing else is."""
     for m in range(len(goals)):
         if m == n:
             continue

@@ -1,4 +1,4 @@
-"""Which policy records: the shipped expert of an environment, a file, a function of the user's own, or random actions.
+"""Choice of the policy that records: a shipped expert, a file, a function of the user's own, or random actions.
 
     'expert' | 'random' | policy file | 'module:function' -> Policy of one environment
 

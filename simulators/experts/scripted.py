@@ -49,7 +49,7 @@ class PaddleFollower:
         raise NotImplementedError
 
     def aim(self, landing: float) -> float:
-        """Where the paddle's centre should meet a ball that lands at `landing`."""
+        """Target of the paddle's centre for a ball that lands at `landing`."""
         return landing
 
     def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:

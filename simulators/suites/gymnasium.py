@@ -30,7 +30,7 @@ class AnyGymnasium(Suite):
     renders = True
 
     def owns(self, id: str) -> bool:
-        """What no other suite owns."""
+        """True for all ids: asked last, this suite has what no other owns."""
         return True
 
     def time_limit(self, id: str) -> int | None:

@@ -1,6 +1,6 @@
 """BabyAI's levels, made of minigrid (arXiv 1810.08272): partial view as a picture, facing, and the mission's text.
 
-    (T, 7, 7, 3) uint8: object, colour, state of each cell the agent sees -> (T, 56, 56, 3) uint8, 8 x 8 pixels a cell
+    (T, 7, 7, 3) uint8: object, colour, state of each cell the agent sees -> (T, 56, 56, 3) uint8, 8 x 8 pixels per cell
 
 Logs hold the symbolic view, which is small and what Minari's datasets have; models see the picture that minigrid's
 own tile drawing makes of it, so that two by two cells fill one patch of 16 x 16. A level counts as solved where its

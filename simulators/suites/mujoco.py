@@ -116,8 +116,8 @@ def _without_deprecation() -> Iterator[None]:
 
 
 def body_of(env: gymnasium.Env) -> Any:
-    """What holds `model` and `data`: the environment, or the part of it that does (mazes keep the body in a simulator
-    of its own); None where neither does."""
+    """Owner of `model` and `data`: the environment, or its part that has them (mazes keep the body in a simulator
+    of its own); None if neither does."""
     raw = env.unwrapped
     return raw if hasattr(raw, "model") else next((part for part in vars(raw).values() if hasattr(part, "model")), None)
 

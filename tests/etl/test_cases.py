@@ -437,9 +437,7 @@ def test_flattened_pictures(tmp_path, rng, made, kind):
     np.testing.assert_array_equal(built.data.patches(order[0])[:, 0], pixels[:20].reshape(20, 48, 48, 3)[:, :16, :16])
     place.rename(place.with_name("mine.hdf5"))
     if kind == "uint8":
-        with pytest.raises(
-            DatasetError, match="6,912 numbers of uint8, as many tokens a timestep; give --picture-shape 48 48 3"
-        ):
+        with pytest.raises(DatasetError, match="6,912 numbers of uint8, each a token; give --picture-shape 48 48 3"):
             made("d4rl", "--overwrite")
     else:
         with pytest.raises(DatasetError, match="--strict: .*6,912 numbers of float32.*--picture-shape 48 48 3"):

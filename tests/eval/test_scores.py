@@ -140,13 +140,13 @@ def test_errors_are_counted_and_left_out():
     assert (failed.episodes, failed.errors) == (0, 1) and np.isnan(failed.return_mean)
 
 
-def test_above_random_needs_the_interval_too():
+def test_above_random_by_the_mean_and_by_the_interval():
     random = episodes("random", [0, 1, 2, 3, 4] * 4)
     sure = one(random + episodes("gato", [100, 101, 102, 103]), "gato")
-    assert sure.mean_above_random and sure.interval_above_random and sure.above_random
+    assert sure.mean_above_random and sure.interval_above_random
     torn = one(random + episodes("gato", [-50, -50, 80, 80]), "gato")
-    assert torn.mean_above_random and not torn.interval_above_random and not torn.above_random
-    assert not one(random + episodes("gato", [2, 2, 2]), "gato").above_random
+    assert torn.mean_above_random and not torn.interval_above_random
+    assert not one(random + episodes("gato", [2, 2, 2]), "gato").mean_above_random
     assert one(random, "random").mean_above_random is None
     assert one(episodes("gato", [100, 101]), "gato").mean_above_random is None
 

@@ -1,4 +1,4 @@
-"""What all ranks must have in common before the first step: package, configuration, run folder, data.
+"""Agreement of all ranks before the first step: package, configuration, run folder, data.
 
     each rank: versions, settings, dataset fingerprints -> gathered -> the first rank that differs from rank 0, named
     rank 0: a file with a random name in the run folder -> every rank looks for it

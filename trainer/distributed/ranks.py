@@ -117,7 +117,7 @@ def where(rank: int, host: str) -> str:
 
 
 def lost(error: RuntimeError) -> bool:
-    """Whether an error of a collective says that another rank ended or does not answer. gloo raises a bare RuntimeError
+    """True if an error of a collective says that another rank ended or does not answer. gloo raises a bare RuntimeError
     then; NCCL's are torch's own."""
     text = str(error)
     signs = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
@@ -125,7 +125,7 @@ def lost(error: RuntimeError) -> bool:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that memory is short: a GPU's, or the host's."""
+    """True if an error says that memory is short: a GPU's, or the host's."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 

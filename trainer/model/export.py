@@ -73,9 +73,9 @@ class ExportInfo:
     prompts_sha256: str = ""
     text_sha256: str = ""
     observations: dict[str, ObservationScale] = field(default_factory=dict)
-    """What a model that reads timesteps standardises by, by task."""
+    """Scales by which a model that reads timesteps standardises, by task."""
     returns: dict[str, ReturnScale] = field(default_factory=dict)
-    """What a model with `returns` is asked for, by task."""
+    """Returns that a model with `returns` is asked for, by task."""
 
     def observation_scale(self, task: TaskSpec) -> ObservationScale | None:
         """The scale of a task: its own, that of a task of its environment, or in a domain whose tasks share theirs, and

@@ -31,11 +31,11 @@ from trainer.model.transformer import Block, Cache, causal_segment_mask, flash_s
 LARGEST = 10.0  # value that is shown, in deviations
 TABLE_SHARE = 0.1  # of its embedding, that a continuous value shows beside what is linear in it (docs/ablations.md)
 Blocks = Sequence[Callable[..., Tensor]]
-"""What does a model's blocks' work: these themselves, or compiled."""
+"""A model's blocks as functions: themselves, or compiled."""
 
 
 def observed(roles: Tensor) -> Tensor:
-    """Which tokens are of an observation, bool."""
+    """Mask of the observation's tokens, bool."""
     return (roles == TEXT) | (roles == PATCH) | (roles == OBSERVATION)
 
 
@@ -79,7 +79,7 @@ class Gato(nn.Module):
 
     @property
     def by_timesteps(self) -> bool:
-        """Whether an element of the sequence is a timestep."""
+        """True if an element of the sequence is a timestep."""
         return self.config.sequence == "timesteps"
 
     def initialise(self, seed: int) -> Gato:

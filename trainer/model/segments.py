@@ -1,4 +1,4 @@
-"""Which of torch's kernels attends within segments of varying length, decided once per process.
+"""The choice of torch's kernel for attention within segments of varying length, made once per process.
 
 candidates here -> as a mask in float32, values and gradients? -> timed -> the fastest is `use`d from then on
 
@@ -128,7 +128,7 @@ def masked(segments: Tensor, length: int) -> Callable[[Tensor, Tensor, Tensor], 
 
 
 def gradients(work: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, upstream: Tensor) -> list[Tensor]:
-    """What `work` makes of q, k, v, and their gradients."""
+    """Output of `work` for q, k, v, and their gradients."""
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     y = work(q, k, v)
     return [y.detach(), *torch.autograd.grad(y, (q, k, v), upstream.to(y.dtype))]

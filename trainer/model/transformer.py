@@ -147,7 +147,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def flash_serves(x: Tensor) -> bool:
-    """Whether `segment_attention` can run on what blocks make of x: on a GPU, in two bytes."""
+    """True if `segment_attention` can run on what blocks make of x: on a GPU, in two bytes."""
     return x.is_cuda and (x.element_size() == 2 or torch.is_autocast_enabled("cuda"))
 
 

@@ -1,4 +1,4 @@
-"""The child that tries HDF5 files: paths on stdin, a verdict a line on stdout."""
+"""The child that tries HDF5 files: paths on stdin, one verdict per line on stdout."""
 
 from etl.sources._hdf5.trial import main
 

@@ -65,7 +65,7 @@ class Dataset:
 
     @cached_property
     def plain(self) -> bool:
-        """Whether its values lie in this very file one after the other, unpacked."""
+        """True if its values lie in this very file one after the other, unpacked."""
         return self.id.get_offset() is not None
 
     @property
@@ -77,7 +77,7 @@ class Dataset:
 
     @property
     def elsewhere(self) -> bool:
-        """Whether its values lie in other files or datasets."""
+        """True if its values lie in other files or datasets."""
         if self.plain:
             return False
         return self.properties.get_layout() == h5d.VIRTUAL or self.properties.get_external_count() > 0
@@ -109,7 +109,7 @@ def dataset(group: h5py.Group, *keys: str) -> Dataset | None:
 
 
 def stores_rows(node: Any, name: str) -> bool:
-    """Whether an object of a file is a dataset with rows in this very file. EpisodeError where the bytes of the one
+    """True if an object of a file is a dataset with rows in this very file. EpisodeError where the bytes of the one
     called `name` cannot be all there."""
     if not isinstance(node, Dataset) or not (shape := node.shape) or node.elsewhere:
         return False
@@ -121,7 +121,7 @@ def stores_rows(node: Any, name: str) -> bool:
 
 
 def holds(group: h5py.Group, key: str) -> bool:
-    """Whether the group itself holds something of that name, not a link to elsewhere."""
+    """True if the group itself holds something of that name, not a link to elsewhere."""
     links, name = group.id.links, key.encode()
     try:
         return links.get_info(name).type == h5l.TYPE_HARD
@@ -132,7 +132,7 @@ def holds(group: h5py.Group, key: str) -> bool:
 
 
 def member(group: h5py.Group, key: str) -> Dataset | h5py.Group | None:
-    """What a group holds under that name."""
+    """A group's member of that name."""
     found = h5o.open(group.id, key.encode())
     if isinstance(found, h5d.DatasetID):
         return Dataset(found)
@@ -157,7 +157,7 @@ def damage() -> Iterator[None]:
 
 
 def corrupt(why: str) -> EpisodeError:
-    """What to say of a file or a dataset whose bytes make no sense, `why` of h5py's or our own."""
+    """Error for a file or a dataset whose bytes make no sense, `why` of h5py's or our own."""
     if "unable to lock file" in why:
         return EpisodeError("locked HDF5", "another process has it open for writing; wait until it has closed the file")
     if "already open for write" in why or "consistency flags" in why:

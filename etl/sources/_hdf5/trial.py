@@ -31,7 +31,7 @@ NUMBERS = (h5t.INTEGER, h5t.FLOAT, h5t.ENUM)
 
 
 def tried(paths: Iterable[Path]) -> dict[Path, EpisodeError]:
-    """What is wrong with the files that cannot be opened, or that killed the process that opened them."""
+    """Faults of the files that cannot be opened, or that killed the process that opened them."""
     found: dict[Path, EpisodeError] = {}
     waiting = []
     for path in dict.fromkeys(paths):
@@ -72,7 +72,7 @@ def opened(path: Path) -> h5py.File:
 
 
 def _refused(path: Path) -> EpisodeError | None:
-    """What is wrong before any parsing."""
+    """Fault that shows before any parsing."""
     try:
         if not path.is_file():
             return EpisodeError("missing file", f"{path.name} is no file; {AGAIN}")
@@ -127,7 +127,7 @@ def _allow(path: Path, nodes: int = 0) -> None:
 
 
 def main() -> None:
-    """The child: paths on stdin, a verdict a line on stdout. Dies of what it reads."""
+    """The child: paths on stdin, one verdict per line on stdout. Dies of what it reads."""
     most = resource.getrlimit(resource.RLIMIT_AS)[1]  # a cluster's, which no user may raise
     allowed = ADDRESSES if most == resource.RLIM_INFINITY else min(ADDRESSES, most)
     resource.setrlimit(resource.RLIMIT_AS, (allowed, most))

@@ -69,7 +69,7 @@ BLOCK = 2**24
 
 @dataclass(frozen=True)
 class Options(NoOptions):
-    """What the command line says about DQN-Replay logs."""
+    """Options for reading DQN-Replay logs."""
 
     max_episode_steps: int | None = None
     """Time limit in actions; 27,000 where not given."""

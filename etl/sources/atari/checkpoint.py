@@ -158,7 +158,7 @@ class Checkpoint:
         return rows
 
     def marks_limits(self) -> bool:
-        """Whether the writer kept the ends of episodes apart from the terminals; the file is a pickle, and not read."""
+        """True if the writer kept the ends of episodes apart from the terminals; the file is a pickle, and not read."""
         return sibling(self.action_file, "episode_end_indices").is_file()
 
     def _small(self, stem: str) -> np.ndarray | None:

@@ -60,7 +60,7 @@ FLATTENED = 1024  # numbers in a row from which it is rather a picture
 
 @dataclass(frozen=True)
 class Options(ActionOptions):
-    """What the command line says about D4RL logs."""
+    """Options for reading D4RL logs."""
 
     picture_shape: tuple[int, ...] = ()
     """Height, width and channels of the pictures that the rows of `observations` are, flattened."""
@@ -216,7 +216,7 @@ def _fields(log: Log, shape: tuple[int, ...]) -> tuple[tuple[FieldSpec, ...], tu
     elif size > FLATTENED or rows.dtype == np.uint8:
         squares = [" ".join(map(str, one)) for one in flattened_shapes(size)]
         remedy = f"--picture-shape {' or '.join(squares) if squares else 'H W C'} if they are flattened pictures"
-        line = f"a row of 'observations' is {size:,} numbers of {rows.dtype}, as many tokens a timestep; give {remedy}"
+        line = f"a row of 'observations' is {size:,} numbers of {rows.dtype}, each a token; give {remedy}"
         if rows.dtype == np.uint8:
             raise EpisodeError("wrong dtype", f"{line}, or record numbers as float32")
         warnings = (line,)
@@ -224,7 +224,7 @@ def _fields(log: Log, shape: tuple[int, ...]) -> tuple[tuple[FieldSpec, ...], tu
 
 
 def _environment(own: str | None, known: EnvironmentSpec | None, options: Options) -> EnvironmentSpec | None:
-    """What the command line says, else what the file says, else what the catalogue knows."""
+    """The command line's, else the file's, else the catalogue's."""
     if options.environment or own:
         return environment_of_id(options.environment or own or "")
     return known

@@ -78,7 +78,7 @@ def _discrete(actions: Rows, size: int, own: ActionSpec | None) -> ActionSpec:
 
 
 def _attributes(attributes: Mapping[str, Any], size: int) -> ActionSpec | None:
-    """What etl.record notes; nothing where it makes no sense."""
+    """Notes of etl.record; nothing where they make no sense."""
     try:
         low, high = (np.ravel(attributes[key]).astype(float) for key in ("action_low", "action_high"))
     except (KeyError, ValueError, TypeError, OSError):

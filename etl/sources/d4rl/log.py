@@ -24,7 +24,7 @@ from schemas.episode import EpisodeError, TaskSpec
 REQUIRED = ("observations", "actions", "rewards", "terminals")
 GOAL = "infos/goal"
 OPTIONAL = ("timeouts", "episode_terminals", "next_observations", GOAL)
-WIDEST = 2**16  # values a timestep: more is damage, and would not fit any context
+WIDEST = 2**16  # values per timestep: more is damage, and would not fit any context
 MOST_ROWS = 2**24  # D4RL's longest have 2M: flags and rewards are held whole
 ALL = slice(None)
 PIECE = 2**24  # bytes of observations at a time
@@ -48,11 +48,11 @@ class Log:
             self.fields["goal"] = self.arrays[GOAL]
 
     def flags(self, key: str, rows: slice = ALL) -> np.ndarray | None:
-        """Which rows of a flag ("terminals", ...) are set, bool; None where the file has no such key."""
+        """Rows where a flag ("terminals", ...) is set, bool; None where the file has no such key."""
         return self.arrays[key][rows].reshape(-1).astype(bool, copy=False) if key in self.arrays else None
 
     def split(self, limit: int | None) -> Split:
-        """Where its episodes end. EpisodeError where nothing tells."""
+        """Ends of its episodes. EpisodeError where nothing shows them."""
         key = "timeouts" if "timeouts" in self.arrays or "episode_terminals" not in self.arrays else "episode_terminals"
         terminals = self.flags("terminals")
         assert terminals is not None  # a required key
@@ -73,7 +73,7 @@ class Log:
 
     @cached_property
     def unit(self) -> bool:
-        """Whether pictures that are stored as floats lie in [0, 1], by the first rows."""
+        """True if pictures that are stored as floats lie in [0, 1], by the first rows."""
         rows = self.arrays["observations"]
         return rows.dtype.kind == "f" and float(np.nanmax(next(pieces(rows)))) <= 1.0
 
@@ -98,7 +98,7 @@ class Log:
         return np.add.reduceat(rewards, [start for start, _ in bounds], dtype=np.float64).tolist()
 
     def environment(self) -> str | None:
-        """What the file itself says."""
+        """The environment that the file itself names."""
         name = self.file.attrs.get("env_id")
         return name.decode() if isinstance(name, bytes) else name if isinstance(name, str) else None
 

@@ -44,7 +44,7 @@ MOST_ROWS = 2**24
 
 @dataclass(frozen=True)
 class Options(ArrayOptions):
-    """What the command line says about such files."""
+    """Options for reading such files."""
 
     action_key: str = ""
     """Array of the actions; action or actions where not given."""
@@ -219,7 +219,7 @@ class _FileLog(Log):
         return column[:rows].reshape(rows)
 
     def _ends(self, stop: int) -> tuple[bool, bool]:
-        """Whether the environment ended the episode whose rows end at `stop`, and whether its limit did."""
+        """(terminated, truncated) of the episode whose rows end at `stop`."""
         last = {key: None if values is None else values[stop - 1] for key, values in self.flags.items()}
         if self.final_row:  # a trajectory's end, which no environment declared
             return False, bool(last["terminal"])

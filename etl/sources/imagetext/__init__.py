@@ -56,7 +56,7 @@ DAMAGE: tuple[type[Exception], ...] = (tarfile.TarError, OSError, EOFError, Valu
 
 @dataclass(frozen=True)
 class Options(NoOptions):
-    """What the command line says about pictures with captions."""
+    """Options for reading pictures with captions."""
 
     picture_size: tuple[int, int] = (128, 128)
     """Height and width in pixels, multiples of 16, that every picture is resized to."""
@@ -73,7 +73,7 @@ class Options(NoOptions):
 
 
 class Pair(NamedTuple):
-    """Where the members of one sample lie in a tar: (first byte, bytes); None where there is none. `start`: where the
+    """Places of one sample's members in a tar: (first byte, bytes); None where there is none. `start`: where the
     first one's header does, -1 where reading cannot begin there."""
 
     start: int
@@ -92,7 +92,7 @@ class ImageText:
     writer = None
 
     def known(self, cache: Path) -> list[Known]:
-        """What is in the cache; any repository of such tars can be asked for by its id."""
+        """Datasets in the cache; any repository of such tars can be asked for by its id."""
         from etl.fetch import hub  # which needs this package
 
         return hub.known(cache / self.name)

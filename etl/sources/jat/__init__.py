@@ -1,4 +1,4 @@
-"""JAT's Parquet files (huggingface.co/datasets/jat-project/jat-dataset): a folder is one task, a row one episode.
+"""JAT's Parquet files (huggingface.co/datasets/jat-project/jat-dataset): a folder is one task, a row is one episode.
 
 continuous_observations list<list<float>>, discrete_observations list<list<int64>>, text_observations list<string>,
 image_observations list<struct<bytes, path>> (84 x 84 x 4: a stack of four grey frames, the newest last)

@@ -34,7 +34,7 @@ NUMBER = re.compile(r"u?int\d+|float\d+")
 
 @dataclass(frozen=True)
 class Options(ArrayOptions):
-    """What the command line says about LeRobot datasets. Observation keys are features (observation.state); by default
+    """Options for reading LeRobot datasets. Observation keys are features (observation.state); by default
     all that are called observation.*, and all cameras."""
 
     task_per_instruction: bool = False
@@ -66,7 +66,7 @@ def fields_of(dataset: Dataset, options: Options) -> tuple[tuple[FieldSpec, ...]
         fields.append(FieldSpec(INSTRUCTION, "text", (options.text_tokens,)))
     width = sum(math.prod(spec.shape) for spec in fields if spec.kind != "image")
     if not chosen or width > MOST_VALUES:
-        detail = f"{len(chosen)} features of {width} values a timestep; 1 to {MOST_VALUES} values can be read"
+        detail = f"{len(chosen)} features of {width} values per timestep; 1 to {MOST_VALUES} values can be read"
         raise EpisodeError("unsupported space", f"{detail}: name some with --observation-keys")
     keys = [spec.key for spec in fields]
     if len(set(keys)) < len(keys):

@@ -1,10 +1,10 @@
-"""What a LeRobotDataset's folder `meta` says, v2.0 to v3.0, in one form.
+"""A LeRobotDataset's folder `meta`, v2.0 to v3.0, in one form.
 
 info.json (+ tasks, episodes, stats as .jsonl or Parquet) -> Dataset: features, instructions, where each video lies
 
 v2.0   meta/{tasks,episodes}.jsonl, stats.json            a Parquet file and a video per episode and camera
 v2.1   meta/{tasks,episodes,episodes_stats}.jsonl         the same
-v3.0   meta/tasks.parquet, meta/episodes/**, stats.json   many episodes a file; a table says where each begins
+v3.0   meta/tasks.parquet, meta/episodes/**, stats.json   many episodes per file; a table says where each begins
 
 Invariant: nothing that a file says leads out of the dataset's folder; unknown keys are ignored, and what is missing
 but not needed is None.
@@ -68,7 +68,7 @@ class Feature:
 
 @dataclass(frozen=True)
 class Clip:
-    """Where an episode lies in a video: its frame at `timestamp` is shown at `start` + timestamp seconds."""
+    """Place of an episode in a video: its frame at `timestamp` is shown at `start` + timestamp seconds."""
 
     path: Path
     start: float

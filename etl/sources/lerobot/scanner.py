@@ -1,4 +1,4 @@
-"""Where the episodes of a LeRobot dataset lie, and the task that they are.
+"""Places of a LeRobot dataset's episodes, and the task that they are.
 
 meta/, data/**/*.parquet -> TaskScan: fields, actions, an EpisodeRef each; what the metadata has and the data lacks
 
@@ -63,7 +63,7 @@ def scan_dataset(name: str, root: Path, options: Options) -> list[TaskScan]:
 def _scan_rows(
     name: str, dataset: Dataset, paths: list[Path]
 ) -> tuple[list[EpisodeRef], dict[int, int | None], list[Rejection]]:
-    """Where each episode lies, by episode_index; the task_index of each; what cannot be used."""
+    """Place of each episode, by episode_index; the task_index of each; what cannot be used."""
     found: dict[int, tuple[EpisodeRef, int | None]] = {}
     rejected, twice = [], set()
     reward = "next.reward" if "next.reward" in dataset.features else None

@@ -1,6 +1,6 @@
 """Rows of LeRobot's Parquet files as arrays, a band of rows at a time.
 
-data/**/*.parquet -> runs: where each episode lies, by episode_index -> Table.rows(start, stop) -> an array a column
+data/**/*.parquet -> runs: where each episode lies, by episode_index -> Table.rows(start, stop) -> one array per column
 
 Invariant: memory holds the rows asked for and a band; whatever a column holds, the result has the feature's shape, or
 EpisodeError says what is wrong.

@@ -32,7 +32,7 @@ _TRAJECTORY = re.compile(r"traj_(0|[1-9]\d{0,8})")
 
 @dataclass(frozen=True)
 class Options(ArrayOptions):
-    """What the command line says about ManiSkill's trajectories."""
+    """Options for reading ManiSkill's trajectories."""
 
 
 class ManiSkill(HDF5Source):

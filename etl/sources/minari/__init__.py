@@ -2,7 +2,7 @@
 
 ID/data/metadata.json    spaces, environment, reference returns
 ID/data/main_data.hdf5   episode_N/: observations (T+1, ...), actions (T, ...), rewards, terminations, truncations (T,)
-    -> an episode a group; the last observation, which no action follows, is left out
+    -> one episode per group; the last observation, which no action follows, is left out
 
 Dict and Tuple spaces are groups ('_index_0' for a tuple's first): their arrays become fields with keys such as
 'achieved_goal' or 'a/0', in the order of the path. `scan` reads metadata and rewards; `read` opens one episode's
@@ -67,7 +67,7 @@ PASSIVE_WRAPPERS = {"OrderEnforcing", "PassiveEnvChecker", "RecordEpisodeStatist
 
 @dataclass(frozen=True)
 class Options(ActionOptions):
-    """What the command line says about Minari datasets."""
+    """Options for reading Minari datasets."""
 
     text_tokens: int = 16
     """Tokens of a text inside a timestep; longer ones are cut, and counted."""
@@ -142,7 +142,7 @@ class Minari:
                     yield self._read_episode(file, task, leaves, action, ref)
 
     def field(self, key: str, space: spaces.Space) -> FieldSpec | None:
-        """What one array of the observation becomes; None leaves it out. SpaceError where nothing fits."""
+        """The field of one array of the observation; None leaves it out. SpaceError where nothing fits."""
         return rules.field(key, space)
 
     def values(self, spec: FieldSpec, space: spaces.Space, stored: np.ndarray) -> np.ndarray:
@@ -173,7 +173,7 @@ class Minari:
         )
 
     def environment(self, about: dict[str, Any], options: Options) -> tuple[EnvironmentSpec | None, int | None]:
-        """Where to evaluate, and its time limit: the command line's, else the metadata's eval_env_spec, else its
+        """Environment to play, and its time limit: the command line's, else the metadata's eval_env_spec, else its
         env_spec. The metadata's does not count where a wrapper changes what it takes or gives."""
         spec = _parsed(about.get("eval_env_spec") or about.get("env_spec"))
         given = environment_of_id(options.environment) if options.environment else None
@@ -223,7 +223,7 @@ class Minari:
         )
         width = sum(math.prod(spec.shape) for spec in fields if spec.kind != "image")
         if not fields or width > TIMESTEP_VALUES:
-            detail = f"{len(fields)} fields of {width} values a timestep; up to {TIMESTEP_VALUES} can be read"
+            detail = f"{len(fields)} fields of {width} values per timestep; up to {TIMESTEP_VALUES} can be read"
             raise EpisodeError("unsupported space", detail)
         return fields
 
@@ -264,7 +264,7 @@ SOURCE = Minari()
 
 
 def is_babyai(marks: list[tuple[str, dict[str, Any]]]) -> bool:
-    """Whether all of `disk.marks` are logs of BabyAI's levels or of minigrid's other environments."""
+    """True if all of `disk.marks` are logs of BabyAI's levels or of minigrid's other environments."""
     return bool(marks) and all(re.search("BabyAI-|MiniGrid-", json.dumps(about)) for _, about in marks)
 
 

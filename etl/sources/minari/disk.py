@@ -47,12 +47,12 @@ _ID = re.compile(r"(?:[\w-]+/)*[\w-]+")
 
 
 def is_id(name: str) -> bool:
-    """Whether it looks like (NAMESPACE/)NAME-vN and cannot lead out of a folder."""
+    """True if it looks like (NAMESPACE/)NAME-vN and cannot lead out of a folder."""
     return _ID.fullmatch(name) is not None
 
 
 def marks(input: Path) -> list[tuple[str, dict[str, Any]]]:
-    """What shows that Minari wrote a file or folder: (evidence, description) of a few metadata.json with spaces, else
+    """Evidence that Minari wrote a file or folder: (evidence, description) of a few metadata.json with spaces, else
     the data file that has no other name."""
     if input.is_file():
         if input.name not in (METADATA, DATA):
@@ -82,7 +82,7 @@ def dataset_id(path: Path) -> str:
 
 
 def metadata(path: Path) -> dict[str, Any]:
-    """What the metadata.json beside a main_data.hdf5 holds."""
+    """The metadata.json beside a main_data.hdf5."""
     path = (path.parent if path.suffix in SUFFIXES else path).with_name(METADATA)
     try:
         if path.exists() and not path.is_file():
@@ -103,7 +103,7 @@ def metadata(path: Path) -> dict[str, Any]:
 
 
 def place(folder: Path) -> Path:
-    """What represents a dataset: its main_data.hdf5; where it has none, its metadata.json, episodes beside it."""
+    """The file for a dataset: its main_data.hdf5; where it has none, its metadata.json, episodes beside it."""
     path = folder / DATA
     try:
         tables = not path.exists() and metadata(path).get("data_format") in FORMATS

@@ -1,4 +1,4 @@
-"""What `scan` learns of a Minari dataset's episodes: where they are, their actions, what is odd about their flags.
+"""The scan of a Minari dataset's episodes: where they are, their actions, what is odd about their flags.
 
 file of groups or Tables -> scan_episodes -> refs and rejections -> all_actions, odd_flags
 

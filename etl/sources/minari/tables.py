@@ -88,7 +88,7 @@ class Episode:
 
     @cached_property
     def attrs(self) -> dict[str, Any]:
-        """What Minari wrote beside the file."""
+        """Attributes that Minari wrote beside the file."""
         about = json_of(self.path.with_name(METADATA))
         return about if isinstance(about, dict) else {}
 
@@ -170,7 +170,7 @@ def _numbers(values: pa.Array, name: str, space: spaces.Space, T: int) -> np.nda
         widths = pc.list_value_length(values)
         width = pc.min(widths).as_py()
         if width != pc.max(widths).as_py() or width != math.prod(shape):
-            raise EpisodeError("wrong shape", f"'{name}' has {width} values a row, expected {shape}")
+            raise EpisodeError("wrong shape", f"'{name}' has {width} values per row, expected {shape}")
         values = _whole(values.flatten(), name)
     elif math.prod(shape) != 1:
         raise EpisodeError("wrong shape", f"'{name}' has one value a row, expected {shape}")

@@ -1,7 +1,7 @@
 """RLDS datasets as TensorFlow Datasets writes them (Open X-Embodiment), read without TensorFlow.
 
 NAME/VERSION/features.json, dataset_info.json
-NAME/VERSION/NAME-SPLIT.tfrecord-NNNNN-of-NNNNN    a record an episode: steps/observation/KEY, steps/action, ...
+NAME/VERSION/NAME-SPLIT.tfrecord-NNNNN-of-NNNNN    one record per episode: steps/observation/KEY, steps/action, ...
     -> fields KEY, language_instruction; an action of several arrays is one, in the order of their keys
 
 Observation, action and reward of one row belong together. The last step (is_last) has no action that was taken: it is
@@ -38,7 +38,7 @@ _FILE = re.compile(r"(?P<name>.+)-(?P<split>[^-.]+)\.tfrecord-(?P<index>\d{5})-o
 
 @dataclass(frozen=True)
 class Options(ArrayOptions):
-    """What the command line says about RLDS datasets."""
+    """Options for reading RLDS datasets."""
 
 
 class RLDS(ArraySource):

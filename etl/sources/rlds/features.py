@@ -1,4 +1,4 @@
-"""What a TFDS features.json says of the steps of an RLDS dataset, and an example's lists as arrays of it.
+"""The steps of an RLDS dataset by its features.json, and an example's lists as arrays of it.
 
 features.json -> Leaf: key ('observation/image'), kind, dtype, shape of one step
 tf.train.Example's lists + Leaf -> a Column: numbers (T, *shape), texts (T,), pictures (T, H, W, C) decoded on demand
@@ -92,7 +92,7 @@ class Given:
         self.lists = lists
 
     def has(self, key: str) -> bool:
-        """Whether there is such an array, of fixed or of ragged rows."""
+        """True if there is such an array, of fixed or of ragged rows."""
         return STEPS + key in self.lists or STEPS + key + FLAT in self.lists
 
     def numbers(self, leaf: Leaf, steps: int | None = None) -> np.ndarray:
@@ -158,7 +158,7 @@ class Given:
                 raise EpisodeError("corrupt Example", f"'{leaf.key}': {error}; {AGAIN}") from None
             if len(data) != size:
                 raise EpisodeError(
-                    "wrong shape", f"'{leaf.key}' has {len(data)} bytes a step, expected {size}; {AGAIN}"
+                    "wrong shape", f"'{leaf.key}' has {len(data)} bytes per step, expected {size}; {AGAIN}"
                 )
             parts.append(np.frombuffer(data, leaf.dtype))
         return np.concatenate(parts) if parts else np.empty(0, leaf.dtype)

@@ -69,7 +69,7 @@ SOURCE = Vintix()
 
 @dataclass(frozen=True)
 class _Outline:
-    """What a file holds. `names`: its groups, by their first step; `arrays`: key -> row after the last of each group,
+    """Contents of a file. `names`: its groups, by their first step; `arrays`: key -> row after the last of each group,
     shape of a row, dtype; `bounds`: rows of each episode; `late`: positions of those that lack their first steps."""
 
     names: list[str]
