@@ -105,6 +105,7 @@ def bodies(tmp_path_factory):
     return {"PYTHONPATH": f"{folder}:{ROOT}"}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -121,6 +122,7 @@ def test_a_body_that_fails_ends_it_with_one_line_and_no_log(bodies, tmp_path, na
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.process
 def test_actions_stay_in_a_range_that_is_not_symmetric(bodies, tmp_path):
     command = ("etl.replay", "--environment", "replay_bodies:Asymmetric-v0", "--timesteps", "2048")
     run(*command, "--output", tmp_path, env=os.environ | bodies)
