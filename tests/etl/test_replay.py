@@ -128,7 +128,7 @@ def test_actions_stay_in_a_range_that_is_not_symmetric(bodies, tmp_path):
     run(*command, "--output", tmp_path, env=os.environ | bodies)
     with h5py.File(tmp_path / "asymmetric-medium-replay-v0.hdf5") as file:
         actions = file["actions"][:]
-    assert (actions.min(0) == [0, -3]).tolist() == [True, False] and actions.max() <= 7
+    assert actions.min(0).tolist() == [0, -3] and (actions.max(0) <= [1, 7]).all()
 
 
 def test_a_policy_that_cannot_be_kept_is_refused_before_the_training(log, tmp_path):
