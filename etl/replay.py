@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,12 +25,12 @@ from rich.console import Console
 import simulators
 from etl import sources
 from etl.record import DEFAULT, Recorded, writer_of
-from schemas.files import disk_fault, exclusive_name, require_folder
+from schemas.files import atomic_write, disk_fault, exclusive_name, require_folder
 from schemas.ranges import require
 from schemas.terminal import command, status_of
 from simulators import plugins
 from simulators.experts.train import TrainOptions, require_continuous, train
-from simulators.rollout import Step
+from simulators.rollout import Step, require_finite
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Options:
 
 
 class Watched(gymnasium.Wrapper):
-    """Hands over each episode of an environment once it has ended."""
+    """Hands over each episode of an environment once it has ended. SimulatorError where the simulator fails."""
 
     def __init__(self, env: gymnasium.Env, ended: Callable[[list[Step]], None]):
         super().__init__(env)
@@ -66,14 +67,18 @@ class Watched(gymnasium.Wrapper):
         self.steps: list[Step] = []
 
     def reset(self, **options: Any) -> tuple[Any, dict]:
-        self.seen, about = super().reset(**options)
         self.steps = []
+        with self._named():
+            self.seen, about = super().reset(**options)
+            require_finite(self.seen)
         return self.seen, about
 
     def step(self, action: Any) -> Any:
         seen, before = self.seen, self.suite.state(self.env)
-        result = super().step(action)
-        self.seen, reward, terminated, truncated, _ = result
+        with self._named():
+            result = super().step(action)
+            self.seen, reward, terminated, truncated, _ = result
+            require_finite(self.seen, float(reward))
         played = np.array(action, np.float32)
         step = Step(0, seen, played, float(reward), bool(terminated), bool(truncated), self.seen, before=before)
         self.steps.append(step)
@@ -81,14 +86,41 @@ class Watched(gymnasium.Wrapper):
             self.ended(self.steps)
         return result
 
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a simulator may raise anything
+            id = self.get_wrapper_attr("environment").id
+            problem = f"{type(error).__name__}: {error}"
+            raise simulators.SimulatorError(f"{id}: timestep {len(self.steps)} of an episode: {problem}") from error
+
 
 def check(options: Options) -> None:
     """ValueError names an option whose value makes no sense."""
     require("timesteps", options.timesteps, TrainOptions.rollout, 2**40)
     require("every", options.every, 1, 2**40)
     require("seed", options.seed, 0, 2**31)
+    if options.until is not None:
+        require("until", options.until, -1e38, 1e38)
+    if options.policy is not None:
+        _check_policy(options.policy, options.overwrite)
     if options.output is not None:
         require_folder("output", options.output)
+
+
+def _check_policy(path: Path, overwrite: bool) -> None:
+    """ValueError where the best policy cannot be written to `path`; here and not after the training."""
+    if path.suffix != ".safetensors":
+        raise ValueError(f"--policy {path}: give a name that ends in .safetensors, as etl.record reads it")
+    if path.is_dir():
+        raise ValueError(f"--policy {path}: is a folder; give a file in it")
+    if path.exists() and not overwrite:
+        raise ValueError(f"--policy {path}: already there; give another name, or --overwrite to replace it")
+    require_folder("policy", path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def replay(options: Options, console: Console) -> Recorded:
@@ -108,7 +140,11 @@ def replay(options: Options, console: Console) -> Recorded:
             raise ValueError(f"{path}: already there; give another --output or --level, or --overwrite to replace it")
         log = writer(path, spec, "ppo")
         try:
-            done = _written(options, log, options.policy or Path(scratch) / "policy.safetensors", path, console)
+            best = Path(scratch) / "policy.safetensors"
+            done = _written(options, log, best, path, console)
+            if options.policy is not None:
+                with atomic_write(options.policy) as file:
+                    file.write(best.read_bytes())
             log.close()
         finally:
             log.discard()

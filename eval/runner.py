@@ -202,7 +202,8 @@ class ComparisonRunner:
         if job.model == "gato":
             info = self.gatos[job.seed][1]
             if job.task.dataset is not None:
-                job.dataset.manifest.vocabulary.require(info.vocabulary_fingerprint, str(self.exports[job.seed]))
+                data, export = job.dataset, str(self.exports[job.seed])
+                info.require_data(data.manifest, job.spec, str(data.place), export)
             return info.weights_sha256
         if job.model not in BASELINES:
             return ""

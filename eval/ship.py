@@ -22,7 +22,8 @@ import tyro
 from safetensors.numpy import save
 
 from eval.agents.prompts import best_demonstration
-from schemas.dataset import DatasetError
+from eval.jobs import known_tasks
+from schemas.dataset import TEXT_MODEL_NAME, DatasetError
 from schemas.files import atomic_write
 from schemas.terminal import command
 from schemas.vocabulary import VocabularyMismatch
@@ -30,7 +31,7 @@ from shards.folder import digest_of
 from shards.reader import Dataset, Store
 from shards.stream import find_datasets
 from trainer.checkpoint import CheckpointError
-from trainer.model.export import PROMPTS, ExportInfo, load_export, save_export
+from trainer.model.export import PROMPTS, ExportInfo, intact, load_export, save_export
 
 
 @dataclass(frozen=True)
@@ -47,34 +48,63 @@ class Options:
     """Keep prompts of tasks with pictures, which may be most of the bytes."""
 
 
-def shown_in(info: ExportInfo, datasets: list[Dataset], pictures: bool) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Of the export's tasks, prompts and tokens of texts.
+def tasks_in(info: ExportInfo, export: Path, datasets: list[Dataset]) -> dict[str, tuple[Dataset, int]]:
+    """The export's tasks: name -> dataset and number in it. DatasetError or VocabularyMismatch for one that is in none
+    of the datasets, in two, or is not what the export was trained on."""
+    own = {task.name: task for task in info.tasks}
+    known_tasks(datasets)  # each is in one of them
+    found = {
+        task.spec.name: (dataset, number) for dataset in datasets for number, task in enumerate(dataset.manifest.tasks)
+    }
+    for name, spec in sorted(own.items()):
+        if name not in found:
+            raise DatasetError(f"task '{name}' of the export is in none of the datasets; name its folder (--datasets)")
+        dataset, number = found[name]
+        info.require_data(dataset.manifest, spec, str(dataset.place), str(export))
+        held = dataset.manifest.tasks[number].spec
+        if (held.observation, held.action) != (spec.observation, spec.action):
+            raise DatasetError(
+                f"{dataset.place}: task '{name}' has other fields than in the export; name the folder that it was "
+                "trained on (--datasets)"
+            )
+    return {name: found[name] for name in own}
+
+
+def shown_in(
+    info: ExportInfo, tasks: dict[str, tuple[Dataset, int]], pictures: bool
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Prompts and tokens of texts.
 
     Prompts: 'TASK/end/tokens' (T, stored) uint16, 'TASK/end/patches' uint8; the same of 'start'. T: the timesteps of a
-    whole window. `pictures`: of tasks with pictures too. Tokens: ids, ascending, of all texts in the datasets.
-    DatasetError for a task that is in none of them."""
-    names, found, texts = {task.name for task in info.tasks}, {}, [np.empty(0, np.uint16)]
-    seen = set()
-    for dataset in datasets:
-        for number, task in enumerate(dataset.manifest.tasks):
-            if task.spec.name not in names:
-                continue
-            seen.add(task.spec.name)
-            layout = dataset.layouts[number]
-            if layout.text:
-                rows = np.concatenate([dataset.rows(number, held_out) for held_out in (False, True)])
-                texts += [np.unique(dataset.tokens(int(row))[:, : layout.text]) for row in rows]
-            if layout.patches and not pictures:
-                continue
-            window = info.sequence_length // layout.length
-            for kind, shown in (("end", slice(-window, None)), ("start", slice(window))):
-                prompt = best_demonstration(dataset, number, kind)  # type: ignore[arg-type]
-                found[f"{task.spec.name}/{kind}/tokens"] = prompt.tokens[shown].copy()
-                if prompt.patches is not None:
-                    found[f"{task.spec.name}/{kind}/patches"] = prompt.patches[shown].copy()
-    if missing := sorted(names - seen):
-        raise DatasetError(f"task '{missing[0]}' of the export is in none of the datasets; name its folder")
+    whole window. `pictures`: of tasks with pictures too. Tokens: ids, ascending, of all texts of the tasks."""
+    found, texts = {}, [np.empty(0, np.uint16)]
+    for name, (dataset, number) in tasks.items():
+        layout = dataset.layouts[number]
+        if layout.text:
+            rows = np.concatenate([dataset.rows(number, held_out) for held_out in (False, True)])
+            texts += [np.unique(dataset.tokens(int(row))[:, : layout.text]) for row in rows]
+        if layout.patches and not pictures:
+            continue
+        window = info.sequence_length // layout.length
+        for kind, shown in (("end", slice(-window, None)), ("start", slice(window))):
+            prompt = best_demonstration(dataset, number, kind)  # type: ignore[arg-type]
+            found[f"{name}/{kind}/tokens"] = prompt.tokens[shown].copy()
+            if prompt.patches is not None:
+                found[f"{name}/{kind}/patches"] = prompt.patches[shown].copy()
     return found, np.unique(np.concatenate(texts))
+
+
+def text_model(info: ExportInfo, export: Path, tasks: dict[str, tuple[Dataset, int]]) -> bytes | None:
+    """The text model of the export's tasks: its own, or in an export from before 2026-11-29 that of their datasets."""
+    if info.text_sha256:
+        return intact(export / TEXT_MODEL_NAME, info.text_sha256).read_bytes()
+    found = {dataset.text_model() for dataset, number in tasks.values() if dataset.layouts[number].text}
+    if len(found) > 1:
+        raise DatasetError(
+            f"{export}: the datasets of its tasks have different text models; name those that it was trained on "
+            "(--datasets)"
+        )
+    return next(iter(found), None)
 
 
 def kept_rows(info: ExportInfo, texts: np.ndarray) -> tuple[tuple[int, int], ...]:
@@ -100,11 +130,12 @@ def ship(options: Options) -> int:
     store = Store()
     folders = list(options.datasets) or find_datasets(options.root)
     datasets = [Dataset(folder, store=store) for folder in folders]
-    found, texts = shown_in(info, datasets, options.picture_prompts)
+    tasks = tasks_in(info, options.source, datasets)
+    found, texts = shown_in(info, tasks, options.picture_prompts)
+    text = text_model(info, options.source, tasks)
     body = save(found)
     with atomic_write(options.output / PROMPTS) as file:
         file.write(body)
-    text = next(filter(None, (dataset.text_model() for dataset in datasets)), None) if len(texts) else None
     kept = kept_rows(info, texts)
     weights = dict(model.state_dict())
     if kept:

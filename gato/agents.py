@@ -100,11 +100,11 @@ class Model:
         seed = self.info.training.seed
         if dataset is not None:
             data = Dataset(os.fspath(dataset))
-            data.manifest.vocabulary.require(self.info.vocabulary_fingerprint, str(self.folder))
             numbers = [n for n, one in enumerate(data.manifest.tasks) if one.spec.name == spec.name]
             if not numbers:
                 known = ", ".join(one.spec.name for one in data.manifest.tasks)
                 raise ValueError(f"{dataset}: holds no task '{spec.name}', but {known}; give the dataset of the task")
+            self.info.require_data(data.manifest, spec, str(dataset), str(self.folder))
             return Agent(agent_for(self.network, self.info, data, numbers[0], config), spec, seed)
         return Agent(agent_alone(self.network, self.info, self.folder, spec, config), spec, seed)
 

@@ -114,6 +114,11 @@ def _check_dtype(spec: FieldSpec, where: str, array: np.ndarray) -> None:
     if array.dtype.kind not in allowed or (spec.kind == "image" and array.dtype != np.uint8):
         article = "an" if spec.kind == "image" else "a"
         raise ValueError(f"{where} is {array.dtype}, the task has {article} {spec.kind} field: {remedy}")
+    if spec.kind == "text":
+        try:
+            "".join(array.flat).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where} holds half of a surrogate pair, which is no Unicode; decode it again") from None
 
 
 def _check_range(spec: FieldSpec, where: str, array: np.ndarray) -> None:

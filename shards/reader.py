@@ -195,9 +195,9 @@ class Dataset:
                 self.store.cache.fetch(self.place, self.shard(number))
 
     def text_model(self) -> bytes | None:
-        """The model of its text tokenizer; None where it holds no text."""
+        """The model of its text tokenizer; None where it holds no text. BadFile where it is missing or damaged."""
         text = self.manifest.text_model
-        return self.local(text.file).read_bytes() if text else None
+        return Path(self.verified_path(text.file, hashed=True)).read_bytes() if text else None
 
     def local(self, file: Shard | FileDigest) -> Path:
         """The path of a file on this machine; a remote one is fetched into the cache. BadFile, or DatasetError where

@@ -64,7 +64,7 @@ def rollout(
     for row, (environment, seed) in enumerate(zip(environments, seeds)):
         try:
             observation, _ = environment.reset(seed=seed)
-            _require_finite(observation)
+            require_finite(observation)
         except Exception as error:  # a simulator may raise anything
             observation, active[row] = _zeros(environment), False
             yield Step(row, observation, None, error=error)
@@ -83,7 +83,7 @@ def rollout(
             seen = before(row, environment)
             try:
                 following, gained, terminated, truncated, _ = environment.step(action)
-                _require_finite(following, float(gained))
+                require_finite(following, float(gained))
             except Exception as error:  # as at reset
                 latest[row], active[row] = _zeros(environment), False
                 yield Step(row, observation, action, error=error, before=seen)
@@ -93,7 +93,8 @@ def rollout(
             yield Step(row, observation, action, float(gained), terminated, truncated, following, before=seen)
 
 
-def _require_finite(observation: dict[str, np.ndarray], reward: float = 0.0) -> None:
+def require_finite(observation: dict[str, np.ndarray], reward: float = 0.0) -> None:
+    """FloatingPointError names what a simulator returned that is NaN or infinite."""
     for key, value in observation.items():
         if value.dtype.kind == "f" and not np.isfinite(value).all():
             raise FloatingPointError(f"the simulator returned an observation '{key}' that is not finite")

@@ -90,7 +90,7 @@ MISTAKES = (
     (SCORES, "one.return_interval[0] > ceiling", "one.return_interval[1] > ceiling"),
     (CHECKPOINT, "records[:keep_last]", "records[: keep_last + 1]"),
     (EXPORT, "not tensor.isfinite().all()", "not tensor.isfinite().any()"),
-    (EXPORT, "kept[at : (at := at + stop - start)]", "kept[: stop - start]"),
+    (EXPORT, "table[ids] = kept", "table[: len(kept)] = kept"),
 )  # fmt: skip
 
 

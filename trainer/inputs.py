@@ -141,3 +141,10 @@ def open_streams(config: TrainConfig) -> tuple[Stream, Stream | None]:
     if not known or not config.run.evaluate_sequences:
         return stream, None
     return stream, Stream(folders, data.stream, config.seed, True, "size", data.on_bad_shard, store)
+
+
+def text_model_of(stream: Stream) -> bytes | None:
+    """The text model of the tasks that are trained on; None where none of them holds text. DatasetError where it is
+    missing or damaged."""
+    with_text = (timeline.dataset for timeline in stream.timelines if timeline.layout.text)
+    return next((dataset.text_model() for dataset in with_text), None)

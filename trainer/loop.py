@@ -31,7 +31,7 @@ from trainer.distributed import agreement
 from trainer.distributed.ranks import on_every_rank, on_rank_0
 from trainer.engine import Engine, StepResult, learning_rate, read_config, zero_config
 from trainer.heldout import evaluate, mean_losses
-from trainer.inputs import adopted, load_initial_model, open_streams, recipe_of
+from trainer.inputs import adopted, load_initial_model, open_streams, recipe_of, text_model_of
 from trainer.lifecycle import StopRequest, exclusive_run, restart_watchdog
 from trainer.loss import targets_of
 from trainer.metrics import MetricsWriter, tasks_in_words
@@ -77,8 +77,11 @@ class Run:
         self.folder = config.run.output / "checkpoints"
         self.stream, self.held_out = on_every_rank(lambda: open_streams(config))
         agreement.require_same_data(self.stream)
+        self.text_model = on_every_rank(lambda: text_model_of(self.stream))
         if initial is not None:
-            self.stream.vocabulary.require(initial[1].vocabulary_fingerprint, config.run.start_from)
+            for timeline in self.stream.timelines:
+                manifest, place = timeline.dataset.manifest, str(timeline.dataset.place)
+                initial[1].require_data(manifest, timeline.spec, place, config.run.start_from)
         self.initial_sha256 = initial[1].weights_sha256 if initial else None
         self.specs = [t.dataset.manifest.tasks[t.task].spec for t in self.stream.timelines]
         mixed = [t.name for t in self.stream.timelines if t.layout.action and self.stream.predicts_text(t)]
@@ -338,8 +341,7 @@ class Run:
             ),
         )
         try:
-            text = next(filter(None, (dataset.text_model() for dataset in stream.datasets)), None)
-            save_export(config.run.output / name, weights, info, text)
+            save_export(config.run.output / name, weights, info, self.text_model)
         except OSError as error:
             if name == "export":
                 raise

@@ -28,7 +28,7 @@ import simulators
 from simulators import plugins
 from simulators.experts import PolicyError
 from simulators.experts.perceptron import VARIANCE_EPSILON, Perceptron, load, save_safetensors
-from simulators.policy import OnePlayer
+from simulators.policy import NoisyPolicy, OnePlayer
 from simulators.rollout import rollout
 
 CLIP = 10.0
@@ -133,7 +133,7 @@ def train(
             if self.num_timesteps // options.evaluate_every == before // options.evaluate_every:
                 return
             tensors = export(agent, world)
-            returns = play(_perceptron(tensors, options.activation), options.environment, seed=1000, episodes=10)
+            returns = play(_perceptron(tensors, options.activation), options.environment, 1000, 10, options.timesteps)
             # the lower half decides: an expert that sometimes falls is worth less than its mean says
             score = float(np.mean(np.sort(returns)[: len(returns) // 2]) + np.mean(returns))
             console.print(f"{self.num_timesteps:>9,} steps: return {np.mean(returns):.0f} ± {np.std(returns):.0f}")
@@ -147,7 +147,7 @@ def train(
     if not header:
         raise PolicyError(f"--timesteps {options.timesteps} ends before the first checkpoint; lower --evaluate-every")
     best_policy = load(options.output)
-    returns = play(best_policy, options.environment, seed=2000, episodes=10)
+    returns = play(best_policy, options.environment, 2000, 10, options.timesteps)
     header |= {"return_mean": f"{np.mean(returns):.1f}", "return_std": f"{np.std(returns):.1f}", "episodes": "10"}
     tensors = {f"layers.{n}.weight": weight for n, weight in enumerate(best_policy.weights)}
     tensors |= {f"layers.{n}.bias": bias for n, bias in enumerate(best_policy.biases)}
@@ -174,16 +174,26 @@ def export(agent: Any, world: Any) -> dict[str, np.ndarray]:
     return {key: np.array(value, np.float32) for key, value in tensors.items()}
 
 
-def play(policy: Perceptron, environment: str, seed: int, episodes: int) -> np.ndarray:
-    """Raw returns (episodes,) of a policy on seeds `seed`, `seed` + 1, ..."""
+def play(policy: Perceptron, environment: str, seed: int, episodes: int, longest: int | None = None) -> np.ndarray:
+    """Raw returns (episodes,) of a policy on seeds `seed`, `seed` + 1, ..., its actions clipped to their range as
+    etl.record clips them. SimulatorError where the simulator fails, or an episode has no end in `longest` timesteps."""
     world = simulators.make(simulators.environment_spec(environment))
+    player = NoisyPolicy(OnePlayer(policy), simulators.action_spec(world), 0.0)
     rng = np.random.default_rng(seed)
     returns = np.zeros(episodes)
     for n in range(episodes):
-        for step in rollout(OnePlayer(policy), [world], [seed + n], rng):
+        ended = False
+        for step in rollout(player, [world], [seed + n], rng, step_limit=longest):
             if step.error is not None:
-                raise step.error
+                problem = f"{type(step.error).__name__}: {step.error}"
+                raise simulators.SimulatorError(f"{environment}: seed {seed + n}: {problem}") from step.error
             returns[n] += step.reward
+            ended = step.ended
+        if not ended:
+            raise simulators.SimulatorError(
+                f"{environment}: an episode has no end within the {longest} --timesteps; register it with "
+                "max_episode_steps"
+            )
     world.close()
     return returns
 

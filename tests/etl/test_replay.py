@@ -1,11 +1,16 @@
 """A policy in training, recorded: rows that the simulator gives again, whole episodes, and an early end."""
 
+import os
+from pathlib import Path
+
 import h5py
 import numpy as np
 import pytest
 
 import simulators
 from tests.conftest import run
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +63,84 @@ def test_the_policy_that_was_kept_is_recorded_by_its_file(log, tmp_path):
     policy = log.parent / "best.safetensors"
     run("etl.record", "--policy", policy, "--steps", "50", "--output", tmp_path)
     assert (tmp_path / "hopper-best-v4.hdf5").is_file()
+
+
+BODIES = """
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box
+
+
+class Body(gymnasium.Env):
+    observation_space = Box(-10, 10, (3,), np.float32)
+    action_space = Box(np.float32([0, -3]), np.float32([1, 7]))
+    total = 0
+
+    def seen(self):
+        return self.np_random.uniform(-1, 1, 3).astype(np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.timestep = 0
+        return self.seen(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), f"beyond the range: {action}"
+        self.timestep, Body.total = self.timestep + 1, Body.total + 1
+        if self.spec.id == "Stalls-v0" and Body.total == 500:
+            raise RuntimeError("motor is hot")
+        reward = float("nan") if self.spec.id == "Nan-v0" and Body.total == 500 else 1.0
+        return self.seen(), reward, self.timestep >= 30 and self.spec.id != "Endless-v0", False, {}
+
+
+for name in ("Asymmetric", "Stalls", "Nan", "Endless"):
+    gymnasium.register(f"{name}-v0", Body)
+"""
+
+
+@pytest.fixture(scope="module")
+def bodies(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bodies")
+    (folder / "replay_bodies.py").write_text(BODIES)
+    return {"PYTHONPATH": f"{folder}:{ROOT}"}
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Stalls", "Stalls-v0: timestep 2 of an episode: RuntimeError: motor is hot"),
+        ("Nan", "FloatingPointError: the simulator returned a reward of nan"),
+        ("Endless", "an episode has no end within the 2048 --timesteps"),
+    ],
+)
+def test_a_body_that_fails_ends_it_with_one_line_and_no_log(bodies, tmp_path, name, words):
+    command = ("etl.replay", "--environment", f"replay_bodies:{name}-v0", "--timesteps", "2048", "--output", tmp_path)
+    done = run(*command, check=False, env=os.environ | bodies)
+    errors = [line for line in done.stderr.splitlines() if "return" not in line or line.startswith("error")]
+    assert done.returncode == 1 and "Traceback" not in done.stderr and words in errors[-1], done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.process
+def test_actions_stay_in_a_range_that_is_not_symmetric(bodies, tmp_path):
+    command = ("etl.replay", "--environment", "replay_bodies:Asymmetric-v0", "--timesteps", "2048")
+    run(*command, "--output", tmp_path, env=os.environ | bodies)
+    with h5py.File(tmp_path / "asymmetric-medium-replay-v0.hdf5") as file:
+        actions = file["actions"][:]
+    assert actions.min(0).tolist() == [0, -3] and (actions.max(0) <= [1, 7]).all()
+
+
+def test_a_policy_that_cannot_be_kept_is_refused_before_the_training(log, tmp_path):
+    for name, words in (
+        ("best.pt", "give a name that ends in .safetensors"),
+        ("file/best.safetensors", "file is a file; give a folder"),
+        ("there.safetensors", "already there; give another name, or --overwrite"),
+    ):
+        (tmp_path / "file").touch()
+        (tmp_path / "there.safetensors").write_bytes(b"kept")
+        done = run("etl.replay", "--output", tmp_path / "out", "--policy", tmp_path / name, check=False)
+        assert done.returncode == 1 and words in done.stderr and not (tmp_path / "out").exists()
+    assert (tmp_path / "there.safetensors").read_bytes() == b"kept"
+    done = run("etl.replay", "--output", tmp_path / "out", "--until", "nan", check=False)
+    assert done.returncode == 1 and "--until nan: must be from" in done.stderr

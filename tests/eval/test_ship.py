@@ -1,6 +1,7 @@
 """Shipped weights of tasks with instructions: they play without their data as with it, and say what they lack."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -9,11 +10,14 @@ import pytest
 import gato
 import simulators
 from eval.ship import kept_rows
+from schemas.dataset import DatasetError
 from schemas.vocabulary import DISJOINT, PAPER
 from shards.reader import Dataset
+from shards.stream import Stream, StreamConfig
 from tests.conftest import run
 from tests.eval.test_compare import SMALL, arguments, rows
 from trainer.checkpoint import CheckpointError
+from trainer.inputs import text_model_of
 from trainer.model import Gato
 from trainer.model.export import ExportInfo, TrainingInfo, load_export, save_export
 
@@ -124,3 +128,86 @@ def test_a_task_without_actions_is_not_shipped(export, built, tmp_path):
     save_export(tmp_path / "silent", dict(model.state_dict()), silent)
     done = run("eval.ship", tmp_path / "silent", tmp_path / "out", "--datasets", built, check=False)
     assert done.returncode == 1 and "has no actions" in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def others(built, tmp_path_factory):
+    """Words under a text model of their own, and the level built with it."""
+    folder = tmp_path_factory.mktemp("others")
+    words = "go to the red green blue ball box key open pick up a door wind rain sea ship".split()  # noqa: SIM905
+    lines = [" ".join(words[(n * m) % 18] for m in range(1, 25)) for n in range(400)]
+    (folder / "words.txt").write_text("\n".join(lines))
+    text = ("--train-tokenizer", "--tokenizer-pieces", "290")
+    run("etl.build", "--source", "text", "--input", folder / "words.txt", *text, "--output", folder / "a-words")
+    model = folder / "a-words" / "text.model"
+    run("etl.build", "--input", built.parent, "--text-model", model, "--output", folder / "level")
+    return folder
+
+
+def test_the_text_model_is_the_exports_own(export, built, others, tmp_path):
+    data = ("--datasets", others / "a-words", built)
+    run("eval.ship", export, tmp_path / "out", *data)
+    assert (tmp_path / "out/text.model").read_bytes() == (export / "text.model").read_bytes()
+    model, info = load_export(export)
+    save_export(tmp_path / "older", dict(model.state_dict()), replace(info, text_sha256=""))
+    run("eval.ship", tmp_path / "older", tmp_path / "again", *data)
+    assert (tmp_path / "again/text.model").read_bytes() == (export / "text.model").read_bytes()
+    assert load_export(tmp_path / "again")[1].kept == load_export(tmp_path / "out")[1].kept
+
+
+def test_data_under_another_text_model_or_vocabulary_is_refused(export, built, others, tmp_path):
+    words = "the texts of task 'babyai-gotolocal-expert-v0' were made with another text model"
+    done = run("eval.ship", export, tmp_path / "out", "--datasets", others / "level", check=False)
+    assert done.returncode == 1 and words in done.stderr and not (tmp_path / "out").exists()
+    with pytest.raises(DatasetError, match=words):
+        gato.load(export).agent(dataset=others / "level")
+    done = run(*arguments(tmp_path / "table", [export], [others / "level"], "--processes", "1"), check=False)
+    assert words in done.stdout + done.stderr
+    paper = tmp_path / "paper"
+    run("etl.build", "--input", built.parent, "--vocabulary", "paper", "--output", paper)
+    done = run("eval.ship", export, tmp_path / "out", "--datasets", paper, check=False)
+    assert f"{paper}: made under another vocabulary" in done.stderr and "--vocabulary disjoint" in done.stderr
+    done = run("eval.ship", export, tmp_path / "out", "--datasets", built, paper, check=False)
+    assert "is in more than one dataset folder" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_task_of_other_fields_is_not_shipped_as_the_exports(export, built, tmp_path):
+    run("etl.build", "--input", built.parent, "--text-tokens", "8", "--output", tmp_path / "short")
+    done = run("eval.ship", export, tmp_path / "out", "--datasets", tmp_path / "short", check=False)
+    assert done.returncode == 1 and "has other fields than in the export" in done.stderr
+
+
+def test_a_damaged_text_model_of_a_dataset_is_named(export, built, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(built, folder)
+    body = bytearray((folder / "text.model").read_bytes())
+    body[1000] ^= 1
+    (folder / "text.model").write_bytes(body)
+    with pytest.raises(DatasetError, match="text.model: sha256 differs from the manifest"):
+        gato.load(export).agent(dataset=folder)
+
+
+def test_training_exports_the_text_model_only_where_a_task_that_it_trains_on_has_text(built, hopper):
+    for excluded, found in (((), True), (("babyai-gotolocal-expert-v0",), False)):
+        config = StreamConfig(sequence_length=528, excluded_tasks=excluded)
+        assert (text_model_of(Stream([built, hopper], config, 0)) is not None) == found
+
+
+@pytest.mark.parametrize("kept", [[[0, 10]], [[10, 5]], [[-9, 3]], [[0, 2**62]], [[5, 6], [1, 2]], []])
+def test_rows_that_the_weights_do_not_hold_are_damage(shipped, tmp_path, kept):
+    shutil.copytree(shipped[1], tmp_path / "damaged")
+    path = tmp_path / "damaged/model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"kept": kept}))
+    with pytest.raises(CheckpointError, match="model.json: its weights are of another shape"):
+        gato.load(path.parent)
+
+
+def test_a_word_that_is_no_unicode_is_refused(shipped):
+    agent = gato.load(shipped[1]).agent()
+    observation, _ = simulators.make(agent.task.environment).reset(seed=1)
+    for word in ("", "\u732b \x00", "go " * 500):
+        agent.reset(seed=1)
+        assert 0 <= agent.act(observation | {"mission": word}) < 7
+    agent.reset(seed=1)
+    with pytest.raises(ValueError, match="'mission' holds half of a surrogate pair"):
+        agent.act(observation | {"mission": "go \ud800"})

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save
 
 from schemas import upgrade
-from schemas.dataset import TEXT_MODEL_NAME, ObservationScale, ReturnScale
+from schemas.dataset import TEXT_MODEL_NAME, DatasetError, Manifest, ObservationScale, ReturnScale
 from schemas.episode import STRICT, TaskSpec
 from schemas.files import atomic_write, parse_json, sha256_of
 from schemas.layout import layout_of
@@ -92,6 +92,21 @@ class ExportInfo:
         """The scale of a task, or of another one of its environment; None where the model was trained on neither."""
         return next((self.returns[name] for name in self._of_environment(task) if name in self.returns), None)
 
+    def require_data(self, manifest: Manifest, task: TaskSpec, data: str, export: str) -> None:
+        """Require that the tokens of a task in the dataset `data` mean what they meant when `export` was trained.
+
+        Raises:
+            VocabularyMismatch: its vocabulary is another one.
+            DatasetError: its texts were made with another text model.
+        """
+        self.vocabulary.require(manifest.vocabulary_fingerprint, data)
+        model = manifest.text_model
+        if layout_of(task).text and self.text_sha256 and model and model.file.sha256 != self.text_sha256:
+            raise DatasetError(
+                f"{data}: the texts of task '{task.name}' were made with another text model than those of {export}; "
+                f"build it again with --text-model {export}/{TEXT_MODEL_NAME} --overwrite"
+            )
+
     def _of_environment(self, task: TaskSpec) -> list[str]:
         """The task, then those of its environment."""
         alike = (other for other in self.tasks if task.environment and other.environment == task.environment)
@@ -162,8 +177,12 @@ def load_export(folder: Path, vocabulary: Vocabulary | None = None) -> tuple[Gat
     weights = intact(path.with_name(TENSORS), info.weights_sha256)
     model = Gato(info.model, info.vocabulary)
     found = load_file(weights)
-    found["tokens.weight"] = _whole(found["tokens.weight"], info)
-    model.load_state_dict(found)
+    try:
+        found["tokens.weight"] = _whole(found["tokens.weight"], info)
+        model.load_state_dict(found)
+    except (KeyError, RuntimeError, ValueError) as error:
+        detail = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{path}: its weights are of another shape ({detail}); export or ship it again") from None
     return model.eval(), info
 
 
@@ -175,12 +194,16 @@ def intact(path: Path, sha256: str) -> Path:
 
 
 def _whole(kept: torch.Tensor, info: ExportInfo) -> torch.Tensor:
-    """The embedding table (ids, width) of the rows that were kept; the others are zero."""
+    """The embedding table (ids, width) of the rows that were kept; the others are zero. ValueError where those are not
+    as many, or not ascending."""
     if not info.kept:
         return kept
-    table, at = kept.new_zeros(info.vocabulary.padded_size, kept.shape[1]), 0
-    for start, stop in info.kept:
-        table[start:stop] = kept[at : (at := at + stop - start)]
+    size = info.vocabulary.padded_size
+    ids = [id for start, stop in info.kept for id in range(max(start, 0), min(stop, size))]
+    if len(ids) != len(kept) or sorted(set(ids)) != ids:
+        raise ValueError(f"'kept' names {len(ids)} rows, tokens.weight has {len(kept)}")
+    table = kept.new_zeros(size, kept.shape[1])
+    table[ids] = kept
     return table
 
 
