@@ -27,6 +27,7 @@ from rich.console import Console
 import simulators
 from schemas.episode import ScoreReference
 from schemas.files import write_rows
+from schemas.ranges import require
 from simulators.policy import EpisodeRng, Policy
 from simulators.registry import all_suites
 from simulators.rollout import rollout
@@ -117,9 +118,16 @@ def _play(env: gymnasium.Env, policy: Policy, seed: int) -> tuple[float, int]:
 def main() -> int:
     options = tyro.cli(Options, prog="python -m simulators.scores")
     console = Console(stderr=True)
+    try:
+        for name, least in (("episodes", 1), ("seed", 0), ("workers", 1)):
+            require(name, getattr(options, name), least, 2**31)
+        suites = [simulators.suite_named(options.suite)] if options.suite else list(all_suites().values())
+    except (ValueError, simulators.SimulatorError) as error:
+        console.print(f"error: {error}", highlight=False)
+        return 1
     rows = dict(table())
     todo = []
-    for suite in [simulators.suite_named(options.suite)] if options.suite else all_suites().values():
+    for suite in suites:
         try:
             todo += [id for id in suite.tasks() if options.overwrite or id not in rows]
         except simulators.SimulatorError as error:

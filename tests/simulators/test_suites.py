@@ -15,6 +15,7 @@ from simulators import scores
 from simulators.experts import policies
 from simulators.policy import EpisodeRng, OnePlayer
 from simulators.registry import all_suites
+from tests.conftest import run
 
 
 def played(env, policy, seed: int) -> tuple[np.ndarray, float, bool]:
@@ -121,6 +122,17 @@ def test_a_player_draws_numbers_of_any_kind_wherever_it_plays():
         OnePlayer(Shuffling()).act(*batch, rng) for rng in (EpisodeRng.seeded(0, [4]), np.random.default_rng((0, 4)))
     ]
     np.testing.assert_array_equal(*drawn)
+
+
+@pytest.mark.process
+def test_scores_of_nothing_are_refused():
+    for option, value, words in (
+        ("--episodes", "0", "--episodes 0: must be from 1"),
+        ("--workers", "0", "--workers 0: must be from 1"),
+        ("--suite", "atarii", "atarii"),
+    ):
+        done = run("simulators.scores", option, value, check=False)
+        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
 
 
 def test_pictures_without_a_screen_are_drawn_without_a_complaint():
