@@ -99,14 +99,6 @@ def test_scores_are_of_the_tasks_and_normalise_them():
     assert simulators.reference(simulators.environment("Hopper-v5")).kind == "d4rl"
 
 
-DRAWN = """
-import simulators
-env = simulators.make(simulators.environment_spec("CartPole-v1"), seed=0, render=True)
-assert simulators.frame(env).shape == (400, 600, 3)
-"""
-
-
-@pytest.mark.process
 def test_a_player_draws_numbers_of_any_kind_wherever_it_plays():
     class Shuffling:
         algorithm = "shuffling"
@@ -135,6 +127,14 @@ def test_scores_of_nothing_are_refused():
         assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
 
 
+DRAWN = """
+import simulators
+env = simulators.make(simulators.environment_spec("CartPole-v1"), seed=0, render=True)
+assert simulators.frame(env).shape == (400, 600, 3)
+"""
+
+
+@pytest.mark.process
 def test_pictures_without_a_screen_are_drawn_without_a_complaint():
     names = ("DISPLAY", "WAYLAND_DISPLAY", "XDG_RUNTIME_DIR", "SDL_VIDEODRIVER")
     bare = {name: value for name, value in os.environ.items() if name not in names}
