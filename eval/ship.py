@@ -51,23 +51,23 @@ class Options:
 def tasks_in(info: ExportInfo, export: Path, datasets: list[Dataset]) -> dict[str, tuple[Dataset, int]]:
     """The export's tasks: name -> dataset and number in it. DatasetError or VocabularyMismatch for one that is in none
     of the datasets, in two, or is not what the export was trained on."""
-    own = {task.name: task for task in info.tasks}
-    known_tasks(datasets)  # each is in one of them
-    found = {
-        task.spec.name: (dataset, number) for dataset in datasets for number, task in enumerate(dataset.manifest.tasks)
-    }
-    for name, spec in sorted(own.items()):
-        if name not in found:
-            raise DatasetError(f"task '{name}' of the export is in none of the datasets; name its folder (--datasets)")
-        dataset, number = found[name]
-        info.require_data(dataset.manifest, spec, str(dataset.place), str(export))
-        held = dataset.manifest.tasks[number].spec
-        if (held.observation, held.action) != (spec.observation, spec.action):
+    known = {task.spec.name: task for task in known_tasks(datasets)}
+    found: dict[str, tuple[Dataset, int]] = {}
+    for spec in info.tasks:
+        if spec.name not in known:
             raise DatasetError(
-                f"{dataset.place}: task '{name}' has other fields than in the export; name the folder that it was "
-                "trained on (--datasets)"
+                f"task '{spec.name}' of the export is in none of the datasets; name its folder (--datasets)"
             )
-    return {name: found[name] for name in own}
+        held = known[spec.name]
+        assert held.dataset is not None
+        info.require_data(held.dataset.manifest, spec, str(held.dataset.place), str(export))
+        if (held.spec.observation, held.spec.action) != (spec.observation, spec.action):
+            raise DatasetError(
+                f"{held.dataset.place}: task '{spec.name}' has other fields than in the export; name the folder that "
+                "it was trained on (--datasets)"
+            )
+        found[spec.name] = held.dataset, held.number
+    return found
 
 
 def shown_in(
