@@ -18,9 +18,11 @@ import gymnasium
 import numpy as np
 
 from schemas.episode import ActionSpec, EnvironmentSpec, FieldSpec, ScoreReference
-from simulators import spaces
+from simulators import opengl, spaces
 from simulators.registry import environment, register, suite_named, suite_of_id, versions
 from simulators.suite import SimulatorError, Suite, UnknownEnvironment
+
+opengl.name_glfw()
 
 __all__ = [
     "SimulatorError",

@@ -36,9 +36,8 @@ started: list[str] = []
 def _listen(event: str, arguments: tuple) -> None:
     if event == "subprocess.Popen":
         words = [os.fsdecode(word) for word in arguments[1]]
-        # of the environment, but not the code's own child, nor one in which glfw looks for its library
-        command = Path(words[0]).parent == Path(sys.executable).parent
-        if command and "etl.sources._hdf5" not in words and "library_handle" not in words[-1]:
+        # of the environment, but not the code's own child
+        if Path(words[0]).parent == Path(sys.executable).parent and "etl.sources._hdf5" not in words:
             started.append(" ".join(words)[:200])
 
 
