@@ -16,7 +16,7 @@ from trainer.engine import branch_scales, prepare_blocks
 from trainer.loss import FusedCrossEntropy, LossConfig, Objective, Targets, cross_entropy, select, soft_targets
 from trainer.model import PRESETS, Gato, ModelConfig, transformer
 from trainer.model import gato as gato_module
-from trainer.model.patch import PatchEmbedding
+from trainer.model.patch import MULTIPLIER, PatchEmbedding, different_rows
 from trainer.model.transformer import causal_segment_mask
 
 SMALL = ModelConfig(blocks=2, heads=2, width=32, feed_forward=64, head_size=16, patch_channels=16)
@@ -46,6 +46,17 @@ def test_a_channels_own_norm_shows_a_dot_on_a_flat_patch():
         flat[norm] = float((out[2] + out[3] - 2 * out[0]).norm() / out[0].norm())
     assert shown["channel"] > 3 * shown["group"]
     assert flat["channel"] < 1e-3 < flat["group"]  # of a flat patch only the level is left, as it is
+
+
+def test_different_rows_are_those_that_torch_finds_by_sorting_them_all():
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(-(2**63), 2**63 - 1, (50, 32), generator=generator)
+    drawn[:20, :31] = drawn[0, :31]
+    drawn = drawn[torch.randint(0, 50, (400,), generator=generator)]
+    of_one_key = torch.tensor([[MULTIPLIER, 0], [0, 1], [MULTIPLIER, 0], [1, 0]])
+    for words in (drawn, of_one_key, drawn[:1]):
+        for found, reference in zip(different_rows(words), torch.unique(words, dim=0, return_inverse=True)):
+            assert found.dtype == reference.dtype and torch.equal(found, reference)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

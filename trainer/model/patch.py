@@ -20,6 +20,20 @@ from trainer.model.presets import ModelConfig
 
 GROUP_EPSILON = 1e-5
 CHANNEL_EPSILON = 1e-4  # of variances: what differs by less than a hundredth counts as flat
+MULTIPLIER = 6364136223846793005  # odd, of a congruential generator: its powers mix the words of a row
+
+
+def different_rows(words: Tensor) -> tuple[Tensor, Tensor]:
+    """Different rows of int64 (M, K), ascending, and (M,) which of them each row is: as torch.unique(words, dim=0,
+    return_inverse=True), which sorts all rows. Here one number per row is sorted, then a row of each kind."""
+    powers = [pow(MULTIPLIER, place + 1, 2**64) for place in range(words.shape[1])]
+    keys = (words * torch.tensor([power - (power >> 63 << 64) for power in powers])).sum(1)
+    found, kind = torch.unique(keys, return_inverse=True)
+    some = words[torch.empty_like(found).index_copy_(0, kind, torch.arange(len(words)))]
+    if not torch.equal(some[kind], words):  # two kinds of rows have one number
+        return torch.unique(words, dim=0, return_inverse=True)
+    rows, number = torch.unique(some, dim=0, return_inverse=True)
+    return rows, number[kind]
 
 
 class PatchEmbedding(nn.Module):
@@ -53,7 +67,7 @@ class PatchEmbedding(nn.Module):
         if patches.device.type != "cpu" or not len(patches):
             return self.each(patches)
         words = patches.flatten(1).contiguous().view(torch.int64)  # eight bytes are compared at once
-        different, index = torch.unique(words, dim=0, return_inverse=True)
+        different, index = different_rows(words)
         return self.each(different.view(patches.dtype).view(-1, *patches.shape[1:])).index_select(0, index)
 
     def each(self, patches: Tensor) -> Tensor:
