@@ -49,7 +49,7 @@ class Options:
     """Keep one of so many episodes."""
     seed: int = 0
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """Folder; data/logs/d4rl where not given, or of the format that the environment's logs have."""
+    """Folder; data/logs/d4rl where not given."""
     level: str = "medium-replay"
     """Level in the file's name."""
     policy: Path | None = None
@@ -133,6 +133,8 @@ def replay(options: Options, console: Console) -> Recorded:
         writer = writer_of(env)
     finally:
         env.close()
+    if Path(writer.folder).name != "d4rl":  # whose writer looks at the simulator itself, which copies share here
+        raise ValueError(f"{spec.id}: only observations of one plain vector are replayed; play it with etl.record")
     name = simulators.suite_named(spec.suite).log_name(spec.id)
     path = writer.path(options.output or Path(writer.folder), name, options.level, 1)
     with exclusive_name(path, "give another --output or --level"), tempfile.TemporaryDirectory() as scratch:

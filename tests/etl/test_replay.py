@@ -50,6 +50,7 @@ def test_a_part_of_the_episodes_and_an_early_end(log, tmp_path):
 def test_what_cannot_be_recorded_so_is_refused_before_it_begins(log, tmp_path):
     for options, words in (
         (("--environment", "CartPole-v1"), "its actions are discrete; experts are trained for continuous ones"),
+        (("--environment", "PointMaze_UMaze-v3"), "only observations of one plain vector are replayed"),
         (("--timesteps", "100"), "--timesteps 100: must be from 2048"),
         (("--every", "0"), "--every 0: must be from 1"),
     ):
