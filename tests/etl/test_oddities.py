@@ -303,8 +303,8 @@ def test_a_survey_of_values_is_that_of_a_plain_loop(data):
         for row in values.tolist():
             for own, value in zip(dimensions, row):
                 own += [value] if math.isfinite(value) else []
-    kept = [value for own in dimensions for value in own]
+    kept, limit = [value for own in dimensions for value in own], float(np.float32(ROUNDING))  # as float32 is compared
     assert found.seen.low.tolist() == [min(own, default=math.inf) for own in dimensions]
     assert found.seen.high.tolist() == [max(own, default=-math.inf) for own in dimensions]
-    assert (found.seen.values, found.seen.beyond) == (len(kept), sum(abs(value) > ROUNDING for value in kept))
+    assert (found.seen.values, found.seen.beyond) == (len(kept), sum(abs(value) > limit for value in kept))
     assert found.seen.whole == all(value == round(value) for value in kept)
