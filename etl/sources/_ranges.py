@@ -22,7 +22,7 @@ from schemas.episode import EpisodeError
 from schemas.task import ActionSpec
 
 Bounds = tuple[tuple[float, ...], tuple[float, ...]]
-ROUNDING = 1.001  # values up to here are still within [-1, 1]
+ROUNDING = np.float64(1.001)  # values up to here are still within [-1, 1]; beside float32 a Python float is rounded
 FEW = 0.05  # share of values beyond [-1, 1] that noise may explain
 SAMPLE = 2**16  # values a dimension that quantiles are taken of
 OUTLIER = 100.0  # times the 99.9 % quantile: damage, and no part of the range
