@@ -133,7 +133,7 @@ def replay(options: Options, console: Console) -> Recorded:
         writer = writer_of(env)
     finally:
         env.close()
-    if Path(writer.folder).name != "d4rl":  # whose writer looks at the simulator itself, which copies share here
+    if writer is not sources.load("d4rl").writer:  # others look at their simulator, and here copies share one writer
         raise ValueError(f"{spec.id}: only observations of one plain vector are replayed; play it with etl.record")
     name = simulators.suite_named(spec.suite).log_name(spec.id)
     path = writer.path(options.output or Path(writer.folder), name, options.level, 1)

@@ -26,9 +26,8 @@ MULTIPLIER = 6364136223846793005  # odd, of a congruential generator: its powers
 def different_rows(words: Tensor) -> tuple[Tensor, Tensor]:
     """Different rows of int64 (M, K), ascending, and (M,) which of them each row is: as torch.unique(words, dim=0,
     return_inverse=True), which sorts all rows. Here one number per row is sorted, then a row of each kind."""
-    powers = [pow(MULTIPLIER, place + 1, 2**64) for place in range(words.shape[1])]
-    keys = (words * torch.tensor([power - (power >> 63 << 64) for power in powers])).sum(1)
-    found, kind = torch.unique(keys, return_inverse=True)
+    powers = torch.full_like(words[0], MULTIPLIER).cumprod(0)  # integers wrap
+    found, kind = torch.unique((words * powers).sum(1), return_inverse=True)
     some = words[torch.empty_like(found).index_copy_(0, kind, torch.arange(len(words)))]
     if not torch.equal(some[kind], words):  # two kinds of rows have one number
         return torch.unique(words, dim=0, return_inverse=True)
