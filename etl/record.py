@@ -33,7 +33,7 @@ from schemas.terminal import command, status_of
 from simulators import plugins
 from simulators.experts import policies
 from simulators.policy import NoisyPolicy, Policy
-from simulators.rollout import Step, rollout
+from simulators.rollout import Step, reset_seed, rollout
 
 DEFAULT = "Hopper-v4"
 DEFAULT_STEPS = 20_000
@@ -82,7 +82,7 @@ def play(options: Options, env: Any, policy: Policy) -> Iterator[Step]:
     suite = env.get_wrapper_attr("suite")
     rng = np.random.default_rng(options.seed)
     for episode in range(sys.maxsize):
-        seed = options.seed * 1_000_003 + episode
+        seed = reset_seed(options.seed, episode)
         for step in rollout(policy, [env], [seed], rng, before=lambda row, env: suite.state(env)):
             if step.error is not None:
                 problem = f"{type(step.error).__name__}: {step.error}"

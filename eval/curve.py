@@ -33,6 +33,7 @@ from schemas.vocabulary import VocabularyMismatch
 from shards.reader import Dataset, Store
 from shards.stream import find_datasets
 from simulators import plugins
+from simulators.rollout import COMPARED
 from trainer.checkpoint import CheckpointError
 from trainer.model.export import load_export, parse_export
 
@@ -52,7 +53,7 @@ class Options:
     """Only these tasks."""
     episodes: int = 5
     """Episodes of each task and export."""
-    first_seed: int = 1000
+    first_seed: int = COMPARED.start
     """Episode n is reset with first_seed + n, the same for every export."""
     imports: plugins.Imports = ()
     """Module to import first: it registers environments or suites. May be given several times."""

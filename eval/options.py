@@ -17,6 +17,7 @@ from eval.agents import AgentConfig
 from schemas.files import require_folder
 from schemas.ranges import require
 from simulators import plugins
+from simulators.rollout import COMPARED
 
 Model = Literal["random", "behaviour", "dt", "tt", "gato"]
 Budget = Literal["quick", "cpu", "long", "paper"]
@@ -46,7 +47,7 @@ class Options:
     """Episodes of each model, environment and model seed."""
     seeds: int = 1
     """Model seeds of each baseline; Gato has those it was trained with."""
-    first_seed: int = 1000
+    first_seed: int = COMPARED.start
     """Episode n is reset with first_seed + n, the same for every model."""
     step_limit: int | None = None
     """End episodes after this many timesteps; part of the protocol that every row names. Where an environment has no

@@ -20,6 +20,13 @@ from gymnasium import spaces
 
 from simulators.policy import EpisodeRng, Policy, Rng
 
+COMPARED = range(1000, 2000)
+
+
+def reset_seed(seed: int, episode: int) -> int:
+    """What a recording's episode is reset with: never one of COMPARED, which comparisons play by default."""
+    return seed * 1_000_003 + (episode if seed or episode < COMPARED.start else episode + len(COMPARED))
+
 
 @dataclass(frozen=True)
 class Step:

@@ -30,7 +30,7 @@ from schemas.files import write_rows
 from schemas.ranges import require
 from simulators.policy import EpisodeRng, Policy
 from simulators.registry import all_suites
-from simulators.rollout import rollout
+from simulators.rollout import reset_seed, rollout
 
 PATH = Path(__file__).resolve().parent / "suites" / "scores.json"
 
@@ -88,7 +88,7 @@ def measure(id: str, episodes: int, seed: int) -> Score:
     found = {}
     for name in ("random", "expert"):
         begun = time.process_time()
-        played = [_play(env, policies.load(name, env), seed * 1_000_003 + n) for n in range(episodes)]
+        played = [_play(env, policies.load(name, env), reset_seed(seed, n)) for n in range(episodes)]
         found[name] = np.array(played), (time.process_time() - begun) / episodes
     env.close()
     (random, _), (expert, seconds) = found["random"], found["expert"]

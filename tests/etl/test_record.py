@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from itertools import islice
 from pathlib import Path
 
 import h5py
@@ -14,7 +15,9 @@ from safetensors.numpy import save_file
 
 import simulators
 from etl import record
+from eval.options import Options as Compared
 from simulators.experts import PolicyError, policies
+from simulators.rollout import Step, reset_seed
 
 QUIET = Console(quiet=True)
 
@@ -310,3 +313,22 @@ def test_a_recurrent_policy_that_does_not_fit_is_refused(tmp_path, environment, 
     path = a3c_file(tmp_path / "policy.safetensors", **given)
     with pytest.raises(PolicyError, match=message):
         recorded(tmp_path, environment=environment, policy=str(path), steps=5)
+
+
+def test_no_episode_is_reset_as_a_comparison_resets_it(monkeypatch):
+    compared = Compared()
+    played = range(compared.first_seed, compared.first_seed + 1000)
+    assert not {reset_seed(0, n) for n in range(3000)} & set(played)
+    assert [reset_seed(0, n) for n in (0, 999, 1000)] == [0, 999, 2000]
+    assert reset_seed(2, 1000) == 2_000_006 + 1000
+    seeds = []
+
+    def one_step(policy, environments, asked, *_, **__):
+        seeds.extend(asked)
+        return [Step(0, {}, None)]
+
+    monkeypatch.setattr(record, "rollout", one_step)
+    env = simulators.make(simulators.environment_spec("CartPole-v1"))
+    steps = record.play(record.Options(environment="CartPole-v1"), env, policies.load("random", env))
+    assert len(list(islice(steps, 1003))) == 1003
+    assert seeds == [*range(1000), 2000, 2001, 2002]
