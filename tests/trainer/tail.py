@@ -36,6 +36,13 @@ class Theirs:
         zero.check_grad_overflow = True
 
 
+def align(ours: engine.Engine, theirs: engine.Engine) -> None:
+    """Give theirs our weights: a last digit of float32 may round to another bfloat16, whose gradients differ more."""
+    for slices in ("single_partition_of_fp32_groups", "bit16_groups_flat"):
+        for mine, other in zip(getattr(ours.optimiser, slices), getattr(theirs.optimiser, slices)):
+            other.data.copy_(mine.data)
+
+
 def main(folder: str, deepspeed: str) -> None:
     device = engine.start(0, 1.0)
     stream = Stream([folder], StreamConfig(sequence_length=120, mixture_block=8), seed=0)
@@ -62,12 +69,13 @@ def main(folder: str, deepspeed: str) -> None:
         batch = next(batches)
         mine, other = (run.train_step(step, batch, False) for run in runs)
         assert mine.applied and abs(mine.gradient_norm / other.gradient_norm - 1) < 1e-5
-        assert abs(mine.loss / other.loss - 1) < (1e-5 if "bf16" not in deepspeed else 1e-2)
+        assert abs(mine.loss / other.loss - 1) < 1e-5
         clipped += mine.gradient_norm > 0.3
+        mine, other = ours.tensors(), theirs.tensors()
+        for name in mine:
+            assert torch.allclose(mine[name], other[name], rtol=1e-3, atol=1e-5), name
+        align(ours, theirs)
     assert clipped
-    mine, other = ours.tensors(), theirs.tensors()
-    for name in mine:
-        assert torch.allclose(mine[name], other[name], rtol=1e-3, atol=1e-5), name
     print("the same end of a step", flush=True)
     torch.distributed.barrier()
     os._exit(0)
