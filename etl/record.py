@@ -113,6 +113,10 @@ class Recorded:
         return line
 
 
+class AlreadyThere(ValueError):
+    """A log of this name is there."""
+
+
 def check(options: Options) -> None:
     """ValueError names the first option whose value makes no sense, or that does not go with another."""
     if options.suite is not None and options.environment is not None:
@@ -147,7 +151,7 @@ def record(options: Options, console: Console, parent: Path | None = None) -> Re
     path = writer.path(folder, suite.log_name(spec.id), _level(options), options.run)
     with exclusive_name(path, "give another --output, --level or --run"):
         if path.exists() and not options.overwrite:
-            raise ValueError(
+            raise AlreadyThere(
                 f"{path}: already there; give another --output, --level or --run, or --overwrite to replace it"
             )
         done = _recorded(options, spec, writer(path, spec, policy.algorithm), console, path)

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import active_children, get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from rich.console import Console
@@ -27,7 +28,7 @@ from rich.progress import Progress
 
 import simulators
 from etl.building.formats import TABLE, Row, recorded
-from etl.record import DEFAULT_STEPS, Options, Recorded, record
+from etl.record import DEFAULT_STEPS, AlreadyThere, Options, Recorded, record
 from schemas.files import disk_fault, exclusive_name, sha256_of, write_rows
 from simulators import plugins, scores
 from simulators.registry import all_suites
@@ -69,8 +70,10 @@ def _record_missing(options: Options, todo: list[str], output: Path, console: Co
                 continue
             write_rows(output / TABLE, rows)
             row = rows[id]
-            line = f"{row.episodes} episodes, {row.timesteps} timesteps, return {row.mean_return:.1f}"
-            console.print(f"{id}: {line} ± {row.std_return:.1f}", highlight=False)
+            line = f"{id}: {row.episodes} episodes, {row.timesteps} timesteps"
+            if row.mean_return is not None:
+                line += f", return {row.mean_return:.1f} ± {row.std_return:.1f}"
+            console.print(line, highlight=False)
     done = [rows[id] for id in todo if id in rows]
     size = sum(row.bytes for row in done) / 1e6
     console.print(f"{output}: {len(done)} logs, {sum(row.timesteps for row in done):,} timesteps, {size:,.0f} MB; "
@@ -129,6 +132,7 @@ def _episodes(options: Options, timesteps: float) -> float:
 def _asked(options: Options) -> dict[str, object]:
     names = ("policy", "episodes", "steps", "noise", "temperature", "seed")
     asked = {name: getattr(options, name) for name in names}
+    asked |= {name: given for name in ("level", "run") if (given := getattr(options, name)) != getattr(Options, name)}
     if options.episodes is None:
         asked["steps"] = options.steps or DEFAULT_STEPS
     elif options.steps is None:
@@ -141,20 +145,34 @@ def _one(options: Options, output: Path) -> Row:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     plugins.load(options.imports)
     begun = time.process_time()
-    done: Recorded = record(replace(options, output=None), Console(quiet=True), parent=output)
+    options = replace(options, output=None)
+    try:
+        done = record(options, Console(quiet=True), parent=output)
+    except AlreadyThere as taken:
+        done = _proven(options, output, taken)
     size, digest = _measure(done.path)
     return Row(
         path=str(done.path.relative_to(output)),
         suite=simulators.suite_of_id(options.environment or "").name,
         episodes=len(done.returns),
         timesteps=done.timesteps,
-        mean_return=round(float(np.mean(done.returns)), 4),
-        std_return=round(float(np.std(done.returns)), 4),
+        mean_return=round(float(np.mean(done.returns)), 4) if done.returns else None,
+        std_return=round(float(np.std(done.returns)), 4) if done.returns else None,
         seconds=round(time.process_time() - begun, 2),
         bytes=size,
         sha256=digest,
         asked=_asked(options),
     )
+
+
+def _proven(options: Options, output: Path, taken: AlreadyThere) -> Recorded:
+    """A log that has no row, since an interrupt came between the two: recorded again to the same bytes, it is ours."""
+    with TemporaryDirectory(prefix=".recording-", dir=output) as scratch:
+        done = record(options, Console(quiet=True), parent=Path(scratch))
+        path = output / done.path.relative_to(scratch)
+        if _measure(done.path) != _measure(path):
+            raise taken
+    return replace(done, path=path)
 
 
 def _measure(path: Path) -> tuple[int, str]:

@@ -20,19 +20,20 @@ DEFAULT_OUTPUT = "data/shards"
 
 @dataclass(frozen=True)
 class Row:
-    """One log in recorded.json. `path` is relative to it; returns are of whole episodes, unclipped."""
+    """One log in recorded.json. `path` is relative to it; returns are of whole episodes, unclipped,
+    None where there is none."""
 
     path: str
     suite: str
     episodes: int
     timesteps: int
-    mean_return: float
-    std_return: float
+    mean_return: float | None
+    std_return: float | None
     seconds: float
     bytes: int
     sha256: str
     asked: dict[str, object]
-    """Options that decided the log's bytes: episodes or steps, seed, noise, policy."""
+    """Options that decided the log's bytes and place: episodes or steps, seed, noise, policy, level, run."""
 
 
 def recorded(folder: Path, remedy: str) -> dict[str, Row]:

@@ -73,6 +73,41 @@ def test_other_options_are_not_mixed_in(classic):
     assert done.returncode == 1 and "was recorded with" in done.stderr and "--overwrite" in done.stderr
 
 
+@pytest.mark.parametrize("option", [("--level", "medium"), ("--run", "2")])
+def test_another_level_or_run_is_not_taken_for_what_is_there(classic, option):
+    done = run("etl.record", "--suite", "classic", "--episodes", "2", *option, "-o", classic, check=False)
+    assert done.returncode == 1 and "was recorded with" in done.stderr
+
+
+def test_an_interrupt_between_a_log_and_its_row_loses_neither(classic, tmp_path):
+    logs = tmp_path / "logs"
+    shutil.copytree(classic, logs)
+    before = table(logs)
+    rowless = {id: row for id, row in before.items() if id not in ("Pendulum-v1", "CartPole-v1")}
+    (logs / "recorded.json").write_text(json.dumps(rowless))
+    run("etl.record", "--suite", "classic", "--episodes", "2", "-o", logs)
+    seconds = {"seconds": 0}
+    assert {id: row | seconds for id, row in table(logs).items()} == {id: row | seconds for id, row in before.items()}
+    assert not list(logs.glob(".recording*"))
+
+
+def test_a_log_of_somebody_else_is_kept_and_named(classic, tmp_path):
+    logs = tmp_path / "logs"
+    shutil.copytree(classic, logs)
+    rows = table(logs)
+    own = logs / rows.pop("Pendulum-v1")["path"]
+    own.write_bytes(b"somebody's")
+    (logs / "recorded.json").write_text(json.dumps(rows))
+    done = run("etl.record", "--suite", "classic", "--episodes", "2", "-o", logs, check=False)
+    assert done.returncode == 1 and "failed Pendulum-v1" in done.stderr and "already there" in done.stderr
+    assert own.read_bytes() == b"somebody's" and len(table(logs)) == 8
+
+
+def test_a_log_without_a_whole_episode_has_no_return(tmp_path):
+    run("etl.record", "--suite", "box2d", "--steps", "20", "-o", tmp_path)
+    assert {row["episodes"]: row["mean_return"] for row in table(tmp_path).values()} == {0: None}
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
