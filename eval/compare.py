@@ -3,7 +3,8 @@
     datasets x models x seeds -> parts, one file of result rows each -> rows.parquet -> table.md, report.html
 
 Several processes run the parts in any order (eval/workers.py); the rows are joined in the order of the parts. A part
-that exists with the same weights, data and protocol is reused, so a killed comparison resumes where it was.
+that exists with the same weights, data and protocol and no failed episode is reused, so a killed comparison resumes
+where it was.
 
 Invariant: every number is an aggregate of rows in rows.parquet, and every row names its seed, weights, data, versions
 and protocol. The number of processes changes none of them.

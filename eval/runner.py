@@ -2,7 +2,7 @@
 
     dataset + task + model + seed -> weights (a missing baseline is trained first) -> episodes -> parts/NAME.parquet
 
-The name of a part's file contains a hash of everything that decides its rows. So a part that exists is reused, and
+The name of a part's file contains a hash of everything that decides its rows. So a part without failures is reused, and
 processes share the work without talking to each other.
 
 Invariant: the rows of a part are a function of data, weights, protocol and seed, whichever process plays it.
@@ -130,8 +130,9 @@ class ComparisonRunner:
         if part.is_file():
             with suppress(ResultError):  # a damaged part is played again
                 kept = from_table(load_rows(part))
-        # other simulators or libraries may give other returns
-        if kept is not None and (job.model == "behaviour" or {row.versions for row in kept} == {self.host["versions"]}):
+        # failed episodes are played again; other simulators or libraries may give other returns
+        alike = job.model == "behaviour" or {row.versions for row in kept or ()} == {self.host["versions"]}
+        if kept is not None and alike and not any(row.failed for row in kept):
             return JobResult(tuple(rescored(row, spec) for row in kept), "kept from before")
         episodes = behaviour(job.dataset, job.task.number) if job.model == "behaviour" else self._play(job, progress)
         common = self._common(job) | {"model_sha256": weights, "protocol": protocol}
