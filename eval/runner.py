@@ -89,6 +89,7 @@ class ComparisonRunner:
         self.jobs, remarks = plan_jobs(options, self.tasks, {seed: info for seed, (_, info) in self.gatos.items()})
         self.remarks += remarks
         self.host = host(options.threads)
+        self.seeds = [options.first_seed + n for n in range(options.episodes)]
         self.many = len({job.spec.name for job in self.jobs}) > NAMED_TASKS
         """True if only the worst and best tasks get a film, once they are known."""
 
@@ -118,7 +119,7 @@ class ComparisonRunner:
     def run(self, job: Job, progress: ProgressCallback = lambda text: None) -> JobResult:
         """Play a job now, or read the rows that an earlier comparison left.
 
-        Raises whatever the simulator, the model or the disk raises; `eval.workers.run_job` turns that into a row.
+        Raises whatever the simulator, the model or the disk raises; `eval.workers.run_job` turns that into rows.
         """
         weights, protocol = self.weights(job, progress), self.protocol(job)
         stamp = sha256(f"{job.fingerprint}{weights}{protocol}{job.seed}".encode()).hexdigest()[:12]
@@ -162,22 +163,25 @@ class ComparisonRunner:
             summary += f", {len(rows) - len(done)} failed: {failures[0]}"
         return JobResult(tuple(rows), summary, "" if done or not failures else failures[0])
 
-    def failure(self, job: Job, error: str) -> EpisodeResult:
-        """The row of a job that could not run at all."""
+    def failure(self, job: Job, error: str) -> tuple[EpisodeResult, ...]:
+        """The rows of a job that could not run at all: one per episode, a single one for a log."""
         nan = float("nan")
-        return EpisodeResult(
-            **self._common(job),
-            model_sha256="",
-            protocol="{}",
-            episode=0,
-            episode_seed=0,
-            episode_return=nan,
-            score=nan,
-            score_kind="",
-            timesteps=0,
-            ending="error",
-            error=error,
-            seconds=0.0,
+        return tuple(
+            EpisodeResult(
+                **self._common(job),
+                model_sha256="",
+                protocol="{}",
+                episode=number,
+                episode_seed=seed,
+                episode_return=nan,
+                score=nan,
+                score_kind="",
+                timesteps=0,
+                ending="error",
+                error=error,
+                seconds=0.0,
+            )
+            for number, seed in enumerate([0] if job.model == "behaviour" else self.seeds)
         )
 
     def protocol(self, job: Job) -> str:
@@ -243,15 +247,14 @@ class ComparisonRunner:
         return agent_alone(model, info, self.exports[job.seed], job.spec, self.options.agent)
 
     def _play(self, job: Job, progress: ProgressCallback) -> list[Played]:
-        seeds = [self.options.first_seed + n for n in range(self.options.episodes)]
         first = min(self.gatos) if job.model == "gato" else 0
         frames = int(self.options.film_seconds * 10) if job.seed == first and not self.many else 0
 
         def each_timestep(timesteps: int, active: int) -> None:
             if timesteps % 20 == 0:
-                progress(f"timestep {timesteps}, {active} of {len(seeds)} episodes running")
+                progress(f"timestep {timesteps}, {active} of {len(self.seeds)} episodes running")
 
-        played = self._episodes(job, seeds, frames, self.options.step_limit, each_timestep, progress)
+        played = self._episodes(job, self.seeds, frames, self.options.step_limit, each_timestep, progress)
         self._save_film(job, played[0])
         return played
 
@@ -262,7 +265,7 @@ class ComparisonRunner:
         frames = int(self.options.film_seconds * 10)
         limit = frames * simulators.suite_named(job.spec.environment.suite).film_every
         if frames and not self.picture(job).is_file():
-            self._save_film(job, self._episodes(job, [self.options.first_seed], frames, limit)[0])
+            self._save_film(job, self._episodes(job, self.seeds[:1], frames, limit)[0])
 
     def _episodes(
         self,

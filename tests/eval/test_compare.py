@@ -105,6 +105,21 @@ def test_two_exports_of_one_seed_are_refused(exports, hopper, tmp_path):
     assert done.returncode == 1 and "error:" in done.stderr and "seed 3" in done.stderr
 
 
+def test_every_episode_of_a_seed_that_failed_whole_is_counted(exports, hopper, tmp_path, monkeypatch):
+    whole = ComparisonRunner._play
+
+    def fail(runner, job, progress):
+        if job.seed == 5:
+            raise RuntimeError("no memory")
+        return whole(runner, job, progress)
+
+    monkeypatch.setattr(ComparisonRunner, "_play", fail)
+    done = run(*arguments(tmp_path, exports, [hopper], "--processes", "1"))
+    assert "2 of 4 episodes ended in an error and were left out: no memory" in done.stdout
+    failed = [(row["episode"], row["episode_seed"]) for row in rows(tmp_path) if row["ending"] == "error"]
+    assert failed == [(0, 1000), (1, 1001)]
+
+
 def test_baselines_that_cannot_be_kept_are_not_trained(hopper, tmp_path):
     place = Path("/proc/gato")
     runner = ComparisonRunner(Options(datasets=(str(hopper),), models=("dt",), output=tmp_path, baselines=place))
