@@ -154,6 +154,8 @@ class ComparisonRunner:
                     seconds=episode.seconds,
                 )
             )
+        if episodes:
+            self._save_film(rows[0], episodes[0])
         save_rows(part, rows)
         done = [row.episode_return for row in rows if not row.failed]
         mean = f"{np.mean(done):.1f}" if done else "-"
@@ -231,9 +233,13 @@ class ComparisonRunner:
             module.train(episodes, job.spec, config, job.seed, folder, lambda metrics: progress(in_words(metrics)))
         return folder
 
-    def picture(self, job: Job) -> Path:
+    def picture(self, row: EpisodeResult) -> Path:
         """The film of a model's first seed on a task."""
-        return self.options.output / "rollouts" / f"{safe_name(job.spec.name)}-{job.model}.gif"
+        return self.options.output / "rollouts" / f"{safe_name(row.dataset)}-{row.model}.gif"
+
+    def filmed(self, row: EpisodeResult) -> bool:
+        """True if the film is there and shows the row's weights, data, protocol and versions, by its comment."""
+        return self.picture(row).is_file() and film_stamp(row) in self.picture(row).read_bytes()
 
     def _policy(self, job: Job, progress: ProgressCallback) -> Policy:
         if job.model == "random":
@@ -254,18 +260,17 @@ class ComparisonRunner:
             if timesteps % 20 == 0:
                 progress(f"timestep {timesteps}, {active} of {len(self.seeds)} episodes running")
 
-        played = self._episodes(job, self.seeds, frames, self.options.step_limit, each_timestep, progress)
-        self._save_film(job, played[0])
-        return played
+        return self._episodes(job, self.seeds, frames, self.options.step_limit, each_timestep, progress)
 
-    def film(self, job: Job) -> None:
-        """The film of a job whose rows were made without one: its first episode again, as far as the film goes.
+    def film(self, job: Job, row: EpisodeResult) -> None:
+        """The film of a job's first row, unless it is there: the episode again, as far as the film goes.
         Raises what the simulator raises."""
         assert job.spec.environment is not None
         frames = int(self.options.film_seconds * 10)
         limit = frames * simulators.suite_named(job.spec.environment.suite).film_every
-        if frames and not self.picture(job).is_file():
-            self._save_film(job, self._episodes(job, self.seeds[:1], frames, limit)[0])
+        limit = min(limit, self.options.step_limit or limit)
+        if frames and not self.filmed(row):
+            self._save_film(row, self._episodes(job, self.seeds[:1], frames, limit)[0])
 
     def _episodes(
         self,
@@ -281,11 +286,11 @@ class ComparisonRunner:
         policy = self._policy(job, progress)
         return play(policy, job.spec, seeds, limit, job.seed, frames, every, each_timestep)
 
-    def _save_film(self, job: Job, played: Played) -> None:
+    def _save_film(self, row: EpisodeResult, played: Played) -> None:
         if played.frames:
-            images = [thumbnail(frame) for frame in played.frames]
-            with atomic_write(self.picture(job)) as file:
-                file.write(imageio.imwrite("<bytes>", images, extension=".gif", duration=100, loop=0))
+            images, stamp = [thumbnail(frame) for frame in played.frames], film_stamp(row)
+            with atomic_write(self.picture(row)) as file:
+                file.write(imageio.imwrite("<bytes>", images, extension=".gif", duration=100, loop=0, comment=stamp))
 
     def _common(self, job: Job) -> dict[str, Any]:
         """The fields that all rows of a job share."""
@@ -297,6 +302,12 @@ class ComparisonRunner:
             "model_seed": job.seed,
             **self.host,
         }
+
+
+def film_stamp(row: EpisodeResult) -> bytes:
+    """A hash of everything that decides what a row's film shows, for the film's comment."""
+    identity = (row.dataset_fingerprint, row.model_seed, row.model_sha256, row.protocol, row.versions)
+    return sha256(repr(identity).encode()).hexdigest().encode()
 
 
 def rescored(row: EpisodeResult, spec: TaskSpec) -> EpisodeResult:

@@ -149,6 +149,16 @@ def test_a_film_of_no_length_that_makes_sense_is_refused(exports, hopper, tmp_pa
         assert done.returncode == 1 and "must be from 0 to 3600" in done.stderr
 
 
+def test_a_film_is_of_the_weights_whose_figures_are_beside_it(exports, hopper, tmp_path):
+    film, shown = tmp_path / "rollouts" / "hopper-random-v4-gato.gif", []
+    for export, seconds in ((0, 1), (1, 1), (0, 0), (0, 1)):
+        how = ["--processes", "1", "--models", "gato", "--film-seconds", seconds]
+        run(*arguments(tmp_path, [exports[export]], [hopper], *how))
+        shown.append((film.read_bytes(), (tmp_path / "report.html").read_text().count("data:image/gif")))
+    assert [count for _, count in shown] == [1, 1, 0, 1]
+    assert shown[0][0] != shown[1][0] == shown[2][0] != shown[3][0]
+
+
 @pytest.mark.parametrize("prompt", ["end", "start"])
 def test_a_shipped_gato_plays_without_data_as_it_does_with_it(exports, hopper, pong, tmp_path, prompt):
     data, empty = [hopper, pong], tmp_path / "nothing"
