@@ -3,7 +3,8 @@
     datasets x models x seeds -> parts, one file of result rows each -> rows.parquet -> table.md, report.html
 
 Several processes run the parts in any order (eval/workers.py); the rows are joined in the order of the parts. A part
-that exists with the same weights, data and protocol is reused, so a killed comparison resumes where it was.
+that exists with the same weights, data and protocol and no failed episode is reused, so a killed comparison resumes
+where it was.
 
 Invariant: every number is an aggregate of rows in rows.parquet, and every row names its seed, weights, data, versions
 and protocol. The number of processes changes none of them.
@@ -32,7 +33,7 @@ from eval.rows import save_rows
 from eval.runner import BASELINES, ComparisonRunner, JobResult
 from eval.workers import run_jobs
 from schemas.files import disk_fault
-from schemas.result import to_table
+from schemas.result import EpisodeResult, to_table
 from schemas.terminal import command, status_of
 
 TITLE = "DT, TT and Gato compared"
@@ -72,28 +73,32 @@ def compare(options: Options, console: Console) -> Outcome:
     rows = [row for _, result in sorted(results.items()) for row in result.rows]
     save_rows(options.output / "rows.parquet", rows)
     table = to_table(rows)
-    first: list[report.Comparison] = []
+    by_domain: list[report.Comparison] = []
+    first: dict[tuple[str, str], EpisodeResult] = {}  # those that films show
+    for row in rows:
+        first.setdefault((row.dataset, row.model), row)
     if runner.many:
         found = domains.by_domain(table)
-        first = [domains.domains_table(found), domains.extremes_table(found)]
-        console.print(report.rich_table(first[0]))
-        film(runner, domains.filmed(found, "gato"), console)
+        by_domain = [domains.domains_table(found), domains.extremes_table(found)]
+        console.print(report.rich_table(by_domain[0]))
+        film(runner, [first[name, "gato"] for name in domains.filmed(found, "gato")], console)
     else:
+        film(runner, [row for row in first.values() if runner.picture(row).is_file() and not row.failed], console)
         console.print(report.console(scores.aggregate(table), {task.spec.name: task.spec for task in runner.tasks}))
-    pictures = {(job.spec.name, job.model): runner.picture(job) for job in runner.jobs if runner.picture(job).is_file()}
+    pictures = {key: runner.picture(row) for key, row in first.items() if runner.filmed(row)}
     manifests = [dataset.manifest for dataset in runner.datasets]
-    page = report.write_report(options.output, table, manifests, learning_curves(runner), pictures, TITLE, first)
+    page = report.write_report(options.output, table, manifests, learning_curves(runner), pictures, TITLE, by_domain)
     return Outcome(table, (options.output / "table.md").read_text("utf-8"), page, failure_of(runner, results))
 
 
-def film(runner: ComparisonRunner, names: list[str], console: Console) -> None:
-    """Films of these tasks as Gato plays them, where they have none yet."""
-    for name in names:
-        job = next(job for job in runner.jobs if job.spec.name == name and job.model == "gato")
+def film(runner: ComparisonRunner, rows: list[EpisodeResult], console: Console) -> None:
+    """Films of these rows, the first of their jobs, where there is none or one of other weights, data or protocol."""
+    for row in rows:
+        job = next(job for job in runner.jobs if (job.spec.name, job.model) == (row.dataset, row.model))
         try:
-            runner.film(job)
+            runner.film(job, row)
         except Exception as error:  # a simulator may raise anything, and no figure depends on a film
-            console.print(f"no film of {name}: {error}", highlight=False, soft_wrap=True, markup=False)
+            console.print(f"no film of {row.dataset}: {error}", highlight=False, soft_wrap=True, markup=False)
 
 
 def failure_of(runner: ComparisonRunner, results: dict[int, JobResult]) -> str:

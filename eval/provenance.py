@@ -18,8 +18,12 @@ NOTED = "carried/commit"
 
 def host(threads: int) -> dict[str, str]:
     """Columns `commit`, `versions` (JSON) and `hardware` of the result rows."""
-    versions = simulators.versions() | {"torch": torch.__version__, "numpy": np.__version__}
-    return {"commit": commit(), "versions": json.dumps(versions, sort_keys=True), "hardware": hardware(threads)}
+    return {"commit": commit(), "versions": json.dumps(versions(), sort_keys=True), "hardware": hardware(threads)}
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what decides an episode, by distribution."""
+    return simulators.versions() | {"torch": torch.__version__, "numpy": np.__version__}
 
 
 def commit(root: Path = ROOT) -> str:

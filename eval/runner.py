@@ -2,7 +2,7 @@
 
     dataset + task + model + seed -> weights (a missing baseline is trained first) -> episodes -> parts/NAME.parquet
 
-The name of a part's file contains a hash of everything that decides its rows. So a part that exists is reused, and
+The name of a part's file contains a hash of everything that decides its rows. So a part without failures is reused, and
 processes share the work without talking to each other.
 
 Invariant: the rows of a part are a function of data, weights, protocol and seed, whichever process plays it.
@@ -89,6 +89,7 @@ class ComparisonRunner:
         self.jobs, remarks = plan_jobs(options, self.tasks, {seed: info for seed, (_, info) in self.gatos.items()})
         self.remarks += remarks
         self.host = host(options.threads)
+        self.seeds = [options.first_seed + n for n in range(options.episodes)]
         self.many = len({job.spec.name for job in self.jobs}) > NAMED_TASKS
         """True if only the worst and best tasks get a film, once they are known."""
 
@@ -118,7 +119,7 @@ class ComparisonRunner:
     def run(self, job: Job, progress: ProgressCallback = lambda text: None) -> JobResult:
         """Play a job now, or read the rows that an earlier comparison left.
 
-        Raises whatever the simulator, the model or the disk raises; `eval.workers.run_job` turns that into a row.
+        Raises whatever the simulator, the model or the disk raises; `eval.workers.run_job` turns that into rows.
         """
         weights, protocol = self.weights(job, progress), self.protocol(job)
         stamp = sha256(f"{job.fingerprint}{weights}{protocol}{job.seed}".encode()).hexdigest()[:12]
@@ -130,8 +131,9 @@ class ComparisonRunner:
         if part.is_file():
             with suppress(ResultError):  # a damaged part is played again
                 kept = from_table(load_rows(part))
-        # other simulators or libraries may give other returns
-        if kept is not None and (job.model == "behaviour" or {row.versions for row in kept} == {self.host["versions"]}):
+        # failed episodes are played again; other simulators or libraries may give other returns
+        alike = job.model == "behaviour" or {row.versions for row in kept or ()} == {self.host["versions"]}
+        if kept is not None and alike and not any(row.failed for row in kept):
             return JobResult(tuple(rescored(row, spec) for row in kept), "kept from before")
         episodes = behaviour(job.dataset, job.task.number) if job.model == "behaviour" else self._play(job, progress)
         common = self._common(job) | {"model_sha256": weights, "protocol": protocol}
@@ -152,6 +154,8 @@ class ComparisonRunner:
                     seconds=episode.seconds,
                 )
             )
+        if episodes:
+            self._save_film(rows[0], episodes[0])
         save_rows(part, rows)
         done = [row.episode_return for row in rows if not row.failed]
         mean = f"{np.mean(done):.1f}" if done else "-"
@@ -161,22 +165,25 @@ class ComparisonRunner:
             summary += f", {len(rows) - len(done)} failed: {failures[0]}"
         return JobResult(tuple(rows), summary, "" if done or not failures else failures[0])
 
-    def failure(self, job: Job, error: str) -> EpisodeResult:
-        """The row of a job that could not run at all."""
+    def failure(self, job: Job, error: str) -> tuple[EpisodeResult, ...]:
+        """The rows of a job that could not run at all: one per episode, a single one for a log."""
         nan = float("nan")
-        return EpisodeResult(
-            **self._common(job),
-            model_sha256="",
-            protocol="{}",
-            episode=0,
-            episode_seed=0,
-            episode_return=nan,
-            score=nan,
-            score_kind="",
-            timesteps=0,
-            ending="error",
-            error=error,
-            seconds=0.0,
+        return tuple(
+            EpisodeResult(
+                **self._common(job),
+                model_sha256="",
+                protocol="{}",
+                episode=number,
+                episode_seed=seed,
+                episode_return=nan,
+                score=nan,
+                score_kind="",
+                timesteps=0,
+                ending="error",
+                error=error,
+                seconds=0.0,
+            )
+            for number, seed in enumerate([0] if job.model == "behaviour" else self.seeds)
         )
 
     def protocol(self, job: Job) -> str:
@@ -226,9 +233,13 @@ class ComparisonRunner:
             module.train(episodes, job.spec, config, job.seed, folder, lambda metrics: progress(in_words(metrics)))
         return folder
 
-    def picture(self, job: Job) -> Path:
+    def picture(self, row: EpisodeResult) -> Path:
         """The film of a model's first seed on a task."""
-        return self.options.output / "rollouts" / f"{safe_name(job.spec.name)}-{job.model}.gif"
+        return self.options.output / "rollouts" / f"{safe_name(row.dataset)}-{row.model}.gif"
+
+    def filmed(self, row: EpisodeResult) -> bool:
+        """True if the film is there and shows the row's weights, data, protocol and versions, by its comment."""
+        return self.picture(row).is_file() and film_stamp(row) in self.picture(row).read_bytes()
 
     def _policy(self, job: Job, progress: ProgressCallback) -> Policy:
         if job.model == "random":
@@ -242,26 +253,24 @@ class ComparisonRunner:
         return agent_alone(model, info, self.exports[job.seed], job.spec, self.options.agent)
 
     def _play(self, job: Job, progress: ProgressCallback) -> list[Played]:
-        seeds = [self.options.first_seed + n for n in range(self.options.episodes)]
         first = min(self.gatos) if job.model == "gato" else 0
         frames = int(self.options.film_seconds * 10) if job.seed == first and not self.many else 0
 
         def each_timestep(timesteps: int, active: int) -> None:
             if timesteps % 20 == 0:
-                progress(f"timestep {timesteps}, {active} of {len(seeds)} episodes running")
+                progress(f"timestep {timesteps}, {active} of {len(self.seeds)} episodes running")
 
-        played = self._episodes(job, seeds, frames, self.options.step_limit, each_timestep, progress)
-        self._save_film(job, played[0])
-        return played
+        return self._episodes(job, self.seeds, frames, self.options.step_limit, each_timestep, progress)
 
-    def film(self, job: Job) -> None:
-        """The film of a job whose rows were made without one: its first episode again, as far as the film goes.
+    def film(self, job: Job, row: EpisodeResult) -> None:
+        """The film of a job's first row, unless it is there: the episode again, as far as the film goes.
         Raises what the simulator raises."""
         assert job.spec.environment is not None
         frames = int(self.options.film_seconds * 10)
         limit = frames * simulators.suite_named(job.spec.environment.suite).film_every
-        if frames and not self.picture(job).is_file():
-            self._save_film(job, self._episodes(job, [self.options.first_seed], frames, limit)[0])
+        limit = min(limit, self.options.step_limit or limit)
+        if frames and not self.filmed(row):
+            self._save_film(row, self._episodes(job, self.seeds[:1], frames, limit)[0])
 
     def _episodes(
         self,
@@ -277,11 +286,11 @@ class ComparisonRunner:
         policy = self._policy(job, progress)
         return play(policy, job.spec, seeds, limit, job.seed, frames, every, each_timestep)
 
-    def _save_film(self, job: Job, played: Played) -> None:
+    def _save_film(self, row: EpisodeResult, played: Played) -> None:
         if played.frames:
-            images = [thumbnail(frame) for frame in played.frames]
-            with atomic_write(self.picture(job)) as file:
-                file.write(imageio.imwrite("<bytes>", images, extension=".gif", duration=100, loop=0))
+            images, stamp = [thumbnail(frame) for frame in played.frames], film_stamp(row)
+            with atomic_write(self.picture(row)) as file:
+                file.write(imageio.imwrite("<bytes>", images, extension=".gif", duration=100, loop=0, comment=stamp))
 
     def _common(self, job: Job) -> dict[str, Any]:
         """The fields that all rows of a job share."""
@@ -293,6 +302,12 @@ class ComparisonRunner:
             "model_seed": job.seed,
             **self.host,
         }
+
+
+def film_stamp(row: EpisodeResult) -> bytes:
+    """A hash of everything that decides what a row's film shows, for the film's comment."""
+    identity = (row.dataset_fingerprint, row.model_seed, row.model_sha256, row.protocol, row.versions)
+    return sha256(repr(identity).encode()).hexdigest().encode()
 
 
 def rescored(row: EpisodeResult, spec: TaskSpec) -> EpisodeResult:

@@ -40,7 +40,8 @@ class Aggregate:
     `episodes` were counted, `limited` of them cut by --step-limit, and `errors` left out, the first one because of
     `error`, on one line. `return_std` (n - 1) and the intervals are over `unit`: 'seeds' or 'episodes'. Means are NaN
     without an episode, std and intervals with one unit.
-    `..._above_random` are None where no random policy was run, and for the random policy itself.
+    `..._above_random` are None where no random policy was run, for the random policy itself, and where the mean or the
+    interval is NaN.
     """
 
     dataset: str
@@ -140,11 +141,15 @@ def aggregate(table: pa.Table, resamples: int = RESAMPLES, seed: int = 0) -> lis
             continue
         ceiling = random.return_interval[1]
         above = {
-            "mean_above_random": one.return_mean > ceiling,
-            "interval_above_random": one.return_interval[0] > ceiling,
+            "mean_above_random": _above(one.return_mean, ceiling),
+            "interval_above_random": _above(one.return_interval[0], ceiling),
         }
         found[dataset, environment, model] = Aggregate(**(vars(one) | above))
     return sorted(found.values(), key=lambda one: (one.dataset, one.environment, MODELS.index(one.model)))
+
+
+def _above(value: float, ceiling: float) -> bool | None:
+    return None if np.isnan(value) else value > ceiling
 
 
 def overall(table: pa.Table, resamples: int = RESAMPLES, seed: int = 0) -> list[Overall]:

@@ -34,13 +34,13 @@ MessageCallback = Callable[[int, str], None]
 
 
 def run_job(runner: ComparisonRunner, job: Job, progress: ProgressCallback) -> JobResult:
-    """The result of a job. Whatever it raises becomes a row that says why, so that the other jobs go on."""
+    """The result of a job. Whatever it raises becomes rows that say why, so that the other jobs go on."""
     try:
         return runner.run(job, progress)
     except Exception as error:  # a simulator may raise anything
         plain = isinstance(error, RuntimeError | ArithmeticError | ValueError | OSError) and str(error)
         reason = str(error) if plain else f"{type(error).__name__}: {error}"
-        return JobResult((runner.failure(job, reason),), reason, reason)
+        return JobResult(runner.failure(job, reason), reason, reason)
 
 
 def run_jobs(

@@ -105,6 +105,21 @@ def test_two_exports_of_one_seed_are_refused(exports, hopper, tmp_path):
     assert done.returncode == 1 and "error:" in done.stderr and "seed 3" in done.stderr
 
 
+def test_every_episode_of_a_seed_that_failed_whole_is_counted(exports, hopper, tmp_path, monkeypatch):
+    whole = ComparisonRunner._play
+
+    def fail(runner, job, progress):
+        if job.seed == 5:
+            raise RuntimeError("no memory")
+        return whole(runner, job, progress)
+
+    monkeypatch.setattr(ComparisonRunner, "_play", fail)
+    done = run(*arguments(tmp_path, exports, [hopper], "--processes", "1"))
+    assert "2 of 4 episodes ended in an error and were left out: no memory" in done.stdout
+    failed = [(row["episode"], row["episode_seed"]) for row in rows(tmp_path) if row["ending"] == "error"]
+    assert failed == [(0, 1000), (1, 1001)]
+
+
 def test_baselines_that_cannot_be_kept_are_not_trained(hopper, tmp_path):
     place = Path("/proc/gato")
     runner = ComparisonRunner(Options(datasets=(str(hopper),), models=("dt",), output=tmp_path, baselines=place))
@@ -132,6 +147,16 @@ def test_a_film_of_no_length_that_makes_sense_is_refused(exports, hopper, tmp_pa
         command = arguments(tmp_path / "out", exports, [hopper], "--processes", "1", "--film-seconds", seconds)
         done = run(*command, check=False)
         assert done.returncode == 1 and "must be from 0 to 3600" in done.stderr
+
+
+def test_a_film_is_of_the_weights_whose_figures_are_beside_it(exports, hopper, tmp_path):
+    film, shown = tmp_path / "rollouts" / "hopper-random-v4-gato.gif", []
+    for export, seconds in ((0, 1), (1, 1), (0, 0), (0, 1)):
+        how = ["--processes", "1", "--models", "gato", "--film-seconds", seconds]
+        run(*arguments(tmp_path, [exports[export]], [hopper], *how))
+        shown.append((film.read_bytes(), (tmp_path / "report.html").read_text().count("data:image/gif")))
+    assert [count for _, count in shown] == [1, 1, 0, 1]
+    assert shown[0][0] != shown[1][0] == shown[2][0] != shown[3][0]
 
 
 @pytest.mark.parametrize("prompt", ["end", "start"])

@@ -116,6 +116,10 @@ def test_a_comparison_of_many_tasks_begins_with_domains_and_films_the_worst_and_
     before = load_rows(tmp_path / "out" / "rows.parquet")
     run(*arguments(tmp_path / "out", exports[:1], [hopper, pong], *how))
     assert load_rows(tmp_path / "out" / "rows.parquet").equals(before)
+    film = tmp_path / "out" / "rollouts" / "hopper-random-v4-gato.gif"
+    earlier = film.read_bytes()
+    run(*arguments(tmp_path / "out", exports[1:], [hopper, pong], *how))
+    assert film.read_bytes() != earlier
 
 
 def test_kept_rows_are_scored_by_todays_reference(exports, hopper, tmp_path):  # noqa: F811

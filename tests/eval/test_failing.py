@@ -10,6 +10,7 @@ import pytest
 
 import simulators
 from eval import provenance
+from eval.environments import Played
 from eval.rows import load_rows
 from tests.conftest import run
 
@@ -135,6 +136,18 @@ def test_a_damaged_part_is_played_again(built, tmp_path):
         part.write_bytes(damaged)
         assert play(built["right"], tmp_path, "random").returncode == 0
         assert load_rows(part).num_rows == 1
+
+
+def test_a_part_with_failed_episodes_is_played_again(built, tmp_path, monkeypatch):
+    failed = [Played(1000, 3.0, 20, "step limit"), Played(1001, ending="error", error="no display")]
+    for episodes, status in ((failed[1:], 1), (failed[1:], 1), (failed, 0)):
+        monkeypatch.setattr("eval.runner.play", lambda *arguments, episodes=episodes: episodes)
+        done = play(built["right"], tmp_path, "random")
+        assert done.returncode == status and "kept from before" not in done.stderr
+    monkeypatch.undo()
+    assert play(built["right"], tmp_path, "random").returncode == 0
+    assert "error" not in load_rows(tmp_path / "rows.parquet").column("ending").to_pylist()
+    assert "kept from before" in play(built["right"], tmp_path, "random").stderr
 
 
 def test_what_is_in_the_way_of_the_results_is_said_before_anything_is_played(built, tmp_path):

@@ -149,6 +149,10 @@ def test_above_random_by_the_mean_and_by_the_interval():
     assert not one(random + episodes("gato", [2, 2, 2]), "gato").mean_above_random
     assert one(random, "random").mean_above_random is None
     assert one(episodes("gato", [100, 101]), "gato").mean_above_random is None
+    unfinished = one([*random, row("gato", None, ending="error")], "gato")
+    assert unfinished.mean_above_random is None and unfinished.interval_above_random is None
+    lone = one([*random, row("gato", 100.0)], "gato")
+    assert lone.mean_above_random and lone.interval_above_random is None
 
 
 def test_environment_versions_are_not_mixed():
