@@ -61,11 +61,6 @@ def tasks_in(info: ExportInfo, export: Path, datasets: list[Dataset]) -> dict[st
         held = known[spec.name]
         assert held.dataset is not None
         info.require_data(held.dataset.manifest, spec, str(held.dataset.place), str(export))
-        if (held.spec.observation, held.spec.action) != (spec.observation, spec.action):
-            raise DatasetError(
-                f"{held.dataset.place}: task '{spec.name}' has other fields than in the export; name the folder that "
-                "it was trained on (--datasets)"
-            )
         found[spec.name] = held.dataset, held.number
     return found
 
