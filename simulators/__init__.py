@@ -18,7 +18,7 @@ import gymnasium
 import numpy as np
 
 from schemas.episode import ActionSpec, EnvironmentSpec, FieldSpec, ScoreReference
-from simulators import opengl, spaces
+from simulators import opengl, plugins, spaces
 from simulators.registry import environment, register, suite_named, suite_of_id, versions
 from simulators.suite import SimulatorError, Suite, UnknownEnvironment
 
@@ -109,8 +109,14 @@ class Simulator(gymnasium.Wrapper):
 
 
 def settings(environment: EnvironmentSpec) -> dict[str, Any]:
-    """Settings of `make`, for result rows: arguments, time limit, protocol. SimulatorError as of `make`."""
-    return suite_named(environment.suite).settings(environment)
+    """Settings of `make`, for result rows: arguments, time limit, protocol, and of an environment or suite of the
+    user's own the hashes of its modules. SimulatorError as of `make`."""
+    suite = suite_named(environment.suite)
+    found = suite.settings(environment)
+    module, _, id = environment.id.rpartition(":")
+    entry = gymnasium.registry[id].entry_point if id in gymnasium.registry else None
+    own = plugins.module_sha256({module, plugins.module_of(entry), type(suite).__module__})
+    return found | ({"module_sha256": own} if own else {})
 
 
 def reference(environment: EnvironmentSpec) -> ScoreReference | None:
