@@ -80,12 +80,11 @@ def shown_in(
             texts += [np.unique(dataset.tokens(int(row))[:, : layout.text]) for row in rows]
         if layout.patches and not pictures:
             continue
-        window = info.sequence_length // layout.length
-        for kind, shown in (("end", slice(-window, None)), ("start", slice(window))):
-            prompt = best_demonstration(dataset, number, kind)  # type: ignore[arg-type]
-            found[f"{name}/{kind}/tokens"] = prompt.tokens[shown].copy()
+        for kind in ("end", "start"):
+            prompt = best_demonstration(dataset, number, kind, info.sequence_length)
+            found[f"{name}/{kind}/tokens"] = prompt.tokens
             if prompt.patches is not None:
-                found[f"{name}/{kind}/patches"] = prompt.patches[shown].copy()
+                found[f"{name}/{kind}/patches"] = prompt.patches
     return found, np.unique(np.concatenate(texts))
 
 

@@ -249,7 +249,7 @@ def test_play_is_training(hopper, stream, model, prompt):
     dataset = Dataset(hopper)
     spec, info = exported(dataset, stream)
     options = AgentConfig(prompt=prompt, decoding="greedy", prompt_share=0.34)
-    agent = make_agent(model, info, spec, options, demonstration(dataset, 0, options))
+    agent = make_agent(model, info, spec, options, demonstration(dataset, 0, options, info))
     valued = make_agent(model, info, spec, replace(options, decoding="value"), agent.prompt)
     config = StreamConfig(sequence_length=LENGTH, prompt_probability=0.0)
     batch = Stream([hopper], config, seed=0).batch(0, 1)
@@ -290,7 +290,7 @@ def test_an_episode_is_played_alike_alone_and_among_others(hopper, stream, model
     seen = [{"observation": rng.normal(size=(5, 11)).astype(np.float32)} for _ in range(9)]
 
     def played(rows):
-        agent = make_agent(model, info, spec, options, demonstration(dataset, 0, options))
+        agent = make_agent(model, info, spec, options, demonstration(dataset, 0, options, info))
         agent.reset(len(rows))
         active = np.ones(len(rows), bool)
         return [agent.act({"observation": o["observation"][rows]}, np.zeros(len(rows)), active, rng) for o in seen]
