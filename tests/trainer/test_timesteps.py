@@ -282,6 +282,17 @@ def test_play_is_training(hopper, stream, model, prompt):
         np.testing.assert_allclose(action[0], decoded[at].clamp(-1, 1), atol=1 / 1024 + 1e-4)
 
 
+def test_a_prompt_leaves_room_for_the_present_in_the_window(hopper, stream, model):
+    dataset = Dataset(hopper)
+    spec, info = exported(dataset, stream)
+    options = AgentConfig(prompt="end", prompt_share=1.0)
+    agent = make_agent(model, info, spec, options, demonstration(dataset, 0, options, info))
+    agent.reset(1)
+    for _ in range(3):
+        agent.act({"observation": np.zeros((1, 11))}, np.zeros(1), np.ones(1, bool), np.random.default_rng(0))
+        assert agent.kept.shape[1] + agent.shown.shape[1] == agent.window
+
+
 def test_an_episode_is_played_alike_alone_and_among_others(hopper, stream, model):
     dataset = Dataset(hopper)
     spec, info = exported(dataset, stream)
