@@ -133,12 +133,11 @@ def measured(name: str, options: Options) -> dict[str, Any]:
     gato.eval()
     for timeline in stream.timelines if options.episodes else []:
         spec, agent = timeline.dataset.manifest.tasks[timeline.task].spec, options.agent
-        prompt = demonstration(timeline.dataset, timeline.task, agent)
         fingerprint = stream.vocabulary.fingerprint
         info = ExportInfo(
             "", 0, config.model, stream.vocabulary, fingerprint, data.sequence_length, 0, (), {}, TrainingInfo()
         )
-        player = make_agent(gato, info, spec, agent, prompt)
+        player = make_agent(gato, info, spec, agent, demonstration(timeline.dataset, timeline.task, agent, info))
         totals = [one.episode_return for one in play(player, spec, [1000 + n for n in range(options.episodes)])]
         result[f"returns/{spec.name}"] = [float(np.mean(totals)), float(np.std(totals))]
     return result

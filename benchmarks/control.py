@@ -78,7 +78,7 @@ class Naive:
 def player(dataset: Dataset, task: int, model: Gato, context: int, config: AgentConfig) -> TokenAgent:
     vocabulary, spec = dataset.manifest.vocabulary, dataset.manifest.tasks[task].spec
     info = ExportInfo("", 0, model.config, vocabulary, vocabulary.fingerprint, context, 0, (spec,), {}, TrainingInfo())
-    return TokenAgent(model, info, spec, config, demonstration(dataset, task, config))
+    return TokenAgent(model, info, spec, config, demonstration(dataset, task, config, info))
 
 
 def logged(dataset: Dataset, task: int) -> np.ndarray:
@@ -208,7 +208,7 @@ def divergence(table: Table, folder: Path, dataset: Dataset, task: int, timestep
     spec, pair = dataset.manifest.tasks[task].spec, []
     for kind, window in ((Leader, "exact"), (Follower, "rolling")):
         config = AgentConfig(decoding="mean", window=window)  # type: ignore[arg-type]
-        pair.append(kind(model, info, spec, config, demonstration(dataset, task, config)))
+        pair.append(kind(model, info, spec, config, demonstration(dataset, task, config, info)))
     leader, follower = pair
     (one,) = play(Pair(leader, follower), spec, [1000], step_limit=timesteps)  # type: ignore[arg-type]
     A, full = leader.layout.action, leader.window - int(leader.window * leader.config.prompt_share)

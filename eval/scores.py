@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+import simulators
 from schemas.episode import ScoreReference, TaskSpec
 from schemas.result import MODELS, EpisodeResult, ResultError, from_table
 from simulators.registry import all_suites
@@ -94,7 +95,7 @@ def scored(value: float, task: TaskSpec) -> tuple[float, str]:
     own = suite.score(value, task.score) if suite else None
     if own is not None:
         return own
-    reference = task.score or (suite.reference(task.environment.id) if suite and task.environment else None)
+    reference = task.score or (simulators.reference(task.environment) if suite and task.environment else None)
     return (normalised(value, reference), reference.kind) if reference else (float("nan"), "")
 
 

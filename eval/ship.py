@@ -61,11 +61,6 @@ def tasks_in(info: ExportInfo, export: Path, datasets: list[Dataset]) -> dict[st
         held = known[spec.name]
         assert held.dataset is not None
         info.require_data(held.dataset.manifest, spec, str(held.dataset.place), str(export))
-        if (held.spec.observation, held.spec.action) != (spec.observation, spec.action):
-            raise DatasetError(
-                f"{held.dataset.place}: task '{spec.name}' has other fields than in the export; name the folder that "
-                "it was trained on (--datasets)"
-            )
         found[spec.name] = held.dataset, held.number
     return found
 
@@ -85,12 +80,11 @@ def shown_in(
             texts += [np.unique(dataset.tokens(int(row))[:, : layout.text]) for row in rows]
         if layout.patches and not pictures:
             continue
-        window = info.sequence_length // layout.length
-        for kind, shown in (("end", slice(-window, None)), ("start", slice(window))):
-            prompt = best_demonstration(dataset, number, kind)  # type: ignore[arg-type]
-            found[f"{name}/{kind}/tokens"] = prompt.tokens[shown].copy()
+        for kind in ("end", "start"):
+            prompt = best_demonstration(dataset, number, kind, info.sequence_length)
+            found[f"{name}/{kind}/tokens"] = prompt.tokens
             if prompt.patches is not None:
-                found[f"{name}/{kind}/patches"] = prompt.patches[shown].copy()
+                found[f"{name}/{kind}/patches"] = prompt.patches
     return found, np.unique(np.concatenate(texts))
 
 

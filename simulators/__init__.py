@@ -10,15 +10,18 @@ Invariant: an agent sees in evaluation exactly what the recorder writes into log
 
 from __future__ import annotations
 
+import inspect
+import json
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.envs.registration import load_env_creator
 
 from schemas.episode import ActionSpec, EnvironmentSpec, FieldSpec, ScoreReference
-from simulators import opengl, spaces
+from simulators import opengl, plugins, spaces
 from simulators.registry import environment, register, suite_named, suite_of_id, versions
 from simulators.suite import SimulatorError, Suite, UnknownEnvironment
 
@@ -109,13 +112,38 @@ class Simulator(gymnasium.Wrapper):
 
 
 def settings(environment: EnvironmentSpec) -> dict[str, Any]:
-    """Settings of `make`, for result rows: arguments, time limit, protocol. SimulatorError as of `make`."""
-    return suite_named(environment.suite).settings(environment)
+    """Settings of `make`, for result rows: arguments, time limit, protocol, and of an environment or suite of the
+    user's own the hashes of its modules. SimulatorError as of `make`."""
+    suite = suite_named(environment.suite)
+    found = suite.settings(environment)
+    module, _, id = environment.id.rpartition(":")
+    entry = gymnasium.registry[id].entry_point if id in gymnasium.registry else None
+    own = plugins.module_sha256({module, plugins.module_of(entry), type(suite).__module__})
+    return found | ({"module_sha256": own} if own else {})
 
 
 def reference(environment: EnvironmentSpec) -> ScoreReference | None:
-    """The returns that a score of this environment is normalised by, where its suite knows them."""
-    return suite_named(environment.suite).reference(environment.id)
+    """The returns that a score of this environment is normalised by, where its suite knows them: they were measured
+    with the arguments of its id, and there are none for others."""
+    found = suite_named(environment.suite).reference(environment.id)
+    return found if found is None or _as_registered(environment) else None
+
+
+def _as_registered(environment: EnvironmentSpec) -> bool:
+    """True if its arguments are those that its id has without them: registered ones, or defaults of its constructor."""
+    given = {name: value for name, value in environment.kwargs.items() if name != "render_mode"}  # how it was watched
+    if not given:
+        return True
+    try:
+        require(environment)
+        spec = gymnasium.spec(environment.id)
+        entry: Any = spec.entry_point
+        parameters = inspect.signature(load_env_creator(entry) if isinstance(entry, str) else entry).parameters
+    except Exception:  # its package is missing or fails, and what it would take is unknown
+        return False
+    own = {name: one.default for name, one in parameters.items()} | {"max_episode_steps": spec.max_episode_steps}
+    own = json.loads(json.dumps(own | spec.kwargs, default=str))  # tuples as logs have them
+    return all(name in own and own[name] == value for name, value in given.items())
 
 
 def action_spec(env: gymnasium.Env) -> ActionSpec:

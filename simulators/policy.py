@@ -129,8 +129,8 @@ class OnePlayer:
 
 
 class NoisyPolicy:
-    """Another policy with noise: Gaussian of standard deviation `noise` on continuous actions, which stay in their
-    range; a random action with that probability where they are discrete."""
+    """Another policy with noise. Continuous actions are clipped to their range, get Gaussian noise of standard
+    deviation `noise`, and are clipped again; discrete ones are random with that probability."""
 
     def __init__(self, policy: Policy, action: ActionSpec, noise: float):
         self.policy, self.spec, self.noise = policy, action, noise
@@ -149,9 +149,12 @@ class NoisyPolicy:
         if self.spec.kind == "continuous":
             actions = actions.reshape(len(active), self.spec.size)
             self._values += actions.size
-            self._beyond += int((~np.isclose(actions, np.clip(actions, self.spec.low, self.spec.high))).sum())
-            noise = rng.normal(0.0, self.noise, actions.shape) if self.noise else 0.0
-            return np.clip(actions + noise, self.spec.low, self.spec.high).astype(np.float32)
+            inside = np.clip(actions, self.spec.low, self.spec.high)
+            self._beyond += int((~np.isclose(actions, inside)).sum())
+            if self.noise:
+                noise = rng.normal(0.0, self.noise, actions.shape)
+                inside = np.clip(inside + noise, self.spec.low, self.spec.high)
+            return inside.astype(np.float32)
         if self.noise and rng.random() < self.noise:
             return random_actions(self.spec, rng, len(active))
         return actions

@@ -28,7 +28,7 @@ import simulators
 from schemas.episode import ScoreReference
 from schemas.files import write_rows
 from schemas.ranges import require
-from simulators.policy import EpisodeRng, Policy
+from simulators.policy import EpisodeRng, NoisyPolicy, Policy
 from simulators.registry import all_suites
 from simulators.rollout import reset_seed, rollout
 
@@ -79,16 +79,20 @@ class Options:
 
 
 def measure(id: str, episodes: int, seed: int) -> Score:
-    """Play both policies. SimulatorError or PolicyError as the simulator's and the expert's makers."""
+    """Play both policies, their actions clipped to their range. SimulatorError or PolicyError as the simulator's and
+    the expert's makers."""
     from simulators.experts import policies
 
     spec = simulators.environment_spec(id)
     env = simulators.make(spec)
+    action = simulators.action_spec(env)
     suite = simulators.suite_named(spec.suite)
     found = {}
     for name in ("random", "expert"):
         begun = time.process_time()
-        played = [_play(env, policies.load(name, env), reset_seed(seed, n)) for n in range(episodes)]
+        played = [
+            _play(env, NoisyPolicy(policies.load(name, env), action, 0.0), reset_seed(seed, n)) for n in range(episodes)
+        ]
         found[name] = np.array(played), (time.process_time() - begun) / episodes
     env.close()
     (random, _), (expert, seconds) = found["random"], found["expert"]

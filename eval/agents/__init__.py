@@ -59,7 +59,7 @@ def agent_for(model: Gato, info: ExportInfo, dataset: Dataset, task: int, config
     """The agent of a dataset's task, prompted and with the text tokenizer of its dataset."""
     spec = dataset.manifest.tasks[task].spec
     config = prompted(config, info, spec)
-    return make_agent(model, info, spec, config, demonstration(dataset, task, config), text_tokenizer(dataset))
+    return make_agent(model, info, spec, config, demonstration(dataset, task, config, info), text_tokenizer(dataset))
 
 
 def agent_alone(model: Gato, info: ExportInfo, folder: Path, spec: TaskSpec, config: AgentConfig) -> GatoAgent:

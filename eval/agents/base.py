@@ -127,7 +127,7 @@ class GatoAgent(ABC):
 
     def _prompt_shown(self) -> tuple[np.ndarray, np.ndarray | None] | None:
         """Tokens (m, stored) and patches of the prompt's timesteps that fit its share of the window; None without."""
-        length = int(self.window * self.config.prompt_share)
+        length = min(int(self.window * self.config.prompt_share), self.window - 1)  # the present timestep is in it too
         if self.prompt is None or not length:
             return None
         shown = slice(length) if self.config.prompt == "start" else slice(-length, None)

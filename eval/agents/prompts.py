@@ -108,15 +108,20 @@ def shipped_text(folder: Path, info: ExportInfo, task: TaskSpec) -> TextTokenize
     return TextTokenizer(intact(folder / TEXT_MODEL_NAME, info.text_sha256), info.vocabulary)
 
 
-def best_demonstration(dataset: Dataset, task: int, prompt: Literal["auto", "end", "start"]) -> Prompt:
-    """The last or first stored piece of the training episode with the highest return."""
+def best_demonstration(dataset: Dataset, task: int, prompt: Literal["auto", "end", "start"], context: int) -> Prompt:
+    """The last or first timesteps of the training episode with the highest return, as many as `context` tokens hold."""
+    timesteps = max(1, context // dataset.layouts[task].length)
     rows = dataset.rows(task, held_out=False)
+    returns, episodes = (dataset.column(name)[rows] for name in ("episode_return", "episode"))
+    rows = rows[episodes == episodes[np.argmax(returns)]]  # its pieces, in order
     start, steps, whole = (dataset.column(name)[rows] for name in ("start", "timesteps", "episode_timesteps"))
-    rows = rows[start == 0 if prompt == "start" else start + steps == whole]
-    row = int(rows[np.argmax(dataset.column("episode_return")[rows])])
-    return Prompt(dataset.tokens(row), dataset.patches(row) if dataset.layouts[task].patches else None)
+    rows = rows[start < timesteps if prompt == "start" else start + steps > whole - timesteps]
+    shown = slice(timesteps) if prompt == "start" else slice(-timesteps, None)
+    members = [dataset.tokens, dataset.patches] if dataset.layouts[task].patches else [dataset.tokens]
+    tokens, *patches = (np.concatenate([member(int(row)) for row in rows])[shown] for member in members)
+    return Prompt(tokens, patches[0] if patches else None)
 
 
-def demonstration(dataset: Dataset, task: int, config: AgentConfig) -> Prompt | None:
+def demonstration(dataset: Dataset, task: int, config: AgentConfig, info: ExportInfo) -> Prompt | None:
     """The prompt of an agent of this configuration; None without one."""
-    return None if config.prompt == "none" else best_demonstration(dataset, task, config.prompt)
+    return None if config.prompt == "none" else best_demonstration(dataset, task, config.prompt, info.sequence_length)

@@ -1,12 +1,14 @@
 """Multi-layer perceptrons from a file: observation vector -> continuous action, in numpy.
 
-    {key: array} -> one vector (keys in lexicographic order) -> normalise, clip -> layers -> clip to [-1, 1]
+    {key: array} -> one vector (keys in lexicographic order) -> normalise, clip -> layers -> action
 
 Two containers are read, neither of which can run code. Safetensors is ours: `layers.N.weight`
 (out, in), `layers.N.bias` (out,), where the policy was trained on normalised observations also
 `observation.mean` and `observation.variance`, and in the header `hidden_activation`,
 `output_activation` (`tanh`, `relu` or `none`) and `observation_clip`. An `.npz` holds `W0 b0 W1 b1 ...`
 with `hidden`, `out` and perhaps `mean`, `std`, `clip`, `out_scale`, `out_shift`.
+
+An action may lie beyond its range, which the caller clips it to (simulators.policy.NoisyPolicy).
 
 Invariant: a loaded policy's layers fit each other, and an action is a function of the observation alone.
 """
@@ -36,7 +38,7 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 @dataclass
 class Perceptron:
     """`weights[n]` (out, in) and `biases[n]` (out,); `mean`, `std` (in,) normalise the observation, which is then
-    clipped to ±`clip`; the action is `output` * `scale` + `shift`, clipped to [-1, 1]."""
+    clipped to ±`clip`; the action is `output` * `scale` + `shift`, which the caller clips to its range."""
 
     name: str
     weights: list[np.ndarray]
@@ -86,13 +88,13 @@ class Perceptron:
         """A perceptron keeps nothing between timesteps."""
 
     def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
-        """Arrays of one timestep -> action (A,) float32 in [-1, 1]."""
+        """Arrays of one timestep -> action (A,) float32, not clipped to its range."""
         x = np.concatenate([np.ravel(observation[key]) for key in sorted(observation)]).astype(np.float64)
         x = np.clip((x - self.mean) / self.std, -self.clip, self.clip)
         last = len(self.weights) - 1
         for n, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             x = ACTIVATIONS[self.output_activation if n == last else self.hidden_activation](weight @ x + bias)
-        return np.clip(x * self.scale + self.shift, -1.0, 1.0).astype(np.float32)
+        return (x * self.scale + self.shift).astype(np.float32)
 
 
 def load(path: Path) -> Perceptron:

@@ -82,11 +82,7 @@ def _of_module(module: str) -> str:
     """The ids whose entry point lies in a module."""
     root = module.split(".")[0]
     where = {id: spec.entry_point for id, spec in gymnasium.registry.items()}
-    return ", ".join(id for id, entry in where.items() if _module_of(entry).split(".")[0] == root)
-
-
-def _module_of(entry_point: Any) -> str:
-    return entry_point.split(":")[0] if isinstance(entry_point, str) else getattr(entry_point, "__module__", "")
+    return ", ".join(id for id, entry in where.items() if plugins.module_of(entry).split(".")[0] == root)
 
 
 def _draws_itself(id: str) -> bool:

@@ -146,7 +146,7 @@ def test_hopper_as_minari_reads_it(tmp_path):
     assert task.action == ActionSpec.continuous(-1.0, 1.0, 3)
     assert (task.environment.id, task.environment.suite) == ("Hopper-v5", "mujoco")
     assert task.environment.kwargs == {"reset_noise_scale": 0.01}
-    assert (task.score.high, task.max_episode_steps) == (3234.3, 1000)
+    assert (task.score, task.max_episode_steps) == (None, 1000)  # no returns were measured with that noise
     episodes = list(sources.read(SOURCE, task, result.episodes))
     row = 0
     for ref, ours, own in zip(result.episodes, episodes, theirs(path), strict=True):

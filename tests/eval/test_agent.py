@@ -13,6 +13,7 @@ from schemas.layout import PATCH, SEPARATOR
 from shards.batch import Batch
 from shards.reader import Dataset
 from simulators.policy import EpisodeRng
+from tests.shards.made import Task, make
 from trainer.model import Gato, ModelConfig
 from trainer.model.export import ExportInfo, TrainingInfo
 from trainer.model.transformer import rope_cos_sin, rotate
@@ -55,7 +56,7 @@ def setup(folder, small=SMALL, kind=Recorder, device="cpu", **config):
     for weight in (weight for weight in model.blocks.parameters() if weight.ndim == 2):
         weight.data.mul_(30)
     options, model = AgentConfig(**config), model.to(device)
-    return kind(model, info, task, options, demonstration(dataset, 0, options)), dataset
+    return kind(model, info, task, options, demonstration(dataset, 0, options, info)), dataset
 
 
 def observations(dataset, count, batch):
@@ -299,6 +300,21 @@ def test_a_prompt_is_the_end_or_the_start_of_the_best_episode(hopper):
         best = int(rows[np.argmax(dataset.column("episode_return")[rows])])
         assert agent.time == 4 and np.array_equal(agent.observed[0], dataset.tokens(best)[shown])
         assert np.array_equal(agent.last[1], dataset.tokens(best)[shown][-1, -3:])
+
+
+def test_a_prompt_goes_beyond_the_pieces_that_an_episode_is_stored_in(tmp_path):
+    """The best episode's last piece has 3 timesteps; an episode shorter than the window is shown whole."""
+    dataset = Dataset(make(tmp_path, [Task("made", (30, 43, 20), held_out=(0,), patches=(1, 2))], piece=10))
+    info = ExportInfo("gato.model", 1, SMALL, dataset.manifest.vocabulary, "", 0, 0, (), {}, TrainingInfo())
+    rows = [row for row in dataset.rows(0, held_out=False) if dataset.column("episode")[row] == 1]
+    whole = [np.concatenate([member(row) for row in rows]) for member in (dataset.tokens, dataset.patches)]
+    assert len(whole[0]) == 43
+    for window in (2, 3, 4, 20, 24, 43, 99):
+        info = replace(info, sequence_length=window * dataset.layouts[0].length + 1)
+        for kind, shown in (("start", slice(window)), ("end", slice(-window, None))):
+            found = demonstration(dataset, 0, AgentConfig(prompt=kind), info)
+            for ours, theirs in zip((found.tokens, found.patches), whole):
+                np.testing.assert_array_equal(ours, theirs[shown])
 
 
 def test_each_row_draws_its_own_numbers():

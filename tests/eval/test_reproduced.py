@@ -23,6 +23,7 @@ from eval.scores import normalised
 from schemas.episode import EnvironmentSpec, TaskSpec
 from simulators.experts import perceptron
 from simulators.experts.a3c import A3C
+from simulators.policy import NoisyPolicy
 
 pytestmark = [
     pytest.mark.slow,
@@ -87,7 +88,7 @@ def test_bodies(name):
     task = TaskSpec(name, "d4rl", simulators.observation_fields(env), simulators.action_spec(env), spec)
     (path,) = (SHARED / "policies").glob(f"{name}.*")
     seeds = list(range(1000, 1000 + EPISODES))
-    played = play(Batch(perceptron.load(path)), task, seeds)
+    played = play(NoisyPolicy(Batch(perceptron.load(path)), task.action, 0.0), task, seeds)
     returns = np.array([one.episode_return for one in played])
     reference = simulators.reference(spec)
     spread = returns.std(ddof=1)

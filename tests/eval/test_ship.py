@@ -1,6 +1,7 @@
 """Shipped weights of tasks with instructions: they play without their data as with it, and say what they lack."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -171,10 +172,13 @@ def test_data_under_another_text_model_or_vocabulary_is_refused(export, built, o
     assert "is in more than one dataset folder" in done.stderr and not (tmp_path / "out").exists()
 
 
-def test_a_task_of_other_fields_is_not_shipped_as_the_exports(export, built, tmp_path):
+def test_a_task_of_other_fields_is_neither_shipped_nor_played_as_the_exports(export, built, tmp_path):
     run("etl.build", "--input", built.parent, "--text-tokens", "8", "--output", tmp_path / "short")
     done = run("eval.ship", export, tmp_path / "out", "--datasets", tmp_path / "short", check=False)
-    assert done.returncode == 1 and "has other fields than in the export" in done.stderr
+    words = "is not what .* was trained on: field 'mission' has shape"
+    assert done.returncode == 1 and re.search(words, done.stderr)
+    with pytest.raises(DatasetError, match=words):
+        gato.load(export).agent(dataset=tmp_path / "short")
 
 
 def test_a_damaged_text_model_of_a_dataset_is_named(export, built, tmp_path):

@@ -19,6 +19,7 @@ from etl.sources import minari as minari_source
 from eval.environments import play
 from schemas.episode import ActionSpec
 from shards.reader import Dataset
+from simulators import plugins
 from simulators.experts import PolicyError
 from simulators.policy import RandomPolicy
 from tests.conftest import run
@@ -81,6 +82,25 @@ def test_a_plain_id_counts_with_the_modules_import(tmp_path):
     assert "error" not in done.stdout
     failed = run("eval.compare", *play, "--import", "reached", "-o", tmp_path / "out", env=PATH, check=False)
     assert failed.returncode == 1 and failed.stderr.startswith("error: --import reached: ModuleNotFoundError")
+
+
+def test_an_edited_module_is_another_environment(tmp_path, monkeypatch):
+    """By its module's name, by --import, by an entry point in another module; not for installed packages."""
+    register = "gymnasium.register('{}-v0', entry_point='edited:Edited')\n"
+    edited = "import gymnasium\nfrom reach import Reach\n\n\nclass Edited(Reach):\n    pass\n\n\n"
+    (tmp_path / "edited.py").write_text(edited + register.format("Edited"))
+    (tmp_path / "names.py").write_text("import gymnasium\n" + register.format("Named"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plugins.load(["edited"])
+    specs = [simulators.environment(id) for id in ("edited:Edited-v0", "Edited-v0", "names:Named-v0")]
+    before = [simulators.settings(spec) for spec in specs]
+    assert [len(found["module_sha256"]) for found in before] == [1, 1, 2]
+    assert before == [simulators.settings(spec) for spec in specs]
+    with (tmp_path / "edited.py").open("a") as file:
+        file.write("GAIN = 2\n")
+    assert all(simulators.settings(spec) != found for spec, found in zip(specs, before))
+    for id in ("Hopper-v4", "CartPole-v1", "minigrid:MiniGrid-Empty-5x5-v0"):
+        assert "module_sha256" not in simulators.settings(simulators.environment(id))
 
 
 def test_modules_in_packages_of_the_current_folder(tmp_path, monkeypatch):

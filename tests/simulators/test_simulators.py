@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch
 
 import simulators
 from schemas.episode import ActionSpec, EnvironmentSpec
+from simulators import scores
 from simulators.experts import SHIPPED, PolicyError, perceptron, policies
 from simulators.experts.train import play
-from simulators.policy import random_actions
+from simulators.policy import NoisyPolicy, random_actions
 from simulators.suites import atari, robotics
 
 PONG = EnvironmentSpec("atari", "ALE/Pong-v5")
@@ -168,6 +170,28 @@ def test_safetensors_and_npz_agree_with_torch(tmp_path):
             action = policy.act({"observation": observation}, rng)
             assert action.dtype == np.float32
             np.testing.assert_allclose(action, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted, played", [(1.5, 1.5), (-9.0, -2.0)])
+def test_a_perceptron_acts_and_is_scored_in_the_whole_range_of_its_actions(tmp_path, monkeypatch, wanted, played):
+    path = tmp_path / "pendulum.npz"
+    np.savez(path, W0=np.zeros((1, 3)), b0=np.array([wanted]))
+    env = simulators.make(simulators.environment_spec("Pendulum-v1"))
+    batch = {"observation": np.zeros((1, 3), np.float32)}, np.zeros(1), np.ones(1, bool), np.random.default_rng(0)
+    policy = NoisyPolicy(policies.load(str(path), env), simulators.action_spec(env), 0.0)
+    assert policy.act(*batch) == played and policy.clipped_share == (wanted != played)
+    monkeypatch.setitem(env.get_wrapper_attr("suite").experts, "Pendulum-", lambda env: perceptron.load(path))
+    monkeypatch.setattr(scores, "_play", lambda env, policy, seed: (float(policy.act(*batch)[0, 0]), 1))
+    assert scores.measure("Pendulum-v1", 2, 0).expert == played
+
+
+def test_noise_is_added_to_what_is_within_the_range():
+    far, spec = SimpleNamespace(act=lambda *batch: np.full((1, 2), 9.0, np.float32)), ActionSpec.continuous(-1, 1, 2)
+    rng, again = np.random.default_rng(0), np.random.default_rng(0)
+    found = [NoisyPolicy(far, spec, 0.1).act({}, np.zeros(1), np.ones(1, bool), rng) for _ in range(20)]
+    np.testing.assert_array_equal(
+        np.stack(found), np.minimum(1 + again.normal(0, 0.1, (20, 1, 2)), 1).astype(np.float32)
+    )
 
 
 def test_layers_that_do_not_fit_are_refused(tmp_path):

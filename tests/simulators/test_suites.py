@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from contextlib import closing
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 
 import simulators
+from eval.scores import scored
+from schemas.episode import TaskSpec
 from simulators import scores
 from simulators.experts import policies
 from simulators.policy import EpisodeRng, OnePlayer
@@ -140,3 +145,27 @@ def test_pictures_without_a_screen_are_drawn_without_a_complaint():
     bare = {name: value for name, value in os.environ.items() if name not in names}
     done = subprocess.run([sys.executable, "-c", DRAWN], env=bare, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_reference_is_of_the_arguments_that_were_measured():
+    for id, same, other in (
+        ("FetchReach-v4", {"reward_type": "sparse"}, {"reward_type": "dense"}),
+        ("PointMaze_UMaze-v3", {"continuing_task": True}, {"continuing_task": False}),
+        ("Pendulum-v1", {"g": 10.0, "max_episode_steps": 200}, {"g": 9.81}),
+        ("Hopper-v5", {"terminate_when_unhealthy": True}, {"terminate_when_unhealthy": False}),
+        ("ALE/Pong-v5", {"obs_type": "rgb", "frameskip": 4}, {"mode": 1}),
+    ):
+        plain, others = simulators.environment(id), [simulators.environment(id, kwargs) for kwargs in (same, other)]
+        found = simulators.reference(plain)
+        assert found is not None and [simulators.reference(one) for one in others] == [found, None], id
+        task = TaskSpec("t", "d4rl", (), None, others[1])
+        assert np.isnan(scored(5.0, task)[0]) and scored(5.0, replace(task, environment=others[0]))[1] == found.kind
+
+
+def test_a_recorded_environments_arguments_are_those_that_were_measured():
+    """Logs in Minari's format note all that gymnasium was given."""
+    for id in ("PointMaze_UMaze-v3", "FetchReach-v4"):
+        plain = simulators.environment(id)
+        with closing(simulators.make(plain)) as env:
+            kwargs = json.loads(env.spec.to_json())["kwargs"]
+        assert kwargs and simulators.reference(simulators.environment(id, kwargs)) == simulators.reference(plain)

@@ -249,7 +249,7 @@ def test_play_is_training(hopper, stream, model, prompt):
     dataset = Dataset(hopper)
     spec, info = exported(dataset, stream)
     options = AgentConfig(prompt=prompt, decoding="greedy", prompt_share=0.34)
-    agent = make_agent(model, info, spec, options, demonstration(dataset, 0, options))
+    agent = make_agent(model, info, spec, options, demonstration(dataset, 0, options, info))
     valued = make_agent(model, info, spec, replace(options, decoding="value"), agent.prompt)
     config = StreamConfig(sequence_length=LENGTH, prompt_probability=0.0)
     batch = Stream([hopper], config, seed=0).batch(0, 1)
@@ -282,6 +282,17 @@ def test_play_is_training(hopper, stream, model, prompt):
         np.testing.assert_allclose(action[0], decoded[at].clamp(-1, 1), atol=1 / 1024 + 1e-4)
 
 
+def test_a_prompt_leaves_room_for_the_present_in_the_window(hopper, stream, model):
+    dataset = Dataset(hopper)
+    spec, info = exported(dataset, stream)
+    options = AgentConfig(prompt="end", prompt_share=1.0)
+    agent = make_agent(model, info, spec, options, demonstration(dataset, 0, options, info))
+    agent.reset(1)
+    for _ in range(3):
+        agent.act({"observation": np.zeros((1, 11))}, np.zeros(1), np.ones(1, bool), np.random.default_rng(0))
+        assert agent.kept.shape[1] + agent.shown.shape[1] == agent.window
+
+
 def test_an_episode_is_played_alike_alone_and_among_others(hopper, stream, model):
     dataset = Dataset(hopper)
     spec, info = exported(dataset, stream)
@@ -290,7 +301,7 @@ def test_an_episode_is_played_alike_alone_and_among_others(hopper, stream, model
     seen = [{"observation": rng.normal(size=(5, 11)).astype(np.float32)} for _ in range(9)]
 
     def played(rows):
-        agent = make_agent(model, info, spec, options, demonstration(dataset, 0, options))
+        agent = make_agent(model, info, spec, options, demonstration(dataset, 0, options, info))
         agent.reset(len(rows))
         active = np.ones(len(rows), bool)
         return [agent.act({"observation": o["observation"][rows]}, np.zeros(len(rows)), active, rng) for o in seen]

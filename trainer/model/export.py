@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save
 
 from schemas import upgrade
 from schemas.dataset import TEXT_MODEL_NAME, DatasetError, Manifest, ObservationScale, ReturnScale
-from schemas.episode import STRICT, TaskSpec
+from schemas.episode import STRICT, ActionSpec, FieldSpec, TaskSpec
 from schemas.files import atomic_write, parse_json, sha256_of
-from schemas.layout import layout_of
+from schemas.layout import layout_of, picture_size
 from schemas.vocabulary import Vocabulary
 from shards.cache import Cache
 from shards.folder import Folder, digest_of
@@ -97,9 +98,17 @@ class ExportInfo:
 
         Raises:
             VocabularyMismatch: its vocabulary is another one.
-            DatasetError: its texts were made with another text model.
+            DatasetError: the task's fields or actions are others, or its texts were made with another text model.
         """
         self.vocabulary.require(manifest.vocabulary_fingerprint, data)
+        held, own = (
+            {one.name: one for one in tasks}.get(task.name) for tasks in ((t.spec for t in manifest.tasks), self.tasks)
+        )
+        if held and own and (difference := _difference(held, own)):
+            raise DatasetError(
+                f"{data}: task '{task.name}' is not what {export} was trained on: {difference}; give the dataset that "
+                "it was trained on, or build this one again with the options of that one and --overwrite"
+            )
         model = manifest.text_model
         if layout_of(task).text and self.text_sha256 and model and model.file.sha256 != self.text_sha256:
             raise DatasetError(
@@ -111,6 +120,36 @@ class ExportInfo:
         """The task, then those of its environment."""
         alike = (other for other in self.tasks if task.environment and other.environment == task.environment)
         return [task.name, *(other.name for other in alike)]
+
+
+def _difference(data: TaskSpec, export: TaskSpec) -> str:
+    """The first field or action whose tokens mean something else in two tasks; empty where all mean the same."""
+    found, wanted = (
+        {f"field '{spec.key}'": spec for spec in task.observation} | {"action": task.action} for task in (data, export)
+    )
+    for name in sorted(found.keys() | wanted.keys()):
+        here, there = _meaning(found.get(name)), _meaning(wanted.get(name))
+        if not here or not there:
+            return f"{name} is in the {'data' if here else 'export'} alone"
+        for key in sorted(here.keys() | there.keys()):
+            if here.get(key) != there.get(key):
+                return f"{name} has {key} {here.get(key)}, in the export {there.get(key)}"
+    return ""
+
+
+def _meaning(spec: FieldSpec | ActionSpec | None) -> dict[str, Any]:
+    """The attributes of a field or an action, equal for specs that say the same in different words."""
+    if spec is None:
+        return {}
+    found = asdict(spec)
+    for name in ("choices", "start"):  # one number may stand for all
+        found[name] = found[name][:1] if len(set(found[name])) == 1 else found[name]
+    for name in {"low", "high"} & found.keys():  # float32 in most logs and simulators
+        found[name] = tuple(float(np.float32(value)) for value in found[name])
+    if isinstance(spec, FieldSpec) and spec.kind == "image":
+        found["resized"] = picture_size(spec)
+        found["fit"] = "pad" if found["resized"] == spec.shape[:2] or spec.resized is None else spec.fit
+    return found
 
 
 _EXPORT: TypeAdapter[ExportInfo] = TypeAdapter(ExportInfo)
