@@ -25,6 +25,7 @@ OUTSIDE = {
     "CONTRIBUTING.md": "CONTRIBUTING.md",
     "CHANGELOG.md": "CHANGELOG.md",
     "deepspeed_configs/README.md": "deepspeed_configs/README.md",
+    "eval/weights/suite/README.md": "eval/weights/suite/README.md",
     "eval/weights/tiny/README.md": "eval/weights/tiny/README.md",
 }
 PACKAGES = ("gato", "schemas", "simulators", "shards", "etl", "trainer", "eval")

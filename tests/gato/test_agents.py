@@ -233,7 +233,7 @@ def test_an_agent_refuses_options_that_mean_nothing(model, options, message):
 
 def test_names_that_are_not_there_are_refused_with_those_that_are(model, tmp_path):
     for name in ("tinny", tmp_path, "./tiny"):
-        with pytest.raises(ValueError, match="known: tiny"):
+        with pytest.raises(ValueError, match="known: suite, tiny"):
             gato.load(name)
     with pytest.raises(TypeError, match="give a shipped name such as 'tiny', a folder or a URL"):
         gato.load(None)
