@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 import simulators
@@ -66,7 +67,8 @@ def _record_missing(options: Options, todo: list[str], output: Path, console: Co
                 rows[id] = job.result()
             except (simulators.SimulatorError, ValueError, OSError) as error:
                 failed += 1
-                console.print(f"[red]failed[/] {id}: {disk_fault(error, output) or error}", highlight=False)
+                problem = escape(f"{id}: {disk_fault(error, output) or error}")
+                console.print(f"[red]failed[/] {problem}", highlight=False, soft_wrap=True)
                 continue
             write_rows(output / TABLE, rows)
             row = rows[id]
@@ -104,7 +106,7 @@ def _tasks(name: str, console: Console) -> list[str]:
         except simulators.SimulatorError as error:
             if name != "all":
                 raise
-            console.print(f"[yellow]left out[/] {error}", highlight=False)
+            console.print(f"[yellow]left out[/] {escape(str(error))}", highlight=False, soft_wrap=True)
     if not found:
         having = ", ".join(suite.name for suite in all_suites().values() if suite.experts)
         raise simulators.SimulatorError(f"--suite {name}: no expert is shipped for it; there are experts of {having}")

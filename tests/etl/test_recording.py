@@ -92,14 +92,14 @@ def test_an_interrupt_between_a_log_and_its_row_loses_neither(classic, tmp_path)
 
 
 def test_a_log_of_somebody_else_is_kept_and_named(classic, tmp_path):
-    logs = tmp_path / "logs"
+    logs = tmp_path / "[a] folder whose name is so long that a line with it is longer than a terminal is wide"
     shutil.copytree(classic, logs)
     rows = table(logs)
     own = logs / rows.pop("Pendulum-v1")["path"]
     own.write_bytes(b"somebody's")
     (logs / "recorded.json").write_text(json.dumps(rows))
     done = run("etl.record", "--suite", "classic", "--episodes", "2", "-o", logs, check=False)
-    assert done.returncode == 1 and "failed Pendulum-v1" in done.stderr and "already there" in done.stderr
+    assert done.returncode == 1 and f"failed Pendulum-v1: {own}: already there; give" in done.stderr
     assert own.read_bytes() == b"somebody's" and len(table(logs)) == 8
 
 
